@@ -1,0 +1,19 @@
+"""The one exception that users see as a single line instead of a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: the message says what was wrong, where, and what to do.
+
+    The command line prints it on one line and exits with code 2. Library callers catch it like any exception.
+    """
+
+
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the accepted word most like `word`, or ``""`` when none is close."""
+    close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
