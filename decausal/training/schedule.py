@@ -1,0 +1,42 @@
+"""How a loss weight moves over a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+WeightShape = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A loss weight as a function of the optimiser step.
+
+    Attributes:
+        weight: value at step 0.
+        shape: "constant", or a "linear" or "cosine" fall to 0 at the end.
+        stop_step: first step at which the weight is 0 for good; what serves only this loss can then be dropped.
+        num_steps: the run's number of steps; where a falling weight reaches 0 if there is no `stop_step`.
+    """
+
+    weight: float
+    shape: WeightShape
+    stop_step: int | None
+    num_steps: int
+
+    def __call__(self, step: int) -> float:
+        if self.is_over(step):
+            return 0.0
+        if self.shape == "constant":
+            return self.weight
+        progress = step / max(1, self.end)
+        return self.weight * ((1 - progress) if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+    @property
+    def end(self) -> int:
+        return self.num_steps if self.stop_step is None else self.stop_step
+
+    def is_over(self, step: int) -> bool:
+        """Whether the weight is 0 at `step` and ever after."""
+        return self.weight == 0 or (self.stop_step is not None and step >= self.stop_step)

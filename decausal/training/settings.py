@@ -1,0 +1,81 @@
+"""What a user can set for a conversion or a pretraining, beside transformers' own training arguments.
+
+Light on purpose: the command line reads these classes to print its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """One conversion: a point on the grid of layout, shift, rows and supervision, and the data it is trained on."""
+
+    model_name_or_path: str = _setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
+    revision: str | None = _setting(None, "the hub model's revision")
+    attn_implementation: str | None = _setting(None, "sdpa or eager; unset: what the model needs")
+    data: str | tuple[str, ...] | None = _setting(
+        None, "a file, directory, glob or hub data set, or 'stdlib'; several with commas"
+    )
+    eval_data: str | tuple[str, ...] | None = _setting(
+        None, "held-out data; its NELBO is logged every eval_steps and at the end"
+    )
+    eval_rows: int = _setting(64, "rows of eval_data to measure on")
+    text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
+    dataset_split: str = _setting("train", "the split of a hub data set")
+    data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
+    max_length: int = _setting(512, "tokens in a packed row")
+
+    layout: Literal["causal", "bidirectional"] = _setting("bidirectional", "who attends to whom after conversion")
+    shift: Literal[0, 1] = _setting(1, "1: the state before a token predicts it, as in the AR model; 0: its own does")
+    mask_token: str | None = _setting(None, "mask token; unset: the tokenizer's, else a spare or added row")
+    anneal_steps: int = _setting(0, "steps over which attention opens from causal to the layout; 0 starts open")
+
+    views: int = _setting(1, "noised views of one clean row; one teacher pass serves them all")
+    complementary_masks: bool = _setting(False, "with 2 views, the second masks what the first leaves visible")
+    stratified_noise: bool = _setting(True, "spread noise levels evenly over neighbouring rows")
+    weighting: Literal["none", "inverse_t"] = _setting("none", "weight of a masked token: 1, or 1/t (the NELBO)")
+    papl: float = _setting(0.0, "weight of a second token term, mean of stop_gradient(p) * CE; 0 is off")
+
+    align_weight: float = _setting(0.0, "weight of the hidden-state alignment to the frozen AR model; 0 is off")
+    align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    align_stop_step: int | None = _setting(None, "step from which alignment is off and the teacher out of memory")
+    align_layers: str | tuple[int, ...] = _setting(
+        "all", "all, lower, middle or upper (thirds), or state indices with commas: 0 embeddings ... L after final norm"
+    )
+    align_positions: Literal["targets", "visible", "all"] = _setting("targets", "which states are aligned")
+    align_distance: Literal["cosine", "l2"] = _setting("cosine", "1 - cosine, or mean squared difference")
+
+    freeze_embeddings: bool = _setting(False, "freeze embeddings and head; the mask token's row is trained still")
+    lora_r: int = _setting(0, "rank of LoRA adapters, merged at the end; 0 trains all weights (needs peft)")
+    lora_alpha: int = _setting(32, "LoRA scale")
+    lora_dropout: float = _setting(0.0, "LoRA dropout")
+    lora_target_modules: str | tuple[str, ...] = _setting("all-linear", "modules that get adapters, with commas")
+    save_dtype: Literal["source", "float32", "bfloat16"] = _setting(
+        "source", "type of the final weights; checkpoints for resuming keep the master weights"
+    )
+    overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """A small AR model from nothing: its tokenizer, its shape and its text."""
+
+    data: str | tuple[str, ...] = _setting("stdlib", "as for convert")
+    eval_data: str | tuple[str, ...] | None = _setting("stdlib-heldout", "text for the closing measurement")
+    text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
+    max_length: int = _setting(1024, "tokens in a packed row, and the model's context")
+    vocab_size: int = _setting(4096, "entries of the byte-level BPE tokenizer, trained on the same data")
+    hidden_size: int = _setting(320, "width")
+    intermediate_size: int = _setting(832, "width of the feed-forward layers")
+    num_hidden_layers: int = _setting(6, "layers")
+    num_attention_heads: int = _setting(5, "query heads")
+    num_key_value_heads: int = _setting(1, "key and value heads")
+    muon_learning_rate: float = _setting(1e-2, "peak rate of the weight matrices; learning_rate is for all the rest")
+    overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
