@@ -1,0 +1,89 @@
+"""Which architectures can be converted, and what their configurations say about attention."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+# Recurrence and causal convolutions read a row in one direction only, whatever the attention layout says. Types whose
+# configuration lists its layers (Granite 4, Bamba, ...) are also caught by RECURRENT_LAYER_TYPES; these are refused
+# even where a version of transformers has no such list.
+RECURRENT_MODEL_TYPES = frozenset(
+    {
+        "bailing_hybrid",
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "inkling2_text",
+        "inkling_text",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "recurrent_gemma",
+        "rwkv",
+        "xlstm",
+        "zamba",
+        "zamba2",
+        "zaya",
+    }
+)
+RECURRENT_LAYER_TYPES = frozenset(
+    {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent", "rwkv", "short_conv"}
+)
+
+
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why a model of this configuration can never be converted, as one clause; None when probing it makes sense."""
+    kind = config.model_type
+    if config.is_encoder_decoder or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return f"model type '{kind}' is an encoder-decoder"
+    if kind in RECURRENT_MODEL_TYPES:
+        return f"model type '{kind}' has recurrent layers, which read a row in one direction only"
+    recurrent = sorted(RECURRENT_LAYER_TYPES.intersection(getattr(config, "layer_types", None) or ()))
+    if recurrent:
+        names = ", ".join(recurrent)
+        return f"model type '{kind}' has recurrent layers ({names}), which read a row in one direction only"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return f"model type '{kind}' is an encoder: it already reads in both directions and has no causal head"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"model type '{kind}' is not a causal language model"
+    if config.get_text_config() is not config:
+        return f"model type '{kind}' is multimodal; extract its text model first"
+    return None
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """Sliding window of each layer type in tokens (a query q reads keys k with q - k < window), None where unlimited.
+
+    Models without `layer_types` treat all layers alike: they come out as one type, ``"every"``.
+
+    Raises:
+        ValueError: for a layer type whose reach is not described by a window.
+    """
+    window = getattr(config, "sliding_window", None) or None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return {"every": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(layer_types) - set(known))
+    if unknown:
+        raise ValueError(f"layers of type {', '.join(unknown)} take no attention mask of a layout")
+    return {layer_type: known[layer_type] for layer_type in dict.fromkeys(layer_types)}

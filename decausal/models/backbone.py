@@ -1,0 +1,211 @@
+"""The one door to a model's forward pass: any stock causal LM, under any layout."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from decausal.diffusion.layout import Layout, attention_mask, positions_in_documents
+from decausal.errors import UserError
+from decausal.models.architecture import layer_windows
+from decausal.objectives import tokens
+from decausal.objectives.tokens import Head
+
+# Families whose stock body turns bidirectional by `is_causal=False` alone (measured by tests/exact/test_families.py and
+# tests/models/test_doctor.py). All others get an explicit mask, which is slower but leaves nothing to the model.
+HONOURS_IS_CAUSAL = frozenset(
+    {
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "olmoe",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
+)
+
+
+def stock_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, taken out of a PEFT wrapper if there is one (its adapters stay active inside)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body_forward(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    layout: Layout,
+    *,
+    document_ids: Int[Tensor, "B T"] | None = None,
+    position_ids: Int[Tensor, "B T"] | None = None,
+    future: tuple[Float[Tensor, "S S"], float] | None = None,
+    output_hidden_states: bool = False,
+) -> BaseModelOutput:
+    """Runs the model's body, without its head, under `layout`.
+
+    Args:
+        model: any stock causal LM, or a PEFT wrapper around one.
+        input_ids: the rows.
+        layout: who attends to whom.
+        document_ids: document of each token, -1 for padding. None: every row is one whole document without padding;
+            then the model's own attention is used where it is right for the layout, without an explicit mask.
+        position_ids: positions inside the documents; by default they restart at 0 with each document.
+        future: (future_order, future_fraction) of `attention_mask`, to anneal attention from causal to `layout`.
+        output_hidden_states: also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
+            state after the final norm, which is `last_hidden_state` itself.
+
+    Raises:
+        UserError: when the model's attention implementation takes no such mask.
+    """
+    body = stock_model(model).base_model
+    attention = None
+    if document_ids is None and position_ids is None and future is None:
+        attention = _stock_attention(body.config, layout, input_ids.shape[1])
+    if attention is None:
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = positions_in_documents(document_ids)
+        masks = _masks(body, layout, document_ids, position_ids, future)
+        attention = {"attention_mask": masks, "position_ids": position_ids}
+    output = body(
+        input_ids=input_ids,
+        use_cache=False,
+        output_hidden_states=output_hidden_states,
+        return_dict=True,
+        **attention,
+    )
+    hidden_states = None
+    if output_hidden_states:
+        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
+    return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
+
+
+def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> dict[str, bool] | None:
+    """Keywords under which the stock body attends by `layout` without our mask; None when it cannot."""
+    honours_is_causal = config.model_type in HONOURS_IS_CAUSAL
+    if layout.kind == "causal":
+        if honours_is_causal:
+            return {"is_causal": True}
+        return {} if getattr(config, "is_causal", True) else None
+    # A window cuts in only on rows longer than it; transformers' own bidirectional window then has another width.
+    is_windowed = any(window is not None and window < length for window in layer_windows(config).values())
+    if layout.kind == "bidirectional" and honours_is_causal and not is_windowed:
+        return {"is_causal": False}
+    return None
+
+
+def _masks(
+    body: nn.Module,
+    layout: Layout,
+    document_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    future: tuple[Float[Tensor, "S S"], float] | None,
+) -> Tensor | dict[str, Tensor]:
+    """One mask for all layers, or one per layer type where their windows differ on rows of this length."""
+    length = document_ids.shape[1]
+    windows = {
+        layer_type: window if window is not None and window < length else None
+        for layer_type, window in layer_windows(body.config).items()
+    }
+    future_order, future_fraction = future if future is not None else (None, None)
+    by_window = {
+        window: _as_the_attention_takes_it(
+            attention_mask(layout, document_ids, position_ids, window, future_order, future_fraction), body
+        )
+        for window in set(windows.values())
+    }
+    if len(by_window) == 1:
+        return next(iter(by_window.values()))
+    return {layer_type: by_window[window] for layer_type, window in windows.items()}
+
+
+def _as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 T T"], body: nn.Module) -> Tensor:
+    implementation = body.config._attn_implementation
+    if implementation == "sdpa":
+        return is_visible
+    if implementation == "eager":
+        # Eager attention adds the mask to the scores: a boolean one would count as 0 and 1 and hide nothing.
+        hidden = torch.full((), torch.finfo(body.dtype).min, dtype=body.dtype, device=is_visible.device)
+        return torch.where(is_visible, torch.zeros_like(hidden), hidden)
+    raise UserError(
+        f"attention implementation '{implementation}' takes no layout masks; "
+        "load the model with attn_implementation='sdpa' or 'eager'"
+    )
+
+
+def _checked_states(states: tuple[Tensor, ...], last: Tensor, config: PretrainedConfig) -> tuple[Tensor, ...]:
+    expected = config.num_hidden_layers + 1
+    if len(states) != expected:
+        raise UserError(
+            f"model type '{config.model_type}' returns {len(states)} hidden states; expected {expected}: "
+            "the embedding output, then one per layer"
+        )
+    return (*states[:-1], last)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's L decoder layers, in order.
+
+    Raises:
+        UserError: when no list of `num_hidden_layers` modules is found in its body.
+    """
+    body = stock_model(model).base_model
+    for module in body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == body.config.num_hidden_layers:
+            return module
+    raise UserError(f"model type '{body.config.model_type}' keeps its layers in no list of modules; it cannot be used")
+
+
+def head_of(model: nn.Module) -> Head:
+    """The model's output head as numbers: logits = softcap * tanh(scale * (h W^T + b) / softcap).
+
+    The weights are the model's own parameters, so gradients reach them. `banned` is left None. The reading is verified
+    by the doctor, which compares its logits with the stock model's.
+
+    Raises:
+        UserError: when an adapter wraps the head.
+    """
+    stock = stock_model(model)
+    linear = stock.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"the output head is a {type(linear).__name__}; it must be a plain linear layer "
+            "(leave the head out of the adapter's target modules)"
+        )
+    softcap = getattr(stock.config, "final_logit_softcapping", None)
+    return Head(
+        weight=linear.weight, bias=linear.bias, scale=_logit_scale(stock.config), softcap=softcap and float(softcap)
+    )
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        return float(config.logit_scale)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling  # Granite divides by it
+
+
+def logits(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    layout: Layout,
+    *,
+    document_ids: Int[Tensor, "B T"] | None = None,
+    position_ids: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T V"]:
+    """Logits at every position, in fp32: body and head. For tests and short rows; training never builds these."""
+    hidden = body_forward(model, input_ids, layout, document_ids=document_ids, position_ids=position_ids)
+    flat = tokens.logits(hidden.last_hidden_state.flatten(0, 1), head_of(model))
+    return flat.unflatten(0, input_ids.shape)
