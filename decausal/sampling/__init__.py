@@ -1,0 +1,1 @@
+"""Sampling from a converted model: which positions to unmask, generate, infill."""
