@@ -1,0 +1,168 @@
+"""From an autoregressive checkpoint to a model that can be trained to denoise: load it, then give it a mask token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.architecture import refusal
+
+BIDIRECTIONAL = Layout("bidirectional")
+DEFAULT_MASK_TOKEN = "<|mask|>"
+FACTS_FILE = "decausal.json"
+# What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+
+
+def load_source(
+    model_name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an autoregressive model and its tokenizer, to be converted or to teach. Never runs a repository's own code.
+
+    Attention runs under SDPA, or eagerly where the architecture needs that (soft-capped scores, attention sinks).
+
+    Args:
+        model_name_or_path: a directory, a hub id, or ``"tiny"`` for the embedded model.
+        dtype: type of the weights.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        UserError: when there is no such model, it cannot be read, or it is not a decoder-only causal language model.
+    """
+    path = _located(model_name_or_path)
+    config = _config(path, revision)
+    reason = refusal(config)
+    if reason is not None:
+        raise UserError(f"{path} cannot be converted: {reason}; give a decoder-only causal language model")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load the weights of {path}: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{path} is not a causal language model: its weights lack {missing[0]} ({len(missing)} tensors missing); "
+            "give a checkpoint with its output head"
+        )
+    return model.eval(), _tokenizer(path, revision)
+
+
+def adapt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token: str | None = None,
+    layout: Layout = BIDIRECTIONAL,
+) -> int:
+    """Gives the model a mask token and sets its configuration's `is_causal`. Changes model and tokenizer in place.
+
+    The mask token is `mask_token` if given, else the tokenizer's own, else ``<|mask|>``, added where the tokenizer
+    lacks it. An added token takes a spare row of the embedding (Qwen3: 151669), or the embedding grows; its row, and
+    the head's where that is untied, starts as the mean of the rows that the tokenizer uses.
+
+    Args:
+        model: as `load_source` gives it.
+        tokenizer: its tokenizer.
+        mask_token: text of the mask token, if not the tokenizer's own.
+        layout: what the model will read under; `is_causal` stays True for ``"causal"`` alone.
+
+    Returns:
+        The mask token's id.
+
+    Raises:
+        UserError: when the mask token already has another role.
+    """
+    name = mask_token or tokenizer.mask_token or DEFAULT_MASK_TOKEN
+    known_ids = set(tokenizer.get_vocab().values())
+    if tokenizer.mask_token != name:
+        _refuse_other_role(tokenizer, name)
+        tokenizer.add_special_tokens({"mask_token": name})
+    mask_token_id = tokenizer.mask_token_id
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if mask_token_id >= num_rows:
+        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    if mask_token_id not in known_ids or mask_token_id >= num_rows:
+        trained_ids = torch.tensor(sorted(token_id for token_id in known_ids if token_id < num_rows))
+        _start_as_mean(model, mask_token_id, trained_ids)
+    model.config.is_causal = layout.kind == "causal"
+    return mask_token_id
+
+
+def _refuse_other_role(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    for role in ("eos_token", "bos_token", "pad_token", "unk_token"):
+        if getattr(tokenizer, role) == name:
+            raise UserError(f"mask token '{name}' is the tokenizer's {role}; give another with --mask_token")
+
+
+def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -> None:
+    parameters: list[Tensor] = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head.weight is not parameters[0]:
+        parameters.append(head.weight)
+    if isinstance(head, nn.Linear) and head.bias is not None:
+        parameters.append(head.bias)
+    with torch.no_grad():
+        for parameter in parameters:
+            trained = parameter[trained_ids.to(parameter.device)]
+            parameter[token_id] = trained.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
+
+
+def _located(model_name_or_path: str | Path) -> str:
+    name = str(model_name_or_path)
+    if name == "tiny":
+        from decausal.data.corpus import tiny_model_path  # imported here: only this name needs the data room
+
+        return str(tiny_model_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / FACTS_FILE).exists():
+            raise UserError(f"{name} is already converted (it holds {FACTS_FILE}); give the autoregressive model")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name} is a file; give the model's directory, a hub id, or 'tiny'")
+    is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    if not is_hub_id:
+        raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or 'tiny'")
+    return name
+
+
+def _config(path: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own (trust_remote_code), which is never run" if needs_code else first_line(error)
+        if Path(path).is_dir():
+            raise UserError(f"{path} holds no model that transformers can read: {reason}") from error
+        raise UserError(f"{path} is neither a directory nor a model that the hub gives: {reason}") from error
+
+
+def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

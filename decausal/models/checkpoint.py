@@ -1,0 +1,201 @@
+"""Converted models on disk: a plain Hugging Face directory, and `decausal.json` with the facts of the conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError, nearest
+from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS, first_line
+from decausal.models.mask_row import fold_mask_row
+
+SCHEMA_VERSION = 1
+
+
+def _installed_version() -> str:
+    try:
+        return version("decausal")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class ConversionFacts:
+    """What sampler, evaluator and exporter must know of a converted model; they take no flags for it.
+
+    Attributes:
+        source: the autoregressive model: directory, hub id, or "tiny".
+        source_revision: its commit on the hub, if it came from there.
+        layout: kind of attention layout, see `decausal.diffusion.layout.Layout`.
+        block_size: tokens per block, for the layout "block" only.
+        shift: 1 where the state at i - 1 predicts token i, 0 where the state at i does.
+        mask_token_id: the id that stands for a token not yet known.
+        noise_schedule: "linear": a token is masked with probability t.
+        recipe: the recipe as resolved.
+        decausal_version: version that converted the model.
+        sampler: default settings of the sampler.
+        schema_version: version of this record.
+    """
+
+    source: str
+    layout: str
+    shift: int
+    mask_token_id: int
+    block_size: int | None = None
+    source_revision: str | None = None
+    noise_schedule: str = "linear"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    decausal_version: str = field(default_factory=_installed_version)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        Layout(self.layout, self.block_size)
+        if self.shift not in (0, 1):
+            raise UserError(f"shift is {self.shift}; accepted: 0, 1")
+        if self.noise_schedule != "linear":
+            raise UserError(f"noise_schedule is '{self.noise_schedule}'; accepted: linear")
+
+    @property
+    def attention(self) -> Layout:
+        """The layout as the rest of the library takes it."""
+        return Layout(self.layout, self.block_size)
+
+
+class Converted(NamedTuple):
+    """A converted model as loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: ConversionFacts
+
+
+def write_facts(directory: str | Path, facts: ConversionFacts) -> None:
+    """Writes `decausal.json` in one step: a reader finds the old file, the new one or none, never a part of one."""
+    path = Path(directory) / FACTS_FILE
+    partial = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(asdict(facts), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_facts(directory: str | Path) -> ConversionFacts:
+    """Reads `decausal.json`.
+
+    Raises:
+        UserError: when it is missing, broken, of a newer schema, or lacks a fact.
+    """
+    path = Path(directory) / FACTS_FILE
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} does not exist; give the directory of a converted model")
+    if not path.exists():
+        raise UserError(
+            f"{path.parent} is not a decausal checkpoint (it holds no {FACTS_FILE}); "
+            f"convert it first: decausal convert {path.parent} --data DATA --output_dir OUT"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; convert the model again") from error
+    return _checked_facts(record, path)
+
+
+def _checked_facts(record: object, path: Path) -> ConversionFacts:
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no table of facts; convert the model again")
+    schema = record.get("schema_version")
+    if not isinstance(schema, int):
+        raise UserError(f"{path} lacks 'schema_version'; convert the model again")
+    if schema > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema {schema}, this decausal reads up to {SCHEMA_VERSION}; upgrade decausal")
+    accepted = {fact.name: fact for fact in fields(ConversionFacts)}
+    for key in record:
+        if key not in accepted:
+            raise UserError(f"{path} holds '{key}', which is no fact of a conversion{nearest(key, accepted)}")
+    for name, fact in accepted.items():
+        if name not in record and fact.default is MISSING and fact.default_factory is MISSING:
+            raise UserError(f"{path} lacks '{name}'; convert the model again")
+    for name in ("shift", "mask_token_id"):
+        if not isinstance(record[name], int):
+            raise UserError(f"{path} has {name} {record[name]!r}; expected a whole number")
+    try:
+        return ConversionFacts(**record)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def save_converted(
+    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
+) -> None:
+    """Saves weights, configuration and tokenizer as any transformers model, then the facts.
+
+    The facts come last, and old ones go first: a directory with `decausal.json` is whole.
+
+    Args:
+        directory: made if it does not exist.
+        model: the stock model (merge adapters first). A separately trained mask row goes back into its matrix.
+        tokenizer: its tokenizer, with the mask token.
+        facts: the facts of the conversion.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FACTS_FILE).unlink(missing_ok=True)
+    model.save_pretrained(directory, state_dict=fold_mask_row(model, model.state_dict()))
+    tokenizer.save_pretrained(directory)
+    write_facts(directory, facts)
+
+
+def load_converted(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Converted:
+    """Loads a converted model in eval mode, after checking that its facts and its files tell the same story.
+
+    Raises:
+        UserError: when the directory is no converted model, or facts and weights disagree; names both.
+    """
+    path = Path(directory)
+    facts = read_facts(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"{path} holds {FACTS_FILE} but its model cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        raise UserError(f"{path} holds {FACTS_FILE} but its weights lack {min(info['missing_keys'])}")
+    _refuse_disagreement(path, facts, model, tokenizer)
+    return Converted(model.eval().to(device), tokenizer, facts)
+
+
+def _refuse_disagreement(
+    path: Path, facts: ConversionFacts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= facts.mask_token_id < num_rows:
+        raise UserError(
+            f"{path}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, the weights have {num_rows} embedding rows"
+        )
+    if tokenizer.mask_token_id != facts.mask_token_id:
+        raise UserError(
+            f"{path}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, "
+            f"the tokenizer's mask token has id {tokenizer.mask_token_id}"
+        )
+    is_causal = getattr(model.config, "is_causal", True)
+    if is_causal != (facts.layout == "causal"):
+        raise UserError(f"{path}: {FACTS_FILE} has layout '{facts.layout}', config.json has is_causal {is_causal}")

@@ -1,0 +1,77 @@
+"""Frozen embeddings with a mask token that still learns.
+
+The mask token's input row is a parameter of its own, `[D]`, that a forward hook puts in the place of the frozen
+matrix's row. So the frozen matrix has no gradient and no optimiser state, and the row has both. Checkpoints hold the
+row folded back into the matrix: their names and shapes are the source model's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from decausal.models.backbone import stock_model
+
+MASK_ROW = "mask_row"
+
+
+def freeze_embeddings(model: nn.Module, mask_token_id: int) -> None:
+    """Freezes the input embeddings and the output head; the mask token's input row stays trainable.
+
+    Call it after wrapping with PEFT, which freezes every parameter that it finds; calling it again is harmless. With
+    tied embeddings the head's mask row stays at its initial value: the mask token is never a prediction.
+
+    Args:
+        model: a stock causal LM, or a PEFT wrapper around one; changed in place.
+        mask_token_id: the mask token's id.
+    """
+    stock = stock_model(model)
+    embedding = stock.get_input_embeddings()
+    for frozen in (embedding, stock.get_output_embeddings()):
+        frozen.requires_grad_(False)
+    if not hasattr(embedding, MASK_ROW):
+        embedding.mask_token_id = mask_token_id
+        embedding.register_parameter(MASK_ROW, nn.Parameter(embedding.weight[mask_token_id].detach().clone()))
+        embedding.register_forward_hook(_put_mask_row_in_place)
+    embedding.mask_row.requires_grad_(True)
+
+
+def fold_mask_row(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict with the trained mask row in its place in the embedding matrix, as checkpoints hold it.
+
+    The model keeps its own tensors; the matrix is copied once. A state dict without a mask row comes back as it is.
+
+    Args:
+        model: the model that `state_dict` was taken from; it tells which entries are the (tied) embedding matrix.
+        state_dict: its names may carry the prefixes of a PEFT wrapper.
+    """
+    row_names = [name for name in state_dict if name.rpartition(".")[2] == MASK_ROW]
+    if not row_names:
+        return state_dict
+    stock = stock_model(model)
+    embedding = stock.get_input_embeddings()
+    parameters = dict(stock.named_parameters(remove_duplicate=False))
+    inner_row_name = next(name for name, parameter in parameters.items() if parameter is embedding.mask_row)
+    prefix = row_names[0].removesuffix(inner_row_name)
+    matrix_names = [prefix + name for name, parameter in parameters.items() if parameter is embedding.weight]
+    folded = {name: tensor for name, tensor in state_dict.items() if name != row_names[0]}
+    matrix_names = [name for name in matrix_names if name in folded]
+    matrix = folded[matrix_names[0]].detach().clone()
+    matrix[embedding.mask_token_id] = state_dict[row_names[0]].to(matrix)
+    return folded | dict.fromkeys(matrix_names, matrix)
+
+
+def load_mask_row(model: nn.Module) -> None:
+    """Sets the trainable row from the embedding matrix, after a folded state dict was loaded. No row: nothing to do."""
+    embedding = stock_model(model).get_input_embeddings()
+    if hasattr(embedding, MASK_ROW):
+        with torch.no_grad():
+            embedding.mask_row.copy_(embedding.weight[embedding.mask_token_id])
+
+
+def _put_mask_row_in_place(embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    row = embedding.mask_row.to(output.dtype)
+    scale = getattr(embedding, "embed_scale", None)  # Gemma-3 multiplies inside its embedding module
+    if scale is not None:
+        row = row * (scale.to(row.dtype) if isinstance(scale, Tensor) else scale)
+    return torch.where((args[0] == embedding.mask_token_id)[..., None], row, output)
