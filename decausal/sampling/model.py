@@ -1,0 +1,77 @@
+"""A converted model as Python users hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decausal.models.checkpoint import Converted, load_converted
+from decausal.sampling import generate as text_to_text
+from decausal.sampling.generate import BATCH_SIZE, Generation
+from decausal.sampling.sampler import OnStep
+
+
+class DiffusionModel:
+    """Model, tokenizer and the facts of the conversion, with the two ways to sample.
+
+    Example:
+        >>> model = decausal.load("converted")
+        >>> model.generate("def area(", max_new_tokens=32, threshold=0.9).text
+        >>> model.infill("def area(width, height):\\n    return ", "\\n", length=4).text
+    """
+
+    def __init__(self, converted: Converted) -> None:
+        self.model, self.tokenizer, self.facts = converted.model, converted.tokenizer, converted.facts
+        self._converted = converted
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        chat: bool = False,
+        batch_size: int = BATCH_SIZE,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Continues one prompt, or each of several; see `decausal.sampling.generate.generate`."""
+        return text_to_text.generate(
+            self._converted, prompts, chat=chat, batch_size=batch_size, on_step=on_step, **options
+        )
+
+    def infill(
+        self,
+        prefix: str | Sequence[str],
+        suffix: str | Sequence[str],
+        length: int,
+        *,
+        batch_size: int = BATCH_SIZE,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Writes `length` tokens between prefix and suffix; see `decausal.sampling.generate.infill`."""
+        return text_to_text.infill(
+            self._converted, prefix, suffix, length, batch_size=batch_size, on_step=on_step, **options
+        )
+
+
+def load(
+    directory: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> DiffusionModel:
+    """Loads a converted checkpoint, ready to sample.
+
+    Args:
+        directory: What `decausal convert` wrote: weights, tokenizer and decausal.json.
+        device: None: CUDA where there is one, else the CPU.
+        dtype: Of the weights. None: bfloat16 on CUDA, float32 on the CPU.
+
+    Raises:
+        UserError: No such checkpoint, or its facts and weights disagree.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    converted = load_converted(directory, dtype=dtype, device=device)
+    converted.model.eval()
+    return DiffusionModel(converted)
