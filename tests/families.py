@@ -101,3 +101,53 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     ),
     "smollm3": _family("SmolLM3Config", **DECODER, no_rope_layers=[1, 0]),
 }
+
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+SPARSE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MULTI_HEAD = {**DECODER, "num_key_value_heads": 4}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": MAX_LENGTH}
+
+# Families beyond those promised: the probes let these in, ...
+OTHER_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "apertus": _family("ApertusConfig", **DECODER),
+    "arcee": _family("ArceeConfig", **DECODER),
+    "cohere": _family("CohereConfig", **DECODER),
+    "cohere2": _family("Cohere2Config", **DECODER, **WINDOWED),
+    "deepseek_v3": _family("DeepseekV3Config", **MULTI_HEAD, **LATENT, **SPARSE, first_k_dense_replace=1),
+    "ernie4_5": _family("Ernie4_5Config", **DECODER),
+    "exaone4": _family("Exaone4Config", **DECODER, **WINDOWED),
+    "falcon": _family("FalconConfig", **SMALL),
+    "gemma": _family("GemmaConfig", **DECODER, head_dim=16),
+    "glm": _family("GlmConfig", **DECODER, head_dim=16),
+    "glm4": _family("Glm4Config", **DECODER, head_dim=16),
+    "gpt_bigcode": _family("GPTBigCodeConfig", **GPT2, **NO_DROPOUT),
+    "gpt_oss": _family("GptOssConfig", **DECODER, **WINDOWED, **LOCAL_EXPERTS, head_dim=16),
+    "gptj": _family("GPTJConfig", **GPT2, **NO_DROPOUT, rotary_dim=8),
+    "granitemoe": _family("GraniteMoeConfig", **DECODER, **LOCAL_EXPERTS, logits_scaling=6.0),
+    "helium": _family("HeliumConfig", **DECODER, head_dim=8),
+    "hyperclovax": _family("HyperCLOVAXConfig", **DECODER, logits_scaling=0.5),
+    "ministral": _family("MinistralConfig", **DECODER, **WINDOWED, head_dim=8),
+    "ministral3": _family("Ministral3Config", **DECODER),
+    "olmo": _family("OlmoConfig", **DECODER),
+    "olmo3": _family("Olmo3Config", **DECODER, **WINDOWED),
+    "opt": _family("OPTConfig", **SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=1),
+    "phi": _family("PhiConfig", **DECODER),
+    "qwen2_moe": _family("Qwen2MoeConfig", **DECODER, **EXPERTS, moe_intermediate_size=24),
+    "seed_oss": _family("SeedOssConfig", **DECODER),
+    "stablelm": _family("StableLmConfig", **DECODER),
+    "starcoder2": _family("Starcoder2Config", **DECODER, sliding_window=SLIDING_WINDOW),
+}
+# ... and keep these out.
+UNUSABLE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "bloom": _family("BloomConfig", hidden_size=32, n_layer=2, n_head=4),
+    "gpt_neo": _family(
+        "GPTNeoConfig",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=MAX_LENGTH,
+    ),
+}

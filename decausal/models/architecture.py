@@ -13,37 +13,11 @@ from transformers.models.auto.modeling_auto import (
 # configuration lists its layers (Granite 4, Bamba, ...) are also caught by RECURRENT_LAYER_TYPES; these are refused
 # even where a version of transformers has no such list.
 RECURRENT_MODEL_TYPES = frozenset(
-    {
-        "bailing_hybrid",
-        "bamba",
-        "falcon_h1",
-        "falcon_mamba",
-        "inkling2_text",
-        "inkling_text",
-        "jamba",
-        "kimi_linear",
-        "lfm2",
-        "lfm2_moe",
-        "lfm3",
-        "mamba",
-        "mamba2",
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
-        "qwen4_exp",
-        "qwen4_exp_text",
-        "recurrent_gemma",
-        "rwkv",
-        "xlstm",
-        "zamba",
-        "zamba2",
-        "zaya",
-    }
+    """
+    bailing_hybrid bamba falcon_h1 falcon_mamba inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3 mamba
+    mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
+    qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya
+    """.split()  # noqa: SIM905
 )
 RECURRENT_LAYER_TYPES = frozenset(
     {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent", "rwkv", "short_conv"}
@@ -87,3 +61,11 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     if unknown:
         raise ValueError(f"layers of type {', '.join(unknown)} take no attention mask of a layout")
     return {layer_type: known[layer_type] for layer_type in dict.fromkeys(layer_types)}
+
+
+def reach(config: PretrainedConfig) -> int | None:
+    """How many tokens away, on either side, a token can change a state through all layers; None where unlimited."""
+    windows = layer_windows(config)
+    layer_types = getattr(config, "layer_types", None) or ["every"] * config.num_hidden_layers
+    distances = [windows[layer_type] for layer_type in layer_types]
+    return None if None in distances else sum(window - 1 for window in distances)

@@ -14,26 +14,14 @@ from decausal.models.architecture import layer_windows
 from decausal.objectives import tokens
 from decausal.objectives.tokens import Head
 
-# Families whose stock body turns bidirectional by `is_causal=False` alone (measured by tests/exact/test_families.py and
-# tests/models/test_doctor.py). All others get an explicit mask, which is slower but leaves nothing to the model.
+# Families whose stock body turns bidirectional by `is_causal=False` alone, as tests/models/test_doctor.py measures for
+# each. All others get an explicit mask, which is slower but leaves nothing to the model.
 HONOURS_IS_CAUSAL = frozenset(
-    {
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmoe",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-    }
+    """
+    apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode
+    gpt_neox gpt_oss granite granitemoe helium llama ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe opt phi
+    phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
+    """.split()  # noqa: SIM905
 )
 
 
