@@ -1,0 +1,236 @@
+"""Packed rows on disk: built once per data, tokenizer and options, then memory-mapped.
+
+Rows have one length, so a file of fixed-size records is all it takes: reading a row is one contiguous read, without
+decoding, and a corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from decausal.data.documents import Record, read_sources
+from decausal.data.encode import encode_stream
+from decausal.data.packing import Counts, Packer, Row
+from decausal.data.sources import Data, Source, find_sources
+from decausal.errors import UserError
+
+FORMAT_VERSION = 1  # raise it whenever the same data would make other rows
+ROWS_FILE = "rows.bin"
+FACTS_FILE = "rows.json"
+CHUNK_ROWS = 256
+
+
+class PackedRows:
+    """Rows that `load_rows` has built: row i holds clean_ids, document_ids (-1 is padding) and is_maskable, each [T].
+
+    Attributes:
+        sequence_length: T.
+        num_tokens: tokens in all rows, padding not counted.
+        num_documents: documents in the rows.
+        num_dropped: documents left out because they may not be cut and are longer than a row.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        facts = json.loads((directory / FACTS_FILE).read_text())
+        self.directory = directory
+        self.sequence_length: int = facts["sequence_length"]
+        self.counts = Counts(**facts["counts"])
+        record = _record_type(self.sequence_length)
+        self._records = np.memmap(directory / ROWS_FILE, dtype=record, mode="r", shape=(self.counts.num_rows,))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.counts.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.counts.num_documents
+
+    @property
+    def num_dropped(self) -> int:
+        return self.counts.num_dropped
+
+    def __len__(self) -> int:
+        return self.counts.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        record = self._records[index]
+        return {
+            "clean_ids": torch.from_numpy(record["clean_ids"].astype(np.int64)),
+            "document_ids": torch.from_numpy(record["document_ids"].astype(np.int64)),
+            "is_maskable": torch.from_numpy(record["is_maskable"].copy()),
+        }
+
+    def __reduce__(self) -> tuple[type[PackedRows], tuple[Path]]:
+        return PackedRows, (self.directory,)  # a data loader's worker maps the file instead of copying it
+
+
+def load_rows(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    text_field: str = "text",
+    split: str = "train",
+    cache_dir: str | Path | None = None,
+    data_fraction: float = 1.0,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> PackedRows:
+    """Returns the packed rows of `data`, from the cache where these very rows have been built before.
+
+    Args:
+        data, text_field, split: see `decausal.data.documents.read_documents`.
+        tokenizer: of the model that will read the rows.
+        sequence_length: tokens per row, T, at least 2.
+        cache_dir: where rows are kept; by default `decausal/rows` in the Hugging Face home directory.
+        data_fraction: share of the documents to keep, in (0, 1]. A hash of `seed` and a document's origin decides, so
+            a smaller share is a subset of a larger one. At least one document is kept.
+        seed: chooses which documents `data_fraction` keeps.
+        max_rows: stop after this many rows.
+
+    Raises:
+        UserError: the data cannot be read or encoded, an option is out of its range, or the cache cannot be written.
+    """
+    if sequence_length < 2:
+        raise UserError(f"--max_length {sequence_length}: a row needs at least 2 tokens")
+    if not 0 < data_fraction <= 1:
+        raise UserError(f"--data_fraction {data_fraction}: must be above 0 and at most 1")
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows {max_rows}: must be at least 1")
+    sources = find_sources(data, split)
+    subset = (data_fraction, seed) if data_fraction < 1 else None
+    options = [FORMAT_VERSION, sequence_length, text_field, subset, max_rows]
+    name = _fingerprint(sources, tokenizer, options)
+    with _cache_errors(cache_dir):
+        root = Path(cache_dir) if cache_dir else Path(HF_HOME, "decausal", "rows")
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):  # of several processes, one builds
+            if not _is_whole(root / name):
+                records = keep_fraction(read_sources(sources, text_field), data_fraction, seed)
+                _build(root / name, records, tokenizer, sequence_length, max_rows)
+    rows = PackedRows(root / name)
+    rows.counts.report_dropped(sequence_length)
+    return rows
+
+
+def keep_fraction(records: Iterable[Record], fraction: float, seed: int) -> Iterator[Record]:
+    """Yields the records whose hash of seed and origin falls below `fraction`, or else the one nearest to it."""
+    nearest: tuple[float, Record] | None = None
+    is_any_kept = False
+    for record in records:
+        digest = sha256(f"{seed} {record['origin']}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        if share < fraction or fraction == 1:
+            is_any_kept = True
+            yield record
+        elif not is_any_kept and (nearest is None or share < nearest[0]):
+            nearest = share, record
+    if not is_any_kept and nearest is not None:
+        yield nearest[1]
+
+
+def _build(
+    directory: Path,
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    max_rows: int | None,
+) -> None:
+    """Builds beside `directory` and renames, so that what has its name is whole."""
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    packer = Packer(sequence_length, pad_token_id or 0)
+    unfinished = directory.with_suffix(".unfinished")
+    for left_over in (unfinished, directory):  # of a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        rows = islice(packer.rows(encode_stream(records, tokenizer)), max_rows)
+        _write(unfinished / ROWS_FILE, _watched(rows, packer.counts), sequence_length)
+        if not packer.counts.num_rows:
+            packer.counts.report_dropped(sequence_length)
+        facts = {"sequence_length": sequence_length, "counts": asdict(packer.counts)}
+        (unfinished / FACTS_FILE).write_text(json.dumps(facts))
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(path: Path, rows: Iterator[Row], sequence_length: int) -> None:
+    record_type = _record_type(sequence_length)
+    with path.open("wb") as file:
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            records = np.empty(len(chunk), dtype=record_type)
+            for name in record_type.names or ():
+                records[name] = [getattr(row, name) for row in chunk]
+            file.write(records.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
+    """Shows how many tokens are packed, where a terminal shows it."""
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    with Console(stderr=True).status("packing") as status:
+        for index, row in enumerate(rows):
+            if index % CHUNK_ROWS == 0:
+                status.update(f"packing: {counts.num_documents:,} documents, {counts.num_tokens:,} tokens")
+            yield row
+
+
+def _record_type(sequence_length: int) -> np.dtype:
+    return np.dtype(
+        [
+            ("clean_ids", "<i4", (sequence_length,)),
+            ("document_ids", "<i4", (sequence_length,)),
+            ("is_maskable", "?", (sequence_length,)),
+        ]
+    )
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        facts = json.loads((directory / FACTS_FILE).read_text())
+        expected = facts["counts"]["num_rows"] * _record_type(facts["sequence_length"]).itemsize
+        return (directory / ROWS_FILE).stat().st_size == expected
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _fingerprint(sources: list[Source], tokenizer: PreTrainedTokenizerBase, options: list[object]) -> str:
+    """Returns a hash of all that decides what the rows hold."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+    special = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest = sha256()
+    for part in (repr(options), vocabulary, repr(special), *(source.fingerprint() for source in sources)):
+        digest.update(f"{len(part)} {part}".encode())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def _cache_errors(cache_dir: str | Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or cache_dir or HF_HOME
+        raise UserError(f"cannot keep packed rows in {where}: {error.strerror}; name another directory") from None
