@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.sampler import OnStep, denoise
@@ -115,7 +116,7 @@ def infill(
     if len(prefixes) != len(suffixes):
         raise UserError(f"infill got {len(prefixes)} prefixes and {len(suffixes)} suffixes: give as many of each")
     rows = [
-        _Row(before, after, _prompt_ids(converted, before), _suffix_ids(converted, after), length, name)
+        _Row(before, after, _prompt_ids(converted, before), _text_ids(converted.tokenizer, after), length, name)
         for (name, before), after in zip(_named("prefix", prefixes), suffixes, strict=True)
     ]
     generations = _fill(converted, rows, settings, (), batch_size, on_step)
@@ -257,9 +258,11 @@ def _prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int
             raise UserError("chat=True needs a chat template, and this model's tokenizer has none: leave chat out")
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    # As documents are encoded for training: what the tokenizer puts before a text, never what it puts behind one.
+    before = [] if chat else SpecialTokens(tokenizer).prefix
+    ids = [*before, *_text_ids(tokenizer, text)]
     if ids:
-        return list(ids)
+        return ids
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if start is not None:
             return [start]
@@ -271,8 +274,8 @@ def _prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int
     )
 
 
-def _suffix_ids(converted: Converted, text: str) -> list[int]:
-    return list(converted.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _end_token_ids(converted: Converted) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.errors import UserError
 from decausal.sampling import sampler
+from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.sampler import Denoised, SamplerSettings, denoise
 from tests.sampling.stand_ins import WrittenModel, conversion_facts, sure_of, written
 
@@ -223,6 +224,16 @@ def test_seeds_repeat_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(set(map(tuple, first.tolist()))) > 4
+
+
+def test_every_token_is_the_draw_of_its_seed_step_and_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    uniform = torch.full((1, 16), 1 / 16)
+    denoised = run(written(monkeypatch, uniform.tolist() * 6), [6] * 3, mask_token_id=16, num_steps=6, temperature=1.0)
+    for row in range(3):
+        for position in range(6):
+            step = int(denoised.step_of_token[row, position])
+            numbers = uniform_numbers(torch.tensor([row]), step, torch.tensor([position]))
+            assert denoised.ids[row, position] == choose(uniform.log(), numbers, temperature=1.0)
 
 
 def test_row_i_draws_from_seed_plus_i(monkeypatch: pytest.MonkeyPatch) -> None:
