@@ -1,0 +1,1 @@
+"""The mathematics on tensors: noise, layout, shift, nelbo."""

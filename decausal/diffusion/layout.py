@@ -1,0 +1,138 @@
+"""Attention layouts: which token may read which.
+
+Every rule here is a comparison of positions and document ids, so that one function serves the dense masks of SDPA and
+eager attention as well as the `mask_mod` of FlexAttention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.errors import UserError, nearest
+
+LAYOUT_KINDS = ("causal", "bidirectional", "block")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who attends to whom inside one document.
+
+    Attributes:
+        kind: ``"causal"`` (a token reads itself and what precedes it), ``"bidirectional"`` (a token reads its whole
+            document) or ``"block"`` (bidirectional inside a block, causal over blocks).
+        block_size: tokens per block; given for ``"block"`` and only there.
+
+    Raises:
+        UserError: for an unknown kind, or a block size that does not fit it.
+    """
+
+    kind: str
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAYOUT_KINDS:
+            accepted = ", ".join(LAYOUT_KINDS)
+            hint = nearest(self.kind, LAYOUT_KINDS)
+            raise UserError(f"layout '{self.kind}' is not known{hint}; accepted: {accepted}")
+        if self.kind == "block" and (self.block_size is None or self.block_size < 1):
+            raise UserError(f"layout 'block' has block_size {self.block_size}; give a number of tokens of at least 1")
+        if self.kind != "block" and self.block_size is not None:
+            raise UserError(
+                f"layout '{self.kind}' has block_size {self.block_size}; leave it out, or use layout 'block'"
+            )
+
+
+def visible(
+    layout: Layout,
+    query_position: Int[Tensor, "..."],
+    key_position: Int[Tensor, "..."],
+    query_document: Int[Tensor, "..."],
+    key_document: Int[Tensor, "..."],
+    window: int | None = None,
+) -> Bool[Tensor, "..."]:
+    """Whether each query may read each key. Elementwise: the four tensors broadcast against each other.
+
+    Documents never see each other. Padding is a document too (id -1): padding reads padding, so that no query is left
+    without a key, which softmax would turn into NaN.
+
+    A sliding window W keeps the reach backward that the layer had as an autoregressive one (``q - k < W``) and mirrors
+    it forward, so that a causal layout gives exactly the source model's window and a bidirectional one sees every
+    distance the layer was trained on, and no other, on both sides.
+
+    Args:
+        layout: the layout.
+        query_position: positions inside the query's document. They restart at 0 in each document: blocks lie on a grid
+            that starts with the document, wherever packing put it in the row.
+        key_position: positions inside the key's document.
+        query_document: document ids, -1 for padding.
+        key_document: document ids, -1 for padding.
+        window: W of a sliding-window layer, in tokens; None where a layer reads everything.
+    """
+    is_visible = query_document == key_document
+    if layout.kind == "causal":
+        is_visible = is_visible & (key_position <= query_position)
+    elif layout.kind == "block":
+        is_visible = is_visible & (key_position // layout.block_size <= query_position // layout.block_size)
+    if window is not None:
+        is_visible = is_visible & ((query_position - key_position).abs() < window)
+    return is_visible
+
+
+def attention_mask(
+    layout: Layout,
+    document_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    window: int | None = None,
+    future_order: Float[Tensor, "S S"] | None = None,
+    future_fraction: float | None = None,
+) -> Bool[Tensor, "B 1 T T"]:
+    """Dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
+
+    Attention can be annealed from causal to `layout`: of the pairs that look ahead, only those whose `future_order` lies
+    below `future_fraction` are open. Since the order is fixed, a pair once open stays open as the fraction grows.
+
+    Args:
+        layout: the layout, or the one that annealing ends in.
+        document_ids: document of each token, -1 for padding.
+        position_ids: position of each token in its document, from 0 (`positions_in_documents`).
+        window: sliding window in tokens, see `visible`.
+        future_order: values in [0, 1) from `future_order`, for at least T positions; indexed by places in the row.
+        future_fraction: in [0, 1]; 0 is causal, 1 is `layout`. Given together with `future_order`, or not at all.
+
+    Source: attention mask annealing, DiffuLLaMA (arXiv 2410.17891, section 3). Deviation: there each step draws its
+    open pairs anew.
+    """
+    if (future_order is None) != (future_fraction is None):
+        raise ValueError("future_order and future_fraction are given together or not at all")
+    query_position, key_position = position_ids[:, :, None], position_ids[:, None, :]
+    is_visible = visible(
+        layout, query_position, key_position, document_ids[:, :, None], document_ids[:, None, :], window
+    )
+    if future_order is not None:
+        length = document_ids.shape[1]
+        is_open = future_order[:length, :length] < future_fraction
+        is_visible = is_visible & ((key_position <= query_position) | is_open)
+    return is_visible[:, None]
+
+
+def future_order(length: int, seed: int, device: torch.device | str = "cpu") -> Float[Tensor, "T T"]:
+    """The fixed random order, uniform in [0, 1), in which annealing opens the pairs that look ahead.
+
+    A function of `length` and `seed`: drawn on the CPU from a generator of its own, so that every process, device and
+    resumed run has the same order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(length, length, generator=generator).to(device)
+
+
+def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Position of each token in its document: 0, 1, 2, ... from wherever the id changes (padding counts the same way)."""
+    row_position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first_position = torch.where(is_first, row_position, 0).cummax(dim=1).values
+    return row_position - first_position

@@ -1,0 +1,140 @@
+"""The negative evidence lower bound (NELBO) of masked diffusion, exactly and by sampling.
+
+With the linear schedule (a token is masked with chance t) the bound on -log p(x), in nats, is
+
+    NELBO = E over t ~ U(0, 1), S ~ Bernoulli(t) on each of the n maskable tokens, of (1/t) sum_{i in S} -log p(x_i | x outside S).
+
+Integrating t out, a set S of m tokens has weight B(m, n - m + 1) = 1 / (m C(n, m)), which is also what drawing m
+uniformly in 1..n, then S uniformly among the sets of m, then weighting by n/m gives: the bound equals the negative
+log-likelihood of generating the tokens one by one in an order drawn at random.
+
+Source: Ou et al., Your absorbing discrete diffusion secretly models the conditional distributions of clean data
+(arXiv 2406.03736); Sahoo et al., Simple and effective masked diffusion language models (arXiv 2406.07524).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.diffusion.noise import noise_levels, uniforms
+
+MAX_ENUMERATED = 20
+
+TokenLogProbs = Callable[[Bool[Tensor, "P T"]], Float[Tensor, "P T"]]
+"""Maps mask patterns of one row to log p(token | unmasked tokens) of each of its tokens; only masked tokens are read."""
+
+
+def nelbo_exact(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], block_size: int | None = None) -> float:
+    """NELBO in nats, by enumerating all mask patterns: 2^n of them for n maskable tokens (or for a block's n).
+
+    With `block_size` K, blocks of K tokens are denoised from left to right, as a model of block layout generates: while
+    a block is scored, earlier blocks are clean and the maskable tokens of later ones are all masked. Block size 1 gives
+    the autoregressive negative log-likelihood.
+
+    Args:
+        token_log_probs: called with patterns of one size at a time.
+        is_maskable: tokens that may be masked; the others are always seen.
+        block_size: tokens per block, on a grid from the row's start; None is one block for the whole row.
+
+    Raises:
+        ValueError: if a block has more than 20 maskable tokens.
+    """
+    length = len(is_maskable)
+    size = block_size or max(length, 1)
+    return sum(
+        _block_nelbo(token_log_probs, is_maskable, start, min(start + size, length)) for start in range(0, length, size)
+    )
+
+
+def _block_nelbo(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], start: int, end: int) -> float:
+    places = [i for i in range(start, end) if is_maskable[i]]
+    n = len(places)
+    if n > MAX_ENUMERATED:
+        raise ValueError(f"{n} maskable tokens have 2^{n} mask patterns; enumeration takes at most {MAX_ENUMERATED}")
+    is_later = is_maskable.clone()
+    is_later[:end] = False
+    total = 0.0
+    for m in range(1, n + 1):
+        patterns = torch.tensor(list(combinations(places, m)), device=is_maskable.device)
+        in_block = torch.zeros(len(patterns), len(is_maskable), dtype=torch.bool, device=is_maskable.device)
+        in_block.scatter_(1, patterns, True)
+        log_probs = token_log_probs(in_block | is_later)
+        total -= _masked_sum(log_probs, in_block).sum().item() / (m * math.comb(n, m))
+    return total
+
+
+@dataclass(frozen=True)
+class MaskPatterns:
+    """Random mask patterns of one row, and the weights that make ``weight * sum of masked -log p`` unbiased for the NELBO."""
+
+    is_masked: Bool[Tensor, "S T"]
+    weight: Float[Tensor, "S"]
+
+
+def draw_patterns(
+    is_maskable: Bool[Tensor, "T"], num_samples: int, *, seed: int, position: int = 0, estimator: str = "count"
+) -> MaskPatterns:
+    """Draws mask patterns whose weighted losses estimate the NELBO.
+
+    Documents packed into one row may share its patterns: seen from one document, a pattern of the row has the right
+    distribution and weight.
+
+    Args:
+        is_maskable: tokens that may be masked.
+        num_samples: S. Their noise levels (or mask counts) are stratified over the samples and, for consecutive
+            positions, over the rows.
+        seed: with `position`, all the randomness there is.
+        position: number of the row.
+        estimator: ``"count"`` draws the number m of masked tokens and weights by n/m, at most n; ``"level"`` draws t
+            and weights by 1/t, which has no bound. Equal in expectation; "count" varies less.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    if estimator not in ("count", "level"):
+        raise ValueError(f"estimator '{estimator}' is not known; accepted: count, level")
+    level = noise_levels(position, seed, num_samples, stratified=True, epsilon=1e-9).double()
+    uniform = uniforms((num_samples, len(is_maskable)), seed=seed, position=position)
+    if estimator == "level":
+        return MaskPatterns((uniform < level[:, None]) & is_maskable.cpu(), 1 / level)
+    num_maskable = int(is_maskable.sum())
+    num_masked = (1 + (level * num_maskable).long()).clamp(max=num_maskable)
+    is_masked = _smallest(uniform.masked_fill(~is_maskable.cpu(), torch.inf), num_masked)
+    return MaskPatterns(is_masked, num_maskable / num_masked.clamp(min=1))
+
+
+def nelbo_samples(
+    token_log_probs: TokenLogProbs,
+    is_maskable: Bool[Tensor, "T"],
+    num_samples: int,
+    *,
+    seed: int,
+    position: int = 0,
+    estimator: str = "count",
+) -> Float[Tensor, "S"]:
+    """Unbiased estimates of a row's NELBO in nats, one per mask pattern; their mean is the Monte-Carlo NELBO.
+
+    The arguments are those of `draw_patterns`, before them the model as in `nelbo_exact`, called once with all S
+    patterns. Stratification makes the mean at least as exact as the spread of independent samples would say.
+    """
+    patterns = draw_patterns(is_maskable, num_samples, seed=seed, position=position, estimator=estimator)
+    is_masked = patterns.is_masked.to(is_maskable.device)
+    return -_masked_sum(token_log_probs(is_masked), is_masked) * patterns.weight.to(is_maskable.device)
+
+
+def _masked_sum(log_probs: Float[Tensor, "P T"], is_masked: Bool[Tensor, "P T"]) -> Float[Tensor, "P"]:
+    # where, not a product: what a model says of an unmasked token may be infinite.
+    return torch.where(is_masked, log_probs.double(), 0.0).sum(dim=1)
+
+
+def _smallest(keys: Float[Tensor, "S T"], count: Int[Tensor, "S"]) -> Bool[Tensor, "S T"]:
+    """Marks the `count` smallest keys of each row."""
+    rank = keys.argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None]

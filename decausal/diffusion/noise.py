@@ -1,0 +1,122 @@
+"""Noise: which tokens of a row are masked.
+
+Everything is a function of (seed, position): no global random state, the same row whichever worker or process draws
+it, and nothing to restore when a run resumes. The generator is counter-based, which makes a draw cost microseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.errors import UserError
+
+EPSILON = 1 / 500
+
+# Fractional part of the golden ratio: of all rotations the one whose orbit is spread most evenly.
+_GOLDEN = (5**0.5 - 1) / 2
+_MASKS, _LEVELS, _OFFSET = range(3)
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class Noise:
+    """K noised views of one row.
+
+    Attributes:
+        is_masked: tokens to replace by the mask token.
+        level: t of the token's document in that view. Padding, which is never masked, carries 1, so that 1/t is finite.
+    """
+
+    is_masked: Bool[Tensor, "K T"]
+    level: Float[Tensor, "K T"]
+
+
+def noise_levels(
+    position: int, seed: int, num_levels: int, stratified: bool, epsilon: float = EPSILON
+) -> Float[Tensor, "num_levels"]:
+    """Noise levels t, each uniform on [0, 1] over seeds, clamped to [epsilon, 1 - epsilon].
+
+    Stratified levels are a rotation by the golden ratio, ``frac(offset(seed) + position * golden + j / num_levels)``:
+    the levels of one position are evenly spaced, and those of ANY n consecutive positions have discrepancy
+    O(log n / n), where independent ones have O(1 / sqrt(n)). So every batch is nearly stratified, whatever its
+    micro-batches, accumulation steps and processes.
+
+    Args:
+        position: training row, counted from the start of the run.
+        seed: the run's seed.
+        num_levels: levels for this position (its documents times its views).
+        stratified: False draws them independently.
+        epsilon: distance from 0 and 1.
+
+    Source: stratified times, Kingma et al., Variational diffusion models (arXiv 2107.00630, appendix I.1), there within
+    a batch; here across positions, by a Kronecker sequence.
+    """
+    if stratified:
+        offset = _generator(seed, 0, _OFFSET).random()
+        level = (offset + position * _GOLDEN + np.arange(num_levels) / max(num_levels, 1)) % 1.0
+    else:
+        level = _generator(seed, position, _LEVELS).random(num_levels)
+    return torch.from_numpy(level.clip(epsilon, 1 - epsilon)).float()
+
+
+def draw_noise(
+    document_ids: Int[Tensor, "T"],
+    is_maskable: Bool[Tensor, "T"],
+    *,
+    position: int,
+    seed: int,
+    views: int = 1,
+    complementary: bool = False,
+    stratified: bool = True,
+) -> Noise:
+    """Draws K noised views of one row: each document has its own level t, each maskable token is masked with chance t.
+
+    Args:
+        document_ids: 0, 1, ... inside the row, -1 for padding.
+        is_maskable: tokens that may be masked, already restricted to those that can be predicted
+            (`decausal.diffusion.shift.predictable`).
+        position: training row, counted from the start of the run. With `seed` it is all the randomness there is.
+        seed: the run's seed.
+        views: K.
+        complementary: the second of two views masks exactly the maskable tokens that the first leaves, at level
+            1 - t, so that every maskable token is a target once. Otherwise the views are drawn independently.
+        stratified: see `noise_levels`; levels are spread over documents and views.
+
+    Raises:
+        UserError: for fewer than one view, or complementary views that are not two.
+    """
+    if views < 1:
+        raise UserError(f"views is {views}; accepted: 1 or more")
+    if complementary and views != 2:
+        raise UserError(f"complementary masks with views = {views}; complementary masks come in pairs: set views to 2")
+    num_documents = int(document_ids.max()) + 1 if document_ids.numel() else 0
+    drawn_views = 1 if complementary else views
+    document_levels = noise_levels(position, seed, num_documents * drawn_views, stratified)
+    level = _levels_of_tokens(document_levels.view(num_documents, drawn_views), document_ids)
+    is_masked = (uniforms((drawn_views, len(document_ids)), position=position, seed=seed) < level) & is_maskable
+    if complementary:
+        is_masked = torch.cat([is_masked, is_maskable & ~is_masked])
+        level = torch.cat([level, torch.where(document_ids < 0, 1.0, 1 - level)])
+    return Noise(is_masked, level)
+
+
+def uniforms(shape: tuple[int, ...], *, position: int, seed: int) -> Float[Tensor, "..."]:
+    """Independent uniform numbers in [0, 1): those that masks are drawn with, a function of (seed, position)."""
+    return torch.from_numpy(_generator(seed, position, _MASKS).random(shape))
+
+
+def _levels_of_tokens(document_levels: Float[Tensor, "M K"], document_ids: Int[Tensor, "T"]) -> Float[Tensor, "K T"]:
+    padding_level = torch.ones(1, document_levels.shape[1])
+    # The padding's id, -1, picks the last row.
+    return torch.cat([document_levels, padding_level])[document_ids].T
+
+
+def _generator(seed: int, position: int, stream: int) -> np.random.Generator:
+    """A generator of its own for each (seed, position, stream): the words of a Philox key and counter."""
+    key = np.array([seed % _WORD, position % _WORD], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))

@@ -1,0 +1,1 @@
+"""One file per loss, each a pure function on tensors."""

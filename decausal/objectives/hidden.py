@@ -1,0 +1,124 @@
+"""Alignment: how far the student's hidden states are from the frozen autoregressive model's.
+
+Called once per aligned layer, on target positions only. Sums run in fp32 (fp64 for fp64 states), but no fp32 copy lives
+until the backward pass: that keeps the student's states (alive anyway), the teacher's rows in their own dtype and three
+scalars per row, and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from decausal.errors import UserError, nearest
+
+DISTANCES = ("cosine", "l2")
+
+
+def alignment(
+    student: Float[Tensor, "n D"],
+    teacher: Float[Tensor, "n D"],
+    distance: str,
+    weights: Float[Tensor, "n"] | None = None,
+) -> Float[Tensor, ""]:
+    """Sum over rows of the distance between student and teacher; differentiable once, in `student` alone.
+
+    ``"cosine"`` is 1 - cos, computed as half the squared distance of the two directions, so that equal rows give a
+    value and a gradient of exactly 0. A row of zeros has no direction: it counts as 0, lies 1/2 from any direction and
+    gets no gradient. ``"l2"`` is the squared difference averaged over the D features.
+
+    Args:
+        student: the student's states, one row per aligned position.
+        teacher: the teacher's states at the same positions.
+        distance: ``"cosine"`` or ``"l2"``.
+        weights: per-row weights, not differentiated; 1 by default.
+
+    Raises:
+        UserError: for an unknown distance.
+
+    Source: REPR-ALIGN (arXiv 2605.06885), there a mean over positions and layers; here a sum, for the caller to divide
+    by a global count.
+    """
+    return _Alignment.apply(student, None, teacher, weights, _checked(distance))
+
+
+def alignment_at(
+    student: Float[Tensor, "*batch D"],
+    student_index: Int[Tensor, "n"],
+    teacher_rows: Float[Tensor, "n D"],
+    distance: str,
+    weights: Float[Tensor, "n"] | None = None,
+) -> Float[Tensor, ""]:
+    """`alignment` of the student's rows at `student_index` (flat, into all rows of `student`), without a copy of them.
+
+    Raises:
+        UserError: for an unknown distance.
+    """
+    return _Alignment.apply(student, student_index, teacher_rows, weights, _checked(distance))
+
+
+def _checked(distance: str) -> str:
+    if distance not in DISTANCES:
+        hint = nearest(distance, DISTANCES)
+        raise UserError(f"alignment distance '{distance}' is not known{hint}; accepted: {', '.join(DISTANCES)}")
+    return distance
+
+
+class _Alignment(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, index: Tensor | None, teacher: Tensor, weights: Tensor | None, distance: str
+    ) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        student_rows, teacher_rows = _rows(student, index).to(dtype), teacher.to(dtype)
+        scalars: tuple[Tensor, ...] = ()
+        if distance == "cosine":
+            student_inverse, teacher_inverse = _inverse_norm(student_rows), _inverse_norm(teacher_rows)
+            direction = student_rows * student_inverse
+            difference = direction - teacher_rows * teacher_inverse
+            scalars = (student_inverse, teacher_inverse, (difference * direction).sum(dim=-1, keepdim=True))
+            row_distances = difference.square().sum(dim=-1) / 2
+        else:
+            row_distances = (student_rows - teacher_rows).square().mean(dim=-1)
+        ctx.distance = distance
+        ctx.save_for_backward(student, index, teacher, weights, *scalars)
+        return row_distances.sum() if weights is None else (row_distances * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        student, index, teacher, weights, *scalars = ctx.saved_tensors
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        student_rows, teacher_rows = _rows(student, index).to(dtype), teacher.to(dtype)
+        row_factor = grad_loss if weights is None else (grad_loss * weights)[:, None]
+        if ctx.distance == "cosine":
+            student_inverse, teacher_inverse, along = scalars
+            direction = student_rows * student_inverse
+            difference = direction - teacher_rows * teacher_inverse
+            # Only what is orthogonal to the student's direction changes the angle.
+            grad_rows = (difference - direction * along) * (student_inverse * row_factor)
+        else:
+            grad_rows = (student_rows - teacher_rows) * (2 / student.shape[-1] * row_factor)
+        return _scattered(grad_rows.to(student.dtype), index, student), None, None, None, None
+
+
+def _rows(student: Tensor, index: Tensor | None) -> Tensor:
+    return student if index is None else student.reshape(-1, student.shape[-1])[index]
+
+
+def _scattered(grad_rows: Tensor, index: Tensor | None, student: Tensor) -> Tensor:
+    if index is None:
+        return grad_rows
+    grad_student = torch.zeros_like(student, memory_format=torch.contiguous_format)
+    grad_student.view(-1, student.shape[-1]).index_add_(0, index, grad_rows)
+    return grad_student
+
+
+def _inverse_norm(rows: Tensor) -> Tensor:
+    """1 / |row| as a column, and 0 for a row of zeros, which has no direction."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(norm > 0, 1 / norm, 0)
