@@ -157,9 +157,13 @@ def _config(path: str, revision: str | None) -> PretrainedConfig:
 
 def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+    # Where its files are missing, transformers makes one that knows special tokens alone and drops every text.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"cannot load the tokenizer of {path}: its vocabulary is missing (tokenizer.json)")
+    return tokenizer
 
 
 def first_line(error: Exception) -> str:
