@@ -11,6 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from decausal.models.architecture import attention_implementation
+
 EOS = "<|endoftext|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -74,7 +76,9 @@ def build(config_name: str, defaults: dict[str, Any], seed: int = 0, **changes: 
     config = getattr(transformers, config_name)(**{**SHARED, **defaults, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention_implementation(config)
+        )
     return model.eval()
 
 

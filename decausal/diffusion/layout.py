@@ -92,8 +92,8 @@ def attention_mask(
 ) -> Bool[Tensor, "B 1 T T"]:
     """Dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
 
-    Attention can be annealed from causal to `layout`: of the pairs that look ahead, only those whose `future_order` lies
-    below `future_fraction` are open. Since the order is fixed, a pair once open stays open as the fraction grows.
+    Attention can be annealed from causal to `layout`: of the pairs that look ahead, only those whose `future_order`
+    lies below `future_fraction` are open. The order is fixed, so a pair once open stays open as the fraction grows.
 
     Args:
         layout: the layout, or the one that annealing ends in.
@@ -130,7 +130,7 @@ def future_order(length: int, seed: int, device: torch.device | str = "cpu") -> 
 
 
 def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Position of each token in its document: 0, 1, 2, ... from wherever the id changes (padding counts the same way)."""
+    """Position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding included."""
     row_position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

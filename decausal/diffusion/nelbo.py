@@ -2,7 +2,7 @@
 
 With the linear schedule (a token is masked with chance t) the bound on -log p(x), in nats, is
 
-    NELBO = E over t ~ U(0, 1), S ~ Bernoulli(t) on each of the n maskable tokens, of (1/t) sum_{i in S} -log p(x_i | x outside S).
+    NELBO = E_t,S [ (1/t) sum_{i in S} -log p(x_i | x outside S) ],  t ~ U(0, 1), S ~ Bernoulli(t) on n maskable tokens.
 
 Integrating t out, a set S of m tokens has weight B(m, n - m + 1) = 1 / (m C(n, m)), which is also what drawing m
 uniformly in 1..n, then S uniformly among the sets of m, then weighting by n/m gives: the bound equals the negative
@@ -28,7 +28,7 @@ from decausal.diffusion.noise import noise_levels, uniforms
 MAX_ENUMERATED = 20
 
 TokenLogProbs = Callable[[Bool[Tensor, "P T"]], Float[Tensor, "P T"]]
-"""Maps mask patterns of one row to log p(token | unmasked tokens) of each of its tokens; only masked tokens are read."""
+"""Maps mask patterns of one row to log p(token | unmasked tokens) of each token; only those of masked tokens count."""
 
 
 def nelbo_exact(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], block_size: int | None = None) -> float:
@@ -72,7 +72,7 @@ def _block_nelbo(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"],
 
 @dataclass(frozen=True)
 class MaskPatterns:
-    """Random mask patterns of one row, and the weights that make ``weight * sum of masked -log p`` unbiased for the NELBO."""
+    """Random mask patterns of one row, and weights: ``weight * sum of masked -log p`` is unbiased for the NELBO."""
 
     is_masked: Bool[Tensor, "S T"]
     weight: Float[Tensor, "S"]

@@ -18,7 +18,7 @@ from transformers import (
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models.architecture import refusal
+from decausal.models.architecture import attention_implementation, refusal
 
 BIDIRECTIONAL = Layout("bidirectional")
 DEFAULT_MASK_TOKEN = "<|mask|>"
@@ -52,7 +52,13 @@ def load_source(
         raise UserError(f"{path} cannot be converted: {reason}; give a decoder-only causal language model")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            revision=revision,
+            attn_implementation=attention_implementation(config),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the weights of {path}: {first_line(error)}") from error

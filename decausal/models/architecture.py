@@ -44,6 +44,11 @@ def refusal(config: PretrainedConfig) -> str | None:
     return None
 
 
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """``"eager"`` where SDPA would leave out the cap on attention scores; None where transformers chooses rightly."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+
+
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     """Sliding window of each layer type in tokens (a query q reads keys k with q - k < window), None where unlimited.
 

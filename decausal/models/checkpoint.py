@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, nearest
 from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS, first_line
+from decausal.models.architecture import attention_implementation
 from decausal.models.mask_row import fold_mask_row
 
 SCHEMA_VERSION = 1
@@ -173,7 +174,12 @@ def load_converted(
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except LOADING_ERRORS as error:
         raise UserError(f"{path} holds {FACTS_FILE} but its model cannot be loaded: {first_line(error)}") from error

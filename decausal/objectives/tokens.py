@@ -1,12 +1,13 @@
 """Cross-entropy of gathered target rows against the vocabulary, without ever holding their logits.
 
 The gradient is computed in the forward pass, chunk by chunk: logits, softmax and gradient share one [chunk, V] buffer,
-and what remains of a chunk is its [chunk, D] gradient. That takes three matrix products (logits, hidden gradient, weight
-gradient), two where the head is frozen, and nothing is recomputed in the backward pass.
+and what remains of a chunk is its [chunk, D] gradient. That takes three matrix products (logits, hidden gradient,
+weight gradient), two where the head is frozen, and nothing is recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -115,21 +116,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         matmul_dtype, softmax_dtype = _matmul_dtype(hidden), _softmax_dtype(hidden)
         needs = [wants_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight_cast = weight.to(matmul_dtype)
-            bias_cast = None if bias is None else bias.to(softmax_dtype)
-            nll = hidden.new_empty(len(hidden), dtype=softmax_dtype)
-            coefficients = weights.to(softmax_dtype, copy=True)
-            gradients = _Gradients.zeros(hidden, weight, bias, needs, softmax_dtype)
+        gradients = _Gradients.zeros(hidden, weight, bias, needs, softmax_dtype)
+        nll = hidden.new_empty(len(hidden), dtype=softmax_dtype)
+        coefficients = weights.to(softmax_dtype, copy=True)
+        with _autocast_off(hidden.device.type):
+            cast_head = head._replace(
+                weight=weight.to(matmul_dtype), bias=None if bias is None else bias.to(softmax_dtype)
+            )
             for start in range(0, len(hidden), chunk_size):
                 rows = slice(start, start + chunk_size)
                 hidden_cast = hidden[rows].to(matmul_dtype)
-                capped, slope = _logits_and_slope(hidden_cast, weight_cast, bias_cast, head, softmax_dtype, any(needs))
-                nll[rows] = _softmax_in_place(capped, targets[rows])
-                coefficients[rows] += papl * torch.exp(-nll[rows]) * (weights[rows] != 0)
-                if any(needs):
-                    grad_logits = _grad_logits_in_place(capped, targets[rows], coefficients[rows], slope)
-                    gradients.add(rows, grad_logits, hidden_cast, weight_cast)
+                _chunk(rows, hidden_cast, cast_head, targets[rows], papl, nll[rows], coefficients[rows], gradients)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(nll)
@@ -162,25 +159,45 @@ class _Gradients(NamedTuple):
             torch.zeros_like(bias, dtype=sum_dtype) if needs[2] else None,
         )
 
-    def add(self, rows: slice, grad_logits: Tensor, hidden_cast: Tensor, weight_cast: Tensor) -> None:
+    def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(dim=0))
-        grad_cast = grad_logits.to(weight_cast.dtype)
+        grad_cast = grad_logits.to(weight.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = grad_cast @ weight_cast
+            self.hidden[rows] = grad_cast @ weight
         if self.weight is not None and self.weight.dtype == grad_cast.dtype:
-            self.weight.addmm_(grad_cast.T, hidden_cast)
+            self.weight.addmm_(grad_cast.T, hidden)
         elif self.weight is not None:
-            self.weight.add_(grad_cast.T @ hidden_cast)
+            self.weight.add_(grad_cast.T @ hidden)
+
+
+def _chunk(
+    rows: slice,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    papl: float,
+    nll: Tensor,
+    coefficients: Tensor,
+    gradients: _Gradients,
+) -> None:
+    """Fills `nll`, completes `coefficients` and adds to `gradients` for one chunk, whose buffers end with the call."""
+    wants_gradient = any(gradient is not None for gradient in gradients)
+    values, slope = _logits_and_slope(hidden, head, nll.dtype, wants_gradient)
+    nll.copy_(_softmax_in_place(values, targets))
+    coefficients.addcmul_(torch.exp(-nll), coefficients != 0, value=papl)
+    if wants_gradient:
+        grad_logits = _grad_logits_in_place(values, targets, coefficients, slope)
+        gradients.add(rows, grad_logits, hidden, head.weight)
 
 
 def _logits_and_slope(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype, wants_slope: bool
+    hidden: Tensor, head: Head, dtype: torch.dtype, wants_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a chunk in a buffer of its own, and their derivative by ``h @ W.T + b`` (None where that is 1)."""
-    values = (hidden @ weight.T).to(dtype)
-    if bias is not None:
-        values.add_(bias)
+    values = (hidden @ head.weight.T).to(dtype)
+    if head.bias is not None:
+        values.add_(head.bias)
     if head.scale != 1.0:
         values.mul_(head.scale)
     slope = torch.full_like(values[:, :1], head.scale) if head.scale != 1.0 and wants_slope else None
@@ -215,7 +232,13 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _softmax_dtype(hidden: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
-from decausal.objectives.hidden import Distance, alignment_at
+from decausal.objectives.hidden import alignment_at
 from decausal.objectives.tokens import chunked_cross_entropy
 from decausal.training.schedule import WeightSchedule
 
@@ -21,6 +21,7 @@ class Supervision:
 
     Attributes:
         layout: who attends to whom in the student.
+        mask_token_id: never a prediction: the head gives it no probability.
         papl: weight of the second token term, mean of stop_gradient(p) * CE (planner-aware loss; 0 or 1 in use).
         alignment: weight of the hidden-state term by step; None leaves it and the teacher out.
         aligned_layers: indices into the L + 1 hidden states.
@@ -29,10 +30,11 @@ class Supervision:
     """
 
     layout: Layout
+    mask_token_id: int
     papl: float = 0.0
     alignment: WeightSchedule | None = None
     aligned_layers: tuple[int, ...] = ()
-    distance: Distance = "cosine"
+    distance: str = "cosine"
     anneal_steps: int = 0
 
 
@@ -45,7 +47,7 @@ def install_training_forward(model: PreTrainedModel, supervision: Supervision) -
     """
     stock_forward = model.forward
 
-    def forward(*args, training_batch: dict[str, Tensor] | None = None, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def forward(*args, training_batch: dict[str, Tensor] | None = None, **kwargs):
         if training_batch is None:
             return stock_forward(*args, **kwargs)
         return loss_sums(model, training_batch, supervision)
@@ -78,15 +80,12 @@ def loss_sums(model: PreTrainedModel, batch: dict[str, Tensor], supervision: Sup
         output_hidden_states=aligned,
     )
     rows = output.last_hidden_state.flatten(0, 1).index_select(0, batch["target_index"])
-    tokens = chunked_cross_entropy(
-        rows, head_of(model), batch["target_ids"], batch["target_weight"], papl=supervision.papl
-    )
+    head = head_of(model)._replace(banned=supervision.mask_token_id)
+    tokens = chunked_cross_entropy(rows, head, batch["target_ids"], batch["target_weight"], papl=supervision.papl)
     sums = {"tokens": tokens.loss_sum, "nll": tokens.nll.sum()}
     if aligned:
         distances = [
-            alignment_at(
-                output.hidden_states[layer].flatten(0, 1), batch["aligned_index"], states, supervision.distance
-            )
+            alignment_at(output.hidden_states[layer], batch["aligned_index"], states, supervision.distance)
             for layer, states in zip(supervision.aligned_layers, batch["teacher_states"], strict=True)
         ]
         sums["alignment"] = torch.stack(distances).mean()

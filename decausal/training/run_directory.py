@@ -8,7 +8,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from decausal.errors import UserError
 
@@ -19,13 +23,21 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextmanager
-def claimed(output_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(
+    output_dir: Path, settings: Any, training: dict[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[None]:
     """Holds `output_dir` for one run; the lock is the kernel's, so it ends with the process, however that ends.
+
+    The directory then holds `run.yaml`, the run's settings as resolved. Of several processes of one run, the first
+    holds the directory.
 
     Raises:
         UserError: another run holds the directory, it is not empty and neither `resume` nor `overwrite` is set, it
             is to be overwritten but no run made it, or it is to be resumed but holds no whole checkpoint.
     """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file; name a directory")
     existed = output_dir.exists()
@@ -43,18 +55,13 @@ def claimed(output_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None
             ) from error
         try:
             _check_contents(output_dir, resume=resume, overwrite=overwrite)
-        except UserError:
-            _leave_as_found(output_dir, existed)
-            raise
-        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-        yield
+            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            (output_dir / RUN_FILE).write_text(yaml.safe_dump(_plain(asdict(settings) | training), sort_keys=False))
+            yield
+        finally:
+            _leave_tidy(output_dir, existed)
     finally:
         os.close(lock)
-
-
-def release(output_dir: Path) -> None:
-    """Removes the lock file of a run that ended well."""
-    (output_dir / _LOCK).unlink(missing_ok=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -99,7 +106,15 @@ def _check_contents(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _leave_as_found(output_dir: Path, existed: bool) -> None:
+def _leave_tidy(output_dir: Path, existed: bool) -> None:
+    """Removes the lock, and what a run that came to nothing has left."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
     (output_dir / _LOCK).unlink(missing_ok=True)
-    if not existed:
+    if [path.name for path in output_dir.iterdir()] == [RUN_FILE]:
+        (output_dir / RUN_FILE).unlink()
+    if not existed and not any(output_dir.iterdir()):
         output_dir.rmdir()
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

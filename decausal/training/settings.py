@@ -60,6 +60,7 @@ class ConversionSettings:
     save_dtype: Literal["source", "float32", "bfloat16"] = _setting(
         "source", "type of the final weights; checkpoints for resuming keep the master weights"
     )
+    compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
 
 
@@ -77,5 +78,6 @@ class PretrainSettings:
     num_hidden_layers: int = _setting(6, "layers")
     num_attention_heads: int = _setting(5, "query heads")
     num_key_value_heads: int = _setting(1, "key and value heads")
-    muon_learning_rate: float = _setting(1e-2, "peak rate of the weight matrices; learning_rate is for all the rest")
+    muon_learning_rate: float = _setting(5e-3, "peak rate of the weight matrices; learning_rate is for all the rest")
+    compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")

@@ -59,7 +59,7 @@ class Teacher:
         return [gathered[layer] for layer in layers]
 
 
-def _gather_input(gather, layer: int):  # noqa: ANN001, ANN202
+def _gather_input(gather, layer: int):
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
         gather(layer, args[0] if args else kwargs["hidden_states"])
 

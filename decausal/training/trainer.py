@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from decausal.data.stream import Collator, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
+from decausal.models.backbone import stock_model
 from decausal.models.mask_row import fold_mask_row, load_mask_row
 from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import STAGING, checkpoints
@@ -69,7 +70,7 @@ class ConversionTrainer(Trainer):
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self._future_order: Tensor | None = None
-        install_training_forward(_stock_model(model), supervision)
+        install_training_forward(stock_model(model), supervision)
         if teacher is not None:
             teacher.model.to(args.device)
 
@@ -221,15 +222,10 @@ class ConversionTrainer(Trainer):
         return checkpoints(Path(self.args.output_dir))[:-limit] if limit else []
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        model = _stock_model(self.model)
+        model = stock_model(self.model)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         super()._save(output_dir, state_dict=fold_mask_row(model, state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_mask_row(_stock_model(self.model))
-
-
-def _stock_model(model: torch.nn.Module) -> PreTrainedModel:
-    """Returns the transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+        load_mask_row(stock_model(self.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,7 +107,7 @@ def test_annealing_goes_from_causal_to_the_layout_and_never_closes_a_pair(layout
     steps = [_mask(layout, document_ids, future_order=order, future_fraction=f) for f in (0.0, 0.3, 0.7, 1.0)]
     assert torch.equal(steps[0], _mask(Layout("causal"), document_ids))
     assert torch.equal(steps[-1], _mask(layout, document_ids))
-    for earlier, later in zip(steps, steps[1:], strict=False):
+    for earlier, later in pairwise(steps):
         assert (earlier <= later).all()
         assert earlier.sum() < later.sum()
 

@@ -124,7 +124,9 @@ def test_saved_and_reloaded_gives_the_same_logits(family: str, num_spare_rows: i
     save_converted(tmp_path / "converted", model, tokenizer, facts)
 
     converted = load_converted(tmp_path / "converted")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "converted", attn_implementation=model.config._attn_implementation
+    )
     ids = row()[:, :SLIDING_WINDOW]
     ids[0, 1] = mask_token_id
     with torch.no_grad():

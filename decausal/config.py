@@ -1,0 +1,191 @@
+"""YAML recipe and command-line flags to settings; an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib import resources
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from decausal.errors import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+# Names that users know from elsewhere.
+ALIASES = {
+    "model": "model_name_or_path",
+    "dataset": "data",
+    "seq_length": "max_length",
+    "alignment_weight": "align_weight",
+}
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with decausal."""
+    folder = resources.files("decausal") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Returns a recipe's keys and values, from a name that comes with decausal or a YAML file.
+
+    Raises:
+        UserError: there is no such recipe, or the file is no YAML mapping.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        try:
+            with open(name_or_path, encoding="utf-8") as file:
+                text = file.read()
+        except OSError as error:
+            raise UserError(f"recipe {name_or_path}: {error.strerror}") from error
+    elif name_or_path in recipe_names():
+        text = (resources.files("decausal") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        accepted = ", ".join(recipe_names())
+        hint = nearest(name_or_path, recipe_names())
+        raise UserError(f"unknown recipe '{name_or_path}'{hint} Accepted: {accepted}, or a path to a .yaml file")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name_or_path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"recipe {name_or_path} must hold 'key: value' lines")
+    return recipe
+
+
+def resolve(
+    settings_type: type[Settings], recipe: Mapping[str, Any], flags: Sequence[str], where: str = "recipe"
+) -> tuple[Settings, dict[str, Any]]:
+    """Joins a recipe and flags (which win) into our settings and transformers' training arguments.
+
+    Args:
+        settings_type: a dataclass of ours.
+        recipe: keys and values, of either kind.
+        flags: `--key value` or `--key=value` pairs.
+        where: how errors name the recipe.
+
+    Raises:
+        UserError: an unknown key, a flag without a value, or a value of the wrong type.
+    """
+    own = {field.name for field in fields(settings_type)}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for origin, values in ((where, recipe), ("flag --", parse_flags(flags))):
+        for given, value in values.items():
+            key = ALIASES.get(given, given)
+            label = f"{origin}{given}" if origin == "flag --" else f"{origin}: {given}"
+            if key in own:
+                settings[key] = coerce(value, get_type_hints(settings_type)[key], label)
+            elif key in training_hints():
+                training[key] = coerce(value, training_hints()[key], label)
+            else:
+                hint = nearest(key, [*own, *training_hints()])
+                raise UserError(f"unknown key '{given}' ({origin.rstrip(' -')}){hint}")
+    return settings_type(**settings), training
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, str]:
+    """Returns `--key value` and `--key=value` flags as a dictionary; a flag without a value is true."""
+    values: dict[str, str] = {}
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) == 2:
+            raise UserError(f"'{flag}' is not a flag: write --key value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        values[key.replace("-", "_")] = value
+    return values
+
+
+@cache
+def training_hints() -> dict[str, Any]:
+    """Returns the fields of `transformers.TrainingArguments` and their types."""
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in fields(TrainingArguments) if field.init}
+
+
+def coerce(value: Any, hint: Any, label: str) -> Any:
+    """Reads `value`, a string from a flag or a value from YAML, as the type that its field has.
+
+    Raises:
+        UserError: it cannot be read so; `label` names the key.
+    """
+    options = _options(hint)
+    if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
+        return None
+    for option in options:
+        try:
+            return _as(value, option)
+        except (ValueError, TypeError, KeyError, StopIteration):
+            continue
+    accepted = ", ".join(_described(option) for option in options if option is not type(None))
+    raise UserError(f"{label}: '{value}' is not accepted; give {accepted}")
+
+
+def _options(hint: Any) -> list[Any]:
+    if get_origin(hint) in (Union, UnionType):
+        options = [option for part in get_args(hint) for option in _options(part)]
+    else:
+        options = [hint]
+    # From the narrowest to the widest: a string takes anything, so it comes last.
+    order = {type(None): 0, bool: 1, int: 2, float: 3, dict: 4, list: 5, str: 9}
+    return sorted(options, key=lambda option: order.get(get_origin(option) or option, 6))
+
+
+def _as(value: Any, option: Any) -> Any:
+    origin = get_origin(option)
+    if option is type(None):
+        if value is None:
+            return None
+        raise ValueError
+    if value is None:
+        raise ValueError
+    if origin is Literal:
+        return next(choice for choice in get_args(option) if str(choice) == str(value))
+    if option is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False, "yes": True, "no": False}[str(value).lower()]
+    if option is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    if option is float:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    if origin is tuple:
+        return _as_tuple(value, get_args(option)[0])
+    if option is dict or origin is dict or option is list or origin is list:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(parsed, origin or option):
+            raise ValueError
+        return parsed
+    if option is str or not isinstance(option, type):
+        return str(value)
+    return option(value)
+
+
+def _as_tuple(value: Any, item: Any) -> tuple:
+    if isinstance(value, str):
+        if "," not in value and item is str:
+            raise ValueError  # a single word stays a word
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    return tuple(_as(part, item) for part in value)
+
+
+def _described(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(option))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(option, str(option))

@@ -1,0 +1,139 @@
+"""A small AR model from nothing: the same trainer under a causal layout with nothing masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
+
+from decausal.data.documents import read_documents
+from decausal.data.rows import PackedRows, load_rows
+from decausal.data.stream import Collator, TrainingStream
+from decausal.data.tokenizer import train_tokenizer
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.backbone import decoder_layers
+from decausal.training.losses import Supervision
+from decausal.training.memory import keep_freed_memory
+from decausal.training.muon import MuonWithAdamW
+from decausal.training.run import run_length, training_arguments
+from decausal.training.run_directory import checkpoint_to_resume, claimed
+from decausal.training.settings import PretrainSettings
+from decausal.training.trainer import ConversionTrainer
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 5e-3,
+    "weight_decay": 0.1,
+    "warmup_steps": 100,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"num_decay_steps": 1200, "min_lr_ratio": 0.02},
+    "bf16": True,
+    "max_steps": 5000,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "logging_steps": 20,
+}
+
+
+def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Path:
+    """Trains tokenizer and model, resumably, and writes the final model in bfloat16 to `output_dir`.
+
+    Args:
+        settings: shape and data.
+        training: fields of `transformers.TrainingArguments` that differ from `DEFAULTS`; needs `output_dir`.
+
+    Returns:
+        The output directory, which loads in plain `AutoModelForCausalLM`.
+
+    Raises:
+        UserError: the shape is impossible, the data unreadable or the output directory not free.
+    """
+    args = training_arguments(DEFAULTS | training)
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    with claimed(output_dir, settings, training, resume=bool(resume), overwrite=settings.overwrite):
+        checkpoint = checkpoint_to_resume(output_dir, resume)
+        tokenizer = _tokenizer(settings, checkpoint)
+        rows = load_rows(settings.data, tokenizer, settings.max_length, text_field=settings.text_field)
+        model = _model(settings, tokenizer, seed=args.seed)
+        trainer = _trainer(settings, args, model, tokenizer, rows)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        model.to(torch.bfloat16).save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+    return output_dir
+
+
+def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTrainedTokenizerFast:
+    if checkpoint is not None:
+        return PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    texts = _texts(settings)
+    return train_tokenizer(texts, settings.vocab_size, settings.max_length)
+
+
+def _texts(settings: PretrainSettings) -> Iterator[str]:
+    for record in read_documents(settings.data, text_field=settings.text_field):
+        if "text" not in record:
+            raise UserError(
+                f"{record['origin']}: pretraining reads plain text; this record has no '{settings.text_field}'"
+            )
+        yield record["text"]
+
+
+def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    if settings.num_attention_heads % settings.num_key_value_heads:
+        raise UserError(
+            f"num_attention_heads {settings.num_attention_heads} is no multiple of num_key_value_heads "
+            f"{settings.num_key_value_heads}"
+        )
+    if settings.hidden_size % settings.num_attention_heads:
+        raise UserError(
+            f"hidden_size {settings.hidden_size} is no multiple of num_attention_heads {settings.num_attention_heads}"
+        )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.hidden_size // settings.num_attention_heads,
+        max_position_embeddings=settings.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(config)
+
+
+def _trainer(
+    settings: PretrainSettings,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: PackedRows,
+) -> ConversionTrainer:
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    if settings.compile_layers:
+        for layer in decoder_layers(model):
+            layer.compile()
+    num_samples = run_length(args, len(rows))
+    return ConversionTrainer(
+        model,
+        args,
+        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=1, noising=None),
+        collator=Collator(mask_token_id=tokenizer.mask_token_id, shift=1, predict_all=True),
+        supervision=Supervision(Layout("causal"), tokenizer.mask_token_id),
+        finish_checkpoint=tokenizer.save_pretrained,
+        optimizers=(
+            MuonWithAdamW(model, settings.muon_learning_rate, args.learning_rate, args.weight_decay),
+            None,
+        ),
+    )
