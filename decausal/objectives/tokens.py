@@ -161,14 +161,13 @@ class _Gradients(NamedTuple):
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         if self.bias is not None:
-            self.bias.add_(grad_logits.sum(dim=0))
-        grad_cast = grad_logits.to(weight.dtype)
+            self.bias.add_(grad_logits.sum(dim=0, dtype=self.bias.dtype))
         if self.hidden is not None:
-            self.hidden[rows] = grad_cast @ weight
-        if self.weight is not None and self.weight.dtype == grad_cast.dtype:
-            self.weight.addmm_(grad_cast.T, hidden)
+            self.hidden[rows] = grad_logits @ weight
+        if self.weight is not None and self.weight.dtype == grad_logits.dtype:
+            self.weight.addmm_(grad_logits.T, hidden)
         elif self.weight is not None:
-            self.weight.add_(grad_cast.T @ hidden)
+            self.weight.add_(grad_logits.T @ hidden)
 
 
 def _chunk(
@@ -184,45 +183,63 @@ def _chunk(
     """Fills `nll`, completes `coefficients` and adds to `gradients` for one chunk, whose buffers end with the call."""
     wants_gradient = any(gradient is not None for gradient in gradients)
     values, slope = _logits_and_slope(hidden, head, nll.dtype, wants_gradient)
-    nll.copy_(_softmax_in_place(values, targets))
+    target_nll, total = _exponentiate(values, targets)
+    nll.copy_(target_nll)
     coefficients.addcmul_(torch.exp(-nll), coefficients != 0, value=papl)
     if wants_gradient:
-        grad_logits = _grad_logits_in_place(values, targets, coefficients, slope)
-        gradients.add(rows, grad_logits, hidden, head.weight)
+        factor = coefficients * head.scale
+        gradients.add(rows, _grad_logits(values, total, targets, nll, factor, slope, hidden.dtype), hidden, head.weight)
 
 
 def _logits_and_slope(
     hidden: Tensor, head: Head, dtype: torch.dtype, wants_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of a chunk in a buffer of its own, and their derivative by ``h @ W.T + b`` (None where that is 1)."""
+    """Logits of a chunk in a buffer of their own, and the derivative of the cap (None where there is none)."""
     values = (hidden @ head.weight.T).to(dtype)
+    slope = None
     if head.bias is not None:
         values.add_(head.bias)
     if head.scale != 1.0:
         values.mul_(head.scale)
-    slope = torch.full_like(values[:, :1], head.scale) if head.scale != 1.0 and wants_slope else None
     if head.softcap is not None:
         values.div_(head.softcap).tanh_()
-        slope = values.square().neg_().add_(1).mul_(head.scale) if wants_slope else None
+        slope = values.square().neg_().add_(1) if wants_slope else None
         values.mul_(head.softcap)
     if head.banned is not None:
         values[:, head.banned].fill_(-torch.inf)
     return values, slope
 
 
-def _softmax_in_place(values: Tensor, targets: Tensor) -> Tensor:
-    """Turns logits into probabilities and returns the targets' negative log-likelihoods."""
+def _exponentiate(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns logits into unnormalised probabilities, in place; returns the targets' nll and each row's total."""
     values.sub_(values.amax(dim=1, keepdim=True))
     target_values = values.gather(1, targets[:, None])
     total = values.exp_().sum(dim=1, keepdim=True)
-    values.div_(total)
-    return (total.log() - target_values).squeeze(1)
+    return (total.log() - target_values).squeeze(1), total
 
 
-def _grad_logits_in_place(probabilities: Tensor, targets: Tensor, coefficients: Tensor, slope: Tensor | None) -> Tensor:
+def _grad_logits(
+    exponentials: Tensor,
+    total: Tensor,
+    targets: Tensor,
+    nll: Tensor,
+    factor: Tensor,
+    slope: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``factor * (p - onehot(target)) * slope`` in `dtype`, in the buffer of `exponentials` where the dtype allows it.
+
+    On a GPU passes over this buffer cost more than the matrix products do at small D: so normalising, weighting and
+    casting are one pass.
+    """
     index = targets[:, None]
-    probabilities.scatter_(1, index, probabilities.gather(1, index) - 1).mul_(coefficients[:, None])
-    return probabilities if slope is None else probabilities.mul_(slope)
+    at_target = (torch.expm1(-nll) * factor)[:, None]
+    if slope is not None:
+        exponentials.mul_(slope)
+        at_target = at_target * slope.gather(1, index)
+    grad_logits = exponentials if dtype == exponentials.dtype else torch.empty_like(exponentials, dtype=dtype)
+    torch.mul(exponentials, factor[:, None] / total, out=grad_logits)
+    return grad_logits.scatter_(1, index, at_target.to(dtype))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -87,5 +87,5 @@ def test_the_host_never_reads_a_value(distance):
 
 
 def test_an_unknown_distance_is_refused_in_one_line():
-    with pytest.raises(UserError, match="did you mean 'cosine'.*accepted: cosine, l2"):
+    with pytest.raises(UserError, match=r"did you mean 'cosine'.*accepted: cosine, l2"):
         alignment(torch.zeros(1, 2), torch.zeros(1, 2), "cosin")

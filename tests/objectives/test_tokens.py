@@ -12,13 +12,17 @@ from decausal.objectives.tokens import Head, chunked_cross_entropy, default_chun
 
 
 class TensorLedger(TorchDispatchMode):
-    """Records, over the operations run inside it, peak live bytes, the largest tensor and the matrix products."""
+    """Records, over the operations run inside it, peak live bytes, the largest tensor and the matrix products.
 
-    def __init__(self) -> None:
+    Tensors that exist before, given as `inputs`, are not counted.
+    """
+
+    def __init__(self, *inputs: torch.Tensor) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self.largest = 0
         self.matmul_rows: list[int] = []
-        self.seen: set[int] = set()
+        self.inputs = [tensor.untyped_storage() for tensor in inputs]
+        self.seen = {id(storage) for storage in self.inputs}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -56,9 +60,9 @@ def _naive_sum(hidden, head, targets, weights):
     return (weights * nll).sum()
 
 
-def _peak_bytes(loss_sum, *problem) -> int:
-    with TensorLedger() as ledger:
-        loss_sum(*problem).backward()
+def _peak_bytes(loss_sum, hidden, head, targets, weights) -> int:
+    with TensorLedger(hidden, head.weight, targets, weights) as ledger:
+        loss_sum(hidden, head, targets, weights).backward()
     return ledger.peak_bytes
 
 
