@@ -194,15 +194,19 @@ def test_a_batch_of_any_records_equals_its_records_one_by_one() -> None:
 
 
 def test_long_documents_are_encoded_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = tiny_tokenizer(chat=True)
     long = "the end " * 200
-    assert len(long) > tokenizer.model_max_length
-    with caplog.at_level(logging.WARNING):
-        for template in (tokenizer.chat_template, MARKED_TEMPLATE):
-            tokenizer.chat_template = template
-            encode({"origin": "x", "messages": [QUESTION, ANSWER | {"content": long}]}, tokenizer)
-        encode({"origin": "x", "text": long}, tokenizer)
-    assert not caplog.records
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        for template in (tiny_tokenizer(chat=True).chat_template, MARKED_TEMPLATE):
+            encode({"origin": "x", "messages": [QUESTION, ANSWER | {"content": long}]}, with_template(template))
+        encode({"origin": "x", "text": long}, tiny_tokenizer())
+        encode({"origin": "x", "prompt": long, "completion": long}, tiny_tokenizer())
+        assert not caplog.records
+        tiny_tokenizer()(long)
+        assert caplog.records, "the tokenizer warns when it is called in the ordinary way"
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
 
 
 def test_a_document_of_special_tokens_alone_is_refused() -> None:

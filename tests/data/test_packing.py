@@ -136,16 +136,10 @@ def test_dropping_all_is_refused_with_the_longest_and_the_option() -> None:
 
 
 def test_rows_are_given_out_before_all_documents_are_read() -> None:
-    read = 0
-
-    def endless() -> object:
-        nonlocal read
-        while True:
-            read += 1
-            yield whole(5)
-
-    assert next(Packer(8, PAD).rows(endless())) is not None
-    assert read == OPEN_ROWS + 1
+    read = []
+    documents = (read.append(index) or whole(5) for index in range(2 * OPEN_ROWS))
+    assert next(Packer(8, PAD).rows(documents)) is not None
+    assert len(read) == OPEN_ROWS + 1
 
 
 def test_padding_of_answers_of_mixed_lengths_stays_small() -> None:
