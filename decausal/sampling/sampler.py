@@ -168,7 +168,7 @@ def _advance(predictor: _Predictor, rows: _Rows, settings: SamplerSettings, step
     rows.ids = torch.where(is_new, tokens, rows.ids)
     rows.is_masked = is_scored & ~is_kept
     rows.ids = rows.ids.masked_fill(rows.is_masked, predictor.mask_token_id)
-    rows.step_of_token = rows.step_of_token.masked_fill(rows.is_masked, -1).masked_fill(is_new, step)
+    rows.step_of_token = rows.step_of_token.masked_fill(is_new, step)
     rows.num_forwards = rows.num_forwards + 1
 
 
