@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from enum import Enum
 from functools import cache
 from importlib import resources
 from types import UnionType
@@ -88,6 +89,34 @@ def resolve(
     return settings_type(**settings), training
 
 
+def resolve_own(settings_type: type[Settings], flags: Sequence[str]) -> Settings:
+    """As `resolve`, for verbs that take none of transformers' training arguments.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    hints = get_type_hints(settings_type)
+    values = {}
+    for key, value in parse_flags(flags).items():
+        if key not in hints:
+            raise UserError(f"unknown flag --{key}{nearest(key, hints)}")
+        values[key] = coerce(value, hints[key], f"flag --{key}")
+    return settings_type(**values)
+
+
+def as_yaml(settings: Any, training: Mapping[str, Any]) -> str:
+    """Returns all settings as resolved, as a YAML file that `--recipe` takes."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    return yaml.safe_dump(values | dict(training), sort_keys=False)
+
+
+def take_flag(flags: Sequence[str], name: str, default: str) -> tuple[list[str], str]:
+    """Returns the flags without `--name`, and its value."""
+    values = parse_flags(flags)
+    value = values.pop(name, default)
+    return [f"--{key}={given}" for key, given in values.items()], value
+
+
 def parse_flags(flags: Sequence[str]) -> dict[str, str]:
     """Returns `--key value` and `--key=value` flags as a dictionary; a flag without a value is true."""
     values: dict[str, str] = {}
@@ -169,6 +198,8 @@ def _as(value: Any, option: Any) -> Any:
         if not isinstance(parsed, origin or option):
             raise ValueError
         return parsed
+    if isinstance(option, type) and issubclass(option, Enum):
+        return option(value).value  # checked, and kept plain: settings are written to YAML and JSON
     if option is str or not isinstance(option, type):
         return str(value)
     return option(value)

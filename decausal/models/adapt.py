@@ -28,7 +28,11 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 
 
 def load_source(
-    model_name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    model_name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads an autoregressive model and its tokenizer, to be converted or to teach. Never runs a repository's own code.
 
@@ -38,6 +42,7 @@ def load_source(
         model_name_or_path: a directory, a hub id, or ``"tiny"`` for the embedded model.
         dtype: type of the weights.
         revision: branch, tag or commit of a hub id.
+        attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
 
     Returns:
         The model in eval mode, and its tokenizer.
@@ -56,7 +61,7 @@ def load_source(
             config=config,
             dtype=dtype,
             revision=revision,
-            attn_implementation=attention_implementation(config),
+            attn_implementation=attn_implementation or attention_implementation(config),
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -69,6 +74,20 @@ def load_source(
             "give a checkpoint with its output head"
         )
     return model.eval(), _tokenizer(path, revision)
+
+
+def source_config(model_name_or_path: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """Returns a source's configuration without loading its weights.
+
+    Raises:
+        UserError: when there is no such model, or it cannot be read.
+    """
+    return _config(_located(model_name_or_path), revision)
+
+
+def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
+    """Returns the type in which the source's weights are stored, as its configuration says; float32 if it does not."""
+    return getattr(source_config(model_name_or_path, revision), "dtype", None) or torch.float32
 
 
 def adapt(

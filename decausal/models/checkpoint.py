@@ -140,7 +140,13 @@ def _checked_facts(record: object, path: Path) -> ConversionFacts:
 
 
 def save_converted(
-    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
+    directory: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ConversionFacts,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Saves weights, configuration and tokenizer as any transformers model, then the facts.
 
@@ -151,13 +157,29 @@ def save_converted(
         model: the stock model (merge adapters first). A separately trained mask row goes back into its matrix.
         tokenizer: its tokenizer, with the mask token.
         facts: the facts of the conversion.
+        state_dict: the weights, where they had to be gathered from a sharded model; None: the model's own.
+        dtype: floating-point type to save in; None: as the weights are. The model in memory keeps its type.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FACTS_FILE).unlink(missing_ok=True)
-    model.save_pretrained(directory, state_dict=fold_mask_row(model, model.state_dict()))
+    state_dict = fold_mask_row(model, model.state_dict() if state_dict is None else state_dict)
+    if dtype is not None:
+        state_dict = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
+        }
+    model.save_pretrained(directory, state_dict=state_dict)
+    if dtype is not None:
+        _state_dtype(directory / "config.json", dtype)
     tokenizer.save_pretrained(directory)
     write_facts(directory, facts)
+
+
+def _state_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Corrects the type that transformers wrote: that of the model in memory, not of the weights on disk."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_converted(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
@@ -61,11 +61,8 @@ def examine(
         facts: the facts of a converted model.
     """
     stock = stock_model(model)
-    reason = refusal(stock.config)
-    probes = [
-        Probe("architecture is accepted", reason is None, reason or stock.config.model_type, reason or "it is refused")
-    ]
-    if reason is not None:
+    probes = [architecture_probe(stock.config)]
+    if not probes[0].passed:
         return probes
     was_training = stock.training
     stock.eval()
@@ -77,6 +74,12 @@ def examine(
     finally:
         stock.train(was_training)
     return probes
+
+
+def architecture_probe(config: PretrainedConfig) -> Probe:
+    """Whether models of this configuration can be converted at all, from the configuration alone."""
+    reason = refusal(config)
+    return Probe("architecture is accepted", reason is None, reason or config.model_type, reason or "it is refused")
 
 
 def usable(probes: list[Probe]) -> bool:

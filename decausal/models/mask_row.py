@@ -7,12 +7,16 @@ row folded back into the matrix: their names and shapes are the source model's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from decausal.models.backbone import stock_model
 
 MASK_ROW = "mask_row"
+MASK_ROW_FILE = "mask_row.safetensors"
 
 
 def freeze_embeddings(model: nn.Module, mask_token_id: int) -> None:
@@ -61,12 +65,26 @@ def fold_mask_row(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, 
     return folded | dict.fromkeys(matrix_names, matrix)
 
 
-def load_mask_row(model: nn.Module) -> None:
-    """Sets the trainable row from the embedding matrix, after a folded state dict was loaded. No row: nothing to do."""
+def save_mask_row(model: nn.Module, checkpoint: Path) -> None:
+    """Writes the row beside an adapter's weights, whose files hold nothing of the embedding matrix."""
     embedding = stock_model(model).get_input_embeddings()
-    if hasattr(embedding, MASK_ROW):
-        with torch.no_grad():
-            embedding.mask_row.copy_(embedding.weight[embedding.mask_token_id])
+    if hasattr(embedding, MASK_ROW) and model is not stock_model(model):
+        save_file({MASK_ROW: embedding.mask_row.detach().cpu()}, checkpoint / MASK_ROW_FILE)
+
+
+def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
+    """Sets the trainable row after a checkpoint was loaded: from its own file there, else from the loaded matrix.
+
+    A model without such a row stays as it is.
+    """
+    embedding = stock_model(model).get_input_embeddings()
+    if not hasattr(embedding, MASK_ROW):
+        return
+    row = embedding.weight[embedding.mask_token_id]
+    if checkpoint is not None and (checkpoint / MASK_ROW_FILE).is_file():
+        row = load_file(checkpoint / MASK_ROW_FILE)[MASK_ROW]
+    with torch.no_grad():
+        embedding.mask_row.copy_(row)
 
 
 def _put_mask_row_in_place(embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from decausal.data.stream import Collator, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
-from decausal.models.mask_row import fold_mask_row, load_mask_row
+from decausal.models.mask_row import fold_mask_row, load_mask_row, save_mask_row
 from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import STAGING, checkpoints
 from decausal.training.teacher import Teacher
@@ -45,6 +45,7 @@ class ConversionTrainer(Trainer):
         teacher: the frozen AR model, None where the supervision has no use for it.
         finish_checkpoint: called with each checkpoint's directory before it gets its name, to add what makes it
             loadable (tokenizer, facts).
+        measure: called with the stock student wherever transformers would evaluate; returns what to log.
         more: passed on to `transformers.Trainer` (callbacks, optimizers).
     """
 
@@ -58,13 +59,16 @@ class ConversionTrainer(Trainer):
         supervision: Supervision,
         teacher: Teacher | None = None,
         finish_checkpoint: Callable[[Path], None] = lambda _: None,
+        measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(model, args, train_dataset=stream, data_collator=collator, **more)
+        eval_dataset = None if measure is None else []  # transformers asks for one; `measure` has its own
+        super().__init__(model, args, train_dataset=stream, eval_dataset=eval_dataset, data_collator=collator, **more)
         self.model_accepts_loss_kwargs = True  # our losses are global means already: transformers must not rescale them
         self.supervision = supervision
         self.teacher = teacher
         self.finish_checkpoint = finish_checkpoint
+        self.measure = measure
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._num_logged_steps = 0
         self._first_bad_step: Tensor | None = None
@@ -178,6 +182,13 @@ class ConversionTrainer(Trainer):
             self._num_logged_steps = self.state.global_step
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measures the student by `measure`, logs it and returns it."""
+        metrics = self.measure(stock_model(self.model))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -221,11 +232,17 @@ class ConversionTrainer(Trainer):
         limit = self.args.save_total_limit
         return checkpoints(Path(self.args.output_dir))[:-limit] if limit else []
 
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """Returns all weights, gathered from wherever sharding has put them."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        return self.model.state_dict()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        model = stock_model(self.model)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, state_dict=fold_mask_row(model, state_dict))
+        super()._save(output_dir, state_dict=fold_mask_row(self.model, state_dict))
+        save_mask_row(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_mask_row(stock_model(self.model))
+        load_mask_row(self.model, Path(resume_from_checkpoint))

@@ -1,0 +1,1 @@
+"""The demo: one command, a real AR model turned into a diffusion model before your eyes, and a report."""

@@ -1,0 +1,47 @@
+"""The doctor's findings on a model by name, and as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from decausal.models.adapt import load_source, source_config
+from decausal.models.architecture import refusal
+from decausal.models.checkpoint import FACTS_FILE, load_converted
+from decausal.models.doctor import Probe, architecture_probe, examine, usable
+
+
+def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:
+    """Examines an AR model (a directory, a hub id or "tiny") or a converted one (a directory with decausal.json).
+
+    Raises:
+        UserError: there is no such model or it cannot be read. An architecture that is refused is a finding, no error.
+    """
+    if (Path(model_name_or_path) / FACTS_FILE).is_file():
+        converted = load_converted(model_name_or_path)
+        return examine(converted.model, converted.tokenizer, converted.facts)
+    config = source_config(model_name_or_path, revision)
+    if refusal(config) is not None:
+        return [architecture_probe(config)]
+    model, tokenizer = load_source(model_name_or_path, revision=revision)
+    return examine(model, tokenizer)
+
+
+def probes_as_table(title: str, probes: list[Probe]) -> Table:
+    """Returns the findings for a terminal, with what each failure means and a verdict."""
+    table = Table(title=title, caption="usable" if usable(probes) else "not usable", caption_justify="left")
+    table.add_column("probe")
+    table.add_column("")
+    table.add_column("measured", overflow="fold")
+    table.add_column("what it means", overflow="fold")
+    for probe in probes:
+        failed = "[red]fails[/red]" if probe.required else "[yellow]note[/yellow]"
+        measured = probe.measured if isinstance(probe.measured, str) else f"{probe.measured:.3g}"
+        table.add_row(
+            probe.name,
+            "[green]ok[/green]" if probe.passed else failed,
+            measured,
+            "" if probe.passed else probe.explanation,
+        )
+    return table

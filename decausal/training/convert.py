@@ -1,0 +1,295 @@
+"""One conversion from beginning to end: AR directory in, diffusion directory out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from decausal.data.rows import PackedRows, load_rows
+from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.adapt import adapt, load_source, source_dtype
+from decausal.models.backbone import decoder_layers
+from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
+from decausal.models.doctor import refuse_if_unusable
+from decausal.models.mask_row import freeze_embeddings
+from decausal.training.losses import Supervision
+from decausal.training.memory import keep_freed_memory
+from decausal.training.run import run_length, training_arguments
+from decausal.training.run_directory import checkpoint_to_resume, claimed
+from decausal.training.schedule import WeightSchedule
+from decausal.training.settings import ConversionSettings
+from decausal.training.teacher import Teacher
+from decausal.training.trainer import ConversionTrainer
+
+MIN_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a run has made: the student as trained, in memory, and where it was written."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: ConversionFacts
+    output_dir: Path
+    history: list[dict[str, float]]
+
+
+def convert(
+    settings: ConversionSettings,
+    training: dict[str, Any],
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+) -> Conversion:
+    """Converts an AR model into a diffusion model, resumably.
+
+    Args:
+        settings: the point on the grid, model and data.
+        training: fields of `transformers.TrainingArguments`; needs `output_dir`.
+        callbacks: of `transformers.Trainer`.
+        measure: replaces the measurement on `eval_data`: called with the student each `eval_steps`.
+
+    Returns:
+        The student, its facts and the log; `output_dir` holds the model, loadable by `decausal.load` and by plain
+        `AutoModelForCausalLM`.
+
+    Raises:
+        UserError: the model cannot be converted, the data cannot be read, or settings contradict each other or the
+            model. Then nothing is left in `output_dir`.
+    """
+    if settings.data is None:
+        raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
+    args = training_arguments(_with_evaluation(training, settings.eval_data is not None or measure is not None))
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    with claimed(output_dir, settings, training, resume=bool(resume), overwrite=settings.overwrite):
+        checkpoint = checkpoint_to_resume(output_dir, resume)
+        run = _prepare(settings, args, training, callbacks, measure)
+        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        model = _finish(settings, run)
+    return Conversion(model, run.tokenizer, run.facts, output_dir, run.trainer.state.log_history)
+
+
+@dataclass(frozen=True)
+class _Run:
+    trainer: ConversionTrainer
+    tokenizer: PreTrainedTokenizerBase
+    facts: ConversionFacts
+
+
+def _prepare(
+    settings: ConversionSettings,
+    args: TrainingArguments,
+    training: dict[str, Any],
+    callbacks: list[TrainerCallback] | None,
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+) -> _Run:
+    model, tokenizer = load_source(
+        settings.model_name_or_path, revision=settings.revision, attn_implementation=settings.attn_implementation
+    )
+    refuse_if_unusable(model, tokenizer)
+    _check_length(settings.max_length, model)
+    teacher = _teacher(model, args) if settings.align_weight else None
+    layout = Layout(settings.layout)
+    mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
+    facts = ConversionFacts(
+        source=settings.model_name_or_path,
+        source_revision=getattr(model.config, "_commit_hash", None),
+        layout=settings.layout,
+        shift=settings.shift,
+        mask_token_id=mask_token_id,
+        recipe={name: value for name, value in (asdict(settings) | training).items() if name != "output_dir"},
+    )
+    rows = _rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+    if measure is None and settings.eval_data is not None:
+        measure = _measure_on(
+            _rows(settings, settings.eval_data, tokenizer, args.seed, 1.0), settings, tokenizer, facts
+        )
+    student = _student(settings, model, mask_token_id, args)
+    num_samples = run_length(args, len(rows))
+
+    def finish_checkpoint(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        write_facts(directory, facts)
+
+    trainer = ConversionTrainer(
+        student,
+        args,
+        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=_noising(settings)),
+        collator=Collator(
+            mask_token_id=mask_token_id,
+            shift=settings.shift,
+            weighting=settings.weighting,
+            aligned_positions=settings.align_positions,
+        ),
+        supervision=_supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps),
+        teacher=teacher,
+        finish_checkpoint=finish_checkpoint,
+        measure=measure,
+        callbacks=callbacks,
+    )
+    return _Run(trainer, tokenizer, facts)
+
+
+def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, Any]:
+    if is_measured and "eval_strategy" not in training:
+        return {"eval_strategy": "steps", "eval_steps": 0.1} | training
+    return training
+
+
+def _check_length(max_length: int, model: PreTrainedModel) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if max_length < MIN_LENGTH:
+        raise UserError(f"--max_length {max_length}: a row needs at least {MIN_LENGTH} tokens")
+    if context is not None and max_length > context:
+        raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
+
+
+def _teacher(model: PreTrainedModel, args: TrainingArguments) -> Teacher:
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return Teacher(copy.deepcopy(model).to(dtype))
+
+
+def _student(
+    settings: ConversionSettings, model: PreTrainedModel, mask_token_id: int, args: TrainingArguments
+) -> PreTrainedModel:
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    if settings.compile_layers:
+        for layer in decoder_layers(model):
+            layer.compile()
+    student = _with_adapters(settings, model) if settings.lora_r else model
+    if settings.freeze_embeddings or settings.lora_r:
+        freeze_embeddings(student, mask_token_id)
+    return student
+
+
+def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora_r needs peft: pip install 'decausal[lora]'") from error
+    modules = settings.lora_target_modules
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(modules) if isinstance(modules, tuple) else modules,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
+
+
+def _rows(
+    settings: ConversionSettings,
+    data: str | tuple[str, ...] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    fraction: float,
+) -> PackedRows:
+    return load_rows(
+        list(data) if isinstance(data, tuple) else data,
+        tokenizer,
+        settings.max_length,
+        text_field=settings.text_field,
+        split=settings.dataset_split,
+        data_fraction=fraction,
+        seed=seed,
+    )
+
+
+def _noising(settings: ConversionSettings) -> Noising:
+    if settings.views < 1:
+        raise UserError(f"--views {settings.views}: give at least 1")
+    if settings.complementary_masks and settings.views != 2:
+        raise UserError(f"--complementary_masks needs --views 2, not {settings.views}: the two masks share one row")
+    return Noising(settings.views, settings.complementary_masks, settings.stratified_noise)
+
+
+def _supervision(
+    settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
+) -> Supervision:
+    alignment = None
+    if settings.align_weight:
+        alignment = WeightSchedule(settings.align_weight, settings.align_schedule, settings.align_stop_step, num_steps)
+    return Supervision(
+        layout,
+        mask_token_id,
+        papl=settings.papl,
+        alignment=alignment,
+        aligned_layers=aligned_layers(settings.align_layers, num_layers),
+        distance=settings.align_distance,
+        anneal_steps=settings.anneal_steps,
+    )
+
+
+def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Returns the indices into the L + 1 hidden states that `choice` names: all, a third, or indices.
+
+    Raises:
+        UserError: an unknown word or an index that the model has not.
+    """
+    states = tuple(range(num_layers + 1))
+    third = len(states) / 3
+    thirds = {
+        "all": states,
+        "lower": states[: round(third)],
+        "middle": states[round(third) : round(2 * third)],
+        "upper": states[round(2 * third) :],
+    }
+    if isinstance(choice, str):
+        if choice.isdigit():
+            choice = (int(choice),)
+        elif choice not in thirds:
+            raise UserError(f"--align_layers {choice}: give {', '.join(thirds)}, or indices from 0 to {num_layers}")
+        else:
+            return thirds[choice]
+    outside = [layer for layer in choice if layer not in states]
+    if outside or not choice:
+        raise UserError(f"--align_layers: the model has states 0 to {num_layers}, not {outside}")
+    return tuple(sorted(set(choice)))
+
+
+def _measure_on(
+    rows: PackedRows, settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
+) -> Callable[[PreTrainedModel], dict[str, float]]:
+    from decausal.evaluation.likelihood import evaluate_nll
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        likelihood = evaluate_nll(model, facts, rows, tokenizer, num_rows=settings.eval_rows)
+        return {
+            "eval_masked_cross_entropy": likelihood.masked_cross_entropy,
+            "eval_nelbo_per_token": likelihood.nelbo_per_token,
+            "eval_bits_per_byte": likelihood.bits_per_byte,
+        }
+
+    return measure
+
+
+def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
+    """Writes the final model; the checkpoints beside it keep the fp32 master weights for resuming."""
+    trainer = run.trainer
+    trainer.teacher = None
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "source": None}[settings.save_dtype]
+    if dtype is None:
+        dtype = source_dtype(settings.model_name_or_path, settings.revision)
+    state_dict = trainer.whole_state_dict()
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.lora_r:
+        student = student.merge_and_unload()
+        state_dict = student.state_dict()
+    if trainer.args.should_save:
+        save_converted(trainer.args.output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=dtype)
+    trainer.accelerator.wait_for_everyone()
+    return student
