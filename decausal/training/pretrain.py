@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from decausal.data.stream import Collator, TrainingStream
 from decausal.data.tokenizer import train_tokenizer
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
+from decausal.evaluation.likelihood import evaluate_ar_nll
+from decausal.evaluation.results import ArLikelihood
 from decausal.models.backbone import decoder_layers
+from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.muon import MuonWithAdamW
-from decausal.training.run import run_length, training_arguments
+from decausal.training.run import rows_per_step, run_length, training_arguments
 from decausal.training.run_directory import checkpoint_to_resume, claimed
 from decausal.training.settings import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
@@ -40,7 +44,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Pretrained:
+    """Where the model was written, and its likelihood on the held-out text, if there is any."""
+
+    output_dir: Path
+    heldout: ArLikelihood | None
+
+
+def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained:
     """Trains tokenizer and model, resumably, and writes the final model in bfloat16 to `output_dir`.
 
     Args:
@@ -48,7 +60,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Path:
         training: fields of `transformers.TrainingArguments` that differ from `DEFAULTS`; needs `output_dir`.
 
     Returns:
-        The output directory, which loads in plain `AutoModelForCausalLM`.
+        The output directory, which loads in plain `AutoModelForCausalLM` and holds a model card, and what was measured.
 
     Raises:
         UserError: the shape is impossible, the data unreadable or the output directory not free.
@@ -65,7 +77,73 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Path:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model.to(torch.bfloat16).save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-    return output_dir
+        heldout = _measure(settings, model, tokenizer)
+        num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
+        card = model_card(settings, training, model.num_parameters(), num_tokens, heldout)
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
+    return Pretrained(output_dir, heldout)
+
+
+def _measure(
+    settings: PretrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> ArLikelihood | None:
+    """Measures the weights as they were saved: rounded to bfloat16, run in float32."""
+    if settings.eval_data is None:
+        return None
+    rows = load_rows(settings.eval_data, tokenizer, settings.max_length, text_field=settings.text_field)
+    return evaluate_ar_nll(model.float(), rows, tokenizer)
+
+
+def model_card(
+    settings: PretrainSettings,
+    training: dict[str, Any],
+    num_parameters: int,
+    num_tokens: int,
+    heldout: ArLikelihood | None,
+) -> str:
+    """Returns the model's card: what it is, how it was made and how good it is, in Markdown."""
+    flags = {
+        name: value
+        for name, value in asdict(settings).items()
+        if value != getattr(PretrainSettings(), name) and name != "overwrite"
+    } | {name: value for name, value in training.items() if name not in ("output_dir", "resume_from_checkpoint")}
+    command = " ".join(["decausal pretrain --output_dir OUT", *(f"--{name} {value}" for name, value in flags.items())])
+    measured = "Not measured."
+    if heldout is not None:
+        measured = (
+            f"{heldout.bits_per_byte:.4f} bits per byte (standard error over rows "
+            f"{heldout.bits_per_byte_standard_error or 0:.4f}), {heldout.nll_per_token:.4f} nats per token, on "
+            f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, documents isolated, "
+            f"rows of {settings.max_length}."
+        )
+    made_with = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
+    return f"""\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A small autoregressive model, made by decausal
+
+{num_parameters:,} parameters: {settings.num_hidden_layers} layers of width {settings.hidden_size}, a byte-level BPE
+vocabulary of {settings.vocab_size}, a context of {settings.max_length} tokens. Stock Qwen3 architecture, bfloat16
+weights. Trained on `{settings.data}`. It exists to be converted into a diffusion model, in demonstrations and tests.
+
+## Held-out likelihood
+
+{measured}
+
+## How it was made
+
+```
+{command}
+```
+
+{num_tokens:,} tokens in {training.get("max_steps", DEFAULTS["max_steps"])} steps. The same command makes it again.
+
+{made_with}
+"""
 
 
 def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTrainedTokenizerFast:

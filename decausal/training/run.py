@@ -36,17 +36,21 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
         raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
 
 
+def rows_per_step(args: TrainingArguments) -> int:
+    """Returns the clean rows of one optimiser step, over all accumulated batches and processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def run_length(args: TrainingArguments, num_rows: int) -> int:
     """Sets `args.max_steps` where the run is given in epochs, and returns its number of training rows.
 
     Raises:
         UserError: the run would have no step.
     """
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0:
-        args.max_steps = math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+        args.max_steps = math.ceil(args.num_train_epochs * num_rows / rows_per_step(args))
     if args.max_steps <= 0:
         raise UserError(
             f"--max_steps {args.max_steps} and --num_train_epochs {args.num_train_epochs}: no step to train"
         )
-    return args.max_steps * rows_per_step
+    return args.max_steps * rows_per_step(args)
