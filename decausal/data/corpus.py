@@ -12,7 +12,7 @@ Split = Literal["train", "heldout"]
 
 HELDOUT_FRACTION = 0.05
 _NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-# The manual's prose, generated into one string literal of 0.7 MB: no source code, and 2 to 5 % of all bytes in one file.
+# The manual: prose, generated into one string literal of 0.7 MB. No source code, and up to 5 % of all bytes.
 _GENERATED = {"pydoc_data"}
 
 
