@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -29,6 +30,7 @@ Turn an autoregressive language model into a diffusion language model.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, or 2 for bad input, which is told in one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _keep_bars_out_of_files()
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -37,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("decausal: interrupted", file=sys.stderr)
         return 130
+
+
+def _keep_bars_out_of_files() -> None:
+    """Without a terminal, an error is the only line on stderr: the libraries' progress bars stay away."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -304,6 +313,4 @@ def _print_settings(usage: str, settings_type: type, extra: str = "", takes_trai
 
 
 def _is_first_process() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"

@@ -15,6 +15,7 @@ from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
+from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source, source_dtype
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
@@ -23,13 +24,17 @@ from decausal.models.mask_row import freeze_embeddings
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.run import run_length, training_arguments
-from decausal.training.run_directory import checkpoint_to_resume, claimed
+from decausal.training.run_directory import (
+    checkpoint_to_resume,
+    claimed,
+    disk_errors,
+    refuse_other_settings,
+    wants_resume,
+)
 from decausal.training.schedule import WeightSchedule
 from decausal.training.settings import ConversionSettings
 from decausal.training.teacher import Teacher
 from decausal.training.trainer import ConversionTrainer
-
-MIN_LENGTH = 2
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,12 @@ def convert(
     args = training_arguments(_with_evaluation(training, settings.eval_data is not None or measure is not None))
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
-    with claimed(output_dir, settings, training, resume=bool(resume), overwrite=settings.overwrite):
+    with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
         checkpoint = checkpoint_to_resume(output_dir, resume)
+        if checkpoint is not None:
+            refuse_other_settings(checkpoint, asdict(settings))
         run = _prepare(settings, args, training, callbacks, measure)
+        run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)
     return Conversion(model, run.tokenizer, run.facts, output_dir, run.trainer.state.log_history)
@@ -115,6 +123,7 @@ def _prepare(
             _rows(settings, settings.eval_data, tokenizer, args.seed, 1.0), settings, tokenizer, facts
         )
     student = _student(settings, model, mask_token_id, args)
+    noising = Noising(settings.views, settings.complementary_masks, settings.stratified_noise)
     num_samples = run_length(args, len(rows))
 
     def finish_checkpoint(directory: Path) -> None:
@@ -124,7 +133,7 @@ def _prepare(
     trainer = ConversionTrainer(
         student,
         args,
-        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=_noising(settings)),
+        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=noising),
         collator=Collator(
             mask_token_id=mask_token_id,
             shift=settings.shift,
@@ -148,8 +157,6 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
 
 def _check_length(max_length: int, model: PreTrainedModel) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
-    if max_length < MIN_LENGTH:
-        raise UserError(f"--max_length {max_length}: a row needs at least {MIN_LENGTH} tokens")
     if context is not None and max_length > context:
         raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
 
@@ -209,14 +216,6 @@ def _rows(
     )
 
 
-def _noising(settings: ConversionSettings) -> Noising:
-    if settings.views < 1:
-        raise UserError(f"--views {settings.views}: give at least 1")
-    if settings.complementary_masks and settings.views != 2:
-        raise UserError(f"--complementary_masks needs --views 2, not {settings.views}: the two masks share one row")
-    return Noising(settings.views, settings.complementary_masks, settings.stratified_noise)
-
-
 def _supervision(
     settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
 ) -> Supervision:
@@ -264,8 +263,6 @@ def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int,
 def _measure_on(
     rows: PackedRows, settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
-    from decausal.evaluation.likelihood import evaluate_nll
-
     def measure(model: PreTrainedModel) -> dict[str, float]:
         likelihood = evaluate_nll(model, facts, rows, tokenizer, num_rows=settings.eval_rows)
         return {
@@ -285,11 +282,13 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     if dtype is None:
         dtype = source_dtype(settings.model_name_or_path, settings.revision)
     state_dict = trainer.whole_state_dict()
-    student = trainer.accelerator.unwrap_model(trainer.model)
+    student = trainer.trained_model()
     if settings.lora_r:
         student = student.merge_and_unload()
         state_dict = student.state_dict()
+    output_dir = Path(trainer.args.output_dir)
     if trainer.args.should_save:
-        save_converted(trainer.args.output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=dtype)
+        with disk_errors(output_dir):
+            save_converted(output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=dtype)
     trainer.accelerator.wait_for_everyone()
     return student

@@ -55,6 +55,11 @@ def install_training_forward(model: PreTrainedModel, supervision: Supervision) -
     model.forward = forward
 
 
+def remove_training_forward(model: PreTrainedModel) -> None:
+    """Gives the model its class's own forward back."""
+    model.__dict__.pop("forward", None)
+
+
 def loss_sums(model: PreTrainedModel, batch: dict[str, Tensor], supervision: Supervision) -> dict[str, Tensor]:
     """Returns sums, not means: what they are means over is known only when the whole global batch has been seen.
 

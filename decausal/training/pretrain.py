@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,13 @@ from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.muon import MuonWithAdamW
 from decausal.training.run import rows_per_step, run_length, training_arguments
-from decausal.training.run_directory import checkpoint_to_resume, claimed
+from decausal.training.run_directory import (
+    checkpoint_to_resume,
+    claimed,
+    disk_errors,
+    refuse_other_settings,
+    wants_resume,
+)
 from decausal.training.settings import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
 
@@ -68,30 +75,37 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     args = training_arguments(DEFAULTS | training)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
-    with claimed(output_dir, settings, training, resume=bool(resume), overwrite=settings.overwrite):
+    with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
         checkpoint = checkpoint_to_resume(output_dir, resume)
+        if checkpoint is not None:
+            refuse_other_settings(checkpoint, asdict(settings))
         tokenizer = _tokenizer(settings, checkpoint)
         rows = load_rows(settings.data, tokenizer, settings.max_length, text_field=settings.text_field)
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
+        run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        model.to(torch.bfloat16).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        model = trainer.trained_model().to(torch.bfloat16)
         heldout = _measure(settings, model, tokenizer)
-        num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
-        card = model_card(settings, training, model.num_parameters(), num_tokens, heldout)
-        (output_dir / "README.md").write_text(card, encoding="utf-8")
+        if args.should_save:
+            num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
+            card = model_card(settings, training, model.num_parameters(), num_tokens, heldout)
+            with disk_errors(output_dir):
+                model.save_pretrained(output_dir)
+                tokenizer.save_pretrained(output_dir)
+                (output_dir / "README.md").write_text(card, encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
     return Pretrained(output_dir, heldout)
 
 
 def _measure(
     settings: PretrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> ArLikelihood | None:
-    """Measures the weights as they were saved: rounded to bfloat16, run in float32."""
+    """Measures the weights as they are saved: rounded to bfloat16, run in float32."""
     if settings.eval_data is None:
         return None
     rows = load_rows(settings.eval_data, tokenizer, settings.max_length, text_field=settings.text_field)
-    return evaluate_ar_nll(model.float(), rows, tokenizer)
+    return evaluate_ar_nll(copy.deepcopy(model).float(), rows, tokenizer)
 
 
 def model_card(
@@ -113,8 +127,8 @@ def model_card(
         measured = (
             f"{heldout.bits_per_byte:.4f} bits per byte (standard error over rows "
             f"{heldout.bits_per_byte_standard_error or 0:.4f}), {heldout.nll_per_token:.4f} nats per token, on "
-            f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, documents isolated, "
-            f"rows of {settings.max_length}."
+            f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, "
+            f"documents isolated, rows of {settings.max_length}."
         )
     made_with = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
     return f"""\
@@ -163,15 +177,6 @@ def _texts(settings: PretrainSettings) -> Iterator[str]:
 
 
 def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    if settings.num_attention_heads % settings.num_key_value_heads:
-        raise UserError(
-            f"num_attention_heads {settings.num_attention_heads} is no multiple of num_key_value_heads "
-            f"{settings.num_key_value_heads}"
-        )
-    if settings.hidden_size % settings.num_attention_heads:
-        raise UserError(
-            f"hidden_size {settings.hidden_size} is no multiple of num_attention_heads {settings.num_attention_heads}"
-        )
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,

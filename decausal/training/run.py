@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +20,15 @@ _ALWAYS = {
     "logging_nan_inf_filter": False,  # a bad loss stops the run; it is not filtered out of the log
     "average_tokens_across_devices": True,  # losses are means over the global batch
 }
-_DEFAULTS = {"report_to": "none", "disable_tqdm": True, "logging_steps": 10}
+_DEFAULTS = {"report_to": "none", "logging_steps": 10}
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+}
 
 
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:
@@ -27,13 +39,34 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     """
     if not values.get("output_dir"):
         raise UserError("--output_dir is missing: name the directory that the run is to write to")
-    # transformers wants to be told that a machine has nothing but its CPU
+    _check_ranges(values)
     has_accelerator = torch.accelerator.is_available()
-    values = _DEFAULTS | {"use_cpu": not has_accelerator} | values | _ALWAYS
+    defaults = _DEFAULTS | {
+        "use_cpu": not has_accelerator,  # transformers wants to be told that a machine has nothing but its CPU
+        "disable_tqdm": not sys.stderr.isatty(),
+        "accelerator_config": {"non_blocking": has_accelerator},  # copying a batch must not wait for the device
+    }
+    with argument_errors(), warnings.catch_warnings():
+        # transformers renames gradient_checkpointing; both names work, and users know the old one.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        args = TrainingArguments(**(defaults | values | _ALWAYS))
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # nn.DataParallel would cut our flat indices apart: several GPUs need accelerate or torchrun
+    return args
+
+
+@contextmanager
+def argument_errors() -> Iterator[None]:
+    """Turns what transformers raises for arguments that it does not take into one line.
+
+    Raises:
+        UserError: instead of the errors that transformers raises while it reads arguments.
+    """
     try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"training arguments: {lines[0]}") from error
 
 
 def rows_per_step(args: TrainingArguments) -> int:
@@ -42,15 +75,18 @@ def rows_per_step(args: TrainingArguments) -> int:
 
 
 def run_length(args: TrainingArguments, num_rows: int) -> int:
-    """Sets `args.max_steps` where the run is given in epochs, and returns its number of training rows.
-
-    Raises:
-        UserError: the run would have no step.
-    """
-    if args.max_steps <= 0:
-        args.max_steps = math.ceil(args.num_train_epochs * num_rows / rows_per_step(args))
-    if args.max_steps <= 0:
-        raise UserError(
-            f"--max_steps {args.max_steps} and --num_train_epochs {args.num_train_epochs}: no step to train"
-        )
+    """Sets `args.max_steps` where the run is given in epochs, and returns its number of training rows."""
+    if args.max_steps < 0:
+        args.max_steps = max(1, math.ceil(args.num_train_epochs * num_rows / rows_per_step(args)))
     return args.max_steps * rows_per_step(args)
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    for name, bound in _LEAST.items():
+        if name in values and not values[name] >= bound:  # nan is not at least anything
+            raise UserError(f"--{name} {values[name]}: must be at least {bound}")
+    max_steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1)
+    if max_steps < 1 and max_steps != -1:
+        raise UserError(f"--max_steps {max_steps}: give at least 1, or leave it out and give --num_train_epochs")
+    if max_steps == -1 and not 0 < epochs < math.inf:
+        raise UserError(f"--num_train_epochs {epochs}: must be above 0")

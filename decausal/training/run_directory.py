@@ -1,14 +1,16 @@
-"""One run, one directory: who may write to it, and which checkpoints in it are whole."""
+"""One run, one directory: who may write to it, which checkpoints in it are whole, and what a full disk does to it."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,103 +20,231 @@ from decausal.errors import UserError
 
 RUN_FILE = "run.yaml"
 STAGING = ".saving"  # a checkpoint is written here and renamed when whole, so a half-written one never has its name
+SEAL = "checkpoint.json"  # the last file of a checkpoint: the names and sizes of all others
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Libraries written in Rust and C++ report a full disk as errors of their own kinds.
+_FOREIGN_DISK_ERROR = re.compile(r"os error \d+|No space left|File too large|PytorchStreamWriter|unexpected pos")
+_MAY_CHANGE = {
+    *("data", "eval_data", "eval_rows", "overwrite", "attn_implementation", "compile_layers", "save_dtype"),
+    *("align_weight", "align_schedule", "align_stop_step", "anneal_steps"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunDirectory:
+    """A directory that this run holds.
+
+    Attributes:
+        path: the directory.
+        is_first_process: of several processes of one run, the first writes what they share.
+        has_begun: whether `begin` was called: until then the directory is not this run's to change.
+    """
+
+    path: Path
+    is_first_process: bool = True
+    has_begun: bool = False
+
+    def begin(self, values: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Makes the directory this run's own: what an overwritten run left goes, and `run.yaml` records `values`.
+
+        Called once all input has proved good, so that bad input costs nobody an earlier run.
+        """
+        if not self.is_first_process:
+            return
+        self.has_begun = True
+        if overwrite:
+            for path in _contents(self.path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(self.path / STAGING, ignore_errors=True)
+        with disk_errors(self.path):
+            (self.path / RUN_FILE).write_text(yaml.safe_dump(_plain(values), sort_keys=False))
 
 
 @contextmanager
-def claimed(
-    output_dir: Path, settings: Any, training: dict[str, Any], *, resume: bool, overwrite: bool
-) -> Iterator[None]:
+def claimed(output_dir: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunDirectory]:
     """Holds `output_dir` for one run; the lock is the kernel's, so it ends with the process, however that ends.
 
-    The directory then holds `run.yaml`, the run's settings as resolved. Of several processes of one run, the first
-    holds the directory.
+    A run that comes to nothing leaves nothing: neither files nor directories that it made.
 
     Raises:
-        UserError: another run holds the directory, it is not empty and neither `resume` nor `overwrite` is set, it
-            is to be overwritten but no run made it, or it is to be resumed but holds no whole checkpoint.
+        UserError: another run holds the directory; it is not empty and neither `resume` nor `overwrite` is set; or one
+            of these is set and no run made what it holds.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        yield
+        yield RunDirectory(output_dir, is_first_process=False)
         return
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file; name a directory")
-    existed = output_dir.exists()
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(output_dir / _LOCK, os.O_RDWR | os.O_CREAT)
+        lock = _locked(output_dir)
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f"cannot write to output_dir {output_dir}: {error.strerror}") from error
     try:
+        _check_contents(output_dir, resume=resume, overwrite=overwrite)
+        held = RunDirectory(output_dir)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"output_dir {output_dir} is in use by another run; wait for it or choose another directory"
-            ) from error
-        try:
-            _check_contents(output_dir, resume=resume, overwrite=overwrite)
-            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-            (output_dir / RUN_FILE).write_text(yaml.safe_dump(_plain(asdict(settings) | training), sort_keys=False))
-            yield
+            yield held
         finally:
-            _leave_tidy(output_dir, existed)
+            if held.has_begun:
+                _leave_tidy(output_dir)
     finally:
+        (output_dir / _LOCK).unlink(missing_ok=True)
         os.close(lock)
+        _remove_empty(made)
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the whole checkpoints in `output_dir`, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+def wants_resume(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether the flag asks for anything: "false" does not."""
+    return resume_from_checkpoint not in (None, False, "", "false", "False")
 
 
 def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
-    """Returns the checkpoint that the flag names: True or "true" is the latest in `output_dir`, else a path.
+    """Returns the checkpoint that the flag names: True or "true" is the latest whole one in `output_dir`, else a path.
+
+    None where the flag asks for none, or where the run was killed before it had saved any: it then begins anew.
 
     Raises:
-        UserError: there is none.
+        UserError: the path named is no whole checkpoint.
     """
-    if resume_from_checkpoint in (None, False, "", "false", "False"):
+    if not wants_resume(resume_from_checkpoint):
         return None
     if resume_from_checkpoint in (True, "true", "True", "latest"):
         found = checkpoints(output_dir)
         if not found:
-            raise UserError(
-                f"no whole checkpoint in {output_dir} to resume from; start the run without --resume_from_checkpoint"
-            )
-        return found[-1]
+            logger.warning("no whole checkpoint in %s yet: the run starts from the beginning", output_dir)
+        return found[-1] if found else None
     path = Path(str(resume_from_checkpoint))
-    if not (path / "trainer_state.json").is_file():
-        raise UserError(f"{path} is not a checkpoint to resume from (it has no trainer_state.json)")
+    if not is_whole(path):
+        raise UserError(
+            f"{path} is not a checkpoint to resume from: files are missing or cut short, or it was saved with "
+            "--save_only_model; name another, or 'true' for the latest whole one in output_dir"
+        )
     return path
 
 
-def _check_contents(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    contents = [path for path in output_dir.iterdir() if path.name != _LOCK]
-    if resume or not contents:
+def refuse_other_settings(checkpoint: Path, values: Mapping[str, Any]) -> None:
+    """Raises UserError where `values` differ from those of the run that saved the checkpoint.
+
+    What may differ is what changes neither the model nor what it is trained for.
+    """
+    try:
+        before = yaml.safe_load((checkpoint.parent / RUN_FILE).read_text())
+    except OSError:  # a checkpoint that was copied elsewhere
         return
-    if not overwrite:
+    for name, value in _plain(values).items():
+        if name not in _MAY_CHANGE and name in before and before[name] != value:
+            raise UserError(
+                f"--{name} {value}: {checkpoint} was trained with {before[name]}; "
+                "give the run's own settings to continue it, or start another run in another directory"
+            )
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the whole checkpoints in `output_dir`, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and is_whole(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def seal(checkpoint: Path, *, is_resumable: bool = True) -> None:
+    """Flushes a checkpoint's files to the disk and lists them with their sizes: only then is it whole."""
+    sizes = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    (checkpoint / SEAL).write_text(json.dumps({"is_resumable": is_resumable, "sizes": sizes}, indent=2) + "\n")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that `seal` listed is there at its full size, and training can go on from them."""
+    try:
+        record = json.loads((checkpoint / SEAL).read_text())
+        sizes = {name: (checkpoint / name).stat().st_size for name in record["sizes"]}
+        return record["is_resumable"] and sizes == record["sizes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def disk_errors(output_dir: Path) -> Iterator[None]:
+    """Turns what a full or failing disk raises, in whichever library, into one line that says what is left.
+
+    Raises:
+        UserError: the disk failed. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif found := _FOREIGN_DISK_ERROR.search(str(error)):
+            reason = "No space left on device" if "Stream" in found[0] or "pos" in found[0] else str(error)
+        else:
+            raise
+        kept = checkpoints(output_dir)
+        rest = (
+            f"{kept[-1]} is whole: make room and continue with --resume_from_checkpoint true"
+            if kept
+            else "no earlier checkpoint exists; make room and start again"
+        )
+        raise UserError(f"cannot save to {output_dir}: {reason}; {rest}") from error
+
+
+def _locked(output_dir: Path) -> int:
+    """Returns the open, locked file, and not one that its last holder has just removed."""
+    while True:
+        lock = os.open(output_dir / _LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise UserError(
+                f"output_dir {output_dir} is in use by another run; wait for it or choose another directory"
+            ) from error
+        try:
+            if os.fstat(lock).st_ino == os.stat(output_dir / _LOCK).st_ino:
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _check_contents(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    contents = _contents(output_dir)
+    if not contents:
+        return
+    if not (resume or overwrite):
         raise UserError(
             f"output_dir {output_dir} is not empty; continue its run with --resume_from_checkpoint true, "
             "start anew with --overwrite true, or choose another directory"
         )
     if not (output_dir / RUN_FILE).is_file():
-        raise UserError(f"will not overwrite {output_dir}: it holds files but no run of decausal made it")
-    for path in contents:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        verb = "continue in" if resume else "overwrite"
+        raise UserError(f"will not {verb} output_dir {output_dir}: it holds files, but no run of decausal made it")
 
 
-def _leave_tidy(output_dir: Path, existed: bool) -> None:
-    """Removes the lock, and what a run that came to nothing has left."""
-    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-    (output_dir / _LOCK).unlink(missing_ok=True)
-    if [path.name for path in output_dir.iterdir()] == [RUN_FILE]:
-        (output_dir / RUN_FILE).unlink()
-    if not existed and not any(output_dir.iterdir()):
-        output_dir.rmdir()
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _contents(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.iterdir() if path.name != _LOCK]
+
+
+def _leave_tidy(output_dir: Path) -> None:
+    """Removes a checkpoint that was not finished, and the record of a run that came to nothing."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    if [path.name for path in _contents(output_dir)] == [RUN_FILE]:
+        (output_dir / RUN_FILE).unlink()
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for directory in directories:
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()

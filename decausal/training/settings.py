@@ -8,9 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from decausal.errors import UserError
+
 
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
+
+
+def _at_least(settings: Any, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:  # nan is not at least anything
+            raise UserError(f"--{name} {value}: must be at least {bound}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,16 @@ class ConversionSettings:
     compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
 
+    def __post_init__(self) -> None:
+        _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
+        _at_least(self, align_weight=0, align_stop_step=0, lora_dropout=0)
+        if not 0 < self.data_fraction <= 1:
+            raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
+        if not self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
+        if self.complementary_masks and self.views != 2:
+            raise UserError(f"--complementary_masks needs --views 2, not {self.views}: the two masks share one row")
+
 
 @dataclass(frozen=True)
 class PretrainSettings:
@@ -81,3 +100,12 @@ class PretrainSettings:
     muon_learning_rate: float = _setting(5e-3, "peak rate of the weight matrices; learning_rate is for all the rest")
     compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_length=2, vocab_size=258, num_hidden_layers=1, num_attention_heads=1, hidden_size=1)
+        _at_least(self, num_key_value_heads=1, intermediate_size=1)
+        for whole, part in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(f"--{whole} {getattr(self, whole)} is no multiple of --{part} {getattr(self, part)}")
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise UserError(f"--hidden_size {self.hidden_size}: a head's width must be even, for rotary positions")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from decausal.data.stream import Collator, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
-from decausal.models.mask_row import fold_mask_row, load_mask_row, save_mask_row
-from decausal.training.losses import Supervision, install_training_forward
-from decausal.training.run_directory import STAGING, checkpoints
+from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
+from decausal.training.losses import Supervision, install_training_forward, remove_training_forward
+from decausal.training.run import argument_errors
+from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
 from decausal.training.teacher import Teacher
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -47,11 +47,14 @@ class ConversionTrainer(Trainer):
             loadable (tokenizer, facts).
         measure: called with the stock student wherever transformers would evaluate; returns what to log.
         more: passed on to `transformers.Trainer` (callbacks, optimizers).
+
+    Raises:
+        UserError: arguments that transformers does not take.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: torch.nn.Module,
         args: TrainingArguments,
         *,
         stream: TrainingStream,
@@ -63,20 +66,31 @@ class ConversionTrainer(Trainer):
         **more: Any,
     ) -> None:
         eval_dataset = None if measure is None else []  # transformers asks for one; `measure` has its own
-        super().__init__(model, args, train_dataset=stream, eval_dataset=eval_dataset, data_collator=collator, **more)
+        with argument_errors():
+            super().__init__(
+                model, args, train_dataset=stream, eval_dataset=eval_dataset, data_collator=collator, **more
+            )
         self.model_accepts_loss_kwargs = True  # our losses are global means already: transformers must not rescale them
         self.supervision = supervision
         self.teacher = teacher
         self.finish_checkpoint = finish_checkpoint
         self.measure = measure
-        self._sums: dict[str, Tensor | float] = defaultdict(float)
-        self._num_logged_steps = 0
+        self._sums: dict[str, Tensor] = {}
+        self._num_summed: Counter[str] = Counter()
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self._future_order: Tensor | None = None
         install_training_forward(stock_model(model), supervision)
         if teacher is not None:
             teacher.model.to(args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        with argument_errors():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with argument_errors():
+            return super().create_scheduler(*args, **kwargs)
 
     # Rows and losses
 
@@ -86,7 +100,7 @@ class ConversionTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Sums the batches' denominators over the accumulated batches and over all processes: [2]."""
         denominators = torch.stack([batch["denominators"] for batch in batch_samples]).sum(0)
-        denominators = denominators.to(device=device, dtype=torch.float32)
+        denominators = denominators.to(device=device, dtype=torch.float32, non_blocking=True)
         if self.args.world_size > 1:
             denominators = self.accelerator.reduce(denominators, reduction="sum")
         return denominators.clamp(min=1.0)
@@ -149,7 +163,9 @@ class ConversionTrainer(Trainer):
     # Logs
 
     def _record(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value.detach()
+        total = self._sums.get(name)
+        self._sums[name] = value.detach().clone() if total is None else total + value.detach()
+        self._num_summed[name] += 1
 
     def _watch_for_bad_loss(self, loss: Tensor, step: int) -> None:
         """Remembers, on the device, the first step whose loss is not finite; read only where the host waits anyway."""
@@ -157,29 +173,43 @@ class ConversionTrainer(Trainer):
             self._first_bad_step = torch.tensor(_NEVER, device=loss.device)
         bad_step = torch.where(loss.detach().isfinite(), _NEVER, step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad_step)
-        if loss.device.type == "cpu":
-            self._stop_on_bad_loss()
+        if loss.device.type == "cpu" and int(self._first_bad_step) != _NEVER:
+            raise self._bad_step_error(f"the loss at step {int(self._first_bad_step)} is not finite")
 
-    def _stop_on_bad_loss(self) -> None:
-        if self._first_bad_step is None or int(self._first_bad_step) == _NEVER:
+    def _stop_if_bad(self) -> None:
+        """Raises in all processes if any of them has seen a bad loss."""
+        if self._first_bad_step is None:
             return
+        first = int(self.accelerator.gather(self._first_bad_step.reshape(1)).min())
+        if first != _NEVER:
+            raise self._bad_step_error(f"the loss at step {first} is not finite")
+
+    def _stop_if_weights_are_bad(self) -> None:
+        """A finite loss can have a gradient that is not: no checkpoint may hold what it makes of the weights."""
+        is_good = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
+        if not bool(torch.stack(is_good).all()):
+            raise self._bad_step_error(f"after step {self.state.global_step} there are weights that are not finite")
+
+    def _bad_step_error(self, what: str) -> UserError:
         kept = checkpoints(Path(self.args.output_dir))
         where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
-        raise UserError(
-            f"the loss at step {int(self._first_bad_step)} is not finite, so training stopped; {where}; "
-            "try a lower --learning_rate, a longer --warmup_steps or --bf16 false"
-        )
+        remedy = "try a lower --learning_rate, a longer --warmup_steps or --bf16 false"
+        return UserError(f"{what}, so training stopped; {where}; {remedy}")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the loss's parts to transformers' log line; the only place where the host waits for the device."""
-        self._stop_on_bad_loss()
-        num_steps = self.state.global_step - self._num_logged_steps
-        if "loss" in logs and num_steps:
+        """Adds the loss's parts to transformers' log line; the only place where the host waits for the device.
+
+        `epoch` counts passes over the data; to transformers the whole run is one.
+        """
+        self._stop_if_bad()
+        if "loss" in logs:
             for name, value in self._sums.items():
-                total = self.accelerator.reduce(torch.as_tensor(value), reduction="sum")
-                logs[name] = round(float(total) / num_steps, 6)
+                num_steps = self._num_summed[name] / self.args.gradient_accumulation_steps
+                logs[name] = round(float(self.accelerator.reduce(value, reduction="sum")) / num_steps, 6)
             self._sums.clear()
-            self._num_logged_steps = self.state.global_step
+            self._num_summed.clear()
+        num_rows = self.state.global_step / self.args.max_steps * len(self.train_dataset)
+        self.state.epoch = round(num_rows / len(self.train_dataset.rows), 4)
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -195,42 +225,42 @@ class ConversionTrainer(Trainer):
         return os.path.join(self.args.output_dir, STAGING) if self._is_staging else self.args.output_dir
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._stop_on_bad_loss()
+        self._stop_if_bad()
+        self._stop_if_weights_are_bad()
+        output_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        staged, final = Path(self.args.output_dir, STAGING, name), Path(self.args.output_dir, name)
-        self._is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
+        staged = output_dir / STAGING / name
+        with disk_errors(output_dir):
+            self._is_staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._is_staging = False
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.finish_checkpoint(staged)
-        except OSError as error:
-            shutil.rmtree(staged.parent, ignore_errors=True)
-            raise self._save_error(error) from error
-        except RuntimeError as error:  # torch.save reports a full disk as one
-            shutil.rmtree(staged.parent, ignore_errors=True)
-            if "PytorchStreamWriter" not in str(error) and "No space left" not in str(error):
-                raise
-            raise self._save_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
-        finally:
-            self._is_staging = False
-        self.accelerator.wait_for_everyone()
+                self._finish_checkpoint(staged)
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+                os.replace(staged, output_dir / name)
         if self.args.should_save:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staged, final)
-            shutil.rmtree(staged.parent, ignore_errors=True)
             for old in self._surplus_checkpoints():
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _save_error(self, error: OSError) -> UserError:
-        kept = checkpoints(Path(self.args.output_dir))
-        resume = f"{kept[-1]} is whole: resume from it" if kept else "no earlier checkpoint exists"
-        reason = error.strerror or str(error)
-        return UserError(f"cannot save a checkpoint in {self.args.output_dir}: {reason}; {resume} when there is room")
+    def _finish_checkpoint(self, staged: Path) -> None:
+        if self.state.best_global_step:  # transformers has looked for it in the wrong directory
+            self.state.best_model_checkpoint = str(
+                Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            )
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        self.finish_checkpoint(staged)
+        seal(staged, is_resumable=not self.args.save_only_model)
 
     def _surplus_checkpoints(self) -> list[Path]:
         limit = self.args.save_total_limit
-        return checkpoints(Path(self.args.output_dir))[:-limit] if limit else []
+        if not limit:
+            return []
+        best = self.state.best_model_checkpoint
+        return [old for old in checkpoints(Path(self.args.output_dir))[:-limit] if str(old) != best]
 
     def whole_state_dict(self) -> dict[str, Tensor]:
         """Returns all weights, gathered from wherever sharding has put them."""
@@ -238,11 +268,37 @@ class ConversionTrainer(Trainer):
             return self.accelerator.get_state_dict(self.model_wrapped)
         return self.model.state_dict()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, state_dict=fold_mask_row(self.model, state_dict))
-        save_mask_row(self.model, Path(output_dir or self.args.output_dir))
+    def trained_model(self) -> torch.nn.Module:
+        """Returns the student without any wrapper of ours or accelerate's, in eval mode; adapters are still on it."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        remove_training_forward(stock_model(model))
+        return model.eval()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = output_dir or self.args.output_dir
+        state_dict = fold_mask_row(self.model, self.model.state_dict() if state_dict is None else state_dict)
+        if stock_model(self.model) is self.model:
+            super()._save(directory, state_dict=state_dict)
+        elif self.args.should_save:
+            # PEFT would add the embeddings wherever a mask token was added; the row has its own file.
+            self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+            save_mask_row(self.model, Path(directory))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_mask_row(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_mask_row(self.model, Path(str(self.state.best_model_checkpoint)))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The mask row is no weight of the source's, and tied weights are saved once: that these lack is right."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(value) for name, value in parameters.items() if name not in load_result.missing_keys}
+        missing = [
+            name
+            for name in load_result.missing_keys
+            if name.rpartition(".")[2] != MASK_ROW and id(parameters.get(name)) not in loaded
+        ]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
