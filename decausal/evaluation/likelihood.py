@@ -1,0 +1,304 @@
+"""Likelihood of held-out rows: the diffusion model's NELBO, and its autoregressive source's NLL on the same tokens.
+
+A document's NELBO (`decausal.diffusion.nelbo`) is estimated from mask patterns of its own: m of its n predicted tokens
+are masked, m uniform in 1..n, and their summed cross-entropy weighs n/m. Documents of a row are isolated, so a row's
+NELBO is the sum over its documents, and one pass over the row scores a pattern of each.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.data.rows import load_rows
+from decausal.data.sources import Data
+from decausal.data.stream import Rows
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.evaluation.byte_count import ByteCounter
+from decausal.evaluation.passes import in_batches, measuring, predicted_tokens, spread_indices, token_nll
+from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
+from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Ratio, beside, ratio_over_rows
+from decausal.models.adapt import load_source
+from decausal.models.backbone import head_of
+from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
+
+CAUSAL = Layout("causal")
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of noised rows that are done, and of all there will be."""
+
+
+def evaluate_nll(
+    model: nn.Module,
+    facts: ConversionFacts,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int | None = None,
+    samples_per_row: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    num_bins: int = 5,
+    on_progress: OnProgress | None = None,
+) -> Likelihood:
+    """Measures a diffusion model's NELBO and masked cross-entropy on packed rows.
+
+    Masks are a function of (seed, row index) alone, so models measured with one seed are compared on the same masks.
+    Gradients are off and the model is in eval mode; its modes are afterwards what they were.
+
+    Args:
+        model: the converted model, or one in training.
+        facts: its layout, shift and mask token.
+        rows: packed rows, see `decausal.data.stream.Rows`.
+        tokenizer: counts the bytes of the tokens.
+        num_rows: measure this many rows, spread evenly over all; None is all.
+        samples_per_row: mask patterns per row, S; their levels are stratified.
+        batch_size: noised rows per forward pass. No figure depends on it, but for rounding.
+        seed: of the mask patterns.
+        num_bins: bins of equal width of the share of masked tokens.
+        on_progress: called after each forward pass.
+
+    Returns:
+        The figures, without those of the AR source (see `evaluate_checkpoint`).
+
+    Raises:
+        UserError: for an option out of range, a block layout, or rows without any token to predict.
+    """
+    _check(facts, samples_per_row=samples_per_row, num_bins=num_bins)
+    indices = spread_indices(rows, num_rows)
+    sizes = _sizes(rows, indices, tokenizer)
+    head = head_of(model)._replace(banned=facts.mask_token_id)
+    totals = _Totals(len(indices), num_bins)
+    num_done, num_views = 0, len(indices) * samples_per_row
+    with measuring(model):
+        for views in in_batches(noised_rows(rows, indices, samples_per_row, seed), batch_size):
+            batch = stack(views)
+            index = batch.is_masked.flatten().nonzero()[:, 0]
+            noised_ids = batch.clean_ids.masked_fill(batch.is_masked, facts.mask_token_id)
+            token_ids = batch.clean_ids.flatten()[index]
+            nll = token_nll(model, head, facts.attention, noised_ids, batch.document_ids, index, token_ids, facts.shift)
+            totals.add(batch, index, nll)
+            num_done += len(views)
+            if on_progress is not None:
+                on_progress(num_done, num_views)
+    return totals.likelihood(sizes, samples_per_row, seed)
+
+
+def evaluate_ar_nll(
+    model: nn.Module,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int | None = None,
+    batch_size: int = 8,
+) -> ArLikelihood:
+    """Measures an autoregressive model's NLL on exactly the tokens that `evaluate_nll` measures.
+
+    Args:
+        model: any stock causal LM, run under the causal layout with documents isolated.
+        rows, tokenizer, num_rows: as for `evaluate_nll`.
+        batch_size: rows per forward pass.
+
+    Raises:
+        UserError: for an option out of range, or rows without any token to predict.
+    """
+    indices = spread_indices(rows, num_rows)
+    sizes = _sizes(rows, indices, tokenizer)
+    head, row_nll = head_of(model), []
+    with measuring(model):
+        for batch in in_batches((rows[index] for index in indices), batch_size):
+            clean_ids, document_ids = (
+                torch.stack([row[name] for row in batch]) for name in ("clean_ids", "document_ids")
+            )
+            is_predicted = torch.stack([predicted_tokens(row) for row in batch])
+            index = is_predicted.flatten().nonzero()[:, 0]
+            nll = token_nll(model, head, CAUSAL, clean_ids, document_ids, index, clean_ids.flatten()[index], shift=1)
+            row_nll.append(_sum_by(index // clean_ids.shape[1], nll, len(batch)))
+    per_token, per_byte = _per_token_and_byte(torch.cat(row_nll), sizes)
+    return ArLikelihood(*per_token, *per_byte, int(sizes.tokens.sum()), int(sizes.bytes.sum()), len(indices))
+
+
+def evaluate_checkpoint(
+    directory: str | Path,
+    data: Data,
+    *,
+    text_field: str = "text",
+    split: str = "train",
+    max_length: int = 512,
+    num_rows: int | None = None,
+    samples_per_row: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    with_source: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Likelihood:
+    """Measures a converted checkpoint on `data` as `evaluate_nll` does, and beside it the AR model it was made from.
+
+    Args:
+        directory: what `decausal convert` wrote.
+        data, text_field, split: see `decausal.data.rows.load_rows`.
+        max_length: tokens per row, T: how much a token can read at most.
+        num_rows, samples_per_row, batch_size, seed: see `evaluate_nll`.
+        with_source: load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
+        device: None: CUDA where there is one, else the CPU.
+        dtype: of the weights of both models.
+
+    Raises:
+        UserError: no such checkpoint, data that cannot be read, or an option out of range.
+    """
+    converted = load_converted(directory, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer, facts = converted
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
+    rows = load_rows(data, tokenizer, max_length, text_field=text_field, split=split)
+    with _shown_progress() as on_progress:
+        likelihood = evaluate_nll(
+            model,
+            facts,
+            rows,
+            tokenizer,
+            num_rows=num_rows,
+            samples_per_row=samples_per_row,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    if not with_source:
+        return likelihood
+    try:
+        source = source_of(converted)
+    except UserError as error:
+        return replace(likelihood, ar_missing=str(error))
+    return beside(likelihood, evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size))
+
+
+def source_of(converted: Converted) -> PreTrainedModel:
+    """Loads the AR model that a converted one was made from, in its dtype and on its device.
+
+    Raises:
+        UserError: when it is not at hand, or what has its name now has another vocabulary.
+    """
+    model, tokenizer, facts = converted
+    source, source_tokenizer = load_source(facts.source, dtype=model.dtype, revision=facts.source_revision)
+    vocabulary = tokenizer.get_vocab()
+    if any(vocabulary.get(token) != token_id for token, token_id in source_tokenizer.get_vocab().items()):
+        raise UserError(f"{facts.source} is no longer the source: its vocabulary is not the converted model's")
+    return source.to(model.device)
+
+
+class _Sizes(NamedTuple):
+    """Predicted tokens of each row, and bytes of their text."""
+
+    tokens: Float[Tensor, "R"]
+    bytes: Float[Tensor, "R"]
+
+
+class _Totals:
+    """Sums by row, and by row and bin, in fp64; their size does not grow with the number of samples."""
+
+    def __init__(self, num_rows: int, num_bins: int) -> None:
+        self.nelbo = torch.zeros(num_rows, dtype=torch.float64)
+        by_bin = (num_rows, num_bins)
+        self.cross_entropy = torch.zeros(by_bin, dtype=torch.float64)
+        self.share = torch.zeros(by_bin, dtype=torch.float64)
+        self.num_masked = torch.zeros(by_bin, dtype=torch.float64)
+
+    def add(self, batch: NoisedRow, index: Int[Tensor, "n"], nll: Float[Tensor, "n"]) -> None:
+        """Adds the losses of a batch's masked tokens, `index` being their places in [B*T]."""
+        num_rows, num_bins = self.share.shape
+        slot = batch.slot[index // batch.is_masked.shape[1]]
+        weight, num_masked, num_predicted = (
+            tensor.flatten()[index] for tensor in (batch.weight, batch.num_masked, batch.num_predicted)
+        )
+        self.nelbo += _sum_by(slot, nll * weight, num_rows)
+        # Bins are open below, closed above: the share m/n is in (0, 1]. In whole numbers, so that no edge is rounded.
+        level_bin = (num_masked * num_bins - 1) // num_predicted
+        cell = slot * num_bins + level_bin
+        # At uniform t, n of n + 1 patterns mask anything; only those are drawn here. With this factor documents of
+        # all lengths count as they do in training.
+        share = num_predicted.double() / (num_predicted + 1)
+        for total, values in (
+            (self.cross_entropy, nll * share),
+            (self.share, share),
+            (self.num_masked, torch.ones_like(share)),
+        ):
+            total += _sum_by(cell, values, total.numel()).view_as(total)
+
+    def likelihood(self, sizes: _Sizes, num_samples: int, seed: int) -> Likelihood:
+        row_nelbo = self.nelbo / num_samples
+        per_token, per_byte = _per_token_and_byte(row_nelbo, sizes)
+        return Likelihood(
+            *per_token,
+            *per_byte,
+            *ratio_over_rows(self.cross_entropy.sum(dim=1), self.share.sum(dim=1)),
+            bins=tuple(self._bin(number) for number in range(self.share.shape[1])),
+            num_tokens=int(sizes.tokens.sum()),
+            num_bytes=int(sizes.bytes.sum()),
+            num_rows=len(row_nelbo),
+            samples_per_row=num_samples,
+            seed=seed,
+            row_nelbo=tuple(row_nelbo.tolist()),
+            row_num_tokens=tuple(sizes.tokens.long().tolist()),
+        )
+
+    def _bin(self, number: int) -> NoiseBin:
+        num_bins = self.share.shape[1]
+        cross_entropy = ratio_over_rows(self.cross_entropy[:, number], self.share[:, number])
+        num_tokens = int(self.num_masked[:, number].sum())
+        return NoiseBin(number / num_bins, (number + 1) / num_bins, *cross_entropy, num_tokens)
+
+
+def _sizes(rows: Rows, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> _Sizes:
+    count_bytes = ByteCounter(tokenizer)
+    num_tokens, num_bytes = [], []
+    for index in indices:
+        row = rows[index]
+        is_predicted = predicted_tokens(row)
+        ids, documents = row["clean_ids"][is_predicted], row["document_ids"][is_predicted]
+        num_tokens.append(len(ids))
+        num_bytes.append(sum(count_bytes(ids[documents == document]) for document in documents.unique()))
+    if not sum(num_tokens):
+        raise UserError("the data hold no token that can be predicted; give other data")
+    return _Sizes(torch.tensor(num_tokens).double(), torch.tensor(num_bytes).double())
+
+
+def _per_token_and_byte(row_nats: Float[Tensor, "R"], sizes: _Sizes) -> tuple[Ratio, Ratio]:
+    return ratio_over_rows(row_nats, sizes.tokens), ratio_over_rows(row_nats / math.log(2), sizes.bytes)
+
+
+def _sum_by(group: Int[Tensor, "n"], values: Float[Tensor, "n"], num_groups: int) -> Float[Tensor, "num_groups"]:
+    return torch.zeros(num_groups, dtype=values.dtype).index_add_(0, group, values)
+
+
+@contextmanager
+def _shown_progress() -> Iterator[OnProgress | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Console(stderr=True).status("measuring") as status:
+        yield lambda done, total: status.update(f"measuring: {done:,} of {total:,} noised rows")
+
+
+def _check(facts: ConversionFacts, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name} {count}: must be at least 1")
+    if facts.layout == "block":
+        raise UserError(
+            "the likelihood of layout 'block' cannot be measured yet: it needs earlier blocks clean where a block is "
+            "noised; accepted: bidirectional, causal"
+        )

@@ -1,0 +1,118 @@
+"""Running a model over held-out rows: which of them, in what batches, and what its states say of chosen tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from decausal.data.stream import Rows
+from decausal.diffusion.layout import Layout
+from decausal.diffusion.shift import predictable, predicting_index
+from decausal.errors import UserError
+from decausal.models.backbone import body_forward
+from decausal.objectives.tokens import Head, chunked_cross_entropy
+
+Item = TypeVar("Item")
+
+
+def spread_indices(rows: Rows, num_rows: int | None) -> list[int]:
+    """Indices of `num_rows` rows spread evenly over all there are, or of all where there are no more.
+
+    Neighbouring rows hold the same files: the first rows would be a poor sample of the data.
+
+    Raises:
+        UserError: when there are no rows, or fewer than one is asked for.
+    """
+    if num_rows is not None and num_rows < 1:
+        raise UserError(f"--num_rows {num_rows}: must be at least 1")
+    if not len(rows):
+        raise UserError("there are no rows to measure on; give other data")
+    num_taken = len(rows) if num_rows is None else min(num_rows, len(rows))
+    return [i * len(rows) // num_taken for i in range(num_taken)]
+
+
+def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Yields lists of `batch_size` items; the last may be shorter.
+
+    Raises:
+        UserError: if the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    iterator = iter(items)
+    while batch := list(islice(iterator, batch_size)):
+        yield batch
+
+
+def predicted_tokens(row: dict[str, Tensor]) -> Bool[Tensor, "T"]:
+    """Which tokens of a row are measured: those that may be masked, but no document's first.
+
+    An autoregressive model cannot predict a document's first token, nor can a converted one of shift 1. It is given,
+    never masked, for every model: so all are measured on the same tokens.
+    """
+    return row["is_maskable"] & predictable(row["document_ids"][None], shift=1)[0]
+
+
+@contextmanager
+def measuring(*models: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def documents_if_packed(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
+    """The document ids, or None where every row is one whole document: then attention needs no explicit mask."""
+    return document_ids if bool((document_ids != 0).any()) else None
+
+
+def token_nll(
+    model: nn.Module,
+    head: Head,
+    layout: Layout,
+    input_ids: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    token_index: Int[Tensor, "n"],
+    token_ids: Int[Tensor, "n"],
+    shift: int,
+) -> Float[Tensor, "n"]:
+    """Negative log-likelihood in nats, on the CPU in fp64, of tokens given what the model reads.
+
+    The head runs on the states that predict those tokens, a chunk at a time: all logits never exist. Call it inside
+    `measuring`.
+
+    Args:
+        model: any stock causal LM.
+        head: its head, with the mask token banned where the model is a diffusion model.
+        layout: who attends to whom.
+        input_ids: what the model reads; tensors are moved to its device.
+        document_ids: document of each token, -1 for padding.
+        token_index: flat index into [B*T] of each token to score.
+        token_ids: those tokens.
+        shift: which state predicts a token, see `decausal.diffusion.shift`.
+    """
+    device = device_of(model)
+    packed = documents_if_packed(document_ids)
+    output = body_forward(
+        model, input_ids.to(device), layout, document_ids=None if packed is None else packed.to(device)
+    )
+    states = output.last_hidden_state.flatten(0, 1).index_select(0, predicting_index(token_index, shift).to(device))
+    weights = torch.ones(len(token_ids), device=device)
+    return chunked_cross_entropy(states, head, token_ids.to(device), weights).nll.double().cpu()

@@ -1,0 +1,199 @@
+"""What a measurement found: numbers with standard errors, as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+
+class Ratio(NamedTuple):
+    """A mean per token or byte: None where there was nothing to divide by, without standard error below two rows."""
+
+    value: float | None
+    standard_error: float | None
+
+
+def ratio_over_rows(sums: Float[Tensor, "R"], counts: Float[Tensor, "R"]) -> Ratio:
+    """Mean per token over rows that hold different numbers of tokens, and its standard error with rows as clusters.
+
+    Tokens of a row are not independent, rows nearly are. So the spread is that between rows,
+    ``sqrt(R / (R - 1) * sum_r (sums_r - mean * counts_r)^2) / sum_r counts_r``, which holds both the choice of text and
+    the draw of masks.
+
+    Args:
+        sums: each row's sum, in any unit.
+        counts: what the sum is per: the row's tokens, bytes or weights. Not all need be above 0.
+
+    Source: the ratio estimator, Cochran, Sampling techniques (3rd ed., sections 2.11 and 6.3).
+    """
+    total = counts.sum().item()
+    if total == 0:
+        return Ratio(None, None)
+    mean = sums.sum().item() / total
+    num_rows = len(sums)
+    if num_rows < 2:
+        return Ratio(mean, None)
+    residuals = (sums - mean * counts).square().sum().item()
+    return Ratio(mean, math.sqrt(num_rows / (num_rows - 1) * residuals) / total)
+
+
+@dataclass(frozen=True)
+class NoiseBin:
+    """Cross-entropy of masked tokens, in nats, in documents of which a share in (low, high] is masked."""
+
+    low: float
+    high: float
+    cross_entropy: float | None
+    standard_error: float | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ArLikelihood:
+    """Likelihood under the autoregressive model, in nats per predicted token and bits per byte of their text."""
+
+    nll_per_token: float
+    nll_standard_error: float | None
+    bits_per_byte: float | None
+    bits_per_byte_standard_error: float | None
+    num_tokens: int
+    num_bytes: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What `evaluate_nll` measures. Standard errors are over rows; None where there is but one.
+
+    Attributes:
+        nelbo_per_token: upper bound on the negative log-likelihood, in nats per predicted token.
+        nelbo_standard_error: its standard error.
+        bits_per_byte: the same bound, in bits per byte of the predicted tokens' text (None if that is empty).
+        bits_per_byte_standard_error: its standard error.
+        masked_cross_entropy: mean over masked tokens at uniform noise level, in nats: what training minimises.
+        masked_cross_entropy_standard_error: its standard error.
+        bins: the same by share of the document that is masked.
+        num_tokens: predicted tokens.
+        num_bytes: bytes of their text.
+        num_rows: rows measured.
+        samples_per_row: mask patterns drawn for each.
+        seed: of the patterns.
+        ar_nll_per_token: negative log-likelihood of the same tokens under the autoregressive source, in nats.
+        ar_nll_standard_error: its standard error.
+        ar_bits_per_byte: the same in bits per byte.
+        ar_bits_per_byte_standard_error: its standard error.
+        ar_missing: why there are no figures of the source.
+        row_nelbo: NELBO of each row in nats, for comparisons row by row.
+        row_num_tokens: predicted tokens of each row.
+    """
+
+    nelbo_per_token: float
+    nelbo_standard_error: float | None
+    bits_per_byte: float | None
+    bits_per_byte_standard_error: float | None
+    masked_cross_entropy: float
+    masked_cross_entropy_standard_error: float | None
+    bins: tuple[NoiseBin, ...]
+    num_tokens: int
+    num_bytes: int
+    num_rows: int
+    samples_per_row: int
+    seed: int
+    ar_nll_per_token: float | None = None
+    ar_nll_standard_error: float | None = None
+    ar_bits_per_byte: float | None = None
+    ar_bits_per_byte_standard_error: float | None = None
+    ar_missing: str | None = None
+    row_nelbo: tuple[float, ...] = field(default=(), repr=False)
+    row_num_tokens: tuple[int, ...] = field(default=(), repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them, without those of single rows."""
+        record = asdict(self)
+        del record["row_nelbo"], record["row_num_tokens"]
+        record["bins"] = list(record["bins"])
+        return record
+
+    def as_table(self) -> Table:
+        """The figures as a table for the terminal."""
+        rows, tokens = f"{self.num_rows:,} rows", f"{self.num_tokens:,} tokens"
+        table = Table(title=f"Likelihood of {tokens} in {rows}, {self.samples_per_row} mask patterns per row")
+        table.add_column("measure")
+        table.add_column("value", justify="right")
+        table.add_column("± s.e.", justify="right")
+        table.add_column("unit")
+        for name, value, standard_error, unit in self._lines():
+            table.add_row(name, _number(value), _number(standard_error), unit)
+        if self.ar_missing is not None:
+            table.caption = f"no AR source: {self.ar_missing}"
+        return table
+
+    def _lines(self) -> list[tuple[str, float | None, float | None, str]]:
+        lines = [
+            ("NELBO", self.nelbo_per_token, self.nelbo_standard_error, "nats per token"),
+            ("NELBO", self.bits_per_byte, self.bits_per_byte_standard_error, "bits per byte"),
+        ]
+        if self.ar_nll_per_token is not None:
+            lines += [
+                ("AR source NLL", self.ar_nll_per_token, self.ar_nll_standard_error, "nats per token"),
+                ("AR source NLL", self.ar_bits_per_byte, self.ar_bits_per_byte_standard_error, "bits per byte"),
+            ]
+        cross_entropy = (self.masked_cross_entropy, self.masked_cross_entropy_standard_error)
+        lines.append(("masked cross-entropy", *cross_entropy, "nats per masked token"))
+        for noise_bin in self.bins:
+            name = f"  {noise_bin.low:.0%} to {noise_bin.high:.0%} masked"
+            lines.append((name, noise_bin.cross_entropy, noise_bin.standard_error, f"{noise_bin.num_tokens:,} tokens"))
+        return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def beside(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
+    """The likelihood with an AR model's, of the same tokens, written beside it.
+
+    Raises:
+        ValueError: when they were not measured on the same rows.
+    """
+    if (ar.num_rows, ar.num_tokens, ar.num_bytes) != (
+        likelihood.num_rows,
+        likelihood.num_tokens,
+        likelihood.num_bytes,
+    ):
+        raise ValueError(f"measured on {likelihood.num_tokens} tokens and, for the AR model, on {ar.num_tokens}")
+    return replace(
+        likelihood,
+        ar_nll_per_token=ar.nll_per_token,
+        ar_nll_standard_error=ar.nll_standard_error,
+        ar_bits_per_byte=ar.bits_per_byte,
+        ar_bits_per_byte_standard_error=ar.bits_per_byte_standard_error,
+        ar_missing=None,
+    )
+
+
+def nelbo_difference(first: Likelihood, second: Likelihood) -> Ratio:
+    """NELBO per token of `first` minus that of `second`, in nats, with the standard error of the difference.
+
+    Row by row, on the same masks: what makes a row hard is hard for both and cancels. So this standard error is far
+    smaller than that of either.
+
+    Raises:
+        ValueError: when they were not measured on the same rows with the same masks.
+    """
+    first_draw, second_draw = ((run.row_num_tokens, run.samples_per_row, run.seed) for run in (first, second))
+    if first_draw != second_draw:
+        raise ValueError("the two were not measured on the same rows, samples_per_row and seed")
+    differences = _fp64(first.row_nelbo) - _fp64(second.row_nelbo)
+    return ratio_over_rows(differences, _fp64(first.row_num_tokens))
+
+
+def _fp64(values: Sequence[float | int]) -> Float[Tensor, "R"]:
+    return torch.tensor(values, dtype=torch.float64)
