@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -139,8 +140,8 @@ def _generate(arguments: list[str]) -> int:
 
     model = load(flags.directory)
     options = _sampler_options(flags) | _given(flags, "max_new_tokens")
-    on_step = _live(model, flags.watch and len(prompts) == 1)
-    found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
+    with _watching(model, flags.watch and len(prompts) == 1) as on_step:
+        found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
     _print_generations(found, as_json=flags.json)
     return 0
 
@@ -156,8 +157,8 @@ def _infill(arguments: list[str]) -> int:
     from decausal.sampling.model import load
 
     model = load(flags.directory)
-    on_step = _live(model, flags.watch)
-    found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **_sampler_options(flags))
+    with _watching(model, flags.watch) as on_step:
+        found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **_sampler_options(flags))
     _print_generations([found], as_json=flags.json)
     return 0
 
@@ -262,9 +263,9 @@ def _given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
 
 
-def _live(model: Any, is_wanted: bool) -> Any:
+def _watching(model: Any, is_wanted: bool) -> AbstractContextManager[Any]:
     if not is_wanted:
-        return None
+        return nullcontext()
     from decausal.sampling.watch import Watch
 
     return Watch(model.tokenizer)
