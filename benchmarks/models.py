@@ -1,0 +1,47 @@
+"""The models that benchmarks run: shapes with random weights, or a directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+CONTEXT = 32768
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 model with tied embeddings, and the batch that it is measured on by default."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    batch_size: int
+    length: int
+
+
+SHAPES = {
+    "embedded": Shape(320, 6, 832, 5, 1, 64, 4096, batch_size=4, length=512),
+    "25m": Shape(384, 8, 1024, 6, 2, 64, 32_000, batch_size=2, length=512),
+    "qwen3-0.6b": Shape(1024, 28, 3072, 16, 8, 128, 151_936, batch_size=8, length=1024),
+}
+DEFAULT_MODELS = {"cpu": ("embedded", "25m"), "cuda": ("qwen3-0.6b",)}
+FALLBACK = SHAPES["embedded"]
+
+
+def build(name_or_path: str, device: torch.device) -> PreTrainedModel:
+    """Returns a model of a named shape with random weights, or the one in a directory, in fp32."""
+    if name_or_path in SHAPES:
+        shape = vars(SHAPES[name_or_path]) | {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
+        config = Qwen3Config(**{name: value for name, value in shape.items() if name not in ("batch_size", "length")})
+        with device:
+            return Qwen3ForCausalLM(config)
+    if not Path(name_or_path).is_dir():
+        raise SystemExit(f"--model {name_or_path}: give a directory or one of {', '.join(SHAPES)}")
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).to(device)

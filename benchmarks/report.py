@@ -1,0 +1,61 @@
+"""Benchmark figures as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Wide enough for the tables where the output is a file.
+console = Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
+def print_header(environment: dict[str, str]) -> None:
+    """Prints one line per fact."""
+    for name, value in environment.items():
+        console.print(f"[bold]{name:>9}[/]  {value}", soft_wrap=True)
+
+
+def print_steps(model_name: str, figures: dict[str, Any]) -> None:
+    """Prints a table of steps, and the time that data takes beside them."""
+    precision = "bf16 autocast" if figures["bf16"] else "fp32"
+    rows = f"{figures['batch_size']} student rows x {figures['length']} tokens, {figures['documents']} documents each"
+    table = Table(title=f"{model_name}: {rows}, {precision}", title_justify="left")
+    for heading in ("case", "ms", "+opt.", "ratio", "+opt.", "floor", "target", "MB", "ratio"):
+        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    table.add_column("target", justify="right")
+    table.add_column("waits", justify="right")
+    for name, case in figures["cases"].items():
+        table.add_row(
+            name,
+            f"{case['seconds'] * 1e3:.1f}",
+            f"{case['seconds_with_optimizer'] * 1e3:.1f}",
+            f"{case['ratio']:.3f}",
+            f"{case['ratio_with_optimizer']:.3f}",
+            f"{case['floor']:.3f}",
+            _verdict(case["ratio"], case["time_target"]),
+            f"{case['memory_bytes'] / 1e6:.1f}",
+            f"{case['memory_ratio']:.3f}",
+            _verdict(case["memory_ratio"], case["memory_target"]),
+            "" if case["host_waits"] is None else str(case["host_waits"]),
+        )
+    console.print(table)
+    share = figures["data_seconds"] / figures["cases"]["plain"]["seconds"] if "plain" in figures["cases"] else None
+    of_step = "" if share is None else f", {share:.2%} of a plain step"
+    console.print(f"data: {figures['data_seconds'] * 1e3:.2f} ms per batch in one process{of_step}\n")
+
+
+def print_loss_memory(figures: dict[str, float], vocab_size: int) -> None:
+    """Prints the peak memory of the token loss and of its naive form."""
+    console.print(
+        f"loss memory at V = {vocab_size:,}, {figures['tokens']} tokens of width {figures['width']}, half of them "
+        f"targets: {figures['ours'] / 1e6:.0f} MB, naive {figures['naive'] / 1e6:.0f} MB, "
+        f"ratio {figures['ratio']:.3f}, target {_verdict(figures['ratio'], figures['target'])}"
+    )
+
+
+def _verdict(value: float, target: float | None) -> str:
+    if target is None:
+        return ""
+    return f"[green]{target:.2f} ok[/]" if value <= target else f"[red]{target:.2f} over[/]"
