@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -60,6 +62,8 @@ def body_forward(
     attention = None
     if document_ids is None and position_ids is None and future is None:
         attention = _stock_attention(body.config, layout, input_ids.shape[1])
+        if attention is not None and layout.kind == "causal" and not body.training:
+            attention |= {"past_key_values": _NO_CACHE}
     if attention is None:
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
@@ -78,6 +82,31 @@ def body_forward(
     if output_hidden_states:
         hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
     return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
+
+
+class _NoCache:
+    """A cache that keeps nothing.
+
+    Without a cache transformers searches the position ids for packed rows, on the host: on a GPU that waits until all
+    earlier work is done, once per pass. A model in training has none: gradient checkpointing goes with no cache.
+    """
+
+    is_compileable = False
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+_NO_CACHE = _NoCache()
 
 
 def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> dict[str, bool] | None:

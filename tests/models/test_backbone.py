@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.diffusion.layout import Layout, future_order
 from decausal.errors import UserError
@@ -36,6 +37,27 @@ def test_earlier_states_are_the_inputs_of_the_layers(family: str) -> None:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     output = body_forward(model, IDS, BIDIRECTIONAL, output_hidden_states=True)
     assert all(map(torch.equal, output.hidden_states[:-1], inputs))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that the host reads: on a GPU it waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@every_family
+@pytest.mark.parametrize("layout", [CAUSAL, BIDIRECTIONAL], ids=lambda layout: layout.kind)
+@pytest.mark.parametrize("documents", [None, torch.arange(12)[None] // 5], ids=["one document", "packed"])
+@torch.no_grad()
+def test_the_host_never_waits_for_a_value(family: str, layout: Layout, documents: torch.Tensor | None) -> None:
+    model = FAMILIES[family]().eval()
+    with HostReads() as reads:
+        body_forward(model, IDS, layout, document_ids=documents)
+    assert reads.count == 0
 
 
 def test_states_are_kept_only_on_request() -> None:
