@@ -73,17 +73,15 @@ class _Alignment(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, index: Tensor | None, teacher: Tensor, weights: Tensor | None, distance: str
     ) -> Tensor:
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        student_rows, teacher_rows = _rows(student, index).to(dtype), teacher.to(dtype)
+        rows, dtype = _rows(student, index), torch.promote_types(student.dtype, torch.float32)
         scalars: tuple[Tensor, ...] = ()
         if distance == "cosine":
-            student_inverse, teacher_inverse = _inverse_norm(student_rows), _inverse_norm(teacher_rows)
-            direction = student_rows * student_inverse
-            difference = direction - teacher_rows * teacher_inverse
-            scalars = (student_inverse, teacher_inverse, (difference * direction).sum(dim=-1, keepdim=True))
-            row_distances = difference.square().sum(dim=-1) / 2
+            student_inverse, teacher_inverse = _inverse_norm(rows, dtype), _inverse_norm(teacher, dtype)
+            difference = (rows * student_inverse).sub_(teacher * teacher_inverse)
+            row_distances = torch.linalg.vector_norm(difference, dim=-1).square() / 2
+            scalars = (student_inverse, teacher_inverse, row_distances[:, None])
         else:
-            row_distances = (student_rows - teacher_rows).square().mean(dim=-1)
+            row_distances = (rows.to(dtype) - teacher).square().mean(dim=-1)
         ctx.distance = distance
         ctx.save_for_backward(student, index, teacher, weights, *scalars)
         return row_distances.sum() if weights is None else (row_distances * weights).sum()
@@ -92,22 +90,24 @@ class _Alignment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, index, teacher, weights, *scalars = ctx.saved_tensors
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        student_rows, teacher_rows = _rows(student, index).to(dtype), teacher.to(dtype)
+        rows, dtype = _rows(student, index), torch.promote_types(student.dtype, torch.float32)
         row_factor = grad_loss if weights is None else (grad_loss * weights)[:, None]
         if ctx.distance == "cosine":
-            student_inverse, teacher_inverse, along = scalars
-            direction = student_rows * student_inverse
-            difference = direction - teacher_rows * teacher_inverse
-            # Only what is orthogonal to the student's direction changes the angle.
-            grad_rows = (difference - direction * along) * (student_inverse * row_factor)
+            student_inverse, teacher_inverse, row_distances = scalars
+            # Of the difference of directions, only what is orthogonal to the student's changes the angle. The part
+            # along it is 1 - cos, the distance itself, or all of it where the teacher has no direction.
+            along = torch.where(teacher_inverse > 0, row_distances, 1)
+            row_factor = student_inverse * row_factor
+            # One factor per row and operand, the same for both where states agree: the gradient is then exactly 0.
+            grad_rows = rows * (student_inverse * (1 - along) * row_factor)
+            grad_rows.sub_(teacher * (teacher_inverse * row_factor))
         else:
-            grad_rows = (student_rows - teacher_rows) * (2 / student.shape[-1] * row_factor)
+            grad_rows = (rows.to(dtype) - teacher).mul_(2 / student.shape[-1] * row_factor)
         return _scattered(grad_rows.to(student.dtype), index, student), None, None, None, None
 
 
 def _rows(student: Tensor, index: Tensor | None) -> Tensor:
-    return student if index is None else student.reshape(-1, student.shape[-1])[index]
+    return student if index is None else student.reshape(-1, student.shape[-1]).index_select(0, index)
 
 
 def _scattered(grad_rows: Tensor, index: Tensor | None, student: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _scattered(grad_rows: Tensor, index: Tensor | None, student: Tensor) -> Tens
     return grad_student
 
 
-def _inverse_norm(rows: Tensor) -> Tensor:
-    """1 / |row| as a column, and 0 for a row of zeros, which has no direction."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |row| as a column of `dtype`, and 0 for a row of zeros, which has no direction."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
     return torch.where(norm > 0, 1 / norm, 0)
