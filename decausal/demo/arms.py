@@ -1,0 +1,175 @@
+"""The two runs: one recipe, once without its alignment, and each measured on a clock that stops for measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from decausal.config import read_recipe, resolve
+from decausal.demo.history import Measurement
+from decausal.demo.settings import DemoSettings
+from decausal.demo.terminal import TrainingView
+from decausal.evaluation.results import Likelihood
+from decausal.models.backbone import stock_model
+from decausal.training.convert import Conversion, convert
+from decausal.training.settings import ConversionSettings
+
+RECIPE = "repr-align"
+_FROM_DEMO = (
+    "model_name_or_path",
+    "data",
+    "data_fraction",
+    "max_steps",
+    "per_device_train_batch_size",
+    "max_length",
+    "learning_rate",
+    "align_weight",
+    "align_schedule",
+    "align_stop_step",
+    "freeze_embeddings",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run as it went.
+
+    Attributes:
+        name: "plain" or "aligned"; also its directory's name.
+        conversion: the student and where it was written.
+        measurements: held-out figures, the first before any step.
+        likelihoods: the same measurements in full.
+        token_losses: the training loss on tokens of each step, in nats per masked token.
+        step_seconds: training time of each step.
+    """
+
+    name: str
+    conversion: Conversion
+    measurements: list[Measurement]
+    likelihoods: list[Likelihood]
+    token_losses: list[float]
+    step_seconds: list[float]
+
+
+def arm_settings(settings: DemoSettings, arm: str, *, is_bf16: bool) -> tuple[ConversionSettings, dict[str, Any]]:
+    """Returns a run's settings: the same for both but for `align_weight`, 0 in the plain run, and `output_dir`."""
+    recipe = read_recipe(RECIPE) | {name: getattr(settings, name) for name in _FROM_DEMO}
+    if arm == "plain":
+        recipe["align_weight"] = 0.0
+    conversion, training = resolve(ConversionSettings, recipe | {"overwrite": True}, [], where=f"recipe {RECIPE}")
+    return conversion, training | {
+        "output_dir": str(Path(settings.output_dir, arm)),
+        "bf16": is_bf16,
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_every,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def train_arm(
+    settings: DemoSettings,
+    arm: str,
+    likelihood: Callable[[PreTrainedModel], Likelihood],
+    view: TrainingView,
+    *,
+    is_bf16: bool,
+) -> Arm:
+    """Converts the model once, showing and recording held-out figures.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    conversion_settings, training = arm_settings(settings, arm, is_bf16=is_bf16)
+    recorder = Recorder(arm, likelihood, view)
+    view.begin(arm)
+    # transformers prints each log line; the view shows what is in them
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        conversion = convert(conversion_settings, training, callbacks=[recorder], measure=recorder.measure)
+    return Arm(
+        arm, conversion, recorder.measurements, recorder.likelihoods, recorder.token_losses, recorder.step_seconds
+    )
+
+
+@dataclass
+class Clock:
+    """Seconds that have passed while it ran."""
+
+    now: Callable[[], float] = time.perf_counter
+    _passed: float = 0.0
+    _started: float | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        self._started = self.now()
+
+    def stop(self) -> None:
+        self._passed, self._started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self._passed + (0.0 if self._started is None else self.now() - self._started)
+
+
+class Recorder(TrainerCallback):
+    """Measures a run before its first step, wherever the trainer evaluates, and after its last.
+
+    Its clock runs in training only: not while the model is prepared, measured or saved.
+    """
+
+    def __init__(self, arm: str, likelihood: Callable[[PreTrainedModel], Likelihood], view: TrainingView) -> None:
+        self.arm, self.view = arm, view
+        self.likelihood = likelihood
+        self.clock = Clock()
+        self.measurements: list[Measurement] = []
+        self.likelihoods: list[Likelihood] = []
+        self.token_losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self._step = 0
+        self._seconds_before = 0.0
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """What `convert` calls with the student; returns what the trainer logs."""
+        self.clock.stop()
+        found = self.likelihood(model)
+        measurement = Measurement(
+            self._step, self.clock.seconds, found.masked_cross_entropy, found.nelbo_per_token, found.bits_per_byte
+        )
+        self.likelihoods.append(found)
+        self.measurements.append(measurement)
+        self.view.measured(self.arm, measurement)
+        self.clock.start()
+        return {
+            "eval_masked_cross_entropy": measurement.masked_cross_entropy,
+            "eval_nelbo_per_token": measurement.nelbo_per_token,
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.measure(stock_model(kwargs["model"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step = state.global_step
+        self.step_seconds.append(self.clock.seconds - self._seconds_before)
+        self._seconds_before = self.clock.seconds
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "token_loss" in logs:
+            self.token_losses.append(logs["token_loss"])
+            self.view.step(self.arm, state.global_step, logs["token_loss"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.clock.stop()

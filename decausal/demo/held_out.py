@@ -1,0 +1,138 @@
+"""What both runs are measured with: the same held-out rows, the same mask patterns, the same AR model beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.data.rows import PackedRows, load_rows
+from decausal.errors import UserError
+from decausal.evaluation.geometry import layer_cosines
+from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
+from decausal.evaluation.results import ArLikelihood, Likelihood
+from decausal.models.adapt import adapt, load_source
+from decausal.models.checkpoint import ConversionFacts
+from decausal.models.doctor import refuse_if_unusable
+from decausal.training.settings import ConversionSettings
+
+EVAL_SEED = 0  # not the run's: runs of different seeds are measured on the same masks
+COSINE_LEVEL = 0.5  # the mean noise level of training
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, and the models as they were before any training.
+
+    Attributes:
+        rows: all held-out rows; `num_rows` of them, evenly spread, are measured.
+        num_rows: how many.
+        samples_per_row: mask patterns for each.
+        source: the frozen AR model.
+        start: the student that both runs start from: the AR model with a mask token and its attention opened.
+        tokenizer: with the mask token.
+        facts: the student's layout, shift and mask token.
+        is_bf16: measure in bfloat16, as training computes.
+    """
+
+    rows: PackedRows
+    num_rows: int
+    samples_per_row: int
+    source: PreTrainedModel
+    start: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: ConversionFacts
+    is_bf16: bool
+
+    def likelihood(self, model: nn.Module) -> Likelihood:
+        """Measures a student's NELBO and masked cross-entropy."""
+        with self._precision():
+            return evaluate_nll(
+                model,
+                self.facts,
+                self.rows,
+                self.tokenizer,
+                num_rows=self.num_rows,
+                samples_per_row=self.samples_per_row,
+                batch_size=BATCH_SIZE,
+                seed=EVAL_SEED,
+            )
+
+    def ar_likelihood(self) -> ArLikelihood:
+        """Measures the AR model on the same tokens."""
+        with self._precision():
+            return evaluate_ar_nll(
+                self.source, self.rows, self.tokenizer, num_rows=self.num_rows, batch_size=BATCH_SIZE
+            )
+
+    def cosines(self, model: nn.Module) -> list[float]:
+        """Returns the mean cosine of a student's states to the AR model's, for each of the L + 1 hidden states.
+
+        The student reads noised rows and is compared where it predicts, the AR model reads them clean.
+        """
+        with self._precision():
+            return layer_cosines(
+                model,
+                self.facts.attention,
+                self.source,
+                self.rows,
+                num_rows=self.num_rows,
+                positions="targets",
+                level=COSINE_LEVEL,
+                mask_token_id=self.facts.mask_token_id,
+                shift=self.facts.shift,
+                batch_size=BATCH_SIZE,
+                seed=EVAL_SEED,
+            )
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.autocast(self.source.device.type, torch.bfloat16, enabled=self.is_bf16):
+            yield
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Returns how many tokens a model can read, None where its configuration sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def prepare(
+    conversion: ConversionSettings, eval_data: str, *, num_rows: int, samples_per_row: int, is_bf16: bool
+) -> HeldOut:
+    """Loads the AR model, makes the student that both runs start from, and packs the held-out text.
+
+    Raises:
+        UserError: the model cannot be converted, or the text cannot be read.
+    """
+    source, tokenizer = load_source(conversion.model_name_or_path, revision=conversion.revision)
+    refuse_if_unusable(source, tokenizer)
+    longest = context_length(source)
+    if longest is not None and conversion.max_length > longest:
+        raise UserError(
+            f"--max_length {conversion.max_length} is over the model's maximum of {longest} tokens; lower it"
+        )
+    start = copy.deepcopy(source)
+    facts = ConversionFacts(
+        source=conversion.model_name_or_path,
+        layout=conversion.layout,
+        shift=conversion.shift,
+        mask_token_id=adapt(start, tokenizer, mask_token=conversion.mask_token),
+    )
+    rows = load_rows(eval_data, tokenizer, conversion.max_length, text_field=conversion.text_field)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return HeldOut(
+        rows=rows,
+        num_rows=min(num_rows, len(rows)),
+        samples_per_row=samples_per_row,
+        source=source.to(device),
+        start=start.to(device),
+        tokenizer=tokenizer,
+        facts=facts,
+        is_bf16=is_bf16,
+    )

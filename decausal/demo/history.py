@@ -1,0 +1,114 @@
+"""What was measured while a run trained, and when one run reached the best that another ever had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Measure = Literal["masked_cross_entropy", "nelbo_per_token"]
+
+MEASURES: dict[Measure, str] = {"masked_cross_entropy": "masked cross-entropy", "nelbo_per_token": "NELBO"}
+"""The measures that fall as a run trains, and what people call them."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Held-out figures after `step` training steps.
+
+    Attributes:
+        step: training steps taken.
+        seconds: time spent in training so far; measuring is not counted.
+        masked_cross_entropy: nats per masked token, at uniform noise level.
+        nelbo_per_token: nats per token.
+        bits_per_byte: the NELBO again (None where the text has no bytes).
+    """
+
+    step: int
+    seconds: float
+    masked_cross_entropy: float
+    nelbo_per_token: float
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the aligned run reached the plain run's best value of a measure.
+
+    Attributes:
+        measure: which.
+        plain_best: the plain run's lowest measured value, first had at `plain_step`, `plain_seconds`.
+        aligned_best: the aligned run's lowest measured value, first had at `aligned_best_step`.
+        aligned_step: step of the aligned run's first measurement at or below `plain_best`; None: it never was.
+        aligned_seconds: training time at that measurement.
+        between_step: where the straight line from the measurement before it meets `plain_best`.
+        between_seconds: the same in training time.
+    """
+
+    measure: Measure
+    plain_best: float
+    plain_step: int
+    plain_seconds: float
+    aligned_best: float
+    aligned_best_step: int
+    aligned_step: int | None = None
+    aligned_seconds: float | None = None
+    between_step: float | None = None
+    between_seconds: float | None = None
+
+    def sentence(self) -> str:
+        """The finding in words, whichever way it went."""
+        start = (
+            f"Plain denoising's best {MEASURES[self.measure]} was {self.plain_best:.3f} nats, "
+            f"at step {self.plain_step} ({self.plain_seconds:.1f} s of training)."
+        )
+        if self.plain_step == 0:
+            return f"{start} It began there, so there is nothing to reach."
+        if self.aligned_step is None or self.aligned_seconds is None:
+            own = f"{self.aligned_best:.3f} nats, at step {self.aligned_best_step}"
+            return f"{start} REPR-ALIGN did not reach it: its own best was {own}."
+        return (
+            f"{start} REPR-ALIGN was there by step {self.aligned_step} ({self.aligned_seconds:.1f} s): "
+            f"{self.aligned_step / self.plain_step:.2f} times the steps, "
+            f"{self.aligned_seconds / self.plain_seconds:.2f} times the time."
+        )
+
+
+def best(measurements: Sequence[Measurement], measure: Measure) -> Measurement:
+    """Returns the first measurement with the lowest value."""
+    return min(measurements, key=lambda measurement: getattr(measurement, measure))
+
+
+def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measure: Measure) -> Crossing:
+    """Returns where the aligned run reached the plain run's best value, or that it never did.
+
+    Both are taken from the measurements, so both are as coarse as these are far apart.
+    """
+    plain_best, aligned_best = best(plain, measure), best(aligned, measure)
+    target: float = getattr(plain_best, measure)
+    found = Crossing(
+        measure,
+        plain_best=target,
+        plain_step=plain_best.step,
+        plain_seconds=plain_best.seconds,
+        aligned_best=getattr(aligned_best, measure),
+        aligned_best_step=aligned_best.step,
+    )
+    for index, now in enumerate(aligned):
+        if getattr(now, measure) <= target:
+            before = aligned[max(index - 1, 0)]
+            share = _share_of_the_way(getattr(before, measure), getattr(now, measure), target)
+            return Crossing(
+                **vars(found)
+                | {
+                    "aligned_step": now.step,
+                    "aligned_seconds": now.seconds,
+                    "between_step": before.step + share * (now.step - before.step),
+                    "between_seconds": before.seconds + share * (now.seconds - before.seconds),
+                }
+            )
+    return found
+
+
+def _share_of_the_way(before: float, now: float, target: float) -> float:
+    return (before - target) / (before - now) if before > now else 1.0

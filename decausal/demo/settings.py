@@ -1,0 +1,68 @@
+"""What a user can set for the demo. Light on purpose: the command line reads this class to print its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from decausal.errors import UserError
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """One demo: a model converted twice, alike in all but the alignment, on little data.
+
+    Raises:
+        UserError: a setting is out of its range.
+    """
+
+    output_dir: str = _setting(
+        "decausal-demo", "where both models and the report go; an earlier demo there is replaced"
+    )
+    model_name_or_path: str = _setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
+    data: str = _setting("stdlib", "training text: a file, directory, glob or hub data set, or 'stdlib'")
+    eval_data: str = _setting("stdlib-heldout", "text that neither run trains on: all figures are measured on it")
+    data_fraction: float = _setting(
+        0.01, "share of the training documents; 1 takes all. Alignment's claim: scarce data"
+    )
+
+    max_steps: int = _setting(120, "training steps of each run")
+    per_device_train_batch_size: int = _setting(8, "rows in a training step")
+    max_length: int = _setting(256, "tokens in a row")
+    learning_rate: float = _setting(1e-3, "peak learning rate of both runs")
+    align_weight: float = _setting(10.0, "weight of the alignment in the aligned run")
+    align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    align_stop_step: int | None = _setting(None, "step from which alignment is off")
+    freeze_embeddings: bool = _setting(False, "freeze embeddings and head in both runs")
+    seed: int = _setting(0, "of the data, the noise and the mask patterns, the same for both runs")
+    bf16: bool | None = _setting(
+        None, "compute in bfloat16 (weights stay fp32); unset: where the processor is fast at it"
+    )
+
+    eval_every: int = _setting(10, "steps between two measurements")
+    eval_rows: int = _setting(32, "held-out rows to measure on, the same each time")
+    eval_samples: int = _setting(2, "mask patterns per held-out row, the same each time")
+    infill_tokens: int = _setting(40, "most tokens in the region of a held-out file that is filled in")
+    infill_pause: float = _setting(0.1, "seconds to rest after each step of the infilling, in a terminal")
+
+    def __post_init__(self) -> None:
+        counts = (
+            "max_steps",
+            "per_device_train_batch_size",
+            "eval_every",
+            "eval_rows",
+            "eval_samples",
+            "infill_tokens",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("align_weight", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if not self.infill_pause >= 0:
+            raise UserError(f"--infill_pause {self.infill_pause}: must be at least 0")
