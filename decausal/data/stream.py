@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ AlignedPositions = Literal["targets", "visible", "all"]
 Batch = dict[str, Tensor]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Packed rows: row i holds clean_ids [T], document_ids [T] (-1 is padding) and is_maskable [T]."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Collator, Noising, TrainingStream
@@ -168,19 +170,20 @@ def _teacher(model: PreTrainedModel, args: TrainingArguments) -> Teacher:
 
 def _student(
     settings: ConversionSettings, model: PreTrainedModel, mask_token_id: int, args: TrainingArguments
-) -> PreTrainedModel:
+) -> nn.Module:
     if args.device.type == "cpu":
         keep_freed_memory()
     if settings.compile_layers:
         for layer in decoder_layers(model):
             layer.compile()
+    set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model
     if settings.freeze_embeddings or settings.lora_r:
         freeze_embeddings(student, mask_token_id)
     return student
 
 
-def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> PreTrainedModel:
+def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -193,7 +196,9 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> PreT
         target_modules=list(modules) if isinstance(modules, tuple) else modules,
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 and says so
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decausal.diffusion.layout import Layout
@@ -47,7 +48,7 @@ def install_training_forward(model: PreTrainedModel, supervision: Supervision) -
     """
     stock_forward = model.forward
 
-    def forward(*args, training_batch: dict[str, Tensor] | None = None, **kwargs):
+    def forward(*args, training_batch: dict[str, Any] | None = None, **kwargs):
         if training_batch is None:
             return stock_forward(*args, **kwargs)
         return loss_sums(model, training_batch, supervision)
@@ -60,11 +61,11 @@ def remove_training_forward(model: PreTrainedModel) -> None:
     model.__dict__.pop("forward", None)
 
 
-def loss_sums(model: PreTrainedModel, batch: dict[str, Tensor], supervision: Supervision) -> dict[str, Tensor]:
+def loss_sums(model: nn.Module, batch: dict[str, Any], supervision: Supervision) -> dict[str, Tensor]:
     """Returns sums, not means: what they are means over is known only when the whole global batch has been seen.
 
     Args:
-        model: the student.
+        model: the student, stock or wrapped by PEFT.
         batch: see `decausal.data.stream.Collator`; `teacher_states` (a list of [m D], one per aligned layer) turns the
             alignment on, `future_order` [T T] and `future_fraction` the annealed attention.
         supervision: what to compare with.

@@ -158,7 +158,7 @@ def seal(checkpoint: Path, *, is_resumable: bool = True) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    (checkpoint / SEAL).write_text(json.dumps({"is_resumable": is_resumable, "sizes": sizes}, indent=2) + "\n")
+    (checkpoint / SEAL).write_text(json.dumps({"is_resumable": is_resumable, "sizes": sizes}, indent=2))
 
 
 def is_whole(checkpoint: Path) -> bool:

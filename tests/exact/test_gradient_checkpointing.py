@@ -1,0 +1,89 @@
+"""Identity 8: recomputing activations in the backward pass changes no gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.diffusion.layout import Layout, future_order
+from decausal.models.backbone import decoder_layers, stock_model
+from decausal.models.mask_row import freeze_embeddings
+from decausal.training.convert import _with_adapters
+from decausal.training.losses import Supervision, loss_sums
+from decausal.training.settings import ConversionSettings
+from tests.runs import T, adapted, teacher_of, uneven_rows
+
+FAMILIES_HERE = ["qwen3", "qwen3_moe", "gemma2", "gpt2", "mistral", "smollm3"]
+LAYERS = (0, 1, 2)
+
+
+def aligned_batch(family: str, mask_token_id: int) -> dict[str, Tensor]:
+    """Two rows in two complementary views, with the teacher's states and half-open attention."""
+    stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising(2, complementary=True))
+    batch = Collator(mask_token_id, 1)([stream[2], stream[3]])
+    teacher = teacher_of(family)
+    batch["teacher_states"] = teacher.states(
+        batch["clean_ids"], batch["teacher_index"], LAYERS, batch["document_ids"], batch["position_ids"]
+    )
+    batch["future_order"], batch["future_fraction"] = future_order(T, 0, "cpu"), 0.5
+    return batch
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor], mask_token_id: int) -> dict[str, Tensor]:
+    supervision = Supervision(Layout("bidirectional"), mask_token_id, papl=1.0, aligned_layers=LAYERS)
+    sums = loss_sums(model, batch, supervision)
+    (sums["tokens"] + 10 * sums["alignment"]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def count_layer_calls(model: PreTrainedModel) -> list[int]:
+    calls: list[int] = []
+    layer = decoder_layers(model)[0]
+    for module in layer.children():
+        module.register_forward_hook(lambda *_: calls.append(1))
+        break
+    return calls
+
+
+def assert_equal_with_checkpointing(model: nn.Module, batch: dict[str, Tensor], mask_token_id: int) -> None:
+    model.train()
+    checkpointed = copy.deepcopy(model)
+    stock_model(checkpointed).gradient_checkpointing_enable()
+    expected = gradients(model, batch, mask_token_id)
+    calls = count_layer_calls(stock_model(checkpointed))
+    found = gradients(checkpointed, batch, mask_token_id)
+    assert len(calls) == 2  # once forward, once recomputed: checkpointing was on
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().sum() > 0, name
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_gradients_are_those_without_checkpointing(family):
+    model, mask_token_id = adapted(family)
+    assert_equal_with_checkpointing(model, aligned_batch(family, mask_token_id), mask_token_id)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_with_frozen_embeddings_too(family):
+    model, mask_token_id = adapted(family)
+    batch = aligned_batch(family, mask_token_id)
+    freeze_embeddings(model, mask_token_id)
+    assert_equal_with_checkpointing(model, batch, mask_token_id)
+
+
+def test_with_adapters_too():
+    model, mask_token_id = adapted("llama")
+    batch = aligned_batch("llama", mask_token_id)
+    wrapped = _with_adapters(ConversionSettings(lora_r=4), model)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)  # at zero, lora_A has no gradient
+    freeze_embeddings(wrapped, mask_token_id)
+    assert_equal_with_checkpointing(wrapped, batch, mask_token_id)

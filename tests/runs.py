@@ -1,0 +1,171 @@
+"""Tiny conversions for tests: a source model on disk, text of uneven documents, and runs of a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.diffusion.layout import Layout
+from decausal.models.adapt import adapt
+from decausal.training.convert import Conversion, convert
+from decausal.training.losses import Supervision
+from decausal.training.run import run_length, training_arguments
+from decausal.training.settings import ConversionSettings
+from decausal.training.teacher import Teacher
+from decausal.training.trainer import ConversionTrainer
+from tests.families import FAMILIES, VOCAB_SIZE, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+T = 24
+TEXT = "the rain in spain stays on the hat that a heron saw in the other inn then another one ran there"
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def save_source(directory: Path, family: str = "qwen3", *, chat: bool = False, **changes: Any) -> Path:
+    """Writes a tiny random AR model with its tokenizer; `changes` override the family's configuration."""
+    FAMILIES[family](**changes).save_pretrained(directory)
+    tiny_tokenizer(chat).save_pretrained(directory)
+    return directory
+
+
+def write_text(path: Path, num_documents: int = 40) -> Path:
+    """Writes documents whose lengths differ by a factor of 40, so that rows differ in their numbers of targets."""
+    words = TEXT.split()
+    documents = [" ".join(words[(3 * i + j) % len(words)] for j in range(1 + i)) for i in range(num_documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def run(
+    source: Path, data: Path | str, output_dir: Path, *, callbacks: list[Any] | None = None, **options: Any
+) -> Conversion:
+    """Converts with settings of ours and transformers' mixed, as on the command line."""
+    own = {name for name in ConversionSettings.__dataclass_fields__ if name in options}
+    settings = {"max_length": T, "save_dtype": "float32"} | {name: options.pop(name) for name in own}
+    training = TRAINING | options | {"output_dir": str(output_dir)}
+    return convert(
+        ConversionSettings(model_name_or_path=str(source), data=str(data), **settings), training, callbacks=callbacks
+    )
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float = 0.0) -> None:
+    """Asserts equality of all tensors: bit for bit, unless `atol` is given."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if atol:
+            torch.testing.assert_close(
+                found[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+def command(*arguments: object, launcher: Sequence[str] = ("-m",)) -> list[str]:
+    return [sys.executable, *launcher, "decausal", *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def call(*arguments: object, launcher: Sequence[str] = ("-m",), **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own, from a directory that is not the checkout."""
+    return subprocess.run(
+        command(*arguments, launcher=launcher),
+        env=environment(**more),
+        cwd=os.environ["HF_HOME"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def uneven_rows(num_rows: int = 16, length: int = T, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Packed rows of two documents and padding, with 1 to `length` tokens that may be masked."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(num_rows):
+        document_ids = torch.zeros(length, dtype=torch.int64)
+        document_ids[length // 3 :] = 1
+        document_ids[length - number % 3 :] = -1
+        is_maskable = (torch.arange(length) < 2 + (5 * number) % length) & (document_ids >= 0)
+        clean_ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator)
+        rows.append({"clean_ids": clean_ids, "document_ids": document_ids, "is_maskable": is_maskable})
+    return rows
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[PreTrainedModel, int]:
+    """A tiny student with its mask token."""
+    model = FAMILIES[family](**changes).to(dtype)
+    return model, adapt(model, tiny_tokenizer())
+
+
+def teacher_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Teacher:
+    """The same model before it was adapted, frozen."""
+    return Teacher(FAMILIES[family](**changes).to(dtype))
+
+
+def make_trainer(
+    output_dir: Path,
+    rows: Any,
+    *,
+    family: str = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    shift: int = 1,
+    noising: Noising | None = None,
+    weighting: str = "none",
+    aligned_positions: str = "targets",
+    supervision: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    **training: Any,
+) -> ConversionTrainer:
+    """A trainer over rows in memory; plain SGD by default, which hides no error in the gradient's scale."""
+    values = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    args = training_arguments(TRAINING | values | training | {"output_dir": str(output_dir)})
+    model, mask_token_id = adapted(family, dtype, **(changes or {}))
+    options = {"layout": Layout("bidirectional"), "mask_token_id": mask_token_id} | (supervision or {})
+    is_aligned = options.get("alignment") is not None
+    if is_aligned:
+        options.setdefault("aligned_layers", tuple(range(model.config.num_hidden_layers + 1)))
+    return ConversionTrainer(
+        model,
+        args,
+        stream=TrainingStream(
+            rows, run_length(args, len(rows)), seed=args.seed, shift=shift, noising=noising or Noising()
+        ),
+        collator=Collator(mask_token_id, shift, weighting, aligned_positions),
+        supervision=Supervision(**options),
+        teacher=teacher_of(family, dtype, **(changes or {})) if is_aligned else None,
+    )
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    history = trainer.state.log_history if hasattr(trainer, "state") else trainer.history
+    return [entry[name] for entry in history if name in entry]
