@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Measure = Literal["masked_cross_entropy", "nelbo_per_token"]
@@ -37,7 +38,8 @@ class Crossing:
 
     Attributes:
         measure: which.
-        plain_best: the plain run's lowest measured value, first had at `plain_step`, `plain_seconds`.
+        start: its value before any training, the same in both runs.
+        plain_best: the plain run's lowest value after that, first had at `plain_step`, `plain_seconds`.
         aligned_best: the aligned run's lowest measured value, first had at `aligned_best_step`.
         aligned_step: step of the aligned run's first measurement at or below `plain_best`; None: it never was.
         aligned_seconds: training time at that measurement.
@@ -46,6 +48,7 @@ class Crossing:
     """
 
     measure: Measure
+    start: float
     plain_best: float
     plain_step: int
     plain_seconds: float
@@ -60,10 +63,9 @@ class Crossing:
         """The finding in words, whichever way it went."""
         start = (
             f"Plain denoising's best {MEASURES[self.measure]} was {self.plain_best:.3f} nats, "
-            f"at step {self.plain_step} ({self.plain_seconds:.1f} s of training)."
+            f"at step {self.plain_step} ({self.plain_seconds:.1f} s of training)"
         )
-        if self.plain_step == 0:
-            return f"{start} It began there, so there is nothing to reach."
+        start += "." if self.plain_best < self.start else f", no better than the {self.start:.3f} that both began with."
         if self.aligned_step is None or self.aligned_seconds is None:
             own = f"{self.aligned_best:.3f} nats, at step {self.aligned_best_step}"
             return f"{start} REPR-ALIGN did not reach it: its own best was {own}."
@@ -75,28 +77,29 @@ class Crossing:
 
 
 def best(measurements: Sequence[Measurement], measure: Measure) -> Measurement:
-    """Returns the first measurement with the lowest value."""
-    return min(measurements, key=lambda measurement: getattr(measurement, measure))
+    """Returns the first measurement with the lowest value after training had begun."""
+    trained = [measurement for measurement in measurements if measurement.step > 0]
+    return min(trained, key=lambda measurement: getattr(measurement, measure))
 
 
 def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measure: Measure) -> Crossing:
     """Returns where the aligned run reached the plain run's best value, or that it never did.
 
-    Both are taken from the measurements, so both are as coarse as these are far apart.
+    Both are taken from the measurements, the first of which is of the start, so both are as coarse as these are apart.
     """
     plain_best, aligned_best = best(plain, measure), best(aligned, measure)
     target: float = getattr(plain_best, measure)
     found = Crossing(
         measure,
+        start=getattr(plain[0], measure),
         plain_best=target,
         plain_step=plain_best.step,
         plain_seconds=plain_best.seconds,
         aligned_best=getattr(aligned_best, measure),
         aligned_best_step=aligned_best.step,
     )
-    for index, now in enumerate(aligned):
+    for before, now in pairwise(aligned):
         if getattr(now, measure) <= target:
-            before = aligned[max(index - 1, 0)]
             share = _share_of_the_way(getattr(before, measure), getattr(now, measure), target)
             return Crossing(
                 **vars(found)
@@ -111,4 +114,4 @@ def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measu
 
 
 def _share_of_the_way(before: float, now: float, target: float) -> float:
-    return (before - target) / (before - now) if before > now else 1.0
+    return (before - target) / (before - now) if before > target >= now else 1.0

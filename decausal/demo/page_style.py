@@ -39,6 +39,7 @@ figure img {{ width: 100%; height: auto; display: block; }}
 mark {{ display: inline; background: none; color: inherit; font-weight: 600; border-left: .2rem solid var(--quiet);
   border-right: .2rem solid var(--quiet); }}
 mark span, .legend span {{ color: hsl(var(--h) 75% var(--l)); background: hsl(var(--h) 60% var(--tint)); }}
+.newline::before {{ content: "↵"; opacity: .6; }}
 .legend {{ white-space: nowrap; }}
 summary {{ cursor: pointer; font-weight: 600; margin-top: 2rem; }}
 .replay {{ display: none; }}

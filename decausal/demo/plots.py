@@ -99,13 +99,13 @@ def _falling(axes: Axes, theme: Theme, curves: Curves, measure: Measure, against
         axes.axhline(
             curves.ar_nll_per_token, color=theme.text, linestyle=":", linewidth=1, label="AR model's NLL, same tokens"
         )
-    _leave_out_the_start(axes, curves, measure)
+    _limit(axes, curves, measure)
     name = MEASURES[measure]
     per = "masked token" if measure == "masked_cross_entropy" else "token"
     axes.set_title(f"Held-out {name} by {'step' if against == 'step' else 'training time'}")
     axes.set_xlabel("training step" if against == "step" else "seconds of training, measuring not counted")
     axes.set_ylabel(f"nats per {per}")
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
+    axes.legend(facecolor=theme.background, edgecolor="none", labelcolor=theme.text, fontsize=9)
 
 
 def _mark_crossing(axes: Axes, theme: Theme, crossing: Crossing, against: str) -> None:
@@ -127,15 +127,15 @@ def _mark_crossing(axes: Axes, theme: Theme, crossing: Crossing, against: str) -
     )
 
 
-def _leave_out_the_start(axes: Axes, curves: Curves, measure: Measure) -> None:
-    """Cuts the axis above the first measurement that training has reached: the fall from the start dwarfs all else."""
-    after_start = [
-        getattr(found, measure) for measurements in curves.measurements.values() for found in measurements if found.step
-    ]
-    best = min(after_start)
-    lowest = min(best, curves.ar_nll_per_token) if measure == "nelbo_per_token" else best
-    margin = 0.12 * (max(after_start) - lowest) or 0.1
-    axes.set_ylim(lowest - 1.5 * margin, max(after_start) + margin)
+def _limit(axes: Axes, curves: Curves, measure: Measure) -> None:
+    """Cuts the axis above all that was measured after the start: the fall from there would dwarf all else."""
+    measurements = [found for of_arm in curves.measurements.values() for found in of_arm]
+    highest = max(getattr(found, measure) for found in measurements if found.step > 0)
+    lowest = min(getattr(found, measure) for found in measurements)
+    if measure == "nelbo_per_token":
+        lowest = min(lowest, curves.ar_nll_per_token)
+    margin = 0.12 * (highest - lowest) or 0.1
+    axes.set_ylim(lowest - 1.5 * margin, highest + margin)
 
 
 def _cosines(axes: Axes, theme: Theme, curves: Curves) -> None:
@@ -171,4 +171,4 @@ def _style(axes: Axes, theme: Theme) -> None:
         spine.set_color(theme.grid)
     for words in (axes.title, axes.xaxis.label, axes.yaxis.label):
         words.set_color(theme.text)
-    axes.title.set_fontweight("bold")
+    axes.title.set(fontweight="bold", fontsize=11)

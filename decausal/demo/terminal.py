@@ -142,5 +142,5 @@ def _cells(measurement: Measurement | None, of_arm: list[Measurement]) -> list[s
     figures = []
     for measure in MEASURES:
         figure = f"{getattr(measurement, measure):.3f}"
-        figures.append(f"[bold]{figure}[/bold]" if measurement is best(of_arm, measure) else figure)
+        figures.append(f"[bold]{figure}[/bold]" if len(of_arm) > 1 and measurement is best(of_arm, measure) else figure)
     return [*figures, f"{measurement.seconds:.1f}"]

@@ -68,7 +68,9 @@ def test_the_sentence_compares_steps_and_time() -> None:
     assert "by step 10 (7.5 s): 0.50 times the steps, 0.75 times the time" in found.sentence()
 
 
-def test_a_run_that_never_improved_leaves_nothing_to_reach() -> None:
-    found = crossing(history(5.0, 6.0), history(5.0, 6.0), "masked_cross_entropy")
-    assert (found.plain_step, found.aligned_step, found.between_step) == (0, 0, 0)
-    assert "nothing to reach" in found.sentence()
+def test_the_start_is_nobodys_best_but_the_sentence_says_where_training_came_to_nothing() -> None:
+    found = crossing(history(5.0, 7.0, 6.0), history(5.0, 5.5, 5.6), "masked_cross_entropy")
+    assert (found.plain_best, found.plain_step) == (6.0, 20)
+    assert (found.aligned_step, found.between_step) == (10, 10)
+    assert "no better than the 5.000 that both began with" in found.sentence()
+    assert "began with" not in crossing(PLAIN, PLAIN, "masked_cross_entropy").sentence()
