@@ -14,7 +14,6 @@ from decausal.demo.plots import DARK, LIGHT, Curves, as_data_uri, figures
 from decausal.demo.result import DemoResult
 from decausal.demo.terminal import LABELS
 
-_NEWLINE = ' class="newline"'
 CAPTIONS = {
     "cross_entropy_by_step": (
         "Mean cross-entropy of masked tokens in files that neither run trained on, by training step. The dashed line "
@@ -145,11 +144,15 @@ itself.</p>"""
 def _filled(gap: Gap, filling: Filling) -> str:
     num_steps = max(filling.step_of_piece, default=0) + 1
     tokens = "".join(
-        f'<span{_NEWLINE if "\n" in piece else ""} style="--s:{step};--h:{_hue(step, num_steps)}" '
-        f'title="pass {step + 1}">{escape(piece)}</span>'
+        f'<span class="{_kind(piece)}" style="--s:{step};--h:{_hue(step, num_steps)}" title="pass {step + 1}">'
+        f"{escape(piece)}</span>"
         for piece, step in zip(filling.pieces, filling.step_of_piece, strict=True)
     )
     return f"<pre>{escape(gap.prefix)}<mark>{tokens}</mark>{escape(gap.suffix)}</pre>\n"
+
+
+def _kind(piece: str) -> str:
+    return "newline" if "\n" in piece else "token"
 
 
 def _legend() -> str:
