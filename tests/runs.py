@@ -56,14 +56,23 @@ def write_text(path: Path, num_documents: int = 40) -> Path:
 
 
 def run(
-    source: Path, data: Path | str, output_dir: Path, *, callbacks: list[Any] | None = None, **options: Any
+    source: Path,
+    data: Path | str | tuple[str, ...],
+    output_dir: Path,
+    *,
+    callbacks: list[Any] | None = None,
+    **options: Any,
 ) -> Conversion:
     """Converts with settings of ours and transformers' mixed, as on the command line."""
     own = {name for name in ConversionSettings.__dataclass_fields__ if name in options}
     settings = {"max_length": T, "save_dtype": "float32"} | {name: options.pop(name) for name in own}
     training = TRAINING | options | {"output_dir": str(output_dir)}
     return convert(
-        ConversionSettings(model_name_or_path=str(source), data=str(data), **settings), training, callbacks=callbacks
+        ConversionSettings(
+            model_name_or_path=str(source), data=data if isinstance(data, tuple) else str(data), **settings
+        ),
+        training,
+        callbacks=callbacks,
     )
 
 

@@ -87,6 +87,19 @@ def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
         embedding.mask_row.copy_(row)
 
 
+def settle_mask_row(model: nn.Module) -> None:
+    """Ends what `freeze_embeddings` began: the row goes back into its matrix for good, and the model is stock again."""
+    embedding = stock_model(model).get_input_embeddings()
+    if not hasattr(embedding, MASK_ROW):
+        return
+    with torch.no_grad():
+        embedding.weight[embedding.mask_token_id] = embedding.mask_row
+    for key, hook in list(embedding._forward_hooks.items()):
+        if hook is _put_mask_row_in_place:
+            del embedding._forward_hooks[key]
+    del embedding.mask_row, embedding.mask_token_id
+
+
 def _put_mask_row_in_place(embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     row = embedding.mask_row.to(output.dtype)
     scale = getattr(embedding, "embed_scale", None)  # Gemma-3 multiplies inside its embedding module

@@ -22,7 +22,7 @@ from decausal.models.adapt import adapt, load_source, source_dtype
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
-from decausal.models.mask_row import freeze_embeddings
+from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.run import run_length, training_arguments
@@ -291,6 +291,8 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     if settings.lora_r:
         student = student.merge_and_unload()
         state_dict = student.state_dict()
+    state_dict = fold_mask_row(student, state_dict)
+    settle_mask_row(student)
     output_dir = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         with disk_errors(output_dir):

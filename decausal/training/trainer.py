@@ -173,7 +173,7 @@ class ConversionTrainer(Trainer):
             self._first_bad_step = torch.tensor(_NEVER, device=loss.device)
         bad_step = torch.where(loss.detach().isfinite(), _NEVER, step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad_step)
-        if loss.device.type == "cpu" and int(self._first_bad_step) != _NEVER:
+        if _reads_at_once(loss.device) and int(self._first_bad_step) != _NEVER:
             raise self._bad_step_error(f"the loss at step {int(self._first_bad_step)} is not finite")
 
     def _stop_if_bad(self) -> None:
@@ -302,3 +302,8 @@ class ConversionTrainer(Trainer):
             if name.rpartition(".")[2] != MASK_ROW and id(parameters.get(name)) not in loaded
         ]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
+
+def _reads_at_once(device: torch.device) -> bool:
+    """Whether looking at a value costs nothing; on an accelerator the host would wait for all that is queued."""
+    return device.type == "cpu"

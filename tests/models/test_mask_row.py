@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
 from decausal.models.backbone import body_forward, logits
-from decausal.models.mask_row import fold_mask_row, freeze_embeddings, load_mask_row
+from decausal.models.mask_row import fold_mask_row, freeze_embeddings, load_mask_row, settle_mask_row
 from tests.families import FAMILIES, tiny_tokenizer
 
 BIDIRECTIONAL = Layout("bidirectional")
@@ -148,3 +148,20 @@ def test_gradient_reaches_the_row_through_checkpointed_layers() -> None:
         body_forward(model, noised(mask_token_id), BIDIRECTIONAL).last_hidden_state.square().sum().backward()
         gradients.append(model.get_input_embeddings().mask_row.grad)
     assert torch.equal(*gradients)
+
+
+@every_kind
+def test_settling_the_row_leaves_the_stock_model_with_the_same_outputs(family: str) -> None:
+    model, mask_token_id = adapted(family)
+    names = set(model.state_dict())
+    freeze_embeddings(model, mask_token_id)
+    with torch.no_grad():
+        model.get_input_embeddings().mask_row.normal_()
+        ids = noised(mask_token_id)
+        expected = body_forward(model, ids, BIDIRECTIONAL).last_hidden_state
+        folded = fold_mask_row(model, model.state_dict())
+        settle_mask_row(model)
+        settle_mask_row(model)
+        assert torch.equal(body_forward(copy.deepcopy(model), ids, BIDIRECTIONAL).last_hidden_state, expected)
+    assert set(model.state_dict()) == names
+    assert all(torch.equal(tensor, folded[name]) for name, tensor in model.state_dict().items())

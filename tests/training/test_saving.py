@@ -1,0 +1,178 @@
+"""A disk that fills up and a loss that goes wrong cost the steps since the last checkpoint, and no more."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import load_converted
+from decausal.training.run_directory import RUN_FILE, STAGING, checkpoints
+from tests.runs import assert_same, run, save_source, weights, write_text
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return save_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, source, text) -> dict[str, torch.Tensor]:
+    directory = tmp_path_factory.mktemp("whole") / "out"
+    run(source, text, directory)
+    return weights(directory)
+
+
+def full_from(monkeypatch, name: str, step: int) -> None:
+    """Makes one of the savers fail from a step on, as on a full disk."""
+    module, _, attribute = name.rpartition(".")
+    target = import_module(module)
+    real = getattr(target, attribute)
+
+    def writer(*args, **kwargs):
+        if f"checkpoint-{step}" in " ".join(map(str, args)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, attribute, writer)
+
+
+@pytest.mark.parametrize(
+    "writer", ["torch.save", "decausal.training.convert.write_facts", "decausal.training.trainer.seal"]
+)
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(
+    tmp_path, monkeypatch, source, text, whole, writer
+):
+    with monkeypatch.context() as patched:
+        full_from(patched, writer, 4)
+        with pytest.raises(
+            UserError, match=r"No space left on device; .*checkpoint-2 is whole.*--resume_from_checkpoint"
+        ):
+            run(source, text, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", RUN_FILE]
+    run(source, text, tmp_path / "out", resume_from_checkpoint="true")
+    assert_same(weights(tmp_path / "out"), whole)
+
+
+def test_a_disk_full_at_the_first_save_leaves_nothing(tmp_path, monkeypatch, source, text):
+    full_from(monkeypatch, "torch.save", 2)
+    with pytest.raises(UserError, match="no earlier checkpoint exists"):
+        run(source, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class LimitFiles(TrainerCallback):
+    """From a step on, the kernel refuses to let any file grow beyond a size."""
+
+    def __init__(self, step: int, largest_file: int) -> None:
+        self.step, self.limits = step, (largest_file, largest_file)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+def _run_limited(source: Path, text: Path, output_dir: Path, limit: LimitFiles, told) -> None:
+    try:
+        run(source, text, output_dir, callbacks=[limit])
+    except UserError as error:
+        told.put(str(error))
+
+
+# The weights, written by Rust, have 100 kB, the optimizer's state, written by C++, 200 kB: each fails in its own way.
+@pytest.mark.parametrize("largest_file", [50_000, 150_000], ids=["weights", "optimizer"])
+def test_when_the_kernel_refuses_to_write_the_last_good_checkpoint_goes_on(tmp_path, source, text, whole, largest_file):
+    fork = multiprocessing.get_context("fork")
+    told, output_dir = fork.SimpleQueue(), tmp_path / "out"
+    process = fork.Process(target=_run_limited, args=(source, text, output_dir, LimitFiles(2, largest_file), told))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    message = told.get()
+    assert message.startswith(f"cannot save to {output_dir}: ")
+    assert "checkpoint-2 is whole" in message
+    assert not (output_dir / STAGING).exists()
+    run(source, text, output_dir, resume_from_checkpoint="true")
+    assert_same(weights(output_dir), whole)
+
+
+# Losses that go wrong
+
+
+class Poison(TrainerCallback):
+    """Spoils one number before a step: a weight before the forward, or a gradient after the backward."""
+
+    def __init__(self, step: int, what: str) -> None:
+        self.step, self.what = step, what
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step and self.what == "weight":
+            with torch.no_grad():
+                model.get_input_embeddings().weight.fill_(float("nan"))
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step and self.what == "gradient":
+            next(model.parameters()).grad.fill_(float("inf"))
+
+
+def assert_all_finite(output_dir: Path) -> None:
+    for checkpoint in checkpoints(output_dir):
+        assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_the_step(tmp_path, source, text, step):
+    kept = r".*checkpoint-2" if step >= 2 else "no checkpoint had been saved"
+    with pytest.raises(UserError, match=rf"the loss at step {step + 1} is not finite.*{kept}"):
+        run(source, text, tmp_path / "out", callbacks=[Poison(step, "weight")])
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"] * (step >= 2)
+    assert_all_finite(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_weights_spoiled_by_a_gradient_reach_no_checkpoint(tmp_path, source, text):
+    with pytest.raises(UserError, match=r"after step 4 there are weights that are not finite.*checkpoint-2"):
+        run(source, text, tmp_path / "out", callbacks=[Poison(3, "gradient")])
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert_all_finite(tmp_path / "out")
+
+
+def test_a_learning_rate_far_too_high_is_such_a_run(tmp_path, source, text):
+    with pytest.raises(UserError, match="not finite, so training stopped"):
+        run(source, text, tmp_path / "out", learning_rate=1e30, save_steps=1)
+    assert_all_finite(tmp_path / "out")
+
+
+def test_on_a_device_a_bad_loss_is_found_at_the_next_log_or_save(tmp_path, source, text, monkeypatch):
+    """There the host does not look at each step's loss; made so here by a trainer that looks as rarely."""
+    from decausal.training import trainer
+
+    monkeypatch.setattr(trainer, "_reads_at_once", lambda device: False)
+    with pytest.raises(UserError, match=r"the loss at step 2 is not finite"):
+        run(source, text, tmp_path / "out", callbacks=[Poison(1, "weight")], max_steps=8, logging_steps=4, save_steps=6)
+    assert not checkpoints(tmp_path / "out")
+
+
+# Overwriting
+
+
+def test_overwriting_starts_anew_and_bad_input_costs_no_earlier_run(tmp_path, source, text, whole):
+    run(source, text, tmp_path / "out", seed=3)
+    with pytest.raises(UserError, match="nowhere"):
+        run(source, tmp_path / "nowhere.txt", tmp_path / "out", overwrite=True)
+    assert load_converted(tmp_path / "out").facts.recipe["seed"] == 3
+    run(source, text, tmp_path / "out", overwrite=True)
+    assert_same(weights(tmp_path / "out"), whole)
