@@ -72,7 +72,7 @@ def aligned(arms: Arms, batch: Batch) -> Tensor:
 def naive_plain(arms: Arms, batch: Batch) -> Tensor:
     """Logits at every position, in fp32, and a cross-entropy that ignores most of them."""
     output = body_forward(arms.student, batch["noised_ids"], BIDIRECTIONAL, **_documents(batch))
-    return _naive_token_loss(arms.student, output.last_hidden_state, batch)
+    return _naive_token_loss(arms, output.last_hidden_state, batch)
 
 
 def naive_aligned(arms: Arms, batch: Batch) -> Tensor:
@@ -92,13 +92,14 @@ def naive_aligned(arms: Arms, batch: Batch) -> Tensor:
     is_aligned = torch.zeros(batch["noised_ids"].numel(), device=cosines.device)
     is_aligned[batch["aligned_index"]] = 1.0
     distance = ((1 - cosines.flatten(1)) * is_aligned).sum() / (is_aligned.sum() * len(cosines))
-    return _naive_token_loss(arms.student, output.last_hidden_state, batch) + ALIGNMENT_WEIGHT * distance
+    return _naive_token_loss(arms, output.last_hidden_state, batch) + ALIGNMENT_WEIGHT * distance
 
 
-def _naive_token_loss(student: PreTrainedModel, hidden: Tensor, batch: Batch) -> Tensor:
+def _naive_token_loss(arms: Arms, hidden: Tensor, batch: Batch) -> Tensor:
     labels = torch.full_like(batch["noised_ids"], IGNORED).flatten()
     labels[batch["target_index"]] = batch["target_ids"]
-    logits = student.get_output_embeddings()(hidden).float()
+    logits = arms.student.get_output_embeddings()(hidden).float()
+    logits[..., arms.supervision.mask_token_id] = -torch.inf
     return functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
 
 

@@ -97,9 +97,12 @@ class Workload:
         return TrainingStream(rows, 2**20, seed=self.seed, shift=1, noising=noising)
 
     def batches(self, views: int) -> list[Batch]:
+        """Returns the first batches as a step gets them: on the device, denominators in fp32."""
+        batches = [self.make_batch(views, number) for number in range(NUM_BATCHES)]
         return [
-            {name: tensor.to(self.device) for name, tensor in self.make_batch(views, number).items()}
-            for number in range(NUM_BATCHES)
+            {name: tensor.to(self.device) for name, tensor in batch.items()}
+            | {"denominators": batch["denominators"].to(self.device, torch.float32)}
+            for batch in batches
         ]
 
     def forward_backward(self, loss: Callable[[Arms, Batch], Tensor], batch: Batch) -> None:
