@@ -1,4 +1,4 @@
-"""What a figure was measured with: hardware, versions, commit. Every report and model card carries it."""
+"""What a figure was measured with: hardware, versions, commit. Every report, model card and benchmark carries it."""
 
 from __future__ import annotations
 
@@ -8,59 +8,72 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("decausal", "torch", "transformers", "accelerate", "tokenizers", "numpy", "matplotlib")
 
 
-def provenance() -> dict[str, str]:
-    """Returns date (UTC), commit, hardware and the versions that decide numbers, as plain text by name."""
-    import torch
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "hardware": hardware(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("decausal", "torch", "transformers")},
-    }
+def provenance() -> dict[str, Any]:
+    """Returns date (UTC), commit, hardware and versions, by name."""
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return {"date": date, "commit": commit(), "hardware": hardware(), "versions": versions()}
 
 
 def commit() -> str:
     """Returns the commit of the checkout that the package runs from, or "installed" outside of one."""
     package = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+    if not (package.parent / ".git").exists():  # do not take that of a project around a virtual environment
         return "installed"
-    is_ours = (package.parent / ".git").exists()  # not that of a project around a virtual environment
-    return found.stdout.strip() if is_ours else "installed"
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
-def hardware() -> str:
-    """Returns the accelerator's name, or the processor's and its number of cores."""
+def versions() -> dict[str, str]:
+    """Returns the version of Python and of each library that figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what a run has at its disposal."""
     import torch
 
+    facts: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "system": platform.platform(),
+    }
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}"
-    return f"{_processor()}, {os.cpu_count()} cores"
+        facts["gpu"] = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    return facts
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def _memory_gib() -> float | None:
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # no such question on this system
+        return None

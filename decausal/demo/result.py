@@ -8,12 +8,12 @@ from typing import Any
 
 from decausal.data.rows import PackedRows
 from decausal.demo.arms import Arm, arm_settings
-from decausal.demo.environment import hardware, versions
 from decausal.demo.held_out import COSINE_LEVEL, EVAL_SEED, HeldOut
 from decausal.demo.history import Crossing, Measure
 from decausal.demo.infilling import Filling, Gap
 from decausal.demo.settings import DemoSettings
 from decausal.evaluation.results import ArLikelihood, Ratio
+from decausal.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class DemoResult:
             "settings": asdict(self.settings),
             "started": self.started,
             "seconds": self.seconds,
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
             "is_bf16": self.is_bf16,
             "source": {
                 "model_name_or_path": self.settings.model_name_or_path,

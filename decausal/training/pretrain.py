@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 from decausal.data.documents import read_documents
@@ -121,7 +124,10 @@ def model_card(
         for name, value in asdict(settings).items()
         if value != getattr(PretrainSettings(), name) and name != "overwrite"
     } | {name: value for name, value in training.items() if name not in ("output_dir", "resume_from_checkpoint")}
-    command = " ".join(["decausal pretrain --output_dir OUT", *(f"--{name} {value}" for name, value in flags.items())])
+    command = shlex.join(
+        ["decausal", "pretrain", "--output_dir", "OUT"]
+        + [word for name, value in flags.items() for word in (f"--{name}", _as_flag(value))]
+    )
     measured = "Not measured."
     if heldout is not None:
         measured = (
@@ -130,7 +136,7 @@ def model_card(
             f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, "
             f"documents isolated, rows of {settings.max_length}."
         )
-    made_with = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
+    made_with = yaml.safe_dump(provenance(), sort_keys=False)
     return f"""\
 ---
 license: apache-2.0
@@ -156,7 +162,8 @@ weights. Trained on `{settings.data}`. It exists to be converted into a diffusio
 
 {num_tokens:,} tokens in {training.get("max_steps", DEFAULTS["max_steps"])} steps. The same command makes it again.
 
-{made_with}
+```yaml
+{made_with}```
 """
 
 
@@ -220,3 +227,7 @@ def _trainer(
             None,
         ),
     )
+
+
+def _as_flag(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
