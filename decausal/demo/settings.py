@@ -30,12 +30,12 @@ class DemoSettings:
         0.01, "share of the training documents; 1 takes all. Alignment's claim: scarce data"
     )
 
-    max_steps: int = _setting(120, "training steps of each run")
-    per_device_train_batch_size: int = _setting(8, "rows in a training step")
+    max_steps: int = _setting(200, "training steps of each run")
+    per_device_train_batch_size: int = _setting(4, "rows in a training step")
     max_length: int = _setting(256, "tokens in a row")
     learning_rate: float = _setting(1e-3, "peak learning rate of both runs")
-    align_weight: float = _setting(10.0, "weight of the alignment in the aligned run")
-    align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    align_weight: float = _setting(3.0, "weight of the alignment in the aligned run")
+    align_schedule: Literal["constant", "linear", "cosine"] = _setting("linear", "how that weight falls over the run")
     align_stop_step: int | None = _setting(None, "step from which alignment is off")
     freeze_embeddings: bool = _setting(False, "freeze embeddings and head in both runs")
     seed: int = _setting(0, "of the data, the noise and the mask patterns, the same for both runs")
@@ -43,7 +43,7 @@ class DemoSettings:
         None, "compute in bfloat16 (weights stay fp32); unset: where the processor is fast at it"
     )
 
-    eval_every: int = _setting(10, "steps between two measurements")
+    eval_every: int = _setting(20, "steps between two measurements")
     eval_rows: int = _setting(32, "held-out rows to measure on, the same each time")
     eval_samples: int = _setting(2, "mask patterns per held-out row, the same each time")
     infill_tokens: int = _setting(40, "most tokens in the region of a held-out file that is filled in")

@@ -89,6 +89,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)
+        model.config.use_cache = True  # training turns it off
         heldout = _measure(settings, model, tokenizer)
         if args.should_save:
             num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
