@@ -54,9 +54,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(DESCRIPTION, end="")
         return 0
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"decausal {version('decausal')}")
+        print(f"decausal {_version()}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
@@ -279,6 +277,15 @@ def _print_generations(found: list[Any], as_json: bool) -> None:
             print(generation.full_text)
             note = f"[{len(generation.ids)} tokens in {generation.num_forwards} forward passes]"
             print(note, file=sys.stderr)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("decausal")
+    except PackageNotFoundError:
+        return "(run from its source, not installed)"
 
 
 def _wants_help(arguments: list[str]) -> bool:

@@ -43,6 +43,8 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
                 text = file.read()
         except OSError as error:
             raise UserError(f"recipe {name_or_path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"recipe {name_or_path} is not text in UTF-8") from error
     elif name_or_path in recipe_names():
         text = (resources.files("decausal") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     else:
@@ -72,7 +74,7 @@ def resolve(
     Raises:
         UserError: an unknown key, a flag without a value, or a value of the wrong type.
     """
-    own = {field.name for field in fields(settings_type)}  # type: ignore[arg-type]
+    own = get_type_hints(settings_type)
     settings: dict[str, Any] = {}
     training: dict[str, Any] = {}
     for origin, values in ((where, recipe), ("flag --", parse_flags(flags))):
@@ -80,7 +82,9 @@ def resolve(
             key = ALIASES.get(given, given)
             label = f"{origin}{given}" if origin == "flag --" else f"{origin}: {given}"
             if key in own:
-                settings[key] = coerce(value, get_type_hints(settings_type)[key], label)
+                settings[key] = coerce(value, own[key], label)
+            elif key == "resume_from_checkpoint" and value is True:
+                training[key] = "true"
             elif key in training_hints():
                 training[key] = coerce(value, training_hints()[key], label)
             else:
@@ -114,12 +118,17 @@ def take_flag(flags: Sequence[str], name: str, default: str) -> tuple[list[str],
     """Returns the flags without `--name`, and its value."""
     values = parse_flags(flags)
     value = values.pop(name, default)
-    return [f"--{key}={given}" for key, given in values.items()], value
+    rest = [f"--{key}" if given is True else f"--{key}={given}" for key, given in values.items()]
+    return rest, "true" if value is True else value
 
 
-def parse_flags(flags: Sequence[str]) -> dict[str, str]:
-    """Returns `--key value` and `--key=value` flags as a dictionary; a flag without a value is true."""
-    values: dict[str, str] = {}
+def parse_flags(flags: Sequence[str]) -> dict[str, str | bool]:
+    """Returns `--key value` and `--key=value` flags as a dictionary; a flag without a value is True.
+
+    Raises:
+        UserError: something that is no flag stands where one should.
+    """
+    values: dict[str, str | bool] = {}
     rest = list(flags)
     while rest:
         flag = rest.pop(0)
@@ -127,8 +136,9 @@ def parse_flags(flags: Sequence[str]) -> dict[str, str]:
             raise UserError(f"'{flag}' is not a flag: write --key value")
         key, equals, value = flag[2:].partition("=")
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        values[key.replace("-", "_")] = value
+            values[key.replace("-", "_")] = rest.pop(0) if rest and not rest[0].startswith("--") else True
+        else:
+            values[key.replace("-", "_")] = value
     return values
 
 
@@ -148,15 +158,16 @@ def coerce(value: Any, hint: Any, label: str) -> Any:
         UserError: it cannot be read so; `label` names the key.
     """
     options = _options(hint)
+    if value is True and bool not in options:
+        raise UserError(f"{label} needs a value: give {_accepted(options)}")
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
         return None
     for option in options:
         try:
             return _as(value, option)
-        except (ValueError, TypeError, KeyError, StopIteration):
+        except (ValueError, TypeError, KeyError, StopIteration, yaml.YAMLError):
             continue
-    accepted = ", ".join(_described(option) for option in options if option is not type(None))
-    raise UserError(f"{label}: '{value}' is not accepted; give {accepted}")
+    raise UserError(f"{label}: '{value}' is not accepted; give {_accepted(options)}")
 
 
 def _options(hint: Any) -> list[Any]:
@@ -195,6 +206,8 @@ def _as(value: Any, option: Any) -> Any:
         return _as_tuple(value, get_args(option)[0])
     if option is dict or origin is dict or option is list or origin is list:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        if (origin or option) is list and isinstance(parsed, str) and "," in parsed:
+            parsed = [part.strip() for part in parsed.split(",")]
         if not isinstance(parsed, origin or option):
             raise ValueError
         return parsed
@@ -215,8 +228,14 @@ def _as_tuple(value: Any, item: Any) -> tuple:
     return tuple(_as(part, item) for part in value)
 
 
+def _accepted(options: list[Any]) -> str:
+    return ", ".join(_described(option) for option in options if option is not type(None))
+
+
 def _described(option: Any) -> str:
     if get_origin(option) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(option))
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(option, str(option))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "values with commas"}
+    if isinstance(option, type) and issubclass(option, Enum):
+        return "one of " + ", ".join(str(choice.value) for choice in option)
+    return names.get(get_origin(option) or option, str(option))

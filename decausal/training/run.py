@@ -20,7 +20,7 @@ _ALWAYS = {
     "logging_nan_inf_filter": False,  # a bad loss stops the run; it is not filtered out of the log
     "average_tokens_across_devices": True,  # losses are means over the global batch
 }
-_DEFAULTS = {"report_to": "none", "logging_steps": 10}
+_DEFAULTS = {"logging_steps": 10}
 _LEAST = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -49,7 +49,7 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     with argument_errors(), warnings.catch_warnings():
         # transformers renames gradient_checkpointing; both names work, and users know the old one.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        args = TrainingArguments(**(defaults | values | _ALWAYS))
+        args = TrainingArguments(**(defaults | values | _ALWAYS | {"report_to": values.get("report_to") or "none"}))
     if args.n_gpu > 1:
         args._n_gpu = 1  # nn.DataParallel would cut our flat indices apart: several GPUs need accelerate or torchrun
     return args

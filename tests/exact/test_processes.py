@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.diffusion.layout import Layout
+from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import checkpoints
-from tests.runs import assert_same, call, run, save_source, weights, write_text
+from tests.runs import adapted, assert_same, call, run, save_source, teacher_of, uneven_rows, weights, write_text
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m")  # more on a CPU need MPI
@@ -50,3 +58,39 @@ def test_launched_processes_train_what_one_trains(
     for name in ("loss", "token_loss", "alignment_loss"):
         one, launched = ([entry[name] for entry in history] for history in histories)
         assert launched == pytest.approx(one, abs=5e-6)
+
+
+def _compare_sharded_with_whole(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    (sharded, mask_token_id), (whole, _) = adapted("qwen3"), adapted("qwen3")
+    stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising(2, complementary=True))
+    batch = Collator(mask_token_id, 1)([stream[0], stream[1]])
+    batch["teacher_states"] = teacher_of("qwen3").states(
+        batch["clean_ids"], batch["teacher_index"], (0, 1, 2), batch["document_ids"], batch["position_ids"]
+    )
+    supervision = Supervision(Layout("bidirectional"), mask_token_id, papl=1.0, aligned_layers=(0, 1, 2))
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model in (sharded, whole):
+        install_training_forward(model, supervision)
+        sums = model(training_batch=batch)
+        (sums["tokens"] + 10 * sums["alignment"]).backward()
+    for (name, parameter), expected in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        assert parameter.grad.to_local().numel() < expected.numel(), name
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, atol=1e-4, rtol=1e-4, msg=name)
+    dist.destroy_process_group()
+
+
+def test_head_and_losses_are_right_where_their_weights_are_sharded(tmp_path: Path) -> None:
+    """FSDP2 gathers a module's weights for its own forward only, and the tied head is used inside of it."""
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    arguments = str(tmp_path / "rendezvous")
+    processes = [fork.Process(target=_compare_sharded_with_whole, args=(rank, arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]

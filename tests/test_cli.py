@@ -1,0 +1,144 @@
+"""The command line: quick to answer, the same however it is called, and what it prints can be used again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from decausal.cli import VERBS, main
+from decausal.training.settings import ConversionSettings
+from tests.runs import environment, save_source, write_text
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate")
+SCRIPT = f"""
+import sys
+from decausal.cli import main
+assert main(sys.argv[1:]) == 0
+found = [name for name in {HEAVY} if name in sys.modules]
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["pretrain", "-h"], ["--version"], []], ids=str
+)
+def test_help_answers_at_once_and_imports_nothing_heavy(arguments):
+    before = os.times()
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    after = os.times()  # of the processor, so that a busy machine changes nothing
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+    assert ended.stdout.startswith(("Turn an autoregressive", "usage: decausal", "decausal "))
+    assert not ended.stderr
+
+
+def test_help_names_every_verb_and_every_setting_with_its_default(capsys):
+    main(["--help"])
+    overview = capsys.readouterr().out
+    assert all(f"decausal {verb}" in overview for verb in VERBS)
+    main(["convert", "--help"])
+    page = capsys.readouterr().out
+    for name, field in ConversionSettings.__dataclass_fields__.items():
+        assert f"--{name} (default {field.default})" in page
+        assert field.metadata["help"] in page
+    assert "--recipe" in page
+
+
+def test_the_printed_configuration_is_a_recipe_that_means_the_same(tmp_path, capsys):
+    flags = ["--views", "2", "--complementary_masks", "true", "--data", "a.txt,b.txt", "--learning_rate", "1e-5"]
+    assert main(["convert", "my-model", "--recipe", "repr-align", *flags, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["model_name_or_path"], values["views"], values["learning_rate"]) == ("my-model", 2, 1e-5)
+    assert values["align_weight"] > 0
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert main(["convert", "--recipe", str(tmp_path / "mine.yaml"), "--print_config", "true"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_printing_the_configuration_writes_nothing(tmp_path, capsys):
+    assert main(["convert", "m", "--data", "d", "--output_dir", str(tmp_path / "out"), "--print_config"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    source, text = save_source(root / "model"), write_text(root / "text.jsonl")
+    flags = ["--max_length", "24", "--max_steps", "2", "--use_cpu", "true"]
+    assert main(["convert", str(source), "--data", str(text), "--output_dir", str(root / "out"), *flags]) == 0
+    return root
+
+
+def test_a_conversion_from_the_command_line_says_where_it_is_and_what_comes_next(converted, capsys):
+    arguments = ["convert", str(converted / "model"), "--recipe", "mdm", "--data", str(converted / "text.jsonl")]
+    arguments += ["--output_dir", str(converted / "mdm"), "--max_length", "24", "--max_steps", "1", "--use_cpu"]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert f"converted model: {converted / 'mdm'}" in told.out
+    assert f"decausal generate {converted / 'mdm'}" in told.out
+    assert not told.err
+    facts = json.loads((converted / "mdm" / "decausal.json").read_text())
+    assert facts["recipe"]["align_weight"] == 0
+
+
+def test_the_run_writes_down_its_configuration_which_is_a_recipe_too(converted, capsys):
+    assert main(["convert", "--recipe", str(converted / "out" / "run.yaml"), "--print_config"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["max_length"], values["max_steps"]) == (24, 2)
+    assert values["model_name_or_path"] == str(converted / "model")
+
+
+def test_what_was_converted_generates_and_infills(converted, capsys):
+    assert main(["generate", str(converted / "out"), "the rain", "--max_new_tokens", "4", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ids"]) <= 4
+    flags = ["--prefix", "the ", "--suffix", " ran", "--length", "3", "--json"]
+    assert main(["infill", str(converted / "out"), *flags]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ids"]) == 3
+
+
+def test_pretraining_from_the_command_line_makes_a_model_that_converts(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
+    shape = ["--vocab_size", "270", "--hidden_size", "32", "--intermediate_size", "48", "--num_hidden_layers", "2"]
+    shape += ["--num_attention_heads", "4", "--num_key_value_heads", "2", "--max_length", "32", "--max_steps", "3"]
+    shape += ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt"), "--bf16", "false"]
+    schedule = ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", "{}", "--warmup_steps", "1"]
+    assert main(["pretrain", "--output_dir", str(tmp_path / "ar"), *shape, *schedule]) == 0
+    told = capsys.readouterr().out
+    assert f"model: {tmp_path / 'ar'}" in told
+    assert "bits per byte" in told
+    assert "bits per byte" in (tmp_path / "ar" / "README.md").read_text()
+    flags = ["--data", str(tmp_path / "text.txt"), "--max_length", "32", "--max_steps", "1", "--use_cpu"]
+    assert main(["convert", str(tmp_path / "ar"), "--output_dir", str(tmp_path / "out"), *flags]) == 0
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert main(["convrt"]) == 2
+    assert capsys.readouterr().err == (
+        f"decausal: error: unknown verb 'convrt'; did you mean 'convert'? Verbs: {', '.join(VERBS)}\n"
+    )
+
+
+def test_an_interrupt_is_told_in_one_line(capsys, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "convert", interrupt)
+    assert main(["convert"]) == 130
+    assert capsys.readouterr().err == "decausal: interrupted\n"
+
+
+def test_progress_bars_are_for_terminals(tmp_path, monkeypatch):
+    from decausal.training.run import training_arguments
+
+    for is_terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert training_arguments({"output_dir": str(tmp_path)}).disable_tqdm is not is_terminal
+    assert training_arguments({"output_dir": str(tmp_path), "disable_tqdm": False}).disable_tqdm is False
