@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,11 @@ CAUSAL = Layout("causal")
 
 
 class Teacher:
-    """Runs the body only (no head), once per clean batch, and keeps only the rows that are asked for.
+    """Runs the body only (no head, and no layer beyond the last that is asked for), once per clean batch.
 
     State l is the embedding output for l = 0, the output of layer l for 0 < l < L, and the state after the final
-    norm for l = L. Each layer's full state is dropped as soon as its rows are gathered, so memory beyond the model
-    is len(layers) * m * D elements, never L * B * T * D.
+    norm for l = L. Each layer's full state is dropped as soon as the rows that are asked for are gathered, so memory
+    beyond the model is len(layers) * m * D elements, never L * B * T * D.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,11 +39,13 @@ class Teacher:
 
         def gather(layer: int, hidden: Tensor) -> None:
             gathered[layer] = hidden.flatten(0, 1).index_select(0, index)
+            if len(gathered) == len(set(layers)):
+                raise _AllGathered
 
         blocks = decoder_layers(self.model)
         hooks = [
             blocks[layer].register_forward_pre_hook(_gather_input(gather, layer), with_kwargs=True)
-            for layer in layers
+            for layer in set(layers)
             if layer < len(blocks)
         ]
         try:
@@ -51,15 +53,20 @@ class Teacher:
                 output = body_forward(
                     self.model, clean_ids, CAUSAL, document_ids=document_ids, position_ids=position_ids
                 )
+            gather(len(blocks), output.last_hidden_state)
+        except _AllGathered:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(blocks) in layers:
-            gather(len(blocks), output.last_hidden_state)
         return [gathered[layer] for layer in layers]
 
 
-def _gather_input(gather, layer: int):
+class _AllGathered(Exception):  # noqa: N818
+    """Ends the teacher's pass before the first layer that nobody is compared with."""
+
+
+def _gather_input(gather: Callable[[int, Tensor], None], layer: int) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
         gather(layer, args[0] if args else kwargs["hidden_states"])
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from decausal.data.stream import Noising
-from decausal.models.backbone import head_of
+from decausal.models.backbone import decoder_layers, head_of
 from decausal.training.run_directory import checkpoints
 from decausal.training.schedule import WeightSchedule
 from tests.families import FAMILIES
@@ -85,6 +85,16 @@ def test_it_keeps_only_the_rows_and_layers_that_are_asked_for():
     assert [state.shape for state in states] == [(3, 32), (3, 32)]
     assert all(state.untyped_storage().nbytes() == 3 * 32 * 4 for state in states)
     assert not any(module._forward_pre_hooks for module in teacher.model.modules())
+
+
+@pytest.mark.parametrize(("layers", "num_run"), [((0,), 0), ((0, 1), 1), ((1,), 1), ((2, 0), 2)])
+def test_it_runs_no_layer_beyond_the_last_that_is_asked_for(layers, num_run):
+    teacher, index, ids = teacher_of("llama"), torch.tensor([3, 4, 20]), torch.arange(24).reshape(2, 12)
+    whole = teacher.states(ids, index, (0, 1, 2))
+    runs = [count_calls(layer) for layer in decoder_layers(teacher.model)]
+    states = teacher.states(ids, index, layers)
+    assert sum(map(len, runs)) == num_run
+    assert all(torch.equal(state, whole[layer]) for state, layer in zip(states, layers, strict=True))
 
 
 def tensors(path) -> dict[str, list[int]]:
