@@ -11,16 +11,18 @@ from rich.table import Table
 console = Console(highlight=False, width=None if Console().is_terminal else 120)
 
 
-def print_header(environment: dict[str, str]) -> None:
-    """Prints one line per fact."""
-    for name, value in environment.items():
-        console.print(f"[bold]{name:>9}[/]  {value}", soft_wrap=True)
+def print_header(outcome: dict[str, Any]) -> None:
+    """Prints one line per fact of where the figures come from."""
+    for name in ("hardware", "versions", "commit", "command", "date"):
+        value = outcome[name]
+        text = ", ".join(f"{key} {fact}" for key, fact in value.items()) if isinstance(value, dict) else value
+        console.print(f"[bold]{name:>9}[/]  {text}", soft_wrap=True)
 
 
 def print_steps(model_name: str, figures: dict[str, Any]) -> None:
     """Prints a table of steps, and the time that data takes beside them."""
     precision = "bf16 autocast" if figures["bf16"] else "fp32"
-    rows = f"{figures['batch_size']} student rows x {figures['length']} tokens, {figures['documents']} documents each"
+    rows = f"{figures['batch_size']} student rows x {figures['length']} tokens, {figures['documents']} document(s) each"
     table = Table(title=f"{model_name}: {rows}, {precision}", title_justify="left")
     for heading in ("case", "ms", "+opt.", "ratio", "+opt.", "floor", "target", "MB", "ratio"):
         table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
@@ -50,7 +52,7 @@ def print_loss_memory(figures: dict[str, float], vocab_size: int) -> None:
     """Prints the peak memory of the token loss and of its naive form."""
     console.print(
         f"loss memory at V = {vocab_size:,}, {figures['tokens']} tokens of width {figures['width']}, half of them "
-        f"targets: {figures['ours'] / 1e6:.0f} MB, naive {figures['naive'] / 1e6:.0f} MB, "
+        f"targets, gradients apart: {figures['ours'] / 1e6:.0f} MB, naive {figures['naive'] / 1e6:.0f} MB, "
         f"ratio {figures['ratio']:.3f}, target {_verdict(figures['ratio'], figures['target'])}"
     )
 

@@ -12,6 +12,8 @@ import argparse
 import copy
 import json
 import random
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 from cases import BIDIRECTIONAL, CASES, Arms
-from environment import environment
 from floors import ModelShape
 from measure import host_waits, peak_bytes
 from models import DEFAULT_MODELS, FALLBACK, SHAPES, build
@@ -32,6 +33,7 @@ from torch.nn import functional
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
 from decausal.models.backbone import decoder_layers
 from decausal.objectives.tokens import Head, chunked_cross_entropy
+from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.teacher import Teacher
@@ -203,7 +205,10 @@ def measure_data(work: Workload, steps: int) -> float:
 
 
 def measure_loss_memory(device: torch.device, tokens: int, width: int) -> dict[str, float]:
-    """Returns peak bytes of our token loss and of the naive one, forward and backward, where half are targets."""
+    """Returns peak bytes of our token loss and of the naive one, forward and backward, where half are targets.
+
+    The gradients of states and head stay after the loss and are the same for both: they are not counted.
+    """
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(tokens, width, device=device, generator=generator).requires_grad_()
     weight = (torch.randn(LOSS_VOCABULARY, width, device=device, generator=generator) * 0.02).requires_grad_()
@@ -222,7 +227,8 @@ def measure_loss_memory(device: torch.device, tokens: int, width: int) -> dict[s
     peaks = {}
     for name, function in (("ours", ours), ("naive", naive)):
         hidden.grad = weight.grad = None
-        peaks[name] = peak_bytes(function, device)
+        left_behind = hidden.nbytes + weight.nbytes
+        peaks[name] = peak_bytes(function, device) - left_behind
     return peaks | {"ratio": peaks["ours"] / peaks["naive"], "target": 0.1, "tokens": tokens, "width": width}
 
 
@@ -233,8 +239,8 @@ def main() -> None:
         keep_freed_memory()
     torch.manual_seed(args.seed)
     names = list(dict.fromkeys([CASES[name].baseline for name in args.cases] + args.cases))
-    outcome: dict[str, Any] = {"environment": environment(device), "models": {}}
-    print_header(outcome["environment"])
+    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "models": {}}
+    print_header(outcome)
     for model_name in args.model or DEFAULT_MODELS[device.type]:
         work = Workload.of(model_name, device, args)
         outcome["models"][model_name] = {

@@ -113,7 +113,7 @@ def test_the_script_measures_every_case_and_writes_its_figures(benchmark, direct
     monkeypatch.setattr(sys, "argv", ["train_step.py", *options, "--json", str(output)])
     benchmark.train_step.main()
     figures = json.loads(output.read_text())
-    assert set(figures["environment"]) == {"hardware", "versions", "commit", "command", "date"}
+    assert figures.keys() >= {"hardware", "versions", "commit", "command", "date"}
     measured = figures["models"][str(directory)]["cases"]
     assert set(measured) == set(benchmark.cases.CASES)
     assert all(case["seconds"] > 0 and case["memory_bytes"] > 0 for case in measured.values())
