@@ -135,7 +135,7 @@ def test_killed_at_random_moments_and_resumed_each_time_it_ends_with_the_same_we
         process = fork.Process(target=_train, args=(source, text, tmp_path / "killed"))
         process.start()
         # The first tries die early; then they are given longer, so that the run ends in the end.
-        process.join(delays.uniform(0.1, 0.8 + 0.1 * attempt) * duration)
+        process.join(delays.uniform(0.05, 0.3 if attempt < 4 else 1 + 0.2 * attempt) * duration)
         if not process.is_alive():
             break
         os.kill(process.pid, random.Random(attempt).choice([signal.SIGKILL, signal.SIGTERM]))

@@ -170,9 +170,10 @@ def test_on_a_device_a_bad_loss_is_found_at_the_next_log_or_save(tmp_path, sourc
 
 
 def test_overwriting_starts_anew_and_bad_input_costs_no_earlier_run(tmp_path, source, text, whole):
-    run(source, text, tmp_path / "out", seed=3)
+    run(source, text, tmp_path / "out", seed=3, max_steps=6)
     with pytest.raises(UserError, match="nowhere"):
         run(source, tmp_path / "nowhere.txt", tmp_path / "out", overwrite=True)
     assert load_converted(tmp_path / "out").facts.recipe["seed"] == 3
     run(source, text, tmp_path / "out", overwrite=True)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
     assert_same(weights(tmp_path / "out"), whole)
