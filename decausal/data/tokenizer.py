@@ -9,12 +9,23 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
+# Turns as comments, in ordinary tokens: a small model needs no more, and an answer ends as a document does.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '# ' + message['role'] + ':\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '# assistant:\\n' }}{% endif %}"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Trains a tokenizer that can write any text: its alphabet is the 256 bytes.
 
-    It has an end-of-text token (id 0, also padding) and a mask token (id 1), so that a conversion needs no new row.
+    It has an end-of-text token (id 0, also padding), a mask token (id 1), so that a conversion needs no new row, and a
+    plain chat template.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,5 +43,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         pad_token=END_OF_TEXT,
         mask_token=MASK,
         model_max_length=max_length,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
