@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,5 +246,5 @@ def _leave_tidy(output_dir: Path) -> None:
 
 def _remove_empty(directories: list[Path]) -> None:
     for directory in directories:
-        if directory.is_dir() and not any(directory.iterdir()):
+        with suppress(OSError):  # not empty: another run has just begun in it
             directory.rmdir()
