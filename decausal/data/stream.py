@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from decausal.diffusion.layout import positions_in_documents
+from decausal.diffusion.layout import is_packed, positions_in_documents
 from decausal.diffusion.noise import draw_noise
 from decausal.diffusion.shift import predictable, predicting_index
 
@@ -140,7 +140,7 @@ class Collator:
             "teacher_index": aligned_index // (views * length) * length + aligned_index % length,
             "denominators": torch.tensor([num_token_terms, len(aligned_index)], dtype=torch.float64),
         }
-        if bool((document_ids != 0).any()):
+        if is_packed(document_ids):
             batch["document_ids"] = document_ids
             batch["position_ids"] = positions_in_documents(document_ids)
         return batch

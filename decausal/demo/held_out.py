@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.data.rows import PackedRows, load_rows
-from decausal.errors import UserError
 from decausal.evaluation.geometry import layer_cosines
 from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.results import ArLikelihood, Likelihood
 from decausal.models.adapt import adapt, load_source
+from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import ConversionFacts
 from decausal.models.doctor import refuse_if_unusable
 from decausal.training.settings import ConversionSettings
@@ -97,11 +97,6 @@ class HeldOut:
             yield
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Returns how many tokens a model can read, None where its configuration sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
 def prepare(
     conversion: ConversionSettings, eval_data: str, *, num_rows: int, samples_per_row: int, is_bf16: bool
 ) -> HeldOut:
@@ -112,11 +107,7 @@ def prepare(
     """
     source, tokenizer = load_source(conversion.model_name_or_path, revision=conversion.revision)
     refuse_if_unusable(source, tokenizer)
-    longest = context_length(source)
-    if longest is not None and conversion.max_length > longest:
-        raise UserError(
-            f"--max_length {conversion.max_length} is over the model's maximum of {longest} tokens; lower it"
-        )
+    refuse_longer_rows(conversion.max_length, source.config)
     start = copy.deepcopy(source)
     facts = ConversionFacts(
         source=conversion.model_name_or_path,

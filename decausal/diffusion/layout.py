@@ -129,6 +129,11 @@ def future_order(length: int, seed: int, device: torch.device | str = "cpu") -> 
     return torch.rand(length, length, generator=generator).to(device)
 
 
+def is_packed(document_ids: Int[Tensor, "B T"]) -> bool:
+    """Whether any row is more than one whole document without padding; if none is, attention needs no explicit mask."""
+    return bool((document_ids != 0).any())
+
+
 def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding included."""
     row_position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)

@@ -31,6 +31,7 @@ from decausal.evaluation.passes import in_batches, measuring, predicted_tokens, 
 from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
 from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Ratio, beside, ratio_over_rows
 from decausal.models.adapt import load_source
+from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
 
@@ -161,9 +162,7 @@ def evaluate_checkpoint(
     """
     converted = load_converted(directory, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, tokenizer, facts = converted
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
+    refuse_longer_rows(max_length, model.config)
     rows = load_rows(data, tokenizer, max_length, text_field=text_field, split=split)
     with _shown_progress() as on_progress:
         likelihood = evaluate_nll(

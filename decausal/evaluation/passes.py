@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decausal.data.stream import Rows
-from decausal.diffusion.layout import Layout
+from decausal.diffusion.layout import Layout, is_packed
 from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward
@@ -80,7 +80,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def documents_if_packed(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
     """The document ids, or None where every row is one whole document: then attention needs no explicit mask."""
-    return document_ids if bool((document_ids != 0).any()) else None
+    return document_ids if is_packed(document_ids) else None
 
 
 def token_nll(

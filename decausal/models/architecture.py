@@ -9,6 +9,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from decausal.errors import UserError
+
 # Recurrence and causal convolutions read a row in one direction only, whatever the attention layout says. Types whose
 # configuration lists its layers (Granite 4, Bamba, ...) are also caught by RECURRENT_LAYER_TYPES; these are refused
 # even where a version of transformers has no such list.
@@ -47,6 +49,18 @@ def refusal(config: PretrainedConfig) -> str | None:
 def attention_implementation(config: PretrainedConfig) -> str | None:
     """``"eager"`` where SDPA would leave out the cap on attention scores; None where transformers chooses rightly."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most positions that a model can read, or None where its configuration sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def refuse_longer_rows(max_length: int, config: PretrainedConfig) -> None:
+    """Raises UserError where rows of `max_length` tokens are longer than the model can read."""
+    context = context_length(config)
+    if context is not None and max_length > context:
+        raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
+from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.sampler import OnStep, denoise
 from decausal.sampling.settings import SamplerSettings
@@ -146,7 +147,7 @@ class _Row:
                 f"{self.name} holds the mask token {token!r} (id {converted.facts.mask_token_id}), which stands for "
                 "open positions: take it out, and use infill to fill a gap"
             )
-        context = _context_length(converted.model)
+        context = context_length(converted.model.config)
         if context is None or self.length <= context:
             return
         given = len(self.prefix_ids) + len(self.suffix_ids)
@@ -284,8 +285,3 @@ def _end_token_ids(converted: Converted) -> tuple[int, ...]:
     listed = getattr(generation_config, "eos_token_id", None)
     ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     return tuple(dict.fromkeys(end for end in ends if end is not None))
-
-
-def _context_length(model: Any) -> int | None:
-    """The most positions that the model can read, or None where its configuration sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -19,6 +19,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source, source_dtype
+from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
@@ -107,7 +108,7 @@ def _prepare(
         settings.model_name_or_path, revision=settings.revision, attn_implementation=settings.attn_implementation
     )
     refuse_if_unusable(model, tokenizer)
-    _check_length(settings.max_length, model)
+    refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(model, args) if settings.align_weight else None
     layout = Layout(settings.layout)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
@@ -155,12 +156,6 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
     if is_measured and "eval_strategy" not in training:
         return {"eval_strategy": "steps", "eval_steps": 0.1} | training
     return training
-
-
-def _check_length(max_length: int, model: PreTrainedModel) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
 
 
 def _teacher(model: PreTrainedModel, args: TrainingArguments) -> Teacher:
