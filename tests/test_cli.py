@@ -130,7 +130,7 @@ def test_an_interrupt_is_told_in_one_line(capsys, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(VERBS, "convert", interrupt)
+    monkeypatch.setattr("decausal.verbs.convert.run", interrupt)
     assert main(["convert"]) == 130
     assert capsys.readouterr().err == "decausal: interrupted\n"
 

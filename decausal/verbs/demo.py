@@ -1,0 +1,20 @@
+"""decausal demo."""
+
+from __future__ import annotations
+
+from decausal.verbs.flags import print_settings, wants_help
+
+
+def run(arguments: list[str]) -> int:
+    from decausal.demo.settings import DemoSettings
+
+    if wants_help(arguments):
+        print_settings("demo", DemoSettings, takes_training=False)
+        return 0
+    from decausal.config import resolve_own
+
+    settings = resolve_own(DemoSettings, arguments)
+    from decausal.demo.run import run_demo
+
+    run_demo(settings)
+    return 0

@@ -1,0 +1,26 @@
+"""decausal doctor."""
+
+from __future__ import annotations
+
+import json
+
+from decausal.verbs.flags import VerbParser
+
+
+def run(arguments: list[str]) -> int:
+    parser = VerbParser("doctor", "Check whether an AR model can be converted, or a converted one used.")
+    parser.add_argument("model", help="a directory, a hub id, or 'tiny'")
+    parser.add_argument("--revision")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags = parser.parse_args(arguments)
+    from decausal.models.doctor import probes_as_dict, usable
+    from decausal.models.examination import examine_path, probes_as_table
+
+    probes = examine_path(flags.model, revision=flags.revision)
+    if flags.json:
+        print(json.dumps(probes_as_dict(probes), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(probes_as_table(flags.model, probes))
+    return 0 if usable(probes) else 1

@@ -1,0 +1,60 @@
+"""How verbs read their flags and print their settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from decausal.errors import UserError
+
+
+class VerbParser(argparse.ArgumentParser):
+    """argparse, but a bad flag is told in one line like every other error."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"decausal {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('decausal ')}: {message}; see {self.prog} --help")
+
+
+def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def wants_help(arguments: list[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def leading_positional(arguments: list[str]) -> tuple[str | None, list[str]]:
+    if arguments and not arguments[0].startswith("--"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def recipe_help() -> str:
+    from decausal.config import recipe_names
+
+    return (
+        f"  --recipe {'|'.join(recipe_names())}, or a YAML file (default repr-align)\n"
+        "  --print_config                print all settings as resolved, and stop\n"
+    )
+
+
+def print_settings(usage: str, settings_type: type, extra: str = "", takes_training: bool = True) -> None:
+    print(f"usage: decausal {usage} [--key value ...]\n")
+    print(extra, end="")
+    for field in fields(settings_type):
+        print(f"  --{field.name} (default {field.default})\n      {field.metadata['help']}")
+    if takes_training:
+        print(
+            "\nand every field of transformers.TrainingArguments: --output_dir, --learning_rate, --max_steps,\n"
+            "--per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --report_to, --save_steps,\n"
+            "--resume_from_checkpoint, --gradient_checkpointing, --fsdp, --deepspeed, ..."
+        )
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,27 @@
+"""decausal generate."""
+
+from __future__ import annotations
+
+import sys
+
+from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.sampling import add_sampler_flags, print_generations, sampler_options, watching
+
+
+def run(arguments: list[str]) -> int:
+    parser = VerbParser("generate", "Continue one prompt or several with a converted model.")
+    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("prompts", nargs="*", help="texts to continue; none: one from standard input")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
+    parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
+    add_sampler_flags(parser)
+    flags = parser.parse_args(arguments)
+    prompts = flags.prompts or [sys.stdin.read()]
+    from decausal.sampling.model import load
+
+    model = load(flags.directory)
+    options = sampler_options(flags) | given(flags, "max_new_tokens")
+    with watching(model, flags.watch and len(prompts) == 1) as on_step:
+        found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
+    print_generations(found, as_json=flags.json)
+    return 0

@@ -1,0 +1,27 @@
+"""decausal pretrain."""
+
+from __future__ import annotations
+
+from decausal.verbs.flags import is_first_process, print_settings, wants_help
+
+
+def run(arguments: list[str]) -> int:
+    from decausal.config import as_yaml, resolve, take_flag
+    from decausal.training.settings import PretrainSettings
+
+    if wants_help(arguments):
+        print_settings("pretrain", PretrainSettings)
+        return 0
+    flags, print_config = take_flag(arguments, "print_config", "false")
+    settings, training = resolve(PretrainSettings, {}, flags)
+    if print_config == "true":
+        print(as_yaml(settings, training), end="")
+        return 0
+    from decausal.training.pretrain import pretrain
+
+    trained = pretrain(settings, training)
+    if is_first_process():
+        print(f"model: {trained.output_dir}")
+        if trained.heldout is not None:
+            print(f"held out: {trained.heldout.bits_per_byte:.3f} bits per byte")
+    return 0

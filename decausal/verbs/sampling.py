@@ -1,0 +1,47 @@
+"""What the verbs that sample share: sampler flags, the live view, how a generation is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from decausal.verbs.flags import given
+
+
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_steps", "--steps", "--denoising_steps", type=int, help="denoising steps, spread evenly")
+    parser.add_argument("--threshold", "--confidence_threshold", type=float, help="keep all that is as sure (0.9)")
+    parser.add_argument("--confidence", choices=("probability", "margin", "entropy"), help="what 'sure' means")
+    parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--remask", action="store_true", default=None, help="let kept tokens be reconsidered")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
+    parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
+
+
+def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
+    return given(flags, "num_steps", "threshold", "confidence", "temperature", "top_k", "top_p", "seed", "remask")
+
+
+def watching(model: Any, is_wanted: bool) -> AbstractContextManager[Any]:
+    if not is_wanted:
+        return nullcontext()
+    from decausal.sampling.watch import Watch
+
+    return Watch(model.tokenizer)
+
+
+def print_generations(found: list[Any], as_json: bool) -> None:
+    for generation in found:
+        if as_json:
+            print(json.dumps(vars(generation), ensure_ascii=False))
+        else:
+            print(generation.full_text)
+            note = f"[{len(generation.ids)} tokens in {generation.num_forwards} forward passes]"
+            print(note, file=sys.stderr)
