@@ -24,14 +24,18 @@ class Layout:
     Attributes:
         kind: ``"causal"`` (a token reads itself and what precedes it), ``"bidirectional"`` (a token reads its whole
             document) or ``"block"`` (bidirectional inside a block, causal over blocks).
-        block_size: tokens per block; given for ``"block"`` and only there.
+        block_size: tokens per block; given for ``"block"`` and only there. Blocks lie on a grid that starts with each
+            document: the block of position p is ``p // block_size``.
+        causal_context: only for ``"block"``: finished tokens read each other causally, as the autoregressive model did,
+            instead of in both directions inside their block.
 
     Raises:
-        UserError: for an unknown kind, or a block size that does not fit it.
+        UserError: for an unknown kind, or a block size or a context that does not fit it.
     """
 
     kind: str
     block_size: int | None = None
+    causal_context: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in LAYOUT_KINDS:
@@ -44,6 +48,8 @@ class Layout:
             raise UserError(
                 f"layout '{self.kind}' has block_size {self.block_size}; leave it out, or use layout 'block'"
             )
+        if self.kind != "block" and self.causal_context:
+            raise UserError(f"layout '{self.kind}' has causal_context; leave it out, or use layout 'block'")
 
 
 def visible(
@@ -53,8 +59,14 @@ def visible(
     query_document: Int[Tensor, "..."],
     key_document: Int[Tensor, "..."],
     window: int | None = None,
+    query_stream: Int[Tensor, "..."] | None = None,
+    key_stream: Int[Tensor, "..."] | None = None,
 ) -> Bool[Tensor, "..."]:
-    """Whether each query may read each key. Elementwise: the four tensors broadcast against each other.
+    """Whether each query may read each key. Elementwise: the tensors broadcast against each other.
+
+    A row of block layout may hold several streams: the clean tokens, and noised copies of them at the same positions. A
+    noised token reads its block in its own stream, and the clean tokens of earlier blocks; a clean token reads clean
+    ones alone. Without streams all is one clean stream.
 
     Documents never see each other. Padding is a document too (id -1): padding reads padding, so that no query is left
     without a key, which softmax would turn into NaN.
@@ -70,16 +82,38 @@ def visible(
         key_position: positions inside the key's document.
         query_document: document ids, -1 for padding.
         key_document: document ids, -1 for padding.
-        window: W of a sliding-window layer, in tokens; None where a layer reads everything.
+        window: W of a sliding-window layer, in tokens; None where a layer reads everything. Distances are between
+            positions, whatever the streams.
+        query_stream: 0 for clean queries, s >= 1 for those of the s-th noised copy, -1 for padding.
+        key_stream: the same for the keys; given together with `query_stream`, and only for block layouts.
     """
+    if (query_stream is None) != (key_stream is None) or (query_stream is not None and layout.kind != "block"):
+        raise ValueError("streams are given for queries and keys together, and for block layouts only")
     is_visible = query_document == key_document
     if layout.kind == "causal":
         is_visible = is_visible & (key_position <= query_position)
     elif layout.kind == "block":
-        is_visible = is_visible & (key_position // layout.block_size <= query_position // layout.block_size)
+        is_visible = is_visible & _in_block_order(layout, query_position, key_position, query_stream, key_stream)
     if window is not None:
         is_visible = is_visible & ((query_position - key_position).abs() < window)
     return is_visible
+
+
+def _in_block_order(
+    layout: Layout,
+    query_position: Int[Tensor, "..."],
+    key_position: Int[Tensor, "..."],
+    query_stream: Int[Tensor, "..."] | None,
+    key_stream: Int[Tensor, "..."] | None,
+) -> Bool[Tensor, "..."]:
+    query_block, key_block = query_position // layout.block_size, key_position // layout.block_size
+    clean_reads_clean = key_position <= query_position if layout.causal_context else key_block <= query_block
+    if query_stream is None:
+        return clean_reads_clean
+    is_clean_query = query_stream == 0
+    reads_clean = (is_clean_query & clean_reads_clean) | (~is_clean_query & (key_block < query_block))
+    reads_own_stream = (query_stream == key_stream) & (key_block == query_block)
+    return ((key_stream == 0) & reads_clean) | ((key_stream != 0) & reads_own_stream)
 
 
 def attention_mask(
@@ -89,6 +123,7 @@ def attention_mask(
     window: int | None = None,
     future_order: Float[Tensor, "S S"] | None = None,
     future_fraction: float | None = None,
+    stream_ids: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B 1 T T"]:
     """Dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
 
@@ -102,6 +137,7 @@ def attention_mask(
         window: sliding window in tokens, see `visible`.
         future_order: values in [0, 1) from `future_order`, for at least T positions; indexed by places in the row.
         future_fraction: in [0, 1]; 0 is causal, 1 is `layout`. Given together with `future_order`, or not at all.
+        stream_ids: stream of each token, for rows that hold noised copies; see `visible`.
 
     Source: attention mask annealing, DiffuLLaMA (arXiv 2410.17891, section 3). Deviation: there each step draws its
     open pairs anew.
@@ -109,8 +145,16 @@ def attention_mask(
     if (future_order is None) != (future_fraction is None):
         raise ValueError("future_order and future_fraction are given together or not at all")
     query_position, key_position = position_ids[:, :, None], position_ids[:, None, :]
+    query_stream, key_stream = (None, None) if stream_ids is None else (stream_ids[:, :, None], stream_ids[:, None, :])
     is_visible = visible(
-        layout, query_position, key_position, document_ids[:, :, None], document_ids[:, None, :], window
+        layout,
+        query_position,
+        key_position,
+        document_ids[:, :, None],
+        document_ids[:, None, :],
+        window,
+        query_stream,
+        key_stream,
     )
     if future_order is not None:
         length = document_ids.shape[1]

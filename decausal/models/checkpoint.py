@@ -37,6 +37,7 @@ class ConversionFacts:
         source_revision: its commit on the hub, if it came from there.
         layout: kind of attention layout, see `decausal.diffusion.layout.Layout`.
         block_size: tokens per block, for the layout "block" only.
+        causal_context: for the layout "block" only: finished tokens read each other causally.
         shift: 1 where the state at i - 1 predicts token i, 0 where the state at i does.
         mask_token_id: the id that stands for a token not yet known.
         noise_schedule: "linear": a token is masked with probability t.
@@ -51,6 +52,7 @@ class ConversionFacts:
     shift: int
     mask_token_id: int
     block_size: int | None = None
+    causal_context: bool = False
     source_revision: str | None = None
     noise_schedule: str = "linear"
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class ConversionFacts:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        Layout(self.layout, self.block_size)
+        _ = self.attention
         if self.shift not in (0, 1):
             raise UserError(f"shift is {self.shift}; accepted: 0, 1")
         if self.noise_schedule != "linear":
@@ -68,7 +70,7 @@ class ConversionFacts:
     @property
     def attention(self) -> Layout:
         """The layout as the rest of the library takes it."""
-        return Layout(self.layout, self.block_size)
+        return Layout(self.layout, self.block_size, self.causal_context)
 
 
 class Converted(NamedTuple):

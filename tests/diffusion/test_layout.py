@@ -94,6 +94,57 @@ def test_visible_on_scalars_equals_the_dense_mask():
     assert torch.equal(pairs, _mask(layout, document_ids))
 
 
+def _reads_in_streams(layout: Layout, query: tuple[int, int], key: tuple[int, int]) -> bool:
+    """The rule for a query and a key as (stream, position), stream 0 being the clean one."""
+    (query_stream, q), (key_stream, k) = query, key
+    query_block, key_block = q // layout.block_size, k // layout.block_size
+    if key_stream != 0:
+        return key_stream == query_stream and key_block == query_block
+    if query_stream != 0:
+        return key_block < query_block
+    return k <= q if layout.causal_context else key_block <= query_block
+
+
+@pytest.mark.parametrize("causal_context", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@settings(max_examples=15, deadline=None)
+@given(
+    block_size=st.integers(1, 5), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3), copies=st.integers(1, 2)
+)
+def test_noised_copies_read_their_own_block_and_the_clean_blocks_before_it(
+    causal_context, window, block_size, lengths, copies
+):
+    layout = Layout("block", block_size, causal_context)
+    places = [
+        (stream, document, position)
+        for stream in range(copies + 1)
+        for document, length in enumerate(lengths)
+        for position in range(length)
+    ] + [(-1, -1, position) for position in range(3)]
+    streams, documents, positions = (torch.tensor([column]) for column in zip(*places, strict=True))
+    mask = attention_mask(layout, documents, positions, window, stream_ids=streams)[0, 0]
+    assert mask.diagonal().all()
+    for i, (query_stream, query_document, q) in enumerate(places):
+        for j, (key_stream, key_document, k) in enumerate(places):
+            expected = query_document == key_document and _reads_in_streams(layout, (query_stream, q), (key_stream, k))
+            assert mask[i, j] == (expected and (window is None or abs(q - k) < window))
+
+
+def test_a_causal_context_is_causal_where_all_is_clean():
+    document_ids = _document_ids([5, 6], 2)
+    assert torch.equal(_mask(Layout("block", 3, True), document_ids), _mask(Layout("causal"), document_ids))
+    clean = torch.zeros_like(document_ids)
+    for layout in (Layout("block", 3), Layout("block", 3, True)):
+        assert torch.equal(_mask(layout, document_ids, stream_ids=clean), _mask(layout, document_ids))
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_streams_belong_to_block_layouts(kind):
+    document_ids = _document_ids([3], 0)
+    with pytest.raises(ValueError, match="block layouts only"):
+        _mask(Layout(kind), document_ids, stream_ids=document_ids)
+
+
 def test_positions_restart_in_each_document_and_in_padding():
     document_ids = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 2, 2, 2, 2, 2]])
     expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 4]]
@@ -140,3 +191,8 @@ def test_an_impossible_layout_is_refused_in_one_line(kind, block_size, message):
     with pytest.raises(UserError, match=message) as error:
         Layout(kind, block_size)
     assert "\n" not in str(error.value)
+
+
+def test_a_causal_context_belongs_to_a_block_layout():
+    with pytest.raises(UserError, match="'bidirectional' has causal_context"):
+        Layout("bidirectional", causal_context=True)
