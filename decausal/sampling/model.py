@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.sampling import generate as text_to_text
-from decausal.sampling.generate import BATCH_SIZE, Generation
+from decausal.sampling import generate as generating
+from decausal.sampling import infilling
+from decausal.sampling.generate import Generation
+from decausal.sampling.rows import BATCH_SIZE
 from decausal.sampling.sampler import OnStep
 
 
@@ -37,7 +39,7 @@ class DiffusionModel:
         **options: Any,
     ) -> Generation | list[Generation]:
         """Continues one prompt, or each of several; see `decausal.sampling.generate.generate`."""
-        return text_to_text.generate(
+        return generating.generate(
             self._converted, prompts, chat=chat, batch_size=batch_size, on_step=on_step, **options
         )
 
@@ -51,8 +53,8 @@ class DiffusionModel:
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
-        """Writes `length` tokens between prefix and suffix; see `decausal.sampling.generate.infill`."""
-        return text_to_text.infill(
+        """Writes `length` tokens between prefix and suffix; see `decausal.sampling.infilling.infill`."""
+        return infilling.infill(
             self._converted, prefix, suffix, length, batch_size=batch_size, on_step=on_step, **options
         )
 

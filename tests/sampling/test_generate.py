@@ -14,7 +14,8 @@ from decausal.errors import UserError
 from decausal.models import backbone
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
-from decausal.sampling.generate import Generation, generate, infill
+from decausal.sampling.generate import Generation, generate
+from decausal.sampling.infilling import infill
 from decausal.sampling.model import DiffusionModel, load
 from decausal.sampling.sampler import SamplerSettings, denoise
 from tests.families import EOS_ID, FAMILIES, MAX_LENGTH, tiny_tokenizer
