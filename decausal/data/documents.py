@@ -3,7 +3,7 @@
 A record is {"origin": where it was read, ...} with one of three contents:
     "text": a document to model as it is;
     "messages": a conversation, a list of {"role", "content"};
-    "prompt" and "completion".
+    "prompt" and "completion"; those of a task with exact answers also name their "task".
 The text of a long file comes in pieces, each a record with "is_start" and "is_end".
 """
 
@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from decausal.data.corpus import stdlib_documents
-from decausal.data.sources import Data, File, HubDataset, Source, find_sources
+from decausal.data.sources import Data, File, HubDataset, Source, Tasks, find_sources
 from decausal.errors import UserError
 
 Record = dict[str, Any]
@@ -35,8 +35,9 @@ def read_documents(data: Data, *, text_field: str = "text", split: str = "train"
     """Returns the documents that `data` names, read one at a time. Blank documents are left out.
 
     Args:
-        data: a file, a directory, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout", or a
-            list of these. A .jsonl, .json or .parquet file holds records; any other text file is one document.
+        data: a file, a directory, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout",
+            examples of tasks ("tasks", "tasks-heldout", "tasks:sorting+lookup:5000@7"), or a list of these. A .jsonl,
+            .json or .parquet file holds records; any other text file is one document.
         text_field: the record's field that holds a plain text.
         split: which split of a hub data set.
 
@@ -66,6 +67,8 @@ def _read(source: Source, text_field: str) -> Iterator[Record]:
     if isinstance(source, HubDataset):
         rows = ((f"{source}, row {number}", row) for number, row in enumerate(source.table, start=1))
         return _records(rows, text_field)
+    if isinstance(source, Tasks):
+        return _task_records(source)
     if not isinstance(source, File):
         return ({"origin": f"{source}/{path}", "text": text} for path, text in stdlib_documents(source.split))
     if source.kind == ".parquet":
@@ -76,6 +79,16 @@ def _read(source: Source, text_field: str) -> Iterator[Record]:
     if source.kind == ".json" and (source.is_named or ARRAY_OF_OBJECTS.match(source.head())):
         return _records(_json_array(source), text_field)
     return _text_pieces(source)
+
+
+def _task_records(source: Tasks) -> Iterator[Record]:
+    for number, example in enumerate(source.examples(), start=1):
+        yield {
+            "origin": f"{source}, example {number}",
+            "prompt": example.prompt,
+            "completion": example.completion,
+            "task": example.task.name,
+        }
 
 
 # Files to text

@@ -1,4 +1,4 @@
-"""What DATA names: files, directories, globs, data sets of the Hugging Face hub, the embedded corpus."""
+"""What DATA names: files, directories, globs, data sets of the Hugging Face hub, the embedded corpus, tasks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 
 import datasets
 
 from decausal.data.corpus import Split, stdlib_documents
+from decausal.data.tasks.example import Example
+from decausal.data.tasks.stream import examples, named
 from decausal.errors import UserError, nearest
 
 Data = str | Path | Sequence[str | Path]
 
-ACCEPTED = "a file, a directory, a glob, a hub data set such as owner/name, or stdlib"
+ACCEPTED = "a file, a directory, a glob, a hub data set such as owner/name, stdlib, or tasks"
 STDLIB: dict[str, Split] = {"stdlib": "train", "stdlib-heldout": "heldout"}
+TASK_DATA: dict[str, Split] = {"tasks": "train", "tasks-heldout": "heldout"}
+NUM_EXAMPLES: dict[Split, int] = {"train": 100_000, "heldout": 1_000}
+TASK_NAME = re.compile(r"(?P<data>tasks|tasks-heldout)(:(?P<names>[^:@\d][^:@]*))?(:(?P<count>\d+))?(@(?P<seed>\d+))?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 FILE_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|parquet|gz)$")
 SNIFFED_BYTES = 8192
+FINGERPRINTED_EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,44 @@ class Stdlib:
         return f"{self} {digest.hexdigest()}"
 
 
-Source = File | HubDataset | Stdlib
+@dataclass(frozen=True)
+class Tasks:
+    """Examples of tasks with exact answers, drawn from a seed. `names` empty: of all tasks."""
+
+    split: Split
+    names: tuple[str, ...]
+    count: int
+    seed: int
+
+    def __str__(self) -> str:
+        data = next(name for name, split in TASK_DATA.items() if split == self.split)
+        return ":".join([data, *(["+".join(self.names)] if self.names else []), f"{self.count}@{self.seed}"])
+
+    def examples(self) -> Iterator[Example]:
+        """Returns the examples, each task in turn."""
+        return islice(examples(self.names, self.split, self.seed), self.count)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the first examples, so that it changes when a task does."""
+        digest = sha256()
+        for example in islice(self.examples(), FINGERPRINTED_EXAMPLES):
+            digest.update(f"{example.prompt}{example.completion}\n".encode())
+        return f"{self} {digest.hexdigest()}"
+
+
+Source = File | HubDataset | Stdlib | Tasks
 
 
 def find_sources(data: Data, split: str = "train") -> list[Source]:
     """Returns what `data` names, files of a directory or glob in sorted order.
 
     Args:
-        data: a path, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout", or a list of these.
+        data: a path, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout", examples of tasks
+            ("tasks", "tasks-heldout", "tasks:sorting+lookup:5000@7"), or a list of these.
         split: which split of a hub data set.
 
     Raises:
-        UserError: a path is missing, or a glob or a directory holds no file that can be read.
+        UserError: a path is missing, there is no such task, or a glob or a directory holds no file that can be read.
     """
     names = [data] if isinstance(data, str | Path) else list(data)
     if not names:
@@ -135,6 +168,8 @@ def find_sources(data: Data, split: str = "train") -> list[Source]:
 def _find(name: str, split: str) -> list[Source]:
     if name in STDLIB:
         return [Stdlib(STDLIB[name])]
+    if re.split("[:@]", name)[0] in TASK_DATA:
+        return [task_source(name)]
     path = Path(name).expanduser()
     if path.is_dir():
         files: list[Source] = list(_files_below(path))
@@ -150,6 +185,24 @@ def _find(name: str, split: str) -> list[Source]:
         raise UserError(f"no such file or directory: {name}{hint or f'; DATA is {ACCEPTED}'}")
     hub_name, _, config = name.partition(":")
     return [HubDataset(hub_name, config or None, split)]
+
+
+def task_source(name: str) -> Tasks:
+    """Reads "tasks" or "tasks-heldout", each with ":NAME+NAME", ":COUNT" and "@SEED" behind it or without.
+
+    Raises:
+        UserError: it is written otherwise, or names a task that there is not.
+    """
+    parts = TASK_NAME.fullmatch(name)
+    if parts is None or parts["count"] == "0":
+        raise UserError(
+            f"'{name}' is not accepted: write tasks or tasks-heldout, then :NAME+NAME, :COUNT (at least 1) and @SEED "
+            "where you want them, such as tasks:addition+sorting:20000@7"
+        )
+    names = tuple(parts["names"].split("+")) if parts["names"] else ()
+    named(names)
+    split = TASK_DATA[parts["data"]]
+    return Tasks(split, names, int(parts["count"] or NUM_EXAMPLES[split]), int(parts["seed"] or 0))
 
 
 def _matches(pattern: str) -> list[Source]:
@@ -182,7 +235,7 @@ def _visible_paths(root: Path) -> Iterator[Path]:
 
 def _siblings(path: str | Path) -> list[str]:
     parent = Path(path).parent
-    return [*(os.listdir(parent) if parent.is_dir() else ()), *STDLIB]
+    return [*(os.listdir(parent) if parent.is_dir() else ()), *STDLIB, *TASK_DATA]
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""A byte-level BPE tokenizer from a user's own text, for models that start from nothing."""
+"""Tokenizers for models that start from nothing: byte-level BPE from a user's own text, and single characters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
+PADDING = "<|pad|>"
+UNKNOWN = "<|unknown|>"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 # Turns as comments, in ordinary tokens: a small model needs no more, and an answer ends as a document does.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,5 +47,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         mask_token=MASK,
         model_max_length=max_length,
         chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of printable ASCII and the line break, one token each, so texts may be cut and joined freely.
+
+    Its 100 entries are an end-of-text token (id 0), a mask token (1), padding (2), what stands for any other character
+    (3), and the 96 characters.
+    """
+    special = [END_OF_TEXT, MASK, PADDING, UNKNOWN]
+    vocabulary = {token: token_id for token_id, token in enumerate([*special, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        mask_token=MASK,
+        pad_token=PADDING,
+        unk_token=UNKNOWN,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

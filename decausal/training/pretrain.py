@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 from decausal.data.documents import read_documents
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Collator, TrainingStream
-from decausal.data.tokenizer import train_tokenizer
+from decausal.data.tokenizer import character_tokenizer, train_tokenizer
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll
@@ -171,17 +171,18 @@ weights. Trained on `{settings.data}`. It exists to be converted into a diffusio
 def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTrainedTokenizerFast:
     if checkpoint is not None:
         return PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    texts = _texts(settings)
-    return train_tokenizer(texts, settings.vocab_size, settings.max_length)
+    if settings.tokenizer == "characters":
+        return character_tokenizer(settings.max_length)
+    return train_tokenizer(_texts(settings), settings.vocab_size, settings.max_length)
 
 
 def _texts(settings: PretrainSettings) -> Iterator[str]:
     for record in read_documents(settings.data, text_field=settings.text_field):
-        if "text" not in record:
+        if "messages" in record:
             raise UserError(
-                f"{record['origin']}: pretraining reads plain text; this record has no '{settings.text_field}'"
+                f"{record['origin']}: pretraining reads plain text, or prompts and completions; this is a conversation"
             )
-        yield record["text"]
+        yield record["text"] if "text" in record else record["prompt"] + record["completion"]
 
 
 def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:

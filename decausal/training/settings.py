@@ -91,7 +91,10 @@ class PretrainSettings:
     eval_data: str | tuple[str, ...] | None = _setting("stdlib-heldout", "text for the closing measurement")
     text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
     max_length: int = _setting(1024, "tokens in a packed row, and the model's context")
-    vocab_size: int = _setting(4096, "entries of the byte-level BPE tokenizer, trained on the same data")
+    tokenizer: Literal["bpe", "characters"] = _setting(
+        "bpe", "bpe: byte-level, trained on the same data; characters: printable ASCII, one token each"
+    )
+    vocab_size: int = _setting(4096, "entries of the BPE tokenizer")
     hidden_size: int = _setting(320, "width")
     intermediate_size: int = _setting(832, "width of the feed-forward layers")
     num_hidden_layers: int = _setting(6, "layers")
