@@ -185,3 +185,10 @@ def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     first_position = torch.where(is_first, row_position, 0).cummax(dim=1).values
     return row_position - first_position
+
+
+def block_numbers(document_ids: Int[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
+    """Number of each token's block among those of its row: 0, 1, ...; -1 for padding."""
+    is_real = document_ids >= 0
+    is_first = is_real & (positions_in_documents(document_ids) % block_size == 0)
+    return torch.where(is_real, is_first.long().cumsum(dim=1) - 1, -1)

@@ -1,0 +1,161 @@
+"""The training row of block layouts, ``[clean | noised_1 | ... | noised_K]``: one forward for all blocks of all views.
+
+A block is denoised in the context of finished blocks. To train on all blocks at once, a row holds its clean tokens
+once, and behind them, for each noised view, copies of the blocks in question at the same positions; attention by
+streams (`decausal.diffusion.layout.visible`) gives each copy exactly what it would read at decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from decausal.diffusion.layout import block_numbers, positions_in_documents
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """Rows of clean tokens and noised blocks, padded to the longest.
+
+    Attributes:
+        ids: what the model reads: clean tokens, then the views' blocks, in which masked tokens and fills are masks.
+        document_ids: -1 for padding.
+        position_ids: noised copies have the positions of the clean tokens. Padding has positions below T.
+        stream_ids: 0 for clean tokens, s for the s-th view, -1 for padding.
+        source_index: flat index into [B*T] of the clean token that stands, or stood, in each place; -1 for the masks
+            that fill up a document's last block, and for padding.
+        places: flat index into [B*S] of each clean token in each stream; -1 where the stream does not hold it.
+        is_block_start: clean tokens that begin a block.
+    """
+
+    ids: Int[Tensor, "B S"]
+    document_ids: Int[Tensor, "B S"]
+    position_ids: Int[Tensor, "B S"]
+    stream_ids: Int[Tensor, "B S"]
+    source_index: Int[Tensor, "B S"]
+    places: Int[Tensor, "B streams T"]
+    is_block_start: Bool[Tensor, "B T"]
+
+    def place_of(self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+        """Flat index into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the s-th view."""
+        _, num_streams, length = self.places.shape
+        row, column = token_index // length, token_index % length
+        return self.places.reshape(-1)[(row * num_streams + stream) * length + column]
+
+    def predicting_place(
+        self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"], shift: int
+    ) -> Int[Tensor, "n"]:
+        """Flat index into [B*S] of the state that predicts each token of a noised stream.
+
+        Shift 0: the token's own state. Shift 1: the state before it, in its stream where that belongs to its block;
+        before a block's first token it is the clean stream's, which has read exactly the earlier blocks. With blocks of
+        one token, shift 1 is thus the autoregressive model.
+        """
+        if shift == 0:
+            return self.place_of(stream, token_index)
+        is_first = self.is_block_start.reshape(-1)[token_index]
+        return self.place_of(torch.where(is_first, 0, stream), token_index - 1)
+
+
+def needs_copy(
+    is_masked: Bool[Tensor, "B K T"], is_block_start: Bool[Tensor, "B T"], shift: int
+) -> Bool[Tensor, "B K T"]:
+    """Targets that are predicted by a state of their noised block: with shift 1 all but a block's first token."""
+    return is_masked if shift == 0 else is_masked & ~is_block_start[:, None]
+
+
+def block_starts(document_ids: Int[Tensor, "B T"], block_size: int) -> Bool[Tensor, "B T"]:
+    """Tokens that begin a block; padding never does."""
+    return (document_ids >= 0) & (positions_in_documents(document_ids) % block_size == 0)
+
+
+def double(
+    clean_ids: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    is_noised: Bool[Tensor, "B T"] | Bool[Tensor, "B K T"],
+    is_masked: Bool[Tensor, "B K T"],
+    mask_token_id: int,
+    block_size: int,
+    context_length: int | None = None,
+) -> Doubled:
+    """Builds the rows of K noised views.
+
+    A view holds whole blocks, and only those with an `is_noised` token: a prompt costs its tokens once. A document's
+    last block is filled up with masks, which are never targets, because at decoding a block is whole too.
+
+    Args:
+        clean_ids: packed rows.
+        document_ids: document of each token, -1 for padding, which is left out.
+        is_noised: tokens whose block gets a copy, in every view or in each its own.
+        is_masked: tokens that are masks in each view; those in blocks without a copy show nowhere.
+        mask_token_id: stands for masked tokens, fills and padding.
+        block_size: tokens per block; the grid starts with each document.
+        context_length: number of positions the model has: fills beyond it are left out. None: no limit.
+    """
+    num_rows, views, length = is_masked.shape
+    is_real = document_ids >= 0
+    position_ids = positions_in_documents(document_ids)
+    is_held = _whole_blocks(is_noised, document_ids, block_size).expand(num_rows, views, length)
+    is_held = torch.cat([is_real[:, None], is_held], dim=1)
+    num_entries = is_held.long()
+    num_entries[:, 1:] *= 1 + _num_fills(document_ids, position_ids, block_size, context_length)[:, None]
+
+    # Entries in order of row, stream and token; a document's last token is followed by the fills of its block.
+    of_row = num_entries.reshape(num_rows, -1)
+    start = (of_row.cumsum(dim=1) - of_row).reshape_as(num_entries)
+    flat = torch.arange(num_entries.numel(), device=clean_ids.device).repeat_interleave(num_entries.reshape(-1))
+    row, stream, column = flat // ((views + 1) * length), flat // length % (views + 1), flat % length
+    token = row * length + column
+    in_rows = torch.arange(len(flat), device=clean_ids.device)
+    row_start = of_row.sum(dim=1).cumsum(dim=0) - of_row.sum(dim=1)
+    place_in_row = in_rows - row_start[row]
+    fill = place_in_row - start.reshape(-1)[flat]  # 0 for the token itself
+    row_length = max(int(of_row.sum(dim=1).max()), 1)
+    place = row * row_length + place_in_row
+
+    is_mask = torch.cat([torch.zeros_like(is_real)[:, None], is_masked], dim=1).reshape(-1)[flat] | (fill > 0)
+
+    def rows_of(values: Tensor, padding: int | Tensor) -> Tensor:
+        padded = torch.zeros(num_rows, row_length, dtype=values.dtype, device=values.device) + padding
+        return padded.reshape(-1).scatter(0, place, values).reshape(num_rows, row_length)
+
+    row_index = torch.arange(num_rows, device=clean_ids.device)[:, None, None]
+    return Doubled(
+        ids=rows_of(torch.where(is_mask, mask_token_id, clean_ids.reshape(-1)[token]), mask_token_id),
+        document_ids=rows_of(document_ids.reshape(-1)[token], -1),
+        position_ids=rows_of(
+            position_ids.reshape(-1)[token] + fill, torch.arange(row_length, device=clean_ids.device) % length
+        ),
+        stream_ids=rows_of(stream, -1),
+        source_index=rows_of(torch.where(fill == 0, token, -1), -1),
+        places=torch.where(is_held, row_index * row_length + start, -1),
+        is_block_start=block_starts(document_ids, block_size),
+    )
+
+
+def _whole_blocks(
+    is_noised: Bool[Tensor, "B T"] | Bool[Tensor, "B K T"], document_ids: Int[Tensor, "B T"], block_size: int
+) -> Bool[Tensor, "B K T"]:
+    """All tokens of the blocks that hold a token of `is_noised`."""
+    is_noised = is_noised if is_noised.dim() == 3 else is_noised[:, None]
+    number = block_numbers(document_ids, block_size)[:, None].expand_as(is_noised)
+    is_real = number >= 0
+    number = number.clamp(min=0)
+    in_block = torch.zeros_like(is_noised, dtype=torch.int64)
+    in_block.scatter_add_(2, number, (is_noised & is_real).long())
+    return (in_block.gather(2, number) > 0) & is_real
+
+
+def _num_fills(
+    document_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"], block_size: int, context_length: int | None
+) -> Int[Tensor, "B T"]:
+    """How many masks follow each token: what a document's last block lacks, as far as the context reaches."""
+    is_last = torch.ones_like(document_ids, dtype=torch.bool)
+    is_last[:, :-1] = document_ids[:, :-1] != document_ids[:, 1:]
+    num_fills = block_size - 1 - position_ids % block_size
+    if context_length is not None:
+        num_fills = num_fills.minimum((context_length - 1 - position_ids).clamp(min=0))
+    return torch.where(is_last & (document_ids >= 0), num_fills, 0)
