@@ -138,7 +138,7 @@ def _masks(
     }
     future_order, future_fraction = future if future is not None else (None, None)
     by_window = {
-        window: _as_the_attention_takes_it(
+        window: as_the_attention_takes_it(
             attention_mask(layout, document_ids, position_ids, window, future_order, future_fraction), body
         )
         for window in set(windows.values())
@@ -148,7 +148,8 @@ def _masks(
     return {layer_type: by_window[window] for layer_type, window in windows.items()}
 
 
-def _as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 T T"], body: nn.Module) -> Tensor:
+def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:
+    """A mask of q queries and n keys in the form that the body's attention implementation reads."""
     implementation = body.config._attn_implementation
     if implementation == "sdpa":
         return is_visible
