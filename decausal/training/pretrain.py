@@ -200,6 +200,7 @@ def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config._attn_implementation = settings.attn_implementation
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(config)
 

@@ -100,6 +100,7 @@ class PretrainSettings:
     num_hidden_layers: int = _setting(6, "layers")
     num_attention_heads: int = _setting(5, "query heads")
     num_key_value_heads: int = _setting(1, "key and value heads")
+    attn_implementation: Literal["sdpa", "eager"] = _setting("sdpa", "eager is the faster in short rows on a CPU")
     muon_learning_rate: float = _setting(5e-3, "peak rate of the weight matrices; learning_rate is for all the rest")
     compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
