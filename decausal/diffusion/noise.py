@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from decausal.diffusion.layout import block_numbers
 from decausal.errors import UserError
 
 EPSILON = 1 / 500
@@ -29,7 +30,8 @@ class Noise:
 
     Attributes:
         is_masked: tokens to replace by the mask token.
-        level: t of the token's document in that view. Padding, which is never masked, carries 1, so that 1/t is finite.
+        level: t of the token's document, or of its block, in that view. What has no level, and is never masked, carries
+            1, so that 1/t is finite: padding, and blocks without any maskable token.
     """
 
     is_masked: Bool[Tensor, "K T"]
@@ -73,8 +75,12 @@ def draw_noise(
     views: int = 1,
     complementary: bool = False,
     stratified: bool = True,
+    block_size: int | None = None,
 ) -> Noise:
     """Draws K noised views of one row: each document has its own level t, each maskable token is masked with chance t.
+
+    With `block_size` each block of a document has its own level instead: blocks are denoised one after the other, so
+    the level of one says nothing about the next.
 
     Args:
         document_ids: 0, 1, ... inside the row, -1 for padding.
@@ -85,7 +91,8 @@ def draw_noise(
         views: K.
         complementary: the second of two views masks exactly the maskable tokens that the first leaves, at level
             1 - t, so that every maskable token is a target once. Otherwise the views are drawn independently.
-        stratified: see `noise_levels`; levels are spread over documents and views.
+        stratified: see `noise_levels`; levels are spread over documents (or blocks) and views.
+        block_size: tokens per block where levels belong to blocks, None where they belong to documents.
 
     Raises:
         UserError: for fewer than one view, or complementary views that are not two.
@@ -94,14 +101,15 @@ def draw_noise(
         raise UserError(f"views is {views}; accepted: 1 or more")
     if complementary and views != 2:
         raise UserError(f"complementary masks with views = {views}; complementary masks come in pairs: set views to 2")
-    num_documents = int(document_ids.max()) + 1 if document_ids.numel() else 0
+    group_ids = document_ids if block_size is None else _noisable_blocks(document_ids, is_maskable, block_size)
+    num_groups = int(group_ids.max()) + 1 if group_ids.numel() else 0
     drawn_views = 1 if complementary else views
-    document_levels = noise_levels(position, seed, num_documents * drawn_views, stratified)
-    level = _levels_of_tokens(document_levels.view(num_documents, drawn_views), document_ids)
+    group_levels = noise_levels(position, seed, num_groups * drawn_views, stratified)
+    level = _levels_of_tokens(group_levels.view(num_groups, drawn_views), group_ids)
     is_masked = (uniforms((drawn_views, len(document_ids)), position=position, seed=seed) < level) & is_maskable
     if complementary:
         is_masked = torch.cat([is_masked, is_maskable & ~is_masked])
-        level = torch.cat([level, torch.where(document_ids < 0, 1.0, 1 - level)])
+        level = torch.cat([level, torch.where(group_ids < 0, 1.0, 1 - level)])
     return Noise(is_masked, level)
 
 
@@ -110,10 +118,21 @@ def uniforms(shape: tuple[int, ...], *, position: int, seed: int) -> Float[Tenso
     return torch.from_numpy(_generator(seed, position, _MASKS).random(shape))
 
 
-def _levels_of_tokens(document_levels: Float[Tensor, "M K"], document_ids: Int[Tensor, "T"]) -> Float[Tensor, "K T"]:
-    padding_level = torch.ones(1, document_levels.shape[1])
-    # The padding's id, -1, picks the last row.
-    return torch.cat([document_levels, padding_level])[document_ids].T
+def _noisable_blocks(
+    document_ids: Int[Tensor, "T"], is_maskable: Bool[Tensor, "T"], block_size: int
+) -> Int[Tensor, "T"]:
+    """Numbers the blocks that hold a maskable token; -1 elsewhere. Without gaps, so that levels stay evenly spread."""
+    number = block_numbers(document_ids[None], block_size)[0]
+    is_noisable = torch.zeros(len(number) + 1, dtype=torch.bool)  # the last place is the padding's, number -1
+    is_noisable[number[is_maskable & (number >= 0)]] = True
+    rank = torch.where(is_noisable, is_noisable.long().cumsum(dim=0) - 1, -1)
+    return rank[number]
+
+
+def _levels_of_tokens(group_levels: Float[Tensor, "M K"], group_ids: Int[Tensor, "T"]) -> Float[Tensor, "K T"]:
+    no_level = torch.ones(1, group_levels.shape[1])
+    # The id -1 picks the last row.
+    return torch.cat([group_levels, no_level])[group_ids].T
 
 
 def _generator(seed: int, position: int, stream: int) -> np.random.Generator:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from decausal.diffusion.layout import Layout, attention_mask, positions_in_documents
+from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
 from decausal.models.architecture import layer_windows
+from decausal.models.row_attention import FLEX, RowAttention
 from decausal.objectives import tokens
 from decausal.objectives.tokens import Head
 
@@ -39,6 +41,7 @@ def body_forward(
     *,
     document_ids: Int[Tensor, "B T"] | None = None,
     position_ids: Int[Tensor, "B T"] | None = None,
+    stream_ids: Int[Tensor, "B T"] | None = None,
     future: tuple[Float[Tensor, "S S"], float] | None = None,
     output_hidden_states: bool = False,
 ) -> BaseModelOutput:
@@ -51,6 +54,8 @@ def body_forward(
         document_ids: document of each token, -1 for padding. None: every row is one whole document without padding;
             then the model's own attention is used where it is right for the layout, without an explicit mask.
         position_ids: positions inside the documents; by default they restart at 0 with each document.
+        stream_ids: streams of a doubled row of block layout (`decausal.diffusion.doubled`); needs its `document_ids`
+            and `position_ids`.
         future: (future_order, future_fraction) of `attention_mask`, to anneal attention from causal to `layout`.
         output_hidden_states: also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
             state after the final norm, which is `last_hidden_state` itself.
@@ -60,6 +65,8 @@ def body_forward(
     """
     body = stock_model(model).base_model
     attention = None
+    if stream_ids is not None and (document_ids is None or position_ids is None):
+        raise ValueError("stream_ids need document_ids and position_ids: a copy's positions are not those of its place")
     if document_ids is None and position_ids is None and future is None:
         attention = _stock_attention(body.config, layout, input_ids.shape[1])
         if attention is not None and layout.kind == "causal" and not body.training:
@@ -69,7 +76,7 @@ def body_forward(
             document_ids = torch.zeros_like(input_ids)
         if position_ids is None:
             position_ids = positions_in_documents(document_ids)
-        masks = _masks(body, layout, document_ids, position_ids, future)
+        masks = _masks(body, RowAttention(layout, document_ids, position_ids, stream_ids, future))
         attention = {"attention_mask": masks, "position_ids": position_ids}
     output = body(
         input_ids=input_ids,
@@ -111,6 +118,8 @@ _NO_CACHE = _NoCache()
 
 def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> dict[str, bool] | None:
     """Keywords under which the stock body attends by `layout` without our mask; None when it cannot."""
+    if config._attn_implementation == FLEX:
+        return None
     honours_is_causal = config.model_type in HONOURS_IS_CAUSAL
     if layout.kind == "causal":
         if honours_is_causal:
@@ -123,29 +132,23 @@ def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> d
     return None
 
 
-def _masks(
-    body: nn.Module,
-    layout: Layout,
-    document_ids: Int[Tensor, "B T"],
-    position_ids: Int[Tensor, "B T"],
-    future: tuple[Float[Tensor, "S S"], float] | None,
-) -> Tensor | dict[str, Tensor]:
+def _masks(body: nn.Module, rows: RowAttention) -> Any:
     """One mask for all layers, or one per layer type where their windows differ on rows of this length."""
-    length = document_ids.shape[1]
+    length = rows.document_ids.shape[1]
     windows = {
         layer_type: window if window is not None and window < length else None
         for layer_type, window in layer_windows(body.config).items()
     }
-    future_order, future_fraction = future if future is not None else (None, None)
-    by_window = {
-        window: as_the_attention_takes_it(
-            attention_mask(layout, document_ids, position_ids, window, future_order, future_fraction), body
-        )
-        for window in set(windows.values())
-    }
+    by_window = {window: _mask(rows, window, body) for window in set(windows.values())}
     if len(by_window) == 1:
         return next(iter(by_window.values()))
     return {layer_type: by_window[window] for layer_type, window in windows.items()}
+
+
+def _mask(rows: RowAttention, window: int | None, body: nn.Module) -> Tensor | BlockMask:
+    if body.config._attn_implementation == FLEX:
+        return rows.block_mask(window)
+    return as_the_attention_takes_it(rows.dense_mask(window), body)
 
 
 def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:

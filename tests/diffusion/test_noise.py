@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decausal.diffusion.layout import block_numbers
 from decausal.diffusion.noise import EPSILON, draw_noise, noise_levels
 from decausal.errors import UserError
 
@@ -58,6 +59,48 @@ def test_only_maskable_tokens_are_masked_and_levels_are_one_per_document(row, se
         level = noise.level[:, document_ids == document]
         assert torch.equal(level, level[:, :1].expand_as(level))
     assert ((noise.level >= EPSILON) & (noise.level <= 1)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(row=packed_rows(), seed=seeds, position=positions, complementary=st.booleans(), block_size=st.integers(1, 7))
+def test_each_block_with_a_maskable_token_has_a_level_of_its_own(row, seed, position, complementary, block_size):
+    document_ids, is_maskable = row
+    noise = draw_noise(
+        document_ids,
+        is_maskable,
+        position=position,
+        seed=seed,
+        views=2,
+        complementary=complementary,
+        block_size=block_size,
+    )
+    number = block_numbers(document_ids[None], block_size)[0]
+    levels = []
+    for block in number.unique().tolist():
+        inside = number == block
+        level = noise.level[:, inside]
+        assert torch.equal(level, level[:, :1].expand_as(level))
+        if block >= 0 and (is_maskable & inside).any():
+            levels += level[: 1 if complementary else 2, 0].tolist()
+        else:
+            assert (level == 1).all()
+    assert not (noise.is_masked & ~is_maskable).any()
+    if complementary:
+        assert torch.equal(noise.is_masked.sum(0), is_maskable.long())
+    assert _discrepancy(torch.tensor(levels)) <= 1 / max(1, len(levels)) + 2 * EPSILON
+
+
+@settings(max_examples=25, deadline=None)
+@given(row=packed_rows(), seed=seeds)
+def test_one_block_for_each_document_gives_the_noise_of_documents(row, seed):
+    document_ids, _ = row
+    is_maskable = document_ids >= 0
+    by_document, by_block = (
+        draw_noise(document_ids, is_maskable, position=3, seed=seed, views=2, block_size=block_size)
+        for block_size in (None, 20)
+    )
+    assert torch.equal(by_document.level, by_block.level)
+    assert torch.equal(by_document.is_masked, by_block.is_masked)
 
 
 def test_a_row_with_nothing_maskable_gets_no_masks():
@@ -119,6 +162,8 @@ def test_independent_views_mask_independently():
 
 def _discrepancy(level: torch.Tensor) -> float:
     """Star discrepancy: the largest gap between the empirical distribution of `level` and the uniform one."""
+    if not len(level):
+        return 0.0
     ordered, n = level.double().sort().values, len(level)
     above, below = torch.arange(1, n + 1) / n - ordered, ordered - torch.arange(n) / n
     return max(above.max().item(), below.max().item())

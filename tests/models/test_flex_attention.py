@@ -1,0 +1,117 @@
+"""FlexAttention: the same numbers as dense masks, from the same rule, and no new program for new rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from decausal.diffusion.doubled import double
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.backbone import body_forward
+from decausal.models.flex import use_flex_attention
+from tests.families import FAMILIES
+from tests.runs import ROOT, environment
+
+# In a process without type checking, which Dynamo cannot trace, and without the compiler behind Dynamo, for its time.
+ON_CPU = """
+import torch, transformers.integrations.flex_attention as integration
+from decausal.diffusion.layout import Layout, future_order
+from decausal.models.backbone import body_forward
+from tests.families import FAMILIES
+from tests.models.test_flex_attention import doubled_rows, real_states
+
+compiled = torch.compile(integration.flex_attention, backend="eager")
+integration.WrappedFlexAttention.__init__ = lambda self, training: None
+integration.WrappedFlexAttention.__call__ = lambda self: compiled
+torch._dynamo.config.recompile_limit = 64
+
+
+def assert_equal(states):
+    dense, flex = states("sdpa"), states("flex_attention")
+    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+
+
+for family in ("qwen3", "mistral", "gemma3"):  # no window, one, one in half the layers
+    model = FAMILIES[family]()
+    for layout in (Layout("block", 4), Layout("block", 3, causal_context=True)):
+        for length, seed in ((20, 0), (23, 1)):
+            assert_equal(lambda kind: real_states(model, kind, layout, length, seed))
+    for length, seed in ((20, 5), (26, 6), (31, 7)):  # one program serves every length
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_equal(lambda kind: real_states(model, kind, layout, length, seed))
+
+model, ids = FAMILIES["qwen3"](), torch.arange(12)[None]
+for future in (None, (future_order(12, 0), 0.5)):
+    for layout in (Layout("causal"), Layout("bidirectional")):
+        def states(kind):
+            model.config._attn_implementation = kind
+            with torch.no_grad():
+                return body_forward(model, ids, layout, document_ids=ids // 5, future=future).last_hidden_state
+        assert_equal(states)
+print("equal")
+"""
+
+
+def doubled_rows(length: int, seed: int):
+    """Two rows of two documents, the second with padding, in two views."""
+    generator = torch.Generator().manual_seed(seed)
+    clean_ids = torch.randint(0, 200, (2, length), generator=generator)
+    document_ids = (torch.arange(length) >= length // 3).long().repeat(2, 1)
+    document_ids[1, -3:] = -1
+    is_masked = torch.rand(2, 2, length, generator=generator) < 0.5
+    return double(clean_ids, document_ids, is_masked, is_masked, 250, block_size=4)
+
+
+def real_states(model, implementation: str, layout: Layout, length: int, seed: int) -> torch.Tensor:
+    """States of all but padding."""
+    rows = doubled_rows(length, seed)
+    model.config._attn_implementation = implementation
+    with torch.no_grad():
+        output = body_forward(
+            model,
+            rows.ids.to(model.device),
+            layout,
+            document_ids=rows.document_ids.to(model.device),
+            position_ids=rows.position_ids.to(model.device),
+            stream_ids=rows.stream_ids.to(model.device),
+        )
+    return output.last_hidden_state[rows.document_ids.to(model.device) >= 0]
+
+
+def test_flex_attention_gives_the_numbers_of_dense_masks_and_compiles_nothing_anew_for_new_rows():
+    result = subprocess.run(
+        [sys.executable, "-c", ON_CPU], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout == "equal\n", result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on a GPU only")
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3"])
+def test_gradients_on_a_gpu_are_those_of_dense_masks(family):
+    gradients = []
+    for implementation in ("sdpa", "flex_attention"):
+        model = FAMILIES[family](head_dim=16).cuda()
+        if implementation == "flex_attention":
+            use_flex_attention(model, Layout("block", 4))
+        rows = doubled_rows(20, 0)
+        output = body_forward(
+            model,
+            rows.ids.cuda(),
+            Layout("block", 4),
+            document_ids=rows.document_ids.cuda(),
+            position_ids=rows.position_ids.cuda(),
+            stream_ids=rows.stream_ids.cuda(),
+        )
+        output.last_hidden_state[rows.document_ids.cuda() >= 0].pow(3).mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for dense, flex in zip(*gradients, strict=True):
+        torch.testing.assert_close(flex, dense, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_refused_off_the_gpu():
+    with pytest.raises(UserError, match="needs a GPU"):
+        use_flex_attention(FAMILIES["qwen3"](), Layout("bidirectional"))
