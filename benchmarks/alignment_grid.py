@@ -26,11 +26,11 @@ from rich.table import Table
 
 from decausal.config import coerce
 from decausal.demo.arms import Recorder, arm_settings
-from decausal.demo.environment import is_fast_in_bf16
 from decausal.demo.held_out import HeldOut, prepare
 from decausal.demo.history import Crossing, Measurement, crossing
 from decausal.demo.settings import DemoSettings
 from decausal.provenance import provenance
+from decausal.reporting.environment import is_fast_in_bf16
 from decausal.training.convert import convert
 from decausal.training.settings import ConversionSettings
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from decausal.demo.settings import DemoSettings
 from decausal.demo.terminal import TrainingView
 from decausal.evaluation.results import Likelihood
 from decausal.models.backbone import stock_model
+from decausal.reporting.clock import Clock
 from decausal.training.convert import Conversion, convert
 from decausal.training.settings import ConversionSettings
 
@@ -99,25 +99,6 @@ def train_arm(
     return Arm(
         arm, conversion, recorder.measurements, recorder.likelihoods, recorder.token_losses, recorder.step_seconds
     )
-
-
-@dataclass
-class Clock:
-    """Seconds that have passed while it ran."""
-
-    now: Callable[[], float] = time.perf_counter
-    _passed: float = 0.0
-    _started: float | None = field(default=None, repr=False)
-
-    def start(self) -> None:
-        self._started = self.now()
-
-    def stop(self) -> None:
-        self._passed, self._started = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        return self._passed + (0.0 if self._started is None else self.now() - self._started)
 
 
 class Recorder(TrainerCallback):

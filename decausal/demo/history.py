@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from decausal.reporting.crossing import share_of_the_way
+
 Measure = Literal["masked_cross_entropy", "nelbo_per_token"]
 
 MEASURES: dict[Measure, str] = {"masked_cross_entropy": "masked cross-entropy", "nelbo_per_token": "NELBO"}
@@ -100,7 +102,7 @@ def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measu
     )
     for before, now in pairwise(aligned):
         if getattr(now, measure) <= target:
-            share = _share_of_the_way(getattr(before, measure), getattr(now, measure), target)
+            share = share_of_the_way(getattr(before, measure), getattr(now, measure), target)
             return Crossing(
                 **vars(found)
                 | {
@@ -111,7 +113,3 @@ def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measu
                 }
             )
     return found
-
-
-def _share_of_the_way(before: float, now: float, target: float) -> float:
-    return (before - target) / (before - now) if before > target >= now else 1.0

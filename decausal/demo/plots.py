@@ -14,24 +14,22 @@ from matplotlib.figure import Figure
 
 from decausal.demo.history import MEASURES, Crossing, Measure, Measurement
 from decausal.demo.terminal import LABELS, state_name
+from decausal.reporting.figures import DARK as DARK_PALETTE
+from decausal.reporting.figures import LIGHT as LIGHT_PALETTE
+from decausal.reporting.figures import Palette, style
 
 
 @dataclass(frozen=True)
-class Theme:
+class Theme(Palette):
     """Colours that differ in brightness too, after Okabe and Ito: told apart by colour-blind eyes and in grey."""
 
     plain: str
     aligned: str
     before: str
-    text: str
-    grid: str
-    background: str
 
 
-LIGHT = Theme(
-    plain="#d55e00", aligned="#0072b2", before="#9a9a9a", text="#222222", grid="#dddddd", background="#ffffff"
-)
-DARK = Theme(plain="#f5a04d", aligned="#56b4e9", before="#8a8a8a", text="#e4e4e4", grid="#3a3f44", background="#16191c")
+LIGHT = Theme(**vars(LIGHT_PALETTE), plain="#d55e00", aligned="#0072b2", before="#9a9a9a")
+DARK = Theme(**vars(DARK_PALETTE), plain="#f5a04d", aligned="#56b4e9", before="#8a8a8a")
 
 _MARKERS = {"plain": "o", "aligned": "s"}
 
@@ -70,7 +68,7 @@ def as_data_uri(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
     figure = Figure(figsize=(5.0, 3.6), layout="constrained", facecolor=theme.background)
     axes = figure.add_subplot()
     draw(axes, theme)
-    _style(axes, theme)
+    style(axes, theme)
     drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "decausal"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
@@ -82,7 +80,7 @@ def save_picture(path: Path, curves: Curves, theme: Theme = LIGHT) -> None:
     figure = Figure(figsize=(11.0, 7.6), layout="constrained", facecolor=theme.background)
     for axes, draw in zip(figure.subplots(2, 2).flat, figures(curves).values(), strict=True):
         draw(axes, theme)
-        _style(axes, theme)
+        style(axes, theme)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.savefig(path, dpi=130)
 
@@ -159,16 +157,3 @@ def _state_labels(num_states: int) -> Sequence[str]:
     short = {"embeddings": "emb.", "final norm": "norm"}
     names = [state_name(index, num_states) for index in range(num_states)]
     return [short.get(name, name.removeprefix("layer ")) for name in names]
-
-
-def _style(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor(theme.background)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.text, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.grid)
-    for words in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        words.set_color(theme.text)
-    axes.title.set(fontweight="bold", fontsize=11)

@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from decausal.data.rows import PackedRows, load_rows
 from decausal.demo.arms import Arm, arm_settings, train_arm
-from decausal.demo.environment import is_fast_in_bf16, quiet_libraries
 from decausal.demo.held_out import HeldOut, prepare
 from decausal.demo.history import MEASURES, best, crossing
 from decausal.demo.infilling import Filling, Gap, choose_gap, fill
@@ -24,6 +23,7 @@ from decausal.demo.settings import DemoSettings
 from decausal.demo.terminal import LABELS, TrainingView, cosine_table
 from decausal.evaluation.results import ArLikelihood, Ratio, nelbo_difference
 from decausal.models.architecture import context_length
+from decausal.reporting.environment import is_fast_in_bf16, quiet_libraries
 from decausal.sampling.model import load
 from decausal.sampling.watch import Watch
 from decausal.training.run_directory import claimed

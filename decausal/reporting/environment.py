@@ -25,7 +25,7 @@ def is_fast_in_bf16() -> bool:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Turns off the libraries' own progress bars and notes; the demo has its own. Errors are told still."""
+    """Turns off the libraries' own progress bars and notes; whoever calls this has their own. Errors are told still."""
     verbosity = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
     had_datasets_bars = not datasets.are_progress_bars_disabled()
