@@ -148,7 +148,7 @@ pipeline_tag: text-generation
 # A small autoregressive model, made by decausal
 
 {num_parameters:,} parameters: {settings.num_hidden_layers} layers of width {settings.hidden_size}, a byte-level BPE
-vocabulary of {settings.vocab_size}, a context of {settings.max_length} tokens. Stock Qwen3 architecture, bfloat16
+vocabulary of {settings.vocab_size}, a context of {settings.context} tokens. Stock Qwen3 architecture, bfloat16
 weights. Trained on `{settings.data}`. It exists to be converted into a diffusion model, in demonstrations and tests.
 
 ## Held-out likelihood
@@ -172,8 +172,8 @@ def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTraine
     if checkpoint is not None:
         return PreTrainedTokenizerFast.from_pretrained(checkpoint)
     if settings.tokenizer == "characters":
-        return character_tokenizer(settings.max_length)
-    return train_tokenizer(_texts(settings), settings.vocab_size, settings.max_length)
+        return character_tokenizer(settings.context)
+    return train_tokenizer(_texts(settings), settings.vocab_size, settings.context)
 
 
 def _texts(settings: PretrainSettings) -> Iterator[str]:
@@ -194,7 +194,7 @@ def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed:
         num_attention_heads=settings.num_attention_heads,
         num_key_value_heads=settings.num_key_value_heads,
         head_dim=settings.hidden_size // settings.num_attention_heads,
-        max_position_embeddings=settings.max_length,
+        max_position_embeddings=settings.context,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -90,7 +90,8 @@ class PretrainSettings:
     data: str | tuple[str, ...] = _setting("stdlib", "as for convert")
     eval_data: str | tuple[str, ...] | None = _setting("stdlib-heldout", "text for the closing measurement")
     text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
-    max_length: int = _setting(1024, "tokens in a packed row, and the model's context")
+    max_length: int = _setting(1024, "tokens in a packed row")
+    max_position_embeddings: int | None = _setting(None, "the model's context, if not max_length")
     tokenizer: Literal["bpe", "characters"] = _setting(
         "bpe", "bpe: byte-level, trained on the same data; characters: printable ASCII, one token each"
     )
@@ -105,9 +106,14 @@ class PretrainSettings:
     compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
 
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads."""
+        return self.max_position_embeddings or self.max_length
+
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, vocab_size=258, num_hidden_layers=1, num_attention_heads=1, hidden_size=1)
-        _at_least(self, num_key_value_heads=1, intermediate_size=1)
+        _at_least(self, num_key_value_heads=1, intermediate_size=1, max_position_embeddings=self.max_length)
         for whole, part in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(f"--{whole} {getattr(self, whole)} is no multiple of --{part} {getattr(self, part)}")
