@@ -11,22 +11,37 @@ def choose(
     logits: Float[Tensor, "n V"],
     numbers: Float[Tensor, "n"],
     *,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: float | Float[Tensor, "n"],
+    top_k: int | Int[Tensor, "n"] | None = None,
+    top_p: float | Float[Tensor, "n"] | None = None,
+    most: int | None = None,
 ) -> Int[Tensor, "n"]:
     """Draws one token per row by inverting its cumulative distribution at `numbers`; temperature 0 takes the likeliest.
+
+    Each setting is one for all rows, or one per row. What a row draws does not depend on the settings of others.
 
     Args:
         logits: Unscaled log-probabilities. A token at -inf is never drawn.
         numbers: Uniform in (0, 1), the only source of randomness.
         temperature: Divides the logits before truncation.
-        top_k: Keep the k most probable tokens.
-        top_p: Of those, keep the fewest most probable ones whose probabilities sum to at least this.
+        top_k: Keep the k most probable tokens. Per row: 0 where all are kept.
+        top_p: Of those, keep the fewest most probable ones whose probabilities sum to at least this. Per row: at least
+            1 where all are kept.
+        most: The largest of several `top_k`, which the host then need not ask the device for.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = truncate(logits / temperature, top_k=top_k, top_p=top_p).softmax(-1)
+    if isinstance(temperature, int | float):
+        if temperature == 0:
+            return logits.argmax(-1)
+        return _drawn(truncate(logits / temperature, top_k=top_k, top_p=top_p, most=most), numbers)
+    is_drawn = temperature > 0
+    tempered = logits / torch.where(is_drawn, temperature, 1.0)[:, None].to(logits.dtype)
+    return torch.where(
+        is_drawn, _drawn(truncate(tempered, top_k=top_k, top_p=top_p, most=most), numbers), logits.argmax(-1)
+    )
+
+
+def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+    probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # A parallel cumulative sum may be off by an ulp: asking for p > 0 keeps impossible tokens out whatever it returns.
     is_past = (cumulative > numbers[:, None] * cumulative[:, -1:]) & (probabilities > 0)
@@ -34,23 +49,44 @@ def choose(
 
 
 def truncate(
-    logits: Float[Tensor, "n V"], *, top_k: int | None = None, top_p: float | None = None
+    logits: Float[Tensor, "n V"],
+    *,
+    top_k: int | Int[Tensor, "n"] | None = None,
+    top_p: float | Float[Tensor, "n"] | None = None,
+    most: int | None = None,
 ) -> Float[Tensor, "n V"]:
     """Sets to -inf what lies outside the `top_k` most probable tokens, then outside the nucleus `top_p` of the rest."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if top_p is not None and top_p < 1:
+    if top_k is not None:
+        logits = _only_top(logits, top_k, most)
+    if top_p is not None and (isinstance(top_p, Tensor) or top_p < 1):
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         mass_before = probabilities.cumsum(-1) - probabilities
-        is_past = mass_before >= top_p
+        if isinstance(top_p, Tensor):
+            is_past = (mass_before >= top_p[:, None]) & (top_p < 1)[:, None]
+        else:
+            is_past = mass_before >= top_p
         is_dropped = torch.empty_like(is_past).scatter_(1, order, is_past)
         logits = logits.masked_fill(is_dropped, -torch.inf)
     return logits
 
 
-def uniform_numbers(seed: Int[Tensor, "n"], step: int, position: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _only_top(logits: Float[Tensor, "n V"], k: int | Int[Tensor, "n"], most: int | None) -> Float[Tensor, "n V"]:
+    vocab_size = logits.shape[-1]
+    if not isinstance(k, Tensor):
+        return (
+            logits.masked_fill(logits < logits.topk(k, dim=-1).values[:, -1:], -torch.inf) if k < vocab_size else logits
+        )
+    most = min(vocab_size, int(k.max()) if most is None else most)
+    if most == 0:
+        return logits
+    smallest_kept = logits.topk(most, dim=-1).values.gather(1, (k[:, None] - 1).clamp(0, most - 1))
+    return logits.masked_fill((logits < smallest_kept) & (k > 0)[:, None] & (k < vocab_size)[:, None], -torch.inf)
+
+
+def uniform_numbers(
+    seed: Int[Tensor, "n"], step: int | Int[Tensor, "n"], position: Int[Tensor, "n"]
+) -> Float[Tensor, "n"]:
     """Numbers in (0, 1), a function of (seed, step, position) alone: 23 bits of a chain of hashes.
 
     A row therefore draws the same numbers alone and in a batch, padded or not, and whenever others finish.

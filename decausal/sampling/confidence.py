@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CONFIDENCES = ("probability", "margin", "entropy")
+from decausal.sampling.settings import CONFIDENCES
 
 
 def confidence(logits: Float[Tensor, "n V"], token: Int[Tensor, "n"], kind: str) -> Float[Tensor, "n"]:
@@ -39,6 +39,10 @@ def confidence(logits: Float[Tensor, "n V"], token: Int[Tensor, "n"], kind: str)
         others = logits.scatter(1, token[:, None], -torch.inf).amax(-1)
         return own - (others - log_total).exp()
     if kind == "entropy":
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-        return torch.minimum((-entropy).exp(), own)
+        return torch.minimum((-entropies(logits)).exp(), own)
     raise ValueError(f"confidence is one of {CONFIDENCES}, not {kind!r}")
+
+
+def entropies(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
+    """Entropy of softmax(logits) in nats."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)

@@ -19,18 +19,16 @@ from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives.tokens import Head, logits
-from decausal.sampling.candidates import choose, uniform_numbers
-from decausal.sampling.confidence import confidence
+from decausal.objectives.tokens import Head
+from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.selection import best, candidates, num_to_keep
 from decausal.sampling.settings import SamplerSettings
 
 __all__ = ["Denoised", "OnStep", "SamplerSettings", "denoise"]
 
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called after every step with (step, ids [B T], is_open [B T] after the step, newly_kept [B T])."""
-
-LOGITS_PER_CHUNK = 2**25
-"""Logits held at once: 128 MiB in fp32, and a few temporaries of that size."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +94,13 @@ def denoise(
         seeds=settings.seed + torch.arange(len(ids), device=ids.device) if row_seeds is None else row_seeds,
         step_of_token=torch.full_like(ids, -1),
         num_forwards=torch.zeros_like(ids[:, 0]),
+        settings=RowSettings.of([settings] * len(ids), ids.device),
     )
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            _denoise(_Predictor.of(model, facts, settings), rows, settings, end_token_ids, on_step)
+            _denoise(_Predictor.of(model, facts), rows, end_token_ids, on_step)
     finally:
         model.train(was_training)
     return Denoised(rows.ids, rows.step_of_token, rows.num_forwards)
@@ -118,6 +117,7 @@ class _Rows:
     seeds: Int[Tensor, "B"]
     step_of_token: Int[Tensor, "B T"]
     num_forwards: Int[Tensor, "B"]
+    settings: RowSettings
     is_whole: bool = False  # every row is one document without padding: the model needs no explicit mask
 
     def unfinished(self) -> tuple[Int[Tensor, "A"], _Rows]:
@@ -127,7 +127,8 @@ class _Rows:
         length = int((is_real * torch.arange(1, len(is_real) + 1, device=is_real.device)).max()) if len(active) else 0
         cut = {name: getattr(self, name)[active, :length] for name in (*_FIXED, *_CHANGING)}
         is_whole = bool((cut["document_ids"] == cut["document_ids"][:, :1]).all())
-        return active, _Rows(**cut, seeds=self.seeds[active], num_forwards=self.num_forwards[active], is_whole=is_whole)
+        vectors = {"seeds": self.seeds[active], "num_forwards": self.num_forwards[active]}
+        return active, _Rows(**cut, **vectors, settings=self.settings.rows(active), is_whole=is_whole)
 
     def put(self, active: Int[Tensor, "A"], rows: _Rows) -> None:
         """Writes copied rows back."""
@@ -141,14 +142,12 @@ _FIXED = ("is_open", "document_ids")
 _CHANGING = ("ids", "is_masked", "step_of_token")
 
 
-def _denoise(
-    predictor: _Predictor, batch: _Rows, settings: SamplerSettings, end_token_ids: Sequence[int], on_step: OnStep | None
-) -> None:
+def _denoise(predictor: _Predictor, batch: _Rows, end_token_ids: Sequence[int], on_step: OnStep | None) -> None:
     ends = torch.tensor(list(end_token_ids), dtype=batch.ids.dtype, device=batch.ids.device)
     step = 0
     active, rows = batch.unfinished()
     while len(active):
-        _advance(predictor, rows, settings, step)
+        _advance(predictor, rows, step)
         if len(ends):
             _end_rows(rows, ends)
         batch.put(active, rows)
@@ -159,49 +158,17 @@ def _denoise(
             active, rows = batch.unfinished()
 
 
-def _advance(predictor: _Predictor, rows: _Rows, settings: SamplerSettings, step: int) -> None:
+def _advance(predictor: _Predictor, rows: _Rows, step: int) -> None:
     """One forward pass, and what it keeps."""
-    is_scored = rows.is_open if settings.remask else rows.is_masked
+    is_scored = rows.is_open if rows.settings.remask else rows.is_masked
     tokens, scores = predictor(rows, is_scored, step)
-    is_kept = best(scores, num_to_keep(scores, rows.is_open, rows.is_masked, settings, step))
+    is_kept = best(scores, num_to_keep(scores, rows.is_open, rows.is_masked, rows.settings, step))
     is_new = is_kept & rows.is_masked
     rows.ids = torch.where(is_new, tokens, rows.ids)
     rows.is_masked = is_scored & ~is_kept
     rows.ids = rows.ids.masked_fill(rows.is_masked, predictor.mask_token_id)
     rows.step_of_token = rows.step_of_token.masked_fill(is_new, step)
     rows.num_forwards = rows.num_forwards + 1
-
-
-def num_to_keep(
-    scores: Float[Tensor, "A T"],
-    is_open: Bool[Tensor, "A T"],
-    is_masked: Bool[Tensor, "A T"],
-    settings: SamplerSettings,
-    step: int,
-) -> Int[Tensor, "A"]:
-    """Returns how many of the scored positions of each row stay or become tokens in this step.
-
-    Static, N open positions, S = min(num_steps, N) steps: after step k (from 0) ceil((k + 1) N / S) are kept in all.
-    Dynamic: those at or above the threshold, but at least one more than before.
-    With remasking kept positions are scored too and compete, so the count includes those kept before.
-    """
-    num_open = is_open.sum(1)
-    num_kept = num_open - is_masked.sum(1)
-    counted_before = torch.zeros_like(num_kept) if settings.remask else num_kept
-    if settings.num_steps is None:
-        num_sure = (scores >= settings.threshold).sum(1)
-        return torch.maximum(num_sure, num_kept + 1 - counted_before)
-    num_steps = num_open.clamp(max=settings.num_steps)
-    due = ((step + 1) * num_open + num_steps - 1) // num_steps
-    return due.minimum(num_open) - counted_before
-
-
-def best(scores: Float[Tensor, "A T"], count: Int[Tensor, "A"]) -> Bool[Tensor, "A T"]:
-    """Marks the `count` highest scores of each row; of equal ones the leftmost first."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return rank < count[:, None]
 
 
 def _end_rows(rows: _Rows, ends: Int[Tensor, "E"]) -> None:
@@ -224,12 +191,11 @@ class _Predictor:
     layout: Layout
     shift: int
     mask_token_id: int
-    settings: SamplerSettings
 
     @classmethod
-    def of(cls, model: Any, facts: ConversionFacts, settings: SamplerSettings) -> _Predictor:
+    def of(cls, model: Any, facts: ConversionFacts) -> _Predictor:
         head = head_of(model)._replace(banned=facts.mask_token_id)
-        return cls(model, head, facts.attention, facts.shift, facts.mask_token_id, settings)
+        return cls(model, head, facts.attention, facts.shift, facts.mask_token_id)
 
     def __call__(
         self, rows: _Rows, is_scored: Bool[Tensor, "A T"], step: int
@@ -243,35 +209,14 @@ class _Predictor:
         index = is_scored.flatten().nonzero().squeeze(1)
         states = body.last_hidden_state.flatten(0, 1)[predicting_index(index, self.shift)]
         length = rows.ids.shape[1]
-        numbers = uniform_numbers(rows.seeds[index // length], step, index % length)
-        tokens, scores = self._candidates(states, numbers, rows.ids.flatten()[index], rows.is_masked.flatten()[index])
+        row = index // length
+        settings = rows.settings
+        numbers = None if settings.is_greedy else uniform_numbers(rows.seeds[row], step, index % length)
+        kept = (rows.ids.flatten()[index], ~rows.is_masked.flatten()[index]) if settings.remask else None
+        tokens, scores = candidates(states, self.head, settings.at(row), numbers, kept)
         all_tokens = rows.ids.flatten().index_copy(0, index, tokens)
         all_scores = scores.new_full((rows.ids.numel(),), -torch.inf).index_copy(0, index, scores)
         return all_tokens.view_as(rows.ids), all_scores.view_as(rows.ids)
-
-    def _candidates(
-        self,
-        states: Float[Tensor, "n D"],
-        numbers: Float[Tensor, "n"],
-        present: Int[Tensor, "n"],
-        is_masked: Bool[Tensor, "n"],
-    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-        settings = self.settings
-        chunk_size = max(1, LOGITS_PER_CHUNK // len(self.head.weight))
-        chunks = []
-        for here in torch.arange(len(states), device=states.device).split(chunk_size):
-            chunk_logits = logits(states[here], self.head)
-            drawn = choose(
-                chunk_logits,
-                numbers[here],
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-            )
-            token = torch.where(is_masked[here], drawn, present[here])
-            chunks.append((token, confidence(chunk_logits, token, settings.confidence)))
-        tokens, scores = zip(*chunks, strict=True)
-        return torch.cat(tokens), torch.cat(scores)
 
 
 def _refuse_what_cannot_be_sampled(
@@ -279,8 +224,8 @@ def _refuse_what_cannot_be_sampled(
 ) -> None:
     if facts.layout == "block":
         raise UserError(
-            f"this model has layout 'block' (block size {facts.block_size}), and sampling block by block is not there "
-            "yet: sample from a model with layout 'bidirectional' or 'causal'"
+            f"this model has layout 'block' (block size {facts.block_size}): its positions are not denoised all at once "
+            "but block by block, as generate does (sampling.engine.BlockEngine)"
         )
     unpredicted = (is_open & ~predictable(document_ids, facts.shift)).nonzero()
     if len(unpredicted):

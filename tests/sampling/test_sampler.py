@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.errors import UserError
-from decausal.sampling import sampler
+from decausal.sampling import selection
 from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.sampler import Denoised, SamplerSettings, denoise
 from tests.sampling.stand_ins import WrittenModel, conversion_facts, sure_of, written
@@ -159,14 +159,14 @@ def test_the_observer_sees_every_step_and_the_last_one_is_the_result(monkeypatch
 
 def test_the_head_runs_at_masked_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    plain_logits = sampler.logits
+    plain_logits = selection.logits
 
     def counting_logits(states: Tensor, head: object) -> Tensor:
         counts.append(len(states))
         return plain_logits(states, head)
 
     model = written(monkeypatch, TABLE)
-    monkeypatch.setattr(sampler, "logits", counting_logits)
+    monkeypatch.setattr(selection, "logits", counting_logits)
     run(model, [5, 3], num_steps=5)
     assert counts == [5 + 3, 4 + 2, 3 + 1, 2, 1]
     counts.clear()
@@ -177,7 +177,7 @@ def test_the_head_runs_at_masked_positions_alone(monkeypatch: pytest.MonkeyPatch
 def test_logits_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(monkeypatch, TABLE)
     whole = run(model, [5, 4, 3], num_steps=2, temperature=1.0)
-    monkeypatch.setattr(sampler, "LOGITS_PER_CHUNK", 2 * (VOCAB_SIZE + 1))
+    monkeypatch.setattr(selection, "LOGITS_PER_CHUNK", 2 * (VOCAB_SIZE + 1))
     chunked = run(model, [5, 4, 3], num_steps=2, temperature=1.0)
     assert torch.equal(whole.ids, chunked.ids)
     assert torch.equal(whole.step_of_token, chunked.step_of_token)
@@ -253,7 +253,7 @@ def test_the_model_is_in_eval_mode_for_the_call_alone(monkeypatch: pytest.Monkey
 def test_block_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = conversion_facts(VOCAB_SIZE, layout="block", block_size=4)
     is_open = torch.ones(1, 5, dtype=torch.bool)
-    with pytest.raises(UserError, match="block by block is not there yet"):
+    with pytest.raises(UserError, match="block by block"):
         denoise(written(monkeypatch, TABLE), facts, torch.zeros(1, 5, dtype=torch.long), is_open, SamplerSettings())
 
 

@@ -1,0 +1,130 @@
+"""Which of the scored positions are kept in a step: whole-batch arithmetic, the settings one per row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.objectives.tokens import Head, logits
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.settings import SCHEDULES
+
+LOGITS_PER_CHUNK = 2**25
+"""Logits held at once: 128 MiB in fp32, and a few temporaries of that size."""
+
+
+def candidates(
+    states: Float[Tensor, "n D"],
+    head: Head,
+    settings: RowSettings,
+    numbers: Float[Tensor, "n"] | None,
+    kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None = None,
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    """A token for each position and its score, from the state that predicts it; logits exist a chunk at a time.
+
+    Args:
+        states: The predicting states.
+        head: The model's head, the mask token banned.
+        settings: One per position (`RowSettings.at`).
+        numbers: Uniform in (0, 1), for positions that are not greedy.
+        kept: (tokens, is_kept): where kept, that token is scored instead of a new one.
+    """
+    chunk_size = max(1, LOGITS_PER_CHUNK // len(head.weight))
+    if len(states) <= chunk_size:
+        return _candidates(states, head, settings, numbers, kept)
+    chunks = []
+    for here in torch.arange(len(states), device=states.device).split(chunk_size):
+        own_numbers = None if numbers is None else numbers[here]
+        own_kept = None if kept is None else (kept[0][here], kept[1][here])
+        chunks.append(_candidates(states[here], head, settings.at(here), own_numbers, own_kept))
+    tokens, scores = zip(*chunks, strict=True)
+    return torch.cat(tokens), torch.cat(scores)
+
+
+def _candidates(
+    states: Float[Tensor, "n D"],
+    head: Head,
+    settings: RowSettings,
+    numbers: Float[Tensor, "n"] | None,
+    kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None,
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    values = logits(states, head)
+    tokens = settings.chosen(values, numbers)
+    if kept is not None:
+        tokens = torch.where(kept[1], kept[0], tokens)
+    return tokens, settings.scored(values, tokens)
+
+
+def num_to_keep(
+    scores: Float[Tensor, "A T"],
+    is_open: Bool[Tensor, "A T"],
+    is_masked: Bool[Tensor, "A T"],
+    settings: RowSettings,
+    step: int | Int[Tensor, "A"],
+) -> Int[Tensor, "A"]:
+    """Returns how many of the scored positions of each row stay or become tokens in this step.
+
+    Static, N open positions, S = min(num_steps, N) steps: after step k (from 0) ceil((k + 1) N / S) are kept in all.
+    Threshold: those at or above it, but at least one more than before.
+    Entropy bound: the scores are minus entropies; as many of the surest as all but the last sum to at most the bound.
+    With remasking kept positions are scored too and compete, so the count includes those kept before.
+
+    Args:
+        scores: -inf where a position is not scored.
+        is_open: Positions that were not given.
+        is_masked: Of these, the ones that are not kept.
+        settings: One per row.
+        step: From 0; one for all rows, or one per row.
+    """
+    num_open = is_open.sum(1)
+    num_kept = num_open - is_masked.sum(1)
+    counted_before = torch.zeros_like(num_kept) if settings.remask else num_kept
+    state = _State(scores, num_open, num_kept, counted_before, settings, step)
+    count = None
+    for schedule in settings.schedules:
+        own = _COUNTS[schedule](state)
+        count = own if count is None else torch.where(settings.schedule == SCHEDULES.index(schedule), own, count)
+    return count
+
+
+class _State(NamedTuple):
+    scores: Float[Tensor, "A T"]
+    num_open: Int[Tensor, "A"]
+    num_kept: Int[Tensor, "A"]
+    counted_before: Int[Tensor, "A"]
+    settings: RowSettings
+    step: int | Int[Tensor, "A"]
+
+
+def _static(now: _State) -> Int[Tensor, "A"]:
+    num_steps = now.num_open.minimum(now.settings.num_steps).clamp(min=1)
+    due = ((now.step + 1) * now.num_open + num_steps - 1) // num_steps
+    return due.minimum(now.num_open) - now.counted_before
+
+
+def _above_threshold(now: _State) -> Int[Tensor, "A"]:
+    num_sure = (now.scores >= now.settings.threshold[:, None]).sum(1)
+    return torch.maximum(num_sure, now.num_kept + 1 - now.counted_before)
+
+
+def _within_entropy(now: _State) -> Int[Tensor, "A"]:
+    entropy = -now.scores.sort(dim=1, descending=True).values
+    # Summed up to the one before: a sum less its last member may be off by an ulp, which a bound of 0 does not forgive.
+    before = entropy.cumsum(1).roll(1, dims=1)
+    is_within = (before <= now.settings.entropy_bound[:, None]) & entropy.isfinite()
+    is_within[:, 0] = True
+    return is_within.sum(1)
+
+
+_COUNTS = {"num_steps": _static, "threshold": _above_threshold, "entropy_bound": _within_entropy}
+
+
+def best(scores: Float[Tensor, "A T"], count: Int[Tensor, "A"]) -> Bool[Tensor, "A T"]:
+    """Marks the `count` highest scores of each row; of equal ones the leftmost first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return rank < count[:, None]
