@@ -40,16 +40,21 @@ def encode_conversations(
     Raises:
         UserError: the tokenizer has no template, the template refuses the messages, or answers cannot be found in it.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{conversations[0][0]}: 'messages' need a chat template and this tokenizer has none; "
-            "set tokenizer.chat_template, or give 'prompt' and 'completion'"
-        )
+    refuse_without_template(tokenizer, conversations[0][0])
     if not tokenizer.is_fast:
         raise UserError(f"{conversations[0][0]}: 'messages' need a fast tokenizer, to find the answers' tokens")
     if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         return [_marked_by_template(messages, tokenizer, special_ids, origin) for origin, messages in conversations]
     return _found_in_text(conversations, tokenizer, special_ids)
+
+
+def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Raises UserError where a tokenizer cannot read the conversation of `origin`."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{origin}: 'messages' need a chat template and this tokenizer has none; "
+            "set tokenizer.chat_template, or give 'prompt' and 'completion'"
+        )
 
 
 def _marked_by_template(
@@ -81,7 +86,7 @@ def _found_in_text(
     texts: list[str] = []
     spans: list[list[Span]] = []
     for origin, messages in conversations:
-        text = _render(messages, tokenizer, origin)
+        text = render(messages, tokenizer, origin)
         texts.append(text)
         spans.append(_answer_spans(messages, text, tokenizer, origin))
     batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -107,7 +112,7 @@ def _answer_spans(messages: list[Message], text: str, tokenizer: PreTrainedToken
     for index, end in zip(_assistant_indices(messages), ends, strict=True):
         if index == 0:  # answers nothing, and there is no prompt to tell it from
             continue
-        prompt = _render(messages[:index], tokenizer, origin, add_generation_prompt=True)
+        prompt = render(messages[:index], tokenizer, origin, add_generation_prompt=True)
         if not text.startswith(prompt):
             raise UserError(
                 f"{origin}: cannot tell the answer in message {index + 1} from its prompt, because the chat template "
@@ -134,7 +139,7 @@ def _content_ends(messages: list[Message], text: str, tokenizer: PreTrainedToken
                 else message
                 for message in messages
             ]
-            parts = _render(marked, tokenizer, origin).split(END_MARKER)
+            parts = render(marked, tokenizer, origin).split(END_MARKER)
             if "".join(parts) == text:
                 return np.cumsum([len(part) for part in parts[:-1]]).tolist()
     raise UserError(
@@ -143,9 +148,14 @@ def _content_ends(messages: list[Message], text: str, tokenizer: PreTrainedToken
     )
 
 
-def _render(
+def render(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, origin: str, add_generation_prompt: bool = False
 ) -> str:
+    """Returns the text that the chat template makes of messages.
+
+    Raises:
+        UserError: the template refuses them; names `origin`.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError, ValueError) as error:
