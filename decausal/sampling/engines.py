@@ -1,0 +1,18 @@
+"""The engine that fits a model."""
+
+from __future__ import annotations
+
+from decausal.models.checkpoint import Converted
+from decausal.sampling.jobs import Engine
+from decausal.sampling.row_engine import RowEngine
+
+
+def engine_for(converted: Converted, *, max_rows: int, max_length: int) -> Engine:
+    """Returns an engine for the model's layout; the same jobs give the same answers as `generate` and `infill`.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        max_rows: Rows in one forward pass.
+        max_length: Longest row, given and written tokens together.
+    """
+    return RowEngine(converted, max_rows=max_rows, max_length=max_length)

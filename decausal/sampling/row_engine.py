@@ -1,0 +1,316 @@
+"""Bidirectional rows that come and go between denoising steps, each with its own settings, seed and step."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.diffusion.shift import predicting_index
+from decausal.errors import UserError
+from decausal.models.backbone import body_forward, head_of
+from decausal.models.checkpoint import Converted
+from decausal.objectives.tokens import logits
+from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.jobs import Ended, Job, Progress, TopLogProbs
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.rows import text_after
+from decausal.sampling.selection import best, candidates, num_to_keep
+
+LOWEST_LOG_PROB = -9999.0
+"""In place of minus infinity, which JSON cannot write."""
+
+
+@dataclass
+class _Running:
+    """A row in a place of the batch, as the host knows it."""
+
+    ticket: int
+    job: Job
+    span: range  # from its first open position to its last
+    ids: dict[int, int]  # by position: given ones of the span, and kept ones
+    num_final: int = 0  # of the span, before the first open position, as last looked at
+    step: int = 0
+    step_of: dict[int, int] = field(default_factory=dict)
+
+
+class _Step(NamedTuple):
+    """What a pass decided, on the host: one list per row that took part."""
+
+    new: list[list[tuple[int, int, float]]]  # position, token, score
+    reopened: list[list[int]]
+    log_probs: dict[tuple[int, int], tuple[float, TopLogProbs]]  # by row and position
+
+
+class RowEngine:
+    """Denoises up to `max_rows` rows together; more wait, and take the place of the first that ends.
+
+    A row becomes what `sampler.denoise` makes of it with the same seed, alone or with others.
+
+    Args:
+        converted: Model, tokenizer and facts; the layout is "bidirectional" or "causal".
+        max_rows: Rows in one forward pass.
+        max_length: Longest row.
+    """
+
+    def __init__(self, converted: Converted, *, max_rows: int, max_length: int) -> None:
+        self._model, self._tokenizer, self._facts = converted
+        self._model.eval()
+        self._head = head_of(self._model)._replace(banned=self._facts.mask_token_id)
+        self._max_length = max_length
+        self._places: list[_Running | None] = [None] * max_rows
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._next_ticket = 0
+        self._gathered: tuple[tuple[int, ...], RowSettings] | None = None
+        device = next(self._model.parameters()).device
+        shape = (max_rows, max_length)
+        self._ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self._is_open = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._is_masked = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._document_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self._seeds = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self._steps = torch.zeros(max_rows, dtype=torch.long, device=device)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that hold a place."""
+        return sum(place is not None for place in self._places)
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait for one."""
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> int:
+        """Takes a row on and returns its ticket.
+
+        Raises:
+            UserError: It is longer than `max_length`, or its first position is open and no state predicts it.
+        """
+        if job.row.length > self._max_length:
+            raise UserError(
+                f"{job.row.name} makes a row of {job.row.length} tokens, and this engine takes at most "
+                f"{self._max_length}: shorten it, or write less"
+            )
+        if self._facts.shift == 1 and not job.row.given[0]:
+            raise UserError(
+                f"{job.row.name} begins with a gap, and with shift 1 no state predicts a first token: give one first"
+            )
+        self._next_ticket += 1
+        self._waiting.append((self._next_ticket, job))
+        return self._next_ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Gives a row up, running or waiting."""
+        self._places = [None if place and place.ticket == ticket else place for place in self._places]
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != ticket)
+
+    @torch.no_grad()
+    def step(self) -> list[Progress]:
+        """Fills free places, runs one pass over all rows, and tells of each.
+
+        Rows that remask read more of the head than others: where both kinds run, each has a pass of its own.
+        """
+        for place, running in enumerate(self._places):
+            if running is None and self._waiting:
+                self._places[place] = self._admitted(place, *self._waiting.popleft())
+        told = []
+        for remask in (False, True):
+            places = [
+                place
+                for place, running in enumerate(self._places)
+                if running is not None and running.job.settings.remask == remask
+            ]
+            if places:
+                told += self._advance(places, remask)
+        return told
+
+    def _admitted(self, place: int, ticket: int, job: Job) -> _Running:
+        row, spans = job.row, job.row.spans()
+        ids = row.ids(self._facts.mask_token_id)
+        is_open = torch.zeros(row.length, dtype=torch.bool)
+        for span in spans:
+            is_open[span.start : span.stop] = True
+        device = self._ids.device
+        self._ids[place, : row.length] = torch.tensor(ids, device=device)
+        self._is_open[place] = False
+        self._is_open[place, : row.length] = is_open.to(device)
+        self._is_masked[place] = self._is_open[place]
+        self._document_ids[place] = -1
+        self._document_ids[place, : row.length] = 0
+        self._seeds[place] = job.seed
+        self._steps[place] = 0
+        span = range(spans[0].start, spans[-1].stop)
+        given = {position: ids[position] for position in span if not is_open[position]}
+        return _Running(ticket, job, span, given)
+
+    def _advance(self, places: list[int], remask: bool) -> list[Progress]:
+        rows = [running for running in (self._places[place] for place in places) if running is not None]
+        step = self._forward(places, rows, remask)
+        told = []
+        for i, (place, running) in enumerate(zip(places, rows, strict=True)):
+            progress = self._progress(running, i, step)
+            if progress.ended is not None:
+                self._places[place] = None
+            told.append(progress)
+        return told
+
+    def _forward(self, places: list[int], rows: list[_Running], remask: bool) -> _Step:
+        """One pass, and what it keeps; the arithmetic of `sampler.denoise`, every row at its own step."""
+        lengths = [running.job.row.length for running in rows]
+        index, length = torch.tensor(places, device=self._ids.device), max(lengths)
+        ids, is_open, is_masked = (part[index, :length] for part in (self._ids, self._is_open, self._is_masked))
+        document_ids = None if min(lengths) == length else self._document_ids[index, :length]
+        settings = self._settings(rows)
+        is_scored = is_open if remask else is_masked
+        states = body_forward(self._model, ids, self._facts.attention, document_ids=document_ids).last_hidden_state
+        flat = is_scored.flatten().nonzero().squeeze(1)
+        row = flat // length
+        states = states.flatten(0, 1)[predicting_index(flat, self._facts.shift)]
+        steps = self._steps[index]
+        numbers = None if settings.is_greedy else uniform_numbers(self._seeds[index][row], steps[row], flat % length)
+        kept = (ids.flatten()[flat], ~is_masked.flatten()[flat]) if remask else None
+        tokens, scores = candidates(states, self._head, settings.at(row), numbers, kept)
+        all_tokens = ids.flatten().index_copy(0, flat, tokens).view_as(ids)
+        all_scores = scores.new_full((ids.numel(),), -torch.inf).index_copy(0, flat, scores).view_as(ids)
+        is_kept = best(all_scores, num_to_keep(all_scores, is_open, is_masked, settings, steps))
+        is_new = is_kept & is_masked
+        is_left = is_scored & ~is_kept
+        ids = torch.where(is_new, all_tokens, ids).masked_fill(is_left, self._facts.mask_token_id)
+        self._ids[index, :length] = ids
+        self._is_masked[index, :length] = is_left
+        self._steps[index] += 1
+        return _Step(
+            _by_row(len(rows), is_new, all_tokens, all_scores),
+            _positions(is_left & ~is_masked) if remask else [[] for _ in rows],
+            self._log_probs(rows, states, flat, is_new, all_tokens),
+        )
+
+    def _settings(self, rows: list[_Running]) -> RowSettings:
+        """The rows' settings as tensors, made anew only when other rows run."""
+        tickets = tuple(running.ticket for running in rows)
+        if self._gathered is None or self._gathered[0] != tickets:
+            settings = RowSettings.of([running.job.settings for running in rows], self._ids.device)
+            self._gathered = (tickets, settings)
+        return self._gathered[1]
+
+    def _log_probs(
+        self,
+        rows: list[_Running],
+        states: Float[Tensor, "n D"],
+        flat: Int[Tensor, "n"],
+        is_new: Bool[Tensor, "A T"],
+        tokens: Int[Tensor, "A T"],
+    ) -> dict[tuple[int, int], tuple[float, TopLogProbs]]:
+        """By (row, position), of newly kept tokens of rows that ask for them, before temperature and truncation."""
+        wanted = [running.job.num_top_log_probs for running in rows]
+        if all(count is None for count in wanted):
+            return {}
+        length = is_new.shape[1]
+        does_ask = torch.tensor([count is not None for count in wanted], device=flat.device)
+        asked = (is_new.flatten()[flat] & does_ask[flat // length]).nonzero().squeeze(1)
+        places = flat[asked]
+        all_log_probs = logits(states[asked], self._head).log_softmax(-1).clamp(min=LOWEST_LOG_PROB)
+        own = all_log_probs.gather(1, tokens.flatten()[places][:, None]).squeeze(1).tolist()
+        top = all_log_probs.topk(min(max(count or 0 for count in wanted), all_log_probs.shape[1]))
+        found = {}
+        for i, place in enumerate(places.tolist()):
+            row, position = divmod(place, length)
+            count = wanted[row]
+            alternatives = zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True)
+            found[row, position] = (own[i], list(alternatives))
+        return found
+
+    def _progress(self, running: _Running, row: int, step: _Step) -> Progress:
+        for position in step.reopened[row]:
+            del running.ids[position], running.step_of[position]
+        for position, token, _ in step.new[row]:
+            running.ids[position], running.step_of[position] = token, running.step
+        number, running.step = running.step, running.step + 1
+        return Progress(
+            ticket=running.ticket,
+            step=number,
+            positions=[position for position, _, _ in step.new[row]],
+            ids=[token for _, token, _ in step.new[row]],
+            confidence=[_as_confidence(score, running.job) for _, _, score in step.new[row]],
+            reopened=step.reopened[row],
+            log_probs=[step.log_probs[row, position] for position, _, _ in step.new[row] if step.log_probs]
+            if running.job.num_top_log_probs is not None
+            else [],
+            ended=self._ended(running),
+        )
+
+    def _ended(self, running: _Running) -> Ended | None:
+        """How the row ends, if it does: at the first end token or stop string with nothing open before it, or full."""
+        span, settings = running.span, running.job.settings
+        before = 0 if settings.remask else running.num_final
+        length = before
+        while length < len(span) and span[length] in running.ids:
+            length += 1
+            if running.ids[span[length - 1]] in running.job.end_token_ids:
+                return self._cut(running, length, "end")
+        running.num_final = length
+        if len(running.ids) == len(span):
+            return self._cut(running, length, "length")
+        if settings.stop and not settings.remask and length > before:
+            stopped = self._length_at_stop(running, length)
+            return None if stopped is None else self._cut(running, stopped, "stop")
+        return None
+
+    def _length_at_stop(self, running: _Running, length: int) -> int | None:
+        final = [running.ids[position] for position in running.span[:length]]
+        return length_at_stop(self._tokenizer, running.job.row.given[0], final, running.job.settings.stop)
+
+    def _cut(self, running: _Running, length: int, reason: str) -> Ended:
+        if reason != "stop" and (stopped := self._length_at_stop(running, length)) is not None:
+            length, reason = stopped, "stop"
+        written = [position for position in running.span[:length] if position in running.step_of]
+        return Ended(
+            ids=[running.ids[position] for position in written],
+            step_of_token=[running.step_of[position] for position in written],
+            num_forwards=running.step,
+            reason=reason,
+        )
+
+
+def length_at_stop(tokenizer: Any, before: list[int], ids: Sequence[int], stops: Sequence[str]) -> int | None:
+    """Returns how many of `ids` it takes until their text holds one of the strings; None where it does not."""
+
+    def has_stop(length: int) -> bool:
+        text = text_after(tokenizer, before, list(ids[:length]))
+        return any(stop in text for stop in stops)
+
+    if not stops or not has_stop(len(ids)):
+        return None
+    without, with_stop = 0, len(ids)
+    while with_stop - without > 1:
+        middle = (without + with_stop) // 2
+        without, with_stop = (without, middle) if has_stop(middle) else (middle, with_stop)
+    return with_stop
+
+
+def _as_confidence(score: float, job: Job) -> float:
+    """Rows bound by entropy are ordered by minus the entropy: exp makes a confidence of it."""
+    return score if job.settings.entropy_bound is None else math.exp(score)
+
+
+def _by_row(
+    num_rows: int, is_new: Bool[Tensor, "A T"], tokens: Int[Tensor, "A T"], scores: Float[Tensor, "A T"]
+) -> list[list[tuple[int, int, float]]]:
+    """Brings what is new to the host: position, token, score, in lists by row."""
+    found: list[list[tuple[int, int, float]]] = [[] for _ in range(num_rows)]
+    places = is_new.nonzero().tolist()
+    for (row, position), token, score in zip(places, tokens[is_new].tolist(), scores[is_new].tolist(), strict=True):
+        found[row].append((position, token, score))
+    return found
+
+
+def _positions(is_marked: Bool[Tensor, "A T"]) -> list[list[int]]:
+    """Brings marked positions to the host, in lists by row."""
+    return [row.nonzero().squeeze(1).tolist() for row in is_marked]
