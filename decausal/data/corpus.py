@@ -1,4 +1,4 @@
-"""Text and a model that every install has: Python's own standard library, and the small AR model trained on it."""
+"""Text and models that every install has: Python's own standard library, and the small AR models we trained."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ _NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 _GENERATED = {"pydoc_data"}
 
 
+EMBEDDED_MODELS = ("tiny", "tiny-tasks")  # trained on the standard library, and on tasks with exact answers
+
+
+def embedded_model_path(name: str) -> Path:
+    """Returns the directory of an embedded AR model, one of `EMBEDDED_MODELS`, in Hugging Face format."""
+    return Path(__file__).parent / "embedded" / name
+
+
 def tiny_model_path() -> Path:
-    """Returns the directory of the embedded AR model, in Hugging Face format."""
-    return Path(__file__).parent / "embedded" / "tiny"
+    """Returns the directory of the AR model that was trained on the standard library."""
+    return embedded_model_path("tiny")
 
 
 def split_of(relative_path: str) -> Split:

@@ -16,11 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.architecture import attention_implementation, refusal
 
 BIDIRECTIONAL = Layout("bidirectional")
+ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 DEFAULT_MASK_TOKEN = "<|mask|>"
 FACTS_FILE = "decausal.json"
 # What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
@@ -39,7 +41,7 @@ def load_source(
     Attention runs under SDPA, or eagerly where the architecture needs that (soft-capped scores, attention sinks).
 
     Args:
-        model_name_or_path: a directory, a hub id, or ``"tiny"`` for the embedded model.
+        model_name_or_path: a directory, a hub id, or ``"tiny"`` or ``"tiny-tasks"`` for an embedded model.
         dtype: type of the weights.
         revision: branch, tag or commit of a hub id.
         attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
@@ -152,20 +154,18 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
 
 def _located(model_name_or_path: str | Path) -> str:
     name = str(model_name_or_path)
-    if name == "tiny":
-        from decausal.data.corpus import tiny_model_path  # imported here: only this name needs the data room
-
-        return str(tiny_model_path())
+    if name in EMBEDDED_MODELS:
+        return str(embedded_model_path(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / FACTS_FILE).exists():
             raise UserError(f"{name} is already converted (it holds {FACTS_FILE}); give the autoregressive model")
         return str(path)
     if path.exists():
-        raise UserError(f"{name} is a file; give the model's directory, a hub id, or 'tiny'")
+        raise UserError(f"{name} is a file; give the model's directory, a hub id, or {ACCEPTED_EMBEDDED}")
     is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
     if not is_hub_id:
-        raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or 'tiny'")
+        raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or {ACCEPTED_EMBEDDED}")
     return name
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, wants_help
+from decausal.verbs.flags import VerbParser, given, wants_help
+from decausal.verbs.sampling import add_sampling_flags, sampler_options
 
 
 def run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] != "nll":
+    measures = {"nll": _nll, "tasks": _tasks}
+    if not arguments or arguments[0] not in measures:
         asked = f"'{arguments[0]}' is not known" if arguments and not wants_help(arguments) else "name what to measure"
-        raise UserError(f"eval: {asked}; there is: decausal eval nll DIR --data DATA")
+        raise UserError(f"eval: {asked}; there is: decausal eval nll DIR --data DATA, decausal eval tasks MODEL")
+    return measures[arguments[0]](arguments[1:])
+
+
+def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
     parser.add_argument("directory", help="what `decausal convert` wrote")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
@@ -23,7 +30,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_source", action="store_true", help="leave out the AR source's own likelihood")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    flags = parser.parse_args(arguments[1:])
+    flags = parser.parse_args(arguments)
     from decausal.evaluation.likelihood import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(
@@ -37,10 +44,39 @@ def run(arguments: list[str]) -> int:
         seed=flags.seed,
         with_source=not flags.no_source,
     )
-    if flags.json:
-        print(json.dumps(likelihood.as_dict(), indent=2))
+    return _print(likelihood, flags.json)
+
+
+def _tasks(arguments: list[str]) -> int:
+    parser = VerbParser("eval tasks", "Share of right answers to held-out tasks, and tokens per forward pass.")
+    parser.add_argument(
+        "model", help="what `decausal convert` wrote, or an AR model: a directory, hub id or 'tiny-tasks'"
+    )
+    parser.add_argument("--tasks", default="", help="tasks joined by + (all of them)")
+    parser.add_argument("--num_examples", type=int, default=100, help="examples of each task (100)")
+    parser.add_argument("--max_new_tokens", type=int, help="tokens to write (what the longest completion needs)")
+    add_sampling_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags = parser.parse_args(arguments)
+    from decausal.evaluation.tasks import evaluate_tasks_of
+
+    scores = evaluate_tasks_of(
+        flags.model,
+        [name for name in flags.tasks.replace(",", "+").split("+") if name],
+        flags.num_examples,
+        batch_size=flags.batch_size,
+        **given(flags, "max_new_tokens"),
+        **sampler_options(flags),
+    )
+    return _print(scores, flags.json)
+
+
+def _print(measured: Any, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(measured.as_dict(), indent=2))
     else:
         from rich.console import Console
 
-        Console().print(likelihood.as_table())
+        Console().print(measured.as_table())
     return 0

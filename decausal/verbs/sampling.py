@@ -12,6 +12,14 @@ from decausal.verbs.flags import given
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    add_sampling_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
+    parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `sampler_options` reads."""
     parser.add_argument("--num_steps", "--steps", "--denoising_steps", type=int, help="denoising steps, spread evenly")
     parser.add_argument("--threshold", "--confidence_threshold", type=float, help="keep all that is as sure (0.9)")
     parser.add_argument("--confidence", choices=("probability", "margin", "entropy"), help="what 'sure' means")
@@ -20,9 +28,6 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--remask", action="store_true", default=None, help="let kept tokens be reconsidered")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
-    parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""Accuracy on tasks with exact answers, and how many tokens a forward pass gave: of AR and of converted models."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.data.encode import SpecialTokens
+from decausal.data.tasks import Example, examples, is_right
+from decausal.data.tasks.stream import named
+from decausal.errors import UserError
+from decausal.models.adapt import FACTS_FILE, load_source
+from decausal.models.checkpoint import Converted, load_converted
+from decausal.sampling.generate import generate
+
+BATCH_SIZE = 64
+EXAMPLES_PER_TASK = 100
+
+ArModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class Written(NamedTuple):
+    """What a model wrote after one prompt: the new tokens, an end token included, and the passes that it took."""
+
+    ids: list[int]
+    num_forwards: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's result.
+
+    Attributes:
+        task: its name.
+        is_right: for each example, in the order given, whether the answer was right.
+        num_tokens: tokens written in all, end tokens included.
+        num_forwards: forward passes in all, each row counting those that it took part in.
+    """
+
+    task: str
+    is_right: tuple[bool, ...]
+    num_tokens: int
+    num_forwards: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.is_right) / len(self.is_right)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the accuracy, over the choice of examples: sqrt(p (1 - p) / (n - 1)). None for one example."""
+        if len(self.is_right) < 2:
+            return None
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / (len(self.is_right) - 1))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens written over forward passes: 1 for an AR model."""
+        return self.num_tokens / max(self.num_forwards, 1)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The results of all tasks, each of which weighs the same in the mean."""
+
+    tasks: tuple[TaskScore, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean of the tasks' accuracies."""
+        return sum(score.accuracy for score in self.tasks) / len(self.tasks)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean. None where a task has one example only."""
+        errors = [score.standard_error for score in self.tasks]
+        known = [error for error in errors if error is not None]
+        return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """All tokens over all forward passes."""
+        return sum(score.num_tokens for score in self.tasks) / max(sum(score.num_forwards for score in self.tasks), 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all figures as plain values: the means, and under "tasks" those of each task by its name."""
+        return _figures(self) | {
+            "num_examples": sum(len(score.is_right) for score in self.tasks),
+            "tasks": {score.task: _figures(score) | {"num_examples": len(score.is_right)} for score in self.tasks},
+        }
+
+    def as_table(self) -> Table:
+        """Returns the figures as a table for a terminal."""
+        table = Table("task", title="right answers")
+        for heading in ("accuracy", "± s.e.", "examples", "tokens per forward"):
+            table.add_column(heading, justify="right")
+        for score in self.tasks:
+            table.add_row(score.task, *_cells(score, len(score.is_right)))
+        table.add_section()
+        table.add_row("mean", *_cells(self, sum(len(score.is_right) for score in self.tasks)))
+        return table
+
+
+def evaluate_tasks(
+    model: Converted | ArModel,
+    problems: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    max_new_tokens: int | None = None,
+    **options: Any,
+) -> TaskScores:
+    """Lets a model complete each problem's prompt and checks what it wrote.
+
+    A converted model writes as `decausal.sampling.generate.generate` does, an AR model greedily.
+
+    Args:
+        model: a converted model, or an AR model with its tokenizer.
+        problems: examples of tasks; see `decausal.data.tasks.examples`.
+        batch_size: prompts completed together.
+        max_new_tokens: tokens to write at most. None: as many as the longest of the problems' own completions has, and
+            the end token.
+        **options: `SamplerSettings` by name, for a converted model only.
+
+    Raises:
+        UserError: no problems, a bad sampler setting, or a prompt that does not fit the model's context.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    tokenizer = model[1]
+    prompts = [problem.prompt for problem in problems]
+    max_new_tokens = max_new_tokens or longest_completion(problems, tokenizer)
+    if isinstance(model, Converted):
+        generations = generate(model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, **options)
+        written = [Written(each.ids, each.num_forwards) for each in generations]
+    else:
+        if options:
+            raise UserError(f"{', '.join(options)}: for converted models only; an AR model writes greedily")
+        written = write_greedily(*model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return score(problems, written, tokenizer)
+
+
+def evaluate_tasks_of(
+    model_name_or_path: str | Path,
+    names: Sequence[str] = (),
+    num_examples: int = EXAMPLES_PER_TASK,
+    *,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> TaskScores:
+    """Measures the model in a directory, converted or AR, or of that name, on held-out examples.
+
+    Args:
+        model_name_or_path: what `decausal convert` wrote, or an AR model as `load_source` takes it.
+        names: tasks; none: all.
+        num_examples: of each task.
+        device: where the model runs.
+        **options: see `evaluate_tasks`.
+
+    Raises:
+        UserError: as `evaluate_tasks`; there is no such model or task.
+    """
+    if num_examples < 1:
+        raise UserError(f"--num_examples {num_examples}: must be at least 1")
+    problems = list(islice(examples(names, "heldout"), num_examples * len(named(names))))
+    if (Path(model_name_or_path) / FACTS_FILE).exists():
+        return evaluate_tasks(load_converted(model_name_or_path, device=device), problems, **options)
+    model, tokenizer = load_source(model_name_or_path)
+    return evaluate_tasks((model.to(device), tokenizer), problems, **options)
+
+
+def longest_completion(problems: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many tokens the longest of the completions has, its end token included.
+
+    Raises:
+        UserError: there are no problems.
+    """
+    if not problems:
+        raise UserError("there are no examples to measure on: give at least one")
+    completions = [problem.completion for problem in problems]
+    return 1 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
+
+
+def score(problems: Sequence[Example], written: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> TaskScores:
+    """Checks what was written after each problem's prompt; tasks come in the order in which they first appear.
+
+    The text up to the end token is the completion. Special tokens in it are text like any other, so they make it wrong.
+    """
+    by_task: dict[str, list[tuple[bool, Written]]] = defaultdict(list)
+    for problem, one in zip(problems, written, strict=True):
+        text = tokenizer.decode(_before_end(one.ids, tokenizer.eos_token_id), skip_special_tokens=False)
+        by_task[problem.task.name].append((is_right(problem, text), one))
+    return TaskScores(
+        tuple(
+            TaskScore(
+                task=name,
+                is_right=tuple(right for right, _ in results),
+                num_tokens=sum(len(one.ids) for _, one in results),
+                num_forwards=sum(one.num_forwards for _, one in results),
+            )
+            for name, results in by_task.items()
+        )
+    )
+
+
+@torch.no_grad()
+def write_greedily(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Written]:
+    """Completes prompts with an AR model by transformers' own generate: greedy, batched, keys and values cached."""
+    end, prefix = tokenizer.eos_token_id, SpecialTokens(tokenizer).prefix
+    prompt_ids = [prefix + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    written = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompt_ids[start : start + batch_size]
+        length = max(map(len, batch))
+        ids = torch.tensor([[end] * (length - len(row)) + row for row in batch], device=model.device)
+        is_prompt = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        completed = model.generate(
+            ids,
+            attention_mask=is_prompt,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=end,
+            eos_token_id=end,
+        )
+        for row in completed[:, length:].tolist():
+            new_ids = row[: row.index(end) + 1] if end in row else row
+            written.append(Written(new_ids, num_forwards=len(new_ids)))
+    return written
+
+
+def _before_end(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _figures(scores: TaskScore | TaskScores) -> dict[str, Any]:
+    return {
+        "accuracy": scores.accuracy,
+        "standard_error": scores.standard_error,
+        "tokens_per_forward": scores.tokens_per_forward,
+    }
+
+
+def _cells(scores: TaskScore | TaskScores, num_examples: int) -> list[str]:
+    error = "" if scores.standard_error is None else f"{scores.standard_error:.3f}"
+    return [f"{scores.accuracy:.3f}", error, str(num_examples), f"{scores.tokens_per_forward:.2f}"]
