@@ -224,7 +224,7 @@ def _refuse_what_cannot_be_sampled(
 ) -> None:
     if facts.layout == "block":
         raise UserError(
-            f"this model has layout 'block' (block size {facts.block_size}): its positions are not denoised all at once "
+            f"this model has layout 'block' (block size {facts.block_size}): it is denoised not all at once "
             "but block by block, as generate does (sampling.engine.BlockEngine)"
         )
     unpredicted = (is_open & ~predictable(document_ids, facts.shift)).nonzero()

@@ -22,7 +22,8 @@ def candidates(
     settings: RowSettings,
     numbers: Float[Tensor, "n"] | None,
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None = None,
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    is_scored: bool = True,
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     """A token for each position and its score, from the state that predicts it; logits exist a chunk at a time.
 
     Args:
@@ -31,17 +32,18 @@ def candidates(
         settings: One per position (`RowSettings.at`).
         numbers: Uniform in (0, 1), for positions that are not greedy.
         kept: (tokens, is_kept): where kept, that token is scored instead of a new one.
+        is_scored: False where all are kept anyway: then there are no scores.
     """
     chunk_size = max(1, LOGITS_PER_CHUNK // len(head.weight))
     if len(states) <= chunk_size:
-        return _candidates(states, head, settings, numbers, kept)
+        return _candidates(states, head, settings, numbers, kept, is_scored)
     chunks = []
     for here in torch.arange(len(states), device=states.device).split(chunk_size):
         own_numbers = None if numbers is None else numbers[here]
         own_kept = None if kept is None else (kept[0][here], kept[1][here])
-        chunks.append(_candidates(states[here], head, settings.at(here), own_numbers, own_kept))
+        chunks.append(_candidates(states[here], head, settings.at(here), own_numbers, own_kept, is_scored))
     tokens, scores = zip(*chunks, strict=True)
-    return torch.cat(tokens), torch.cat(scores)
+    return torch.cat(tokens), torch.cat(scores) if is_scored else None
 
 
 def _candidates(
@@ -50,12 +52,13 @@ def _candidates(
     settings: RowSettings,
     numbers: Float[Tensor, "n"] | None,
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None,
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    is_scored: bool,
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     values = logits(states, head)
     tokens = settings.chosen(values, numbers)
     if kept is not None:
         tokens = torch.where(kept[1], kept[0], tokens)
-    return tokens, settings.scored(values, tokens)
+    return tokens, settings.scored(values, tokens) if is_scored else None
 
 
 def num_to_keep(

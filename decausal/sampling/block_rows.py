@@ -1,0 +1,189 @@
+"""The rows that a block engine decodes together, as tensors, and what one step keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.objectives.tokens import Head
+from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.selection import best, candidates, num_to_keep
+
+
+@dataclass
+class NewRow:
+    """A row that enters.
+
+    Attributes:
+        place: where it goes.
+        prompt_ids: given tokens; those of whole blocks are context, the rest is fixed in the first block.
+        limit: first position that is not wanted any more.
+        seed: of its random numbers.
+    """
+
+    place: int
+    prompt_ids: list[int]
+    limit: int
+    seed: int
+
+
+class BlockRows:
+    """State of rows 0 to R - 1, of which the first ones are in use; written in place, at fixed addresses.
+
+    Attributes:
+        ids: given and finished tokens, [R S]; what is still being denoised is in `block_ids`.
+        start: first position of the block that is being denoised, [R].
+        committed: positions before this one have their keys and values in the cache, [R].
+        limit: first position that is not wanted any more, [R].
+        seed: of random numbers, [R].
+        step: denoising steps that the block has had, [R].
+        block_ids: the block, masked positions holding the mask token, [R K].
+        is_open: positions of the block that were not given, [R K].
+        is_masked: of these, the ones not kept, [R K].
+        is_candidate: of these, the ones before a kept end token, [R K].
+        kept_in: step in which a position was kept, -1 for none, [R K].
+        clean_state: state of the finished token before the block, which predicts its first token under shift 1, [R D].
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        length: int,
+        block_size: int,
+        mask_token_id: int,
+        ends: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        def vector(dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(num_rows, dtype=dtype, device=device)
+
+        def block(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_rows, block_size, dtype=dtype, device=device)
+
+        self.block_size, self.mask_token_id, self.device = block_size, mask_token_id, device
+        self.offsets = torch.arange(block_size, device=device)
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self.ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
+        self.start, self.committed, self.limit, self.seed, self.step = (vector() for _ in range(5))
+        self.block_ids, self.kept_in = block(torch.long), block(torch.long)
+        self.is_open, self.is_masked, self.is_candidate = (block(torch.bool) for _ in range(3))
+        self.clean_state: Float[Tensor, "R D"] | None = None
+
+    def grow(self, length: int) -> None:
+        """Makes room for rows of `length` tokens."""
+        grown = self.ids.new_zeros(len(self.ids), length)
+        grown[:, : self.ids.shape[1]] = self.ids
+        self.ids = grown
+
+    def move(self, source: int, target: int) -> None:
+        """Copies a row over another one."""
+        for tensor in self._tensors():
+            tensor[target] = tensor[source]
+
+    def _tensors(self) -> list[Tensor]:
+        found = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return [tensor for tensor in found if tensor is not self.offsets and tensor is not self.ends]
+
+    def admit(self, rows: list[NewRow]) -> None:
+        """Writes rows in: their prompts, and their first blocks with everything open masked."""
+        size = self.block_size
+        starts = [len(row.prompt_ids) // size * size for row in rows]
+        longest = max(starts) + size
+        ids = torch.full((len(rows), longest), self.mask_token_id)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.prompt_ids)] = torch.tensor(row.prompt_ids, dtype=torch.long)
+        numbers = torch.tensor(
+            [
+                [row.place, start, len(row.prompt_ids), row.limit, row.seed]
+                for row, start in zip(rows, starts, strict=True)
+            ]
+        ).to(self.device)
+        place, start, given, limit, seed = numbers.unbind(1)
+        ids = ids.to(self.device)
+        position = start[:, None] + self.offsets
+        is_open = position >= given[:, None]
+        self.ids[place, :longest] = ids
+        self.start[place], self.limit[place], self.seed[place] = start, limit, seed
+        self.committed[place], self.step[place] = 0, 0
+        self.block_ids[place], self.kept_in[place] = ids.gather(1, position), -1
+        self.is_open[place] = self.is_masked[place] = self.is_candidate[place] = is_open
+
+    def keep(
+        self,
+        num_rows: int,
+        num_candidates: int,
+        states: Float[Tensor, "b K D"],
+        head: Head,
+        settings: RowSettings,
+    ) -> list[list[int]]:
+        """One step: draws candidates, keeps the best, and tells the host.
+
+        Args:
+            num_rows: rows in use.
+            num_candidates: masked positions in them that may be kept, which the host knows from the step before.
+            states: the state that predicts each position of the block.
+            head: the model's head, the mask token banned.
+            settings: one per row.
+
+        Returns:
+            Per row, the K ids of its block, the K steps in which they were kept, how many candidates are left, and
+            whether any of those is wanted (0: the block is done).
+        """
+        here = slice(0, num_rows)
+        block_ids, is_masked, is_candidate = self.block_ids[here], self.is_masked[here], self.is_candidate[here]
+        kept_in, step = self.kept_in[here], self.step[here]
+        tokens, scores = self._candidates(num_rows, num_candidates, states, head, settings)
+        is_kept = is_candidate
+        if scores is not None:
+            is_kept = best(scores, num_to_keep(scores, self.is_open[here], is_masked, settings, step)) & is_candidate
+        block_ids.copy_(torch.where(is_kept, tokens, block_ids))
+        kept_in.copy_(torch.where(is_kept, step[:, None], kept_in))
+        is_masked &= ~is_kept
+        is_candidate.copy_(is_masked)
+        if len(self.ends):
+            is_end = (block_ids[..., None] == self.ends).any(-1) & self.is_open[here] & ~is_masked
+            is_candidate &= is_end.cumsum(1) == 0
+        is_wanted = is_candidate & (self._positions(here) < self.limit[here, None])
+        step += 1
+        told = [block_ids, kept_in, is_candidate.sum(1, keepdim=True), is_wanted.any(1, keepdim=True)]
+        return torch.cat(told, dim=1).tolist()
+
+    def next_blocks(self, num_rows: int, is_done: Bool[Tensor, "b"]) -> None:
+        """Rows whose block is done go on to the next one, all of it masked."""
+        here, done = slice(0, num_rows), is_done[:, None]
+        self.ids[here].scatter_(1, self._positions(here), self.block_ids[here])
+        self.start[here] += is_done * self.block_size
+        self.step[here].masked_fill_(is_done, 0)
+        self.block_ids[here].masked_fill_(done, self.mask_token_id)
+        self.kept_in[here].masked_fill_(done, -1)
+        for is_flagged in (self.is_open, self.is_masked, self.is_candidate):
+            is_flagged[here] |= done
+
+    def _positions(self, here: slice) -> Int[Tensor, "b K"]:
+        return self.start[here, None] + self.offsets
+
+    def _candidates(
+        self,
+        num_rows: int,
+        num_candidates: int,
+        states: Float[Tensor, "b K D"],
+        head: Head,
+        settings: RowSettings,
+    ) -> tuple[Int[Tensor, "b K"], Float[Tensor, "b K"] | None]:
+        """A token and its score (-inf where there is no candidate); no scores where blocks are single tokens."""
+        size, shape = self.block_size, (num_rows, self.block_size)
+        index = torch.nonzero_static(self.is_candidate[:num_rows].flatten(), size=num_candidates).squeeze(1)
+        row = index // size
+        numbers = None
+        if not settings.is_greedy:
+            numbers = uniform_numbers(self.seed[row], self.step[row], self.start[row] + index % size)
+        tokens, scores = candidates(states.flatten(0, 1)[index], head, settings.at(row), numbers, is_scored=size > 1)
+        all_tokens = tokens.new_zeros(num_rows * size).index_copy_(0, index, tokens).view(shape)
+        if scores is None:
+            return all_tokens, None
+        all_scores = scores.new_full((num_rows * size,), -torch.inf).index_copy_(0, index, scores)
+        return all_tokens, all_scores.view(shape)

@@ -1,0 +1,281 @@
+"""Decoding of block models, and of autoregressive ones as blocks of one token: many requests, one batch.
+
+Each pass of the model reads, per row, what is not in the cache yet and the block that is being denoised. A finished
+block is committed by the pass that takes the next block's first step, so n denoising steps cost n passes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.architecture import context_length
+from decausal.models.backbone import head_of, stock_model
+from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
+from decausal.models.checkpoint import ConversionFacts
+from decausal.sampling.block_rows import BlockRows, NewRow
+from decausal.sampling.requests import ActiveRow, Finished, Request, StepEvent
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.windows import Reader
+
+__all__ = ["BlockEngine", "Finished", "Request", "StepEvent"]
+
+GROWTH = 128
+"""Slots by which a cache without a given length grows at least."""
+
+
+class BlockEngine:
+    """Writes rows block by block, `max_rows` at a time, the others waiting in a queue.
+
+    A row is a function of its prompt, settings and seed: not of its batch mates, of padding, or of when it entered.
+    The model is the caller's own: its weights are read in every pass, so it can be trained between calls.
+
+    Args:
+        model: any stock causal LM, or a PEFT wrapper around one. In eval mode while it decodes.
+        facts: layout, block size, shift, mask token. A "causal" layout is decoded as blocks of one token with shift 1.
+        max_rows: rows decoded together.
+        max_length: most tokens of a row, in whole blocks; memory for that is taken at once. None: the model's context,
+            and memory grows with the rows.
+        end_token_ids: tokens that end a row.
+        tokenizer: needed for stop texts alone.
+        is_fused: False commits each block in a pass of its own: one pass more per block, the same tokens.
+
+    Raises:
+        UserError: a bidirectional layout; a model that takes no such cache; no room for a block.
+
+    Example:
+        >>> engine = BlockEngine(model, facts, max_rows=16, end_token_ids=(0,))
+        >>> for row in engine.run(Request(ids, SamplerSettings(max_new_tokens=64)) for ids in prompts):
+        ...     print(row.ids, row.tokens_per_forward)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        facts: ConversionFacts,
+        *,
+        max_rows: int,
+        max_length: int | None = None,
+        end_token_ids: Sequence[int] = (),
+        tokenizer: Any = None,
+        is_fused: bool = True,
+    ) -> None:
+        if max_rows < 1:
+            raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
+        self.model, self.facts, self.tokenizer = model, facts, tokenizer
+        self.max_rows, self.is_fused = max_rows, is_fused
+        self.end_token_ids = tuple(end_token_ids)
+        self.layout, self.shift = _as_blocks(facts)
+        config = stock_model(model).base_model.config
+        self.capacity = _capacity(context_length(config), max_length, self.block_size)
+        with decoding(model):
+            refuse_uncacheable(model)
+        device = stock_model(model).get_input_embeddings().weight.device
+        length = 0 if max_length is None else self.capacity
+        cache = BlockCache(config, max_rows, length)
+        rows = BlockRows(max_rows, length, self.block_size, facts.mask_token_id, self.end_token_ids, device)
+        self._reader, self._rows, self._cache = Reader(model, self.layout, self.shift, cache, rows), rows, cache
+        self._queue: deque[ActiveRow] = deque()
+        self._active: list[ActiveRow] = []
+        self._settings: RowSettings | None = None
+        self._next_ticket = 0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.layout.block_size
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rows in use or in the queue."""
+        return len(self._active) + len(self._queue)
+
+    def submit(self, request: Request) -> int:
+        """Puts a request into the queue and returns its ticket.
+
+        Raises:
+            UserError: a prompt that holds the mask token or leaves no room; remasking; stop texts without a tokenizer.
+        """
+        self._refuse(request)
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._queue.append(ActiveRow(ticket, request, self.block_size))
+        return ticket
+
+    def cancel(self, ticket: int) -> bool:
+        """Drops a row, queued or in use; it never finishes. False: there is none of that ticket."""
+        for row in self._queue:
+            if row.ticket == ticket:
+                self._queue.remove(row)
+                return True
+        for place, row in enumerate(self._active):
+            if row.ticket == ticket:
+                self._release([place])
+                return True
+        return False
+
+    def step(self) -> list[StepEvent]:
+        """Runs one pass over the rows in use, after filling free places from the queue; one event per row."""
+        with decoding(self.model):
+            return self._advance(wants_events=True)
+
+    def run(self, requests: Iterable[Request] = ()) -> Iterator[Finished]:
+        """Writes all requests, taken as places become free, and yields rows as they finish."""
+        source = iter(requests)
+        while True:
+            for request in islice(source, max(0, 2 * self.max_rows - self.num_unfinished)):
+                self.submit(request)
+            if not self.num_unfinished:
+                return
+            finished: list[Finished] = []
+            with decoding(self.model):
+                while not finished and self.num_unfinished:
+                    finished = [event.finished for event in self._advance(wants_events=False) if event.finished]
+            yield from finished
+
+    def _advance(self, *, wants_events: bool) -> list[StepEvent]:
+        """One pass. Without `wants_events`, only events of rows that finish."""
+        self._admit()
+        active = self._active
+        if not active:
+            return []
+        if not self.is_fused and not self._reader.is_autoregressive:
+            self._commit()
+        states = self._reader.predict([row.window for row in active])
+        self._set_committed()
+        head = head_of(self.model)._replace(banned=self.facts.mask_token_id)
+        num_candidates = sum(row.num_candidates for row in active)
+        told = self._rows.keep(len(active), num_candidates, states, head, self._settings)
+        return self._take_note(told, wants_events)
+
+    def _commit(self) -> None:
+        """Passes of their own for finished blocks."""
+        windows = [range(row.committed, row.start) for row in self._active]
+        if any(windows):
+            self._reader.commit(windows)
+            for row, window in zip(self._active, windows, strict=True):
+                row.num_forwards += len(window) > 0
+            self._set_committed()
+
+    def _set_committed(self) -> None:
+        if any(row.committed != row.start for row in self._active):
+            here = slice(0, len(self._active))
+            self._rows.committed[here] = self._rows.start[here]
+            for row in self._active:
+                row.committed = row.start
+
+    def _take_note(self, told: list[list[int]], wants_events: bool) -> list[StepEvent]:
+        """Brings the host's knowledge up to date; rows whose block is done finish or go on to the next."""
+        size, events, leaving = self.block_size, [], []
+        for place, (row, news) in enumerate(zip(self._active, told, strict=True)):
+            block, step, finished = row.start, row.step, None
+            row.note_step(num_candidates=news[2 * size])
+            if not news[2 * size + 1]:
+                finished = row.end_block(news[:size], news[size : 2 * size], self.end_token_ids, self.tokenizer)
+                if finished:
+                    leaving.append(place)
+            if wants_events or finished:
+                kept = [offset for offset in range(size) if news[size + offset] == step]
+                positions, ids = [block + offset for offset in kept], [news[offset] for offset in kept]
+                events.append(StepEvent(row.ticket, block // size, step, positions, ids, finished))
+        is_done = [not news[2 * size + 1] for news in told]
+        if any(is_done):
+            self._rows.next_blocks(len(told), torch.tensor(is_done, device=self._rows.device))
+        self._release(leaving)
+        return events
+
+    def _admit(self) -> None:
+        """Fills free places from the queue and writes what is new to the device."""
+        while self._queue and len(self._active) < self.max_rows:
+            self._active.append(self._queue.popleft())
+            self._settings = None
+        if self._settings is None:
+            self._settings = RowSettings.of([row.request.settings for row in self._active], self._rows.device)
+        new = [(place, row) for place, row in enumerate(self._active) if row.is_new]
+        if not new:
+            return
+        longest = max(row.length for _, row in new)
+        if longest > self._cache.max_length:
+            length = max(longest, min(self.capacity, self._cache.max_length + GROWTH))
+            self._cache.grow(length)
+            self._rows.grow(length)
+        self._rows.admit([self._new_row(place, row) for place, row in new])
+        for _, row in new:
+            row.is_new = False
+
+    def _new_row(self, place: int, row: ActiveRow) -> NewRow:
+        request = row.request
+        seed = request.settings.seed if request.seed is None else request.seed
+        return NewRow(place, list(request.prompt_ids), row.limit, seed)
+
+    def _release(self, places: list[int]) -> None:
+        """Gives places to rows of the queue; into those that stay free the last rows move."""
+        for place in reversed(places):
+            self._settings = None
+            if self._queue:
+                self._active[place] = self._queue.popleft()
+                continue
+            row = self._active.pop()
+            last = len(self._active)
+            if place != last:
+                self._active[place] = row
+                self._rows.move(last, place)
+                self._cache.move_row(last, place)
+
+    def _refuse(self, request: Request) -> None:
+        settings, num_given, size = request.settings, len(request.prompt_ids), self.block_size
+        if settings.remask:
+            raise UserError(
+                f"remask is not possible under layout '{self.facts.layout}': finished blocks are never opened again; "
+                "leave it out, or sample from a model with layout 'bidirectional'"
+            )
+        if settings.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer: give BlockEngine its tokenizer, or leave stop out")
+        if self.facts.mask_token_id in request.prompt_ids:
+            raise UserError(
+                f"{request.name} holds the mask token (id {self.facts.mask_token_id}), which stands for open "
+                "positions: take it out"
+            )
+        if self.shift == 1 and not num_given:
+            raise UserError(
+                f"{request.name} is empty: with shift 1 the first token cannot be predicted; give one token"
+            )
+        room = self.capacity - num_given
+        if num_given // size * size + size > self.capacity:
+            raise UserError(
+                f"{request.name} has {num_given} tokens; {self.capacity} fit, in blocks of {size}, and one block must "
+                f"stay free: shorten it to {self.capacity - 1} tokens or fewer"
+            )
+        if settings.max_new_tokens > room:
+            raise UserError(
+                f"{request.name} has {num_given} tokens and max_new_tokens={settings.max_new_tokens}, but only "
+                f"{self.capacity} fit, in blocks of {size}: write at most {room}, or shorten it"
+            )
+
+
+def _as_blocks(facts: ConversionFacts) -> tuple[Layout, int]:
+    if facts.layout == "block":
+        return facts.attention, facts.shift
+    if facts.layout == "causal":
+        return Layout("block", 1), facts.shift
+    raise UserError(
+        f"this model has layout '{facts.layout}': it is not decoded in blocks; use generate, which denoises all of it"
+    )
+
+
+def _capacity(context: int | None, max_length: int | None, block_size: int) -> int:
+    """Positions that a row can have, in whole blocks."""
+    if context is not None and max_length is not None and max_length > context:
+        raise UserError(f"max_length={max_length} is over the model's context of {context} tokens; lower it")
+    limits = [limit for limit in (context, max_length) if limit is not None]
+    capacity = min(limits, default=sys.maxsize) // block_size * block_size
+    if capacity == 0:
+        raise UserError(f"a block of {block_size} tokens does not fit into {min(limits)}: give a larger max_length")
+    return capacity

@@ -1,0 +1,168 @@
+"""The forward passes of a block engine: each row reads a window of its own, batches are made of similar ones.
+
+A row's window begins with its first token that has no keys and values in the cache yet and ends with the block that is
+being denoised: prompt and block when it enters, the finished block and the next one (which commits the former), or the
+block alone. Under block size 1 and shift 1, which is the autoregressive model, no masked token is ever read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decausal.diffusion.layout import Layout
+from decausal.models.architecture import layer_windows
+from decausal.models.backbone import stock_model
+from decausal.models.block_cache import BlockCache, cached_forward, visible_by_layer
+from decausal.sampling.block_rows import BlockRows
+
+FREE_OPERATIONS = {"cpu": 2e8, "cuda": 1e12}
+"""Floating-point operations of padding that cost less than another call of the model."""
+
+
+@dataclass
+class Reader:
+    """Runs the model over the windows of rows.
+
+    Attributes:
+        model: the model.
+        layout: kind "block".
+        shift: 1 where a block's first token is predicted by the clean state before it.
+        cache: keys and values.
+        rows: what the rows hold.
+    """
+
+    model: Any
+    layout: Layout
+    shift: int
+    cache: BlockCache
+    rows: BlockRows
+
+    def __post_init__(self) -> None:
+        body = stock_model(self.model).base_model
+        self.config = body.config
+        num_weights = sum(weight.numel() for weight in body.parameters()) - body.get_input_embeddings().weight.numel()
+        free = FREE_OPERATIONS.get(self.rows.device.type, FREE_OPERATIONS["cpu"])
+        self.free_padding = int(free / (2 * max(1, num_weights)))
+        self.shortest_window = min((w for w in layer_windows(self.config).values() if w is not None), default=None)
+        self.is_autoregressive = self.layout.block_size == 1 and self.shift == 1
+
+    def commit(self, windows: list[range]) -> None:
+        """Reads finished tokens alone: what an engine that does not fuse does before it denoises."""
+        self._read([range(window.start, window.stop - self.layout.block_size) for window in windows], tail=0)
+
+    def predict(self, windows: list[range]) -> Float[Tensor, "b K D"]:
+        """Reads the windows of rows 0 to b - 1 and returns the state that predicts each position of their blocks."""
+        if self.is_autoregressive:
+            self._read([range(window.start, window.stop - 1) for window in windows], tail=0)
+            return self.rows.clean_state[: len(windows), None]
+        states = self._read(windows, tail=self.layout.block_size)
+        if self.shift == 0:
+            return states
+        if self.rows.clean_state is None:  # all rows are in their first block, whose first token is given
+            return torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        return torch.cat([self.rows.clean_state[: len(windows), None], states[:, :-1]], dim=1)
+
+    def _read(self, windows: list[range], tail: int) -> Float[Tensor, "b tail D"] | None:
+        """Returns the states of the last `tail` positions of each window; the state before them goes to the rows."""
+        batches = self._batches([len(window) for window in windows])
+        if len(batches) == 1 and len(batches[0]) == len(windows):
+            return self._read_batch(windows, slice(0, len(windows)), tail)
+        found = None
+        for batch in batches:
+            index = torch.tensor(batch, device=self.rows.device)
+            states = self._read_batch([windows[row] for row in batch], index, tail)
+            if states is not None:
+                found = states.new_zeros(len(windows), *states.shape[1:]) if found is None else found
+                found[index] = states
+        return found
+
+    def _batches(self, widths: list[int]) -> list[list[int]]:
+        """Rows by width, the widest first; narrower ones are padded to it where that is cheaper than another call."""
+        by_width = defaultdict(list)
+        for row, width in enumerate(widths):
+            if width:
+                by_width[width].append(row)
+        batches: list[list[int]] = []
+        widest, left = 0, 0
+        for width, rows in sorted(by_width.items(), reverse=True):
+            padding = len(rows) * (widest - width)
+            if batches and padding <= left:
+                batches[-1] += rows
+                left -= padding
+            else:
+                batches.append(list(rows))
+                widest, left = width, self.free_padding
+        return [sorted(batch) for batch in batches]
+
+    def _read_batch(
+        self, windows: list[range], index: slice | Int[Tensor, "b"], tail: int
+    ) -> Float[Tensor, "b tail D"] | None:
+        rows, width = self.rows, max(map(len, windows))
+        start, committed = rows.start[index, None], rows.committed[index, None]
+        offsets = torch.arange(tail - width, tail, device=rows.device)
+        positions = start + offsets
+        num_keys = max(window.stop for window in windows)
+        is_padded = any(len(window) != width for window in windows)
+        slots = positions
+        if is_padded:
+            slots = torch.where(positions >= committed, positions, self.cache.scratch_slot)
+            positions = positions.clamp(min=0)
+        input_ids = self._input_ids(index, positions, width, tail)
+        is_visible = num_keys
+        if not self._sees_everything(windows, width, tail):
+            last = self._last_visible(positions, start, offsets, tail)
+            is_visible = visible_by_layer(self.config, positions, last, num_keys)
+        hidden = cached_forward(self.model, input_ids, positions, slots, is_visible, self.cache, index)
+        if width > tail:
+            self._remember(index, hidden[:, width - tail - 1], start, committed, is_padded)
+        return hidden[:, width - tail :] if tail else None
+
+    def _input_ids(
+        self, index: slice | Int[Tensor, "b"], positions: Int[Tensor, "b q"], width: int, tail: int
+    ) -> Int[Tensor, "b q"]:
+        blocks = self.rows.block_ids[index]
+        if width == tail:
+            return blocks
+        context = self.rows.ids[index].gather(1, positions[:, : width - tail])
+        return torch.cat([context, blocks], dim=1) if tail else context
+
+    def _sees_everything(self, windows: list[range], width: int, tail: int) -> bool:
+        """Whether all rows have windows of the same span, inside one block that reads all of itself: no mask needed."""
+        first = windows[0]
+        if any(window != first for window in windows) or width > self.layout.block_size:
+            return False
+        if tail == 0 and self.layout.causal_context and width > 1:
+            return False
+        return self.shortest_window is None or first.stop <= self.shortest_window
+
+    def _last_visible(
+        self, positions: Int[Tensor, "b q"], start: Int[Tensor, "b 1"], offsets: Int[Tensor, "q"], tail: int
+    ) -> Int[Tensor, "b q"]:
+        size = self.layout.block_size
+        if not self.layout.causal_context:
+            return (positions // size + 1) * size - 1
+        return torch.where(offsets < 0, positions, start + tail - 1)
+
+    def _remember(
+        self,
+        index: slice | Int[Tensor, "b"],
+        states: Float[Tensor, "b D"],
+        start: Int[Tensor, "b 1"],
+        committed: Int[Tensor, "b 1"],
+        is_padded: bool,
+    ) -> None:
+        """Keeps the state of the last finished token of each row that has just read one."""
+        if self.shift == 0:
+            return
+        rows = self.rows
+        if rows.clean_state is None:
+            rows.clean_state = states.new_zeros(len(rows.start), states.shape[1])
+        if is_padded:
+            states = torch.where(committed < start, states, rows.clean_state[index])
+        rows.clean_state[index] = states
