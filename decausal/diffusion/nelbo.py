@@ -100,14 +100,59 @@ def draw_patterns(
     """
     if estimator not in ("count", "level"):
         raise ValueError(f"estimator '{estimator}' is not known; accepted: count, level")
+    if estimator == "count":
+        patterns = draw_unit_patterns(is_maskable.long().cpu() - 1, num_samples, seed=seed, position=position)
+        num_masked = patterns.is_masked.sum(dim=1)
+        return MaskPatterns(patterns.is_masked, is_maskable.sum().cpu() / num_masked.clamp(min=1))
     level = noise_levels(position, seed, num_samples, stratified=True, epsilon=1e-9).double()
     uniform = uniforms((num_samples, len(is_maskable)), seed=seed, position=position)
-    if estimator == "level":
-        return MaskPatterns((uniform < level[:, None]) & is_maskable.cpu(), 1 / level)
-    num_maskable = int(is_maskable.sum())
-    num_masked = (1 + (level * num_maskable).long()).clamp(max=num_maskable)
-    is_masked = _smallest(uniform.masked_fill(~is_maskable.cpu(), torch.inf), num_masked)
-    return MaskPatterns(is_masked, num_maskable / num_masked.clamp(min=1))
+    return MaskPatterns((uniform < level[:, None]) & is_maskable.cpu(), 1 / level)
+
+
+@dataclass(frozen=True)
+class UnitPatterns:
+    """Random mask patterns of a row that is made of units, each with a number of masked tokens of its own.
+
+    Attributes:
+        is_masked: m of the unit's n tokens, m uniform in 1..n, the set uniform among those of m.
+        num_masked: m of each token's unit; 0 for tokens of none.
+        num_maskable: n of each token's unit; 0 for tokens of none.
+    """
+
+    is_masked: Bool[Tensor, "S T"]
+    num_masked: Int[Tensor, "S T"]
+    num_maskable: Int[Tensor, "T"]
+
+
+def draw_unit_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int = 0) -> UnitPatterns:
+    """Draws mask patterns of a row whose units (documents, or blocks) have NELBOs of their own.
+
+    Seen from one unit, n/m times the summed loss of its masked tokens is unbiased for its NELBO.
+
+    Args:
+        unit_ids: 0, 1, ... in any order; -1 for tokens that are never masked.
+        num_samples: S. The counts of each unit are stratified over the samples.
+        seed: with `position`, all the randomness there is.
+        position: number of the row.
+    """
+    is_maskable = unit_ids >= 0
+    num_units = int(unit_ids.amax()) + 1 if len(unit_ids) else 0
+    unit = torch.where(is_maskable, unit_ids, num_units)  # what is never masked counts as one unit more
+    size = torch.zeros(num_units + 1, dtype=torch.int64).index_add_(0, unit, torch.ones_like(unit))
+    level = noise_levels(position, seed, num_samples, stratified=True, epsilon=1e-9).double()
+    # The last row of numbers turns each unit's levels by an angle of its own: they stay evenly spaced over the samples.
+    uniform = uniforms((num_samples + 1, max(len(unit), num_units + 1)), seed=seed, position=position)
+    turned = (level[:, None] + uniform[-1, : num_units + 1]) % 1.0
+    num_masked = (1 + (turned * size).long()).minimum(size)[:, unit].masked_fill(~is_maskable, 0)
+    is_masked = _rank_in_unit(uniform[:-1, : len(unit)], unit, size) < num_masked
+    return UnitPatterns(is_masked, num_masked, size[unit].masked_fill(~is_maskable, 0))
+
+
+def _rank_in_unit(keys: Float[Tensor, "S T"], unit: Int[Tensor, "T"], size: Int[Tensor, "units"]) -> Int[Tensor, "S T"]:
+    """Each token's place, from 0, among those of its unit in the order of their keys."""
+    by_key = keys.argsort(dim=1)
+    by_unit_and_key = by_key.gather(1, unit[by_key].argsort(dim=1, stable=True))
+    return by_unit_and_key.argsort(dim=1) - (size.cumsum(0) - size)[unit]
 
 
 def nelbo_samples(
@@ -132,9 +177,3 @@ def nelbo_samples(
 def _masked_sum(log_probs: Float[Tensor, "P T"], is_masked: Bool[Tensor, "P T"]) -> Float[Tensor, "P"]:
     # where, not a product: what a model says of an unmasked token may be infinite.
     return torch.where(is_masked, log_probs.double(), 0.0).sum(dim=1)
-
-
-def _smallest(keys: Float[Tensor, "S T"], count: Int[Tensor, "S"]) -> Bool[Tensor, "S T"]:
-    """Marks the `count` smallest keys of each row."""
-    rank = keys.argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None]

@@ -2,7 +2,8 @@
 
 A document's NELBO (`decausal.diffusion.nelbo`) is estimated from mask patterns of its own: m of its n predicted tokens
 are masked, m uniform in 1..n, and their summed cross-entropy weighs n/m. Documents of a row are isolated, so a row's
-NELBO is the sum over its documents, and one pass over the row scores a pattern of each.
+NELBO is the sum over its documents, and one pass over the row scores a pattern of each. Under a block layout a document
+is written block by block, so its NELBO is the sum over its blocks, each with earlier ones clean.
 """
 
 from __future__ import annotations
@@ -27,13 +28,21 @@ from decausal.data.stream import Rows
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
-from decausal.evaluation.passes import in_batches, measuring, predicted_tokens, spread_indices, token_nll
+from decausal.evaluation.passes import (
+    block_token_nll,
+    in_batches,
+    measuring,
+    predicted_tokens,
+    spread_indices,
+    token_nll,
+)
 from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
 from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Ratio, beside, ratio_over_rows
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
+from decausal.objectives.tokens import Head
 
 CAUSAL = Layout("causal")
 
@@ -75,26 +84,35 @@ def evaluate_nll(
         The figures, without those of the AR source (see `evaluate_checkpoint`).
 
     Raises:
-        UserError: for an option out of range, a block layout, or rows without any token to predict.
+        UserError: for an option out of range, or rows without any token to predict.
     """
-    _check(facts, samples_per_row=samples_per_row, num_bins=num_bins)
+    _check(samples_per_row=samples_per_row, num_bins=num_bins)
     indices = spread_indices(rows, num_rows)
     sizes = _sizes(rows, indices, tokenizer)
     head = head_of(model)._replace(banned=facts.mask_token_id)
     totals = _Totals(len(indices), num_bins)
     num_done, num_views = 0, len(indices) * samples_per_row
     with measuring(model):
-        for views in in_batches(noised_rows(rows, indices, samples_per_row, seed), batch_size):
+        for views in in_batches(noised_rows(rows, indices, samples_per_row, seed, facts.block_size), batch_size):
             batch = stack(views)
             index = batch.is_masked.flatten().nonzero()[:, 0]
-            noised_ids = batch.clean_ids.masked_fill(batch.is_masked, facts.mask_token_id)
-            token_ids = batch.clean_ids.flatten()[index]
-            nll = token_nll(model, head, facts.attention, noised_ids, batch.document_ids, index, token_ids, facts.shift)
+            nll = _masked_nll(model, head, facts, batch, index)
             totals.add(batch, index, nll)
             num_done += len(views)
             if on_progress is not None:
                 on_progress(num_done, num_views)
     return totals.likelihood(sizes, samples_per_row, seed)
+
+
+def _masked_nll(
+    model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, "n"]
+) -> Float[Tensor, "n"]:
+    """Losses of a batch's masked tokens, `index` being their places in [B*T]."""
+    if facts.layout == "block":
+        return block_token_nll(model, head, facts, batch.clean_ids, batch.document_ids, batch.is_masked)
+    noised_ids = batch.clean_ids.masked_fill(batch.is_masked, facts.mask_token_id)
+    token_ids = batch.clean_ids.flatten()[index]
+    return token_nll(model, head, facts.attention, noised_ids, batch.document_ids, index, token_ids, facts.shift)
 
 
 def evaluate_ar_nll(
@@ -292,12 +310,7 @@ def _shown_progress() -> Iterator[OnProgress | None]:
         yield lambda done, total: status.update(f"measuring: {done:,} of {total:,} noised rows")
 
 
-def _check(facts: ConversionFacts, **counts: int) -> None:
+def _check(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name} {count}: must be at least 1")
-    if facts.layout == "block":
-        raise UserError(
-            "the likelihood of layout 'block' cannot be measured yet: it needs earlier blocks clean where a block is "
-            "noised; accepted: bidirectional, causal"
-        )

@@ -12,10 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decausal.data.stream import Rows
+from decausal.diffusion.doubled import double
 from decausal.diffusion.layout import Layout, is_packed
 from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
-from decausal.models.backbone import body_forward
+from decausal.models.architecture import context_length
+from decausal.models.backbone import body_forward, stock_model
+from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.tokens import Head, chunked_cross_entropy
 
 Item = TypeVar("Item")
@@ -113,6 +116,40 @@ def token_nll(
     output = body_forward(
         model, input_ids.to(device), layout, document_ids=None if packed is None else packed.to(device)
     )
-    states = output.last_hidden_state.flatten(0, 1).index_select(0, predicting_index(token_index, shift).to(device))
-    weights = torch.ones(len(token_ids), device=device)
-    return chunked_cross_entropy(states, head, token_ids.to(device), weights).nll.double().cpu()
+    return _nll(output.last_hidden_state, predicting_index(token_index, shift), head, token_ids)
+
+
+def block_token_nll(
+    model: nn.Module,
+    head: Head,
+    facts: ConversionFacts,
+    clean_ids: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    is_masked: Bool[Tensor, "B T"],
+) -> Float[Tensor, "n"]:
+    """As `token_nll`, of the masked tokens of rows under a block layout: each reads its own block as it is noised, and
+    the blocks before it clean. In the order of their flat index into [B*T]."""
+    device = device_of(model)
+    context = context_length(stock_model(model).config)
+    rows = double(
+        clean_ids, document_ids, is_masked, is_masked[:, None], facts.mask_token_id, facts.attention.block_size, context
+    )
+    output = body_forward(
+        model,
+        rows.ids.to(device),
+        facts.attention,
+        document_ids=rows.document_ids.to(device),
+        position_ids=rows.position_ids.to(device),
+        stream_ids=rows.stream_ids.to(device),
+    )
+    token_index = is_masked.flatten().nonzero()[:, 0]
+    places = rows.predicting_place(1, token_index, facts.shift)
+    return _nll(output.last_hidden_state, places, head, clean_ids.flatten()[token_index])
+
+
+def _nll(
+    hidden: Float[Tensor, "B S D"], places: Int[Tensor, "n"], head: Head, token_ids: Int[Tensor, "n"]
+) -> Float[Tensor, "n"]:
+    states = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
+    weights = torch.ones(len(token_ids), device=hidden.device)
+    return chunked_cross_entropy(states, head, token_ids.to(hidden.device), weights).nll.double().cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -36,10 +38,10 @@ def alone(row: Row, document: int) -> Row:
 
 
 def converted(
-    family: str = "llama", *, layout: str = "bidirectional", shift: int = 1, seed: int = 0
+    family: str = "llama", *, layout: str = "bidirectional", shift: int = 1, seed: int = 0, **changes: Any
 ) -> tuple[PreTrainedModel, ConversionFacts, PreTrainedTokenizerFast]:
     """A random model with a mask token, its facts and its tokenizer."""
     model, tokenizer = FAMILIES[family](seed=seed), tiny_tokenizer()
     mask_token_id = adapt(model, tokenizer)
-    facts = ConversionFacts(source="tiny", layout=layout, shift=shift, mask_token_id=mask_token_id)
+    facts = ConversionFacts(source="tiny", layout=layout, shift=shift, mask_token_id=mask_token_id, **changes)
     return model, facts, tokenizer
