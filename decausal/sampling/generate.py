@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from decausal.models.checkpoint import Converted
+from decausal.sampling.continuing import continue_in_blocks
+from decausal.sampling.engine import Finished
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
 from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Generation:
         step_of_token: For each of `ids` the step, from 0, in which it was kept.
         num_forwards: Forward passes that this row took part in.
         tokens_per_forward: len(ids) / num_forwards.
+        finish_reason: "end" (an end token), "stop" (one of `stop`) or "length".
+        block_of_token: For block models, for each of `ids` its block; steps are counted over the whole row.
     """
 
     text: str
@@ -31,6 +36,8 @@ class Generation:
     step_of_token: list[int]
     num_forwards: int
     tokens_per_forward: float
+    finish_reason: str = "length"
+    block_of_token: list[int] | None = None
 
 
 def generate(
@@ -42,14 +49,14 @@ def generate(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Generation | list[Generation]:
-    """Continues one prompt, or each of several.
+    """Continues one prompt, or each of several: block by block where the model's layout is "block".
 
     Args:
         converted: Model, tokenizer and facts. The facts' sampler settings are the defaults.
         prompts: Text. An empty prompt starts from the tokenizer's BOS or EOS token.
         chat: Treat each prompt as a user's message and put it through the tokenizer's chat template.
         batch_size: Rows denoised together; it does not change what they become.
-        on_step: See `sampler.OnStep`; called for each batch in turn.
+        on_step: See `sampler.OnStep`; called for each batch in turn. With a block model all prompts are one batch.
         **options: `SamplerSettings` by name, or by the names other samplers use.
 
     Returns:
@@ -61,16 +68,20 @@ def generate(
     settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     names = named("prompt", texts)
-    rows = [
-        Row((prompt_ids(converted, text, chat), []), (settings.max_new_tokens,), name)
-        for name, text in zip(names, texts, strict=True)
-    ]
-    filled = fill_rows(
-        converted, rows, settings, end_token_ids=_end_token_ids(converted), batch_size=batch_size, on_step=on_step
-    )
-    generations = [
-        generation(converted, text, "", row, done) for text, row, done in zip(texts, rows, filled, strict=True)
-    ]
+    ids = [prompt_ids(converted, text, chat) for text in texts]
+    ends = end_token_ids(converted)
+    if converted.facts.layout == "block":
+        finished = continue_in_blocks(
+            converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step
+        )
+        generations = [_of_blocks(converted, *each, settings.stop) for each in zip(texts, ids, finished, strict=True)]
+    else:
+        rows = [Row((given, []), (settings.max_new_tokens,), name) for given, name in zip(ids, names, strict=True)]
+        filled = fill_rows(converted, rows, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step)
+        generations = [
+            _ended(converted, generation(converted, text, "", row, done), row, text, ends, settings.stop)
+            for text, row, done in zip(texts, rows, filled, strict=True)
+        ]
     return generations[0] if isinstance(prompts, str) else generations
 
 
@@ -90,9 +101,45 @@ def generation(converted: Converted, prefix: str, suffix: str, row: Row, filled:
     )
 
 
-def _end_token_ids(converted: Converted) -> tuple[int, ...]:
+def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finished, stop: Sequence[str]) -> Generation:
+    text = cut_at_stop(text_after(converted.tokenizer, given, row.ids), stop)
+    return Generation(
+        text=text,
+        full_text=prompt + text,
+        ids=row.ids,
+        step_of_token=row.row_step_of_token,
+        num_forwards=row.num_forwards,
+        tokens_per_forward=row.tokens_per_forward,
+        finish_reason=row.finish_reason,
+        block_of_token=row.block_of_token,
+    )
+
+
+def _ended(
+    converted: Converted, whole: Generation, row: Row, prompt: str, ends: Sequence[int], stop: Sequence[str]
+) -> Generation:
+    """A bidirectional row with the reason why it ended, cut where a stop text is complete."""
+    num_new = tokens_to_stop(converted.tokenizer, row.given[0], whole.ids, 0, stop) if stop else None
+    if num_new is None:
+        return replace(whole, finish_reason="end" if whole.ids and whole.ids[-1] in ends else "length")
+    text = cut_at_stop(whole.text, stop)
+    return replace(
+        whole,
+        text=text,
+        full_text=prompt + text,
+        ids=whole.ids[:num_new],
+        step_of_token=whole.step_of_token[:num_new],
+        tokens_per_forward=num_new / whole.num_forwards,
+        finish_reason="stop",
+    )
+
+
+def end_token_ids(converted: Converted) -> tuple[int, ...]:
     """The tokenizer's EOS first, then what else the model's generation settings count as an end."""
     generation_config = getattr(converted.model, "generation_config", None)
     listed = getattr(generation_config, "eos_token_id", None)
     ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
+_end_token_ids = end_token_ids

@@ -22,16 +22,32 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `sampler_options` reads."""
     parser.add_argument("--num_steps", "--steps", "--denoising_steps", type=int, help="denoising steps, spread evenly")
     parser.add_argument("--threshold", "--confidence_threshold", type=float, help="keep all that is as sure (0.9)")
+    parser.add_argument("--entropy_bound", type=float, help="keep what is nearly independent, in nats")
     parser.add_argument("--confidence", choices=("probability", "margin", "entropy"), help="what 'sure' means")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", help="a text that ends a row; may be repeated")
     parser.add_argument("--remask", action="store_true", default=None, help="let kept tokens be reconsidered")
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
-    return given(flags, "num_steps", "threshold", "confidence", "temperature", "top_k", "top_p", "seed", "remask")
+    return given(flags, *_OPTIONS)
+
+
+_OPTIONS = (
+    "num_steps",
+    "threshold",
+    "entropy_bound",
+    "confidence",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+    "remask",
+)
 
 
 def watching(model: Any, is_wanted: bool) -> AbstractContextManager[Any]:
