@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 from decausal.errors import UserError, nearest
 
@@ -19,11 +20,17 @@ Turn an autoregressive language model into a diffusion language model.
   decausal infill DIR --prefix A --suffix B --length N
                                        fill a gap in a text
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
+  decausal export DIR --format sdar|hf --output_dir OUT
+                                       hand it on: to SGLang and LMDeploy, or with a model card to the hub
+  decausal import MODEL --output_dir OUT
+                                       take over a public diffusion model: SDAR, Dream, LLaDA, Fast-dLLM v2
+  decausal compare [MODEL] --recipes A,B --output_dir OUT
+                                       several recipes at a matched budget: quality by training tokens and by speed
   decausal doctor MODEL                can this model be converted, or used? every check, as a table
   decausal pretrain --output_dir OUT   train a small AR model from nothing
 """
 
-VERBS = ("demo", "convert", "generate", "infill", "eval", "doctor", "pretrain")
+VERBS = ("demo", "convert", "generate", "infill", "eval", "compare", "export", "import", "doctor", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +64,8 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}")
-    return import_module(f"decausal.verbs.{verb}").run(rest)
+    name = f"{verb}_" if iskeyword(verb) else verb
+    return import_module(f"decausal.verbs.{name}").run(rest)
 
 
 def _version() -> str:

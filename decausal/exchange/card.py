@@ -1,0 +1,214 @@
+"""The model card: README.md with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from transformers import PretrainedConfig
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import ConversionFacts
+from decausal.sampling.settings import SamplerSettings
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a card says beside the facts of the conversion.
+
+    Attributes:
+        name: title of the card.
+        license: identifier as the hub has it ("apache-2.0"); None: not stated.
+        evaluation: name of the file that `results` come from.
+        results: measured figures by name, see `read_evaluation`.
+    """
+
+    name: str | None = None
+    license: str | None = None
+    evaluation: str | None = None
+    results: tuple[tuple[str, str], ...] = ()
+
+    def text(
+        self,
+        facts: ConversionFacts,
+        config: PretrainedConfig,
+        *,
+        form: str = "hf",
+        commands: dict[str, str] | None = None,
+    ) -> str:
+        """Returns the whole card.
+
+        Args:
+            facts: of the model.
+            config: of the stock model.
+            form: "hf" or "sdar": how to load it depends on that.
+            commands: how to serve it, by the engine's name.
+        """
+        title = self.name or f"{_shown(facts.source)}, converted to a diffusion language model"
+        sections = [
+            f"---\n{yaml.safe_dump(self._front_matter(facts), sort_keys=False)}---\n\n# {title}",
+            _what_it_is(facts, config),
+            _how_to_load(facts, form, commands or {}),
+            _table("Sampler", "Default settings, stored with the weights.", _sampler(facts)),
+            self._evaluation(),
+            _table("Training", "The recipe as resolved.", _recipe(facts)),
+        ]
+        return "\n\n".join(section for section in sections if section) + "\n"
+
+    def _front_matter(self, facts: ConversionFacts) -> dict[str, Any]:
+        front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        if self.license is not None:
+            front["license"] = self.license
+        if is_hub_id(facts.source):
+            front["base_model"] = facts.source
+            front["base_model_relation"] = "finetune"
+        datasets = [name.partition(":")[0] for name in _as_list(facts.recipe.get("data")) if is_hub_id(name)]
+        if datasets:
+            front["datasets"] = datasets
+        front["tags"] = ["diffusion-language-model", "masked-diffusion", "decausal", f"layout-{facts.layout}"]
+        return front
+
+    def _evaluation(self) -> str:
+        if not self.results:
+            return "## Evaluation\n\nNot measured for this card."
+        return _table("Evaluation", f"From `{self.evaluation}`.", dict(self.results))
+
+
+def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
+    """Reads the figures of an evaluation: a JSON object as `decausal eval ... --json` prints it.
+
+    Returns:
+        Names and values, with standard errors where the file has them; nested names are joined by dots.
+
+    Raises:
+        UserError: there is no such file, or it holds no figures.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"evaluation {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(
+            f"evaluation {path} is not JSON: {error}; give what `decausal eval ... --json` prints"
+        ) from error
+    figures = dict(_figures(record)) if isinstance(record, dict) else {}
+    shown = []
+    for name, value in figures.items():
+        if name.endswith("standard_error"):
+            continue
+        spread = figures.get(f"{name}_standard_error", figures.get(f"{_stem(name)}_standard_error"))
+        shown.append((name, _number(value) + (f" ± {_number(spread)}" if spread is not None else "")))
+    if not shown:
+        raise UserError(f"evaluation {path} holds no figures; give what `decausal eval ... --json` prints")
+    return tuple(shown)
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a source or data set is named as on the hub, not as a path."""
+    text = str(name).partition(":")[0]
+    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".") and not Path(text).exists()
+
+
+def _what_it_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
+    reads = {
+        "bidirectional": "every token reads the whole text",
+        "block": f"text is written in blocks of {facts.block_size} tokens, each read in both directions",
+        "causal": "every token reads what precedes it",
+    }[facts.layout]
+    predicts = "the state before a token predicts it" if facts.shift else "the state at a token's place predicts it"
+    revision = f" (revision `{facts.source_revision}`)" if facts.source_revision else ""
+    return (
+        f"A masked diffusion language model made from `{_shown(facts.source)}`{revision} with decausal "
+        f"{facts.decausal_version}. Weights have the names and shapes of a stock `{config.model_type}` model.\n\n"
+        "| fact | value |\n|---|---|\n"
+        f"| attention layout | `{facts.layout}`: {reads} |\n"
+        f"| shift | {facts.shift}: {predicts} |\n"
+        f"| mask token | id {facts.mask_token_id} |\n"
+        f"| vocabulary | {config.vocab_size} rows |"
+    )
+
+
+def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) -> str:
+    if form == "sdar":
+        served = "".join(f"\nWith {engine}:\n\n```bash\n{command}\n```\n" for engine, command in commands.items())
+        return (
+            "## Use\n\nThe files are in SDAR's form, which block diffusion engines read.\n"
+            f"{served}\nBack into decausal's form: `decausal import DIR --output_dir OUT`."
+        )
+    if facts.layout == "bidirectional":
+        stock = "reads in both directions (`config.is_causal` is false)"
+    else:
+        stock = f"has the weights; the masks of the layout `{facts.layout}` are decausal's"
+    return (
+        "## Use\n\n```python\nimport decausal\n\n"
+        'model = decausal.load("DIR")  # this directory\n'
+        'print(model.generate("Once upon a time", max_new_tokens=64).text)\n```\n\n'
+        "```bash\ndecausal generate DIR 'Once upon a time'\n```\n\n"
+        "The facts above are in `decausal.json`, so neither takes a flag for them. In plain transformers\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("DIR")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n```\n\n'
+        f"loads the stock class, which {stock}. `model.generate` of transformers writes from left to right and is not "
+        "what this model was trained for."
+    )
+
+
+def _sampler(facts: ConversionFacts) -> dict[str, str]:
+    settings = vars(SamplerSettings().updated(**facts.sampler))
+    return {name: str(value) for name, value in settings.items() if value is not None}
+
+
+def _recipe(facts: ConversionFacts) -> dict[str, str]:
+    return {name: _shown(value) for name, value in facts.recipe.items() if value is not None}
+
+
+def _table(title: str, introduction: str, rows: dict[str, str]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(f"| `{name}` | {_escaped(value)} |\n" for name, value in rows.items())
+    return f"## {title}\n\n{introduction}\n\n| name | value |\n|---|---|\n{lines}".rstrip()
+
+
+def _shown(value: object) -> str:
+    """A value as the card prints it: of a path on somebody's disk only the last part."""
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(part) for part in value)
+    text = str(value)
+    if isinstance(value, str) and "/" in text and not is_hub_id(text) and "\n" not in text:
+        return PurePath(text).name
+    return text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _as_list(value: object) -> list[str]:
+    if value is None:
+        return []
+    return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _figures(record: dict[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict) and depth:
+            found += _figures(value, f"{prefix}{name}.", depth - 1)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix("_per_token")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,69 @@
+"""A converted model as it lies on disk: facts, configuration and tokenizer in memory, tensors still in their files."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from decausal.errors import UserError
+from decausal.exchange.tensor_files import TensorFiles
+from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS, first_line
+from decausal.models.checkpoint import ConversionFacts, read_facts
+
+
+class ConvertedFiles(NamedTuple):
+    """What `open_converted` found."""
+
+    directory: Path
+    facts: ConversionFacts
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tensors: TensorFiles
+
+
+def open_converted(directory: Path) -> ConvertedFiles:
+    """Opens a converted model without loading its weights.
+
+    Raises:
+        UserError: it is none, its files are broken, or facts, tokenizer and weights disagree.
+    """
+    facts = read_facts(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{directory} holds {FACTS_FILE} but cannot be read: {first_line(error)}") from error
+    if tokenizer.mask_token_id != facts.mask_token_id:
+        raise UserError(
+            f"{directory}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, "
+            f"the tokenizer's mask token has id {tokenizer.mask_token_id}"
+        )
+    if not 0 <= facts.mask_token_id < config.vocab_size:
+        raise UserError(
+            f"{directory}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, "
+            f"the vocabulary has {config.vocab_size} rows"
+        )
+    return ConvertedFiles(directory, facts, config, tokenizer, TensorFiles(directory))
+
+
+def end_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Every token that ends a text, as generation_config.json, config.json and the tokenizer know them, in that order.
+
+    A chat model ends its turns with another token than its documents; which one, often only generation_config.json
+    says.
+    """
+    found: list[int] = []
+    with suppress(*LOADING_ERRORS):  # a directory may have none
+        found += _as_list(GenerationConfig.from_pretrained(directory).eos_token_id)
+    found += _as_list(config.eos_token_id)
+    found += _as_list(getattr(tokenizer, "eos_token_id", None))
+    return list(dict.fromkeys(found))
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [ids]

@@ -1,0 +1,61 @@
+"""Export as a plain Hugging Face directory with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from decausal.errors import UserError
+from decausal.exchange.card import CARD, ModelCard, is_hub_id
+from decausal.exchange.converted_files import open_converted
+from decausal.exchange.exported import Exported
+from decausal.exchange.staging import refuse_filled, staged
+from decausal.models.adapt import FACTS_FILE
+
+_CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCard | None = None) -> Exported:
+    """Copies what makes a converted model, and nothing of its training, beside a model card.
+
+    Args:
+        directory: what `decausal convert` wrote.
+        output_dir: a new or empty directory.
+        card: what the card says beside the facts.
+
+    Raises:
+        UserError: `directory` is no whole converted model, or `output_dir` is not empty.
+    """
+    output_dir, directory = Path(output_dir), Path(directory)
+    refuse_filled(output_dir)
+    source = open_converted(directory)
+    card = card or ModelCard()
+    with staged(output_dir) as staging:
+        for pattern in (*_CARRIED, *_TOKENIZER):
+            for path in sorted(directory.glob(pattern)):
+                _copy(path, staging)
+        (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
+        _copy(directory / FACTS_FILE, staging)  # last: a directory with it is whole
+    return Exported(output_dir, source.facts, {}, _notes(card, source.facts.source))
+
+
+def _copy(path: Path, directory: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.copytree(path, directory / path.name)
+        else:
+            shutil.copyfile(path, directory / path.name)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _notes(card: ModelCard, source: str) -> list[str]:
+    notes = []
+    if card.license is None:
+        notes.append("the card states no license; give the source's with --license")
+    if not is_hub_id(source):
+        notes.append("the card names no base model: the source is not named as on the hub")
+    if not card.results:
+        notes.append("the card has no evaluation; give one with --evaluation FILE (decausal eval ... --json)")
+    return notes

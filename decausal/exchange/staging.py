@@ -1,0 +1,68 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from decausal.errors import UserError
+from decausal.models.adapt import first_line
+
+
+@contextmanager
+def staged(output_dir: Path) -> Iterator[Path]:
+    """Gives a directory to write into, beside `output_dir`, which takes its name when the block ends well.
+
+    When the block fails, or is interrupted, nothing is left: neither files nor parent directories that were made.
+
+    Raises:
+        UserError: `output_dir` is a file or is not empty, or the disk fails.
+    """
+    refuse_filled(output_dir)
+    output_dir = output_dir.absolute()
+    made = [path for path in output_dir.parents if not path.exists()]
+    staging = None
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", suffix=".partial", dir=output_dir.parent))
+        yield staging
+        _settle(staging, output_dir)
+        made = []
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write to output_dir {output_dir}: {reason}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # not there, or not empty: another run has just begun in it
+                path.rmdir()
+
+
+def refuse_filled(output_dir: Path) -> None:
+    """Raises UserError where `output_dir` is a file, or a directory that holds something."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file; name a directory")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty; name a new directory")
+
+
+def _settle(staging: Path, output_dir: Path) -> None:
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    staging.chmod(_default_mode())  # mkdtemp makes directories for their owner alone
+    os.replace(staging, output_dir)  # in place of nothing, or of an empty directory
+
+
+def _default_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o777 & ~mask

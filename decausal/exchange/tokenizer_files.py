@@ -1,0 +1,85 @@
+"""The tokenizer of a public checkpoint, read without its code and without a question about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+
+from decausal.errors import UserError
+from decausal.models.adapt import LOADING_ERRORS, first_line
+
+_SETTINGS = "tokenizer_config.json"
+_READ = ("tokenizer.json", _SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_READ += ("chat_template.jinja", "chat_template.json", "tokenizer.model")
+
+
+def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer from its files alone: beside a config.json with code, transformers asks whether to run that.
+
+    Where the tokenizer has code of its own, its tokenizer.json is read, or, for the Qwen family, whose forms bring
+    copies of Qwen2's tokenizer, the vocabulary and merges of that.
+
+    Args:
+        directory: the checkpoint.
+        stock: configuration of the stock model.
+
+    Raises:
+        UserError: there is none, or its files are broken.
+    """
+    with tempfile.TemporaryDirectory() as bare:
+        for name in _READ:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, Path(bare) / name)
+        has_code = _strip_code(Path(bare) / _SETTINGS)
+        try:
+            if not has_code:
+                tokenizer = AutoTokenizer.from_pretrained(bare, config=stock, trust_remote_code=False)
+            elif (Path(bare) / "tokenizer.json").is_file() or stock.model_type == "llama":
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(bare)
+            else:
+                tokenizer = Qwen2Tokenizer.from_pretrained(bare)
+        except LOADING_ERRORS as error:
+            raise UserError(f"cannot load the tokenizer of {directory}: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"cannot load the tokenizer of {directory}: its vocabulary is missing (tokenizer.json)")
+    return tokenizer
+
+
+def _strip_code(settings: Path) -> bool:
+    """Removes the name of a tokenizer's own code from its settings; returns whether there was one."""
+    if not settings.is_file():
+        return False
+    values = read_json(settings)
+    if "auto_map" not in values:
+        return False
+    stripped = {name: value for name, value in values.items() if name not in ("auto_map", "tokenizer_class")}
+    settings.write_text(json.dumps(stripped), encoding="utf-8")
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a table from a file.
+
+    Raises:
+        UserError: it is not there, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no table of settings")
+    return values
