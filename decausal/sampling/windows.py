@@ -53,8 +53,8 @@ class Reader:
         self.is_autoregressive = self.layout.block_size == 1 and self.shift == 1
 
     def commit(self, windows: list[range]) -> None:
-        """Reads finished tokens alone: what an engine that does not fuse does before it denoises."""
-        self._read([range(window.start, window.stop - self.layout.block_size) for window in windows], tail=0)
+        """Reads finished tokens alone, windows that end before the blocks: how to commit without fusing."""
+        self._read(windows, tail=0)
 
     def predict(self, windows: list[range]) -> Float[Tensor, "b K D"]:
         """Reads the windows of rows 0 to b - 1 and returns the state that predicts each position of their blocks."""

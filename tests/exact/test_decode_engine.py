@@ -9,15 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from decausal.sampling import windows
+from decausal.diffusion.doubled import double
+from decausal.models.backbone import body_forward
 from decausal.sampling.engine import BlockEngine, Finished, Request
 from decausal.sampling.settings import SamplerSettings
+from tests.families import SLIDING_WINDOW
 from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, decode, sharp_model
 
 MODEL = sharp_model()
 END = 3
+NEVER = 10**9
 
 block_sizes = st.sampled_from([1, 2, 3, 4, 8])
 prompts = st.lists(st.integers(4, MASK - 1), min_size=1, max_size=11)
@@ -35,23 +39,25 @@ orders = st.sampled_from(["probability", "margin", "entropy"])
 draws = st.sampled_from(
     [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 5}, {"temperature": 1.5, "top_p": 0.8}]
 )
-
-
-@st.composite
-def sampler_settings(draw: st.DrawFn) -> SamplerSettings:
-    options = draw(schedules) | draw(draws)
-    return SamplerSettings(max_new_tokens=draw(st.integers(1, 14)), confidence=draw(orders), **options)
+layouts = {"block_size": block_sizes, "shift": st.sampled_from([0, 1]), "causal_context": st.booleans()}
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    return Request(draw(prompts), draw(sampler_settings()), seed=draw(st.integers(0, 99)))
+    own = SamplerSettings(
+        max_new_tokens=draw(st.integers(1, 14)), confidence=draw(orders), **draw(schedules), **draw(draws)
+    )
+    return Request(draw(prompts), own, seed=draw(st.integers(0, 99)))
 
 
-def run(
-    facts: Any, rows: list[Request], max_rows: int = 8, model: PreTrainedModel = MODEL, **options: Any
-) -> list[Finished]:
-    engine = BlockEngine(model, facts, max_rows=max_rows, end_token_ids=(END,), **options)
+def engine_of(facts: Any, model: PreTrainedModel = MODEL, padding: int | None = None, **options: Any) -> BlockEngine:
+    engine = BlockEngine(model, facts, **{"max_rows": 4, "end_token_ids": (END,), **options})
+    if padding is not None:
+        engine._reader.free_padding = padding
+    return engine
+
+
+def run(engine: BlockEngine, rows: list[Request]) -> list[Finished]:
     return sorted(engine.run(rows), key=lambda row: row.ticket)
 
 
@@ -59,25 +65,228 @@ def told(row: Finished) -> tuple[Any, ...]:
     return row.ids, row.block_of_token, row.step_of_token, row.finish_reason
 
 
-layouts = {"block_size": block_sizes, "shift": st.sampled_from([0, 1]), "causal_context": st.booleans()}
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
     **layouts,
     rows=st.lists(requests(), min_size=1, max_size=4),
     max_rows=st.integers(1, 4),
-    padding=st.sampled_from([0, 5, 10**9]),
+    padding=st.sampled_from([0, 5, NEVER]),
 )
 def test_rows_are_what_passes_over_whole_rows_give(
     block_size: int, shift: int, causal_context: bool, rows: list[Request], max_rows: int, padding: int
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
-    engine = BlockEngine(MODEL, facts, max_rows=max_rows, end_token_ids=(END,))
-    engine._reader.free_padding = padding
-    found = sorted(engine.run(rows), key=lambda row: row.ticket)
+    found = run(engine_of(facts, max_rows=max_rows, padding=padding), rows)
     assert len(found) == len(rows)
     for row, request in zip(found, rows, strict=True):
         expected = decode(MODEL, facts, request.prompt_ids, request.settings, request.seed, (END,))
         assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
         assert row.num_forwards == expected.num_steps
+
+
+FAMILY_MODELS = {
+    "mistral": sharp_model("mistral"),  # every layer slides
+    "gemma3": sharp_model("gemma3"),  # one layer slides
+    "gpt2": sharp_model("gpt2"),  # learned positions
+    "gemma2": sharp_model("gemma2"),  # eager attention, soft caps
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_of_other_families_are_what_passes_over_whole_rows_give(family: str, shift: int) -> None:
+    model, facts = FAMILY_MODELS[family], block_facts(4, shift)
+    own = SamplerSettings(max_new_tokens=9, threshold=0.6)
+    rows = [Request([7, 5, 9, 11, 4, 8][:length], own) for length in (1, 4, 6)]
+    windows = {"mistral": SLIDING_WINDOW, "gemma3": SLIDING_WINDOW, "gemma2": SLIDING_WINDOW}
+    for row, request in zip(run(engine_of(facts, model), rows), rows, strict=True):
+        expected = decode(model, facts, request.prompt_ids, own, 0, (END,), window=windows.get(family))
+        assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
+
+
+class RecordedStates:
+    """The states from which an engine predicts, one tensor per pass."""
+
+    def __init__(self, engine: BlockEngine) -> None:
+        self.passes: list[Tensor] = []
+        predict = engine._reader.predict
+
+        def recorded(windows: list[range]) -> Tensor:
+            states = predict(windows)
+            self.passes.append(states.clone())
+            return states
+
+        engine._reader.predict = recorded
+
+
+@settings(max_examples=14, deadline=None)
+@given(**layouts, request=requests())
+@torch.no_grad()
+def test_states_are_those_of_the_row_that_is_trained_on(
+    block_size: int, shift: int, causal_context: bool, request: Request
+) -> None:
+    """Identity 3: every state an engine decided from stands in a row of clean and noised tokens."""
+    facts = block_facts(block_size, shift, causal_context)
+    engine = engine_of(facts)
+    states = RecordedStates(engine)
+    (row,) = engine.run([request])
+    size, first = block_size, row.first_block * block_size
+    clean = torch.tensor([[*request.prompt_ids[:first], *row.whole_ids]])
+    steps = torch.tensor([-1] * first + row.whole_steps)
+    was_given = torch.arange(clean.shape[1]) < len(request.prompt_ids)
+    blocks = torch.arange(clean.shape[1]) // size
+    pass_number = 0
+    for block in range(row.first_block, clean.shape[1] // size):
+        here = blocks == block
+        num_steps = 1 + max(steps[here & ~was_given].tolist())
+        for step in range(num_steps):
+            is_masked = here & ~was_given & ((steps >= step) | (steps < 0))
+            doubled = double(clean, torch.zeros_like(clean), here[None], is_masked[None, None], MASK, size)
+            hidden = body_forward(
+                MODEL,
+                doubled.ids,
+                facts.attention,
+                document_ids=doubled.document_ids,
+                position_ids=doubled.position_ids,
+                stream_ids=doubled.stream_ids,
+            ).last_hidden_state[0]
+            positions = is_masked.nonzero().flatten()
+            found = states.passes[pass_number][0, positions % size]
+            expected = hidden[doubled.predicting_place(1, positions, shift)]
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+            pass_number += 1
+    assert pass_number == row.num_forwards
+
+
+@settings(max_examples=14, deadline=None)
+@given(
+    **layouts,
+    rows=st.lists(requests(), min_size=2, max_size=6),
+    max_rows=st.integers(1, 5),
+    num_early=st.integers(0, 5),
+    padding=st.sampled_from([0, NEVER]),
+)
+def test_a_row_is_the_same_alone_in_any_batch_and_admitted_late(
+    block_size: int,
+    shift: int,
+    causal_context: bool,
+    rows: list[Request],
+    max_rows: int,
+    num_early: int,
+    padding: int,
+) -> None:
+    facts = block_facts(block_size, shift, causal_context)
+    alone = [replace(run(engine_of(facts), [row])[0], ticket=index) for index, row in enumerate(rows)]
+    assert run(engine_of(facts, max_rows=max_rows, padding=padding), rows) == alone
+    engine, late = engine_of(facts, max_rows=max_rows, padding=padding), []
+    for row in rows[:num_early]:
+        engine.submit(row)
+    for row in rows[num_early:]:
+        late += [event.finished for event in engine.step() if event.finished]
+        engine.submit(row)
+    late += list(engine.run())
+    assert sorted(late, key=lambda row: row.ticket) == alone
+
+
+@settings(max_examples=14, deadline=None)
+@given(**layouts, rows=st.lists(requests(), min_size=1, max_size=4))
+def test_commits_in_passes_of_their_own_give_the_same_rows_for_one_pass_more_per_block(
+    block_size: int, shift: int, causal_context: bool, rows: list[Request]
+) -> None:
+    facts = block_facts(block_size, shift, causal_context)
+    fused, unfused = (run(engine_of(facts, is_fused=is_fused), rows) for is_fused in (True, False))
+    for one, other, request in zip(fused, unfused, rows, strict=True):
+        num_blocks = len(one.whole_ids) // block_size
+        num_commits = num_blocks - (len(request.prompt_ids) < block_size)  # the prompt's whole blocks are one
+        if block_size == 1 and shift == 1:
+            num_commits = 0  # the autoregressive model reads no masks: each pass is a commit
+        assert other == replace(one, num_forwards=one.num_forwards + num_commits)
+
+
+@pytest.mark.parametrize("layout", ["block", "causal"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral", "gemma2"])
+def test_blocks_of_one_token_with_shift_1_write_the_greedy_text_of_the_autoregressive_model(
+    family: str, layout: str
+) -> None:
+    model = sharp_model(family)
+    facts = block_facts(1) if layout == "block" else replace(block_facts(1), layout="causal", block_size=None)
+    rows = [Request([7, 5, 9, 11, 4, 8, 20][:length], SamplerSettings(max_new_tokens=12)) for length in (1, 3, 7)]
+    calls: list[tuple[int, ...]] = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, options: calls.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    found = run(engine_of(facts, model, end_token_ids=()), rows)
+    hook.remove()
+    for row, request in zip(found, rows, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        stock = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=[MASK],
+            pad_token_id=0,
+        )
+        assert row.ids == stock[0, ids.shape[1] :].tolist()
+        assert row.num_forwards == 12
+        assert row.tokens_per_forward == 1
+    # After the model's own test of its cache: the prompts, then one token of each row at a time.
+    assert calls[-11:] == [(3, 1)] * 11
+
+
+def test_random_numbers_are_those_of_seed_step_and_position_alone() -> None:
+    """A row that draws at temperature 1 is the reference's, which knows nothing else."""
+    facts = block_facts(4)
+    own = SamplerSettings(max_new_tokens=16, temperature=1.0, num_steps=2)
+    rows = [Request([5, 6, 7], own, seed=seed) for seed in (0, 1, 2**40)] + [Request([5, 6, 7], replace(own, seed=1))]
+    found = run(engine_of(facts), rows)
+    for row, request in zip(found, rows, strict=True):
+        seed = request.settings.seed if request.seed is None else request.seed
+        assert row.ids == decode(MODEL, facts, request.prompt_ids, own, seed, (END,)).ids
+    assert found[0].ids != found[1].ids
+    assert found[1].ids == found[3].ids
+
+
+@settings(max_examples=10, deadline=None)
+@given(**layouts, request=requests())
+def test_a_text_of_fewer_tokens_is_the_beginning_of_a_longer_one(
+    block_size: int, shift: int, causal_context: bool, request: Request
+) -> None:
+    facts = block_facts(block_size, shift, causal_context)
+    rows = [replace(request, settings=replace(request.settings, max_new_tokens=number)) for number in (1, 2, 5, 9, 14)]
+    found = run(engine_of(facts, max_rows=3), rows)
+    for row, shorter in zip(found, rows, strict=True):
+        number = shorter.settings.max_new_tokens
+        assert row.ids == found[-1].ids[:number]
+        assert len(row.ids) == number or row.finish_reason == "end"
+
+
+@settings(max_examples=10, deadline=None)
+@given(**layouts, rows=st.lists(requests(), min_size=1, max_size=3))
+def test_the_whole_blocks_of_a_row_hold_every_state_that_it_visited(
+    block_size: int, shift: int, causal_context: bool, rows: list[Request]
+) -> None:
+    facts = block_facts(block_size, shift, causal_context)
+    engine = engine_of(facts)
+    tickets = {engine.submit(row): row for row in rows}
+    seen: dict[int, dict[tuple[int, int], dict[int, int]]] = {ticket: {} for ticket in tickets}
+    finished = {}
+    while engine.num_unfinished:
+        for event in engine.step():
+            seen[event.ticket][event.block, event.step] = dict(zip(event.positions, event.ids, strict=True))
+            if event.finished:
+                finished[event.ticket] = event.finished
+    for ticket, row in finished.items():
+        first = row.first_block * block_size
+        assert len(row.whole_ids) % block_size == 0
+        by_step: dict[tuple[int, int], dict[int, int]] = {}
+        for place, (token, step) in enumerate(zip(row.whole_ids, row.whole_steps, strict=True), start=first):
+            if place < len(tickets[ticket].prompt_ids):
+                assert (token, step) == (tickets[ticket].prompt_ids[place], -1)
+            elif step < 0:
+                assert token == MASK
+            else:
+                by_step.setdefault((place // block_size, step), {})[place] = token
+        assert by_step == seen[ticket]
+        assert len(by_step) == row.num_forwards == 1 + max(row.row_step_of_token[-1:] + row.row_step_of_token)
+        assert VOCAB_SIZE - 1 not in row.ids

@@ -48,17 +48,27 @@ class Decoded:
     reason: str = "length"
 
 
-def whole_row_states(model: PreTrainedModel, facts: ConversionFacts, ids: list[int], start: int) -> Tensor:
+def whole_row_states(
+    model: PreTrainedModel, facts: ConversionFacts, ids: list[int], start: int, window: int | None = None
+) -> Tensor:
     """States of finished tokens before `start` and of the block behind them, by the definition of the layout."""
     position, document = torch.arange(len(ids)), torch.zeros(1, dtype=torch.long)
     stream = (position >= start).long()
-    is_visible = visible(
-        facts.attention, position[:, None], position, document, document, None, stream[:, None], stream
-    )
+    masks = {
+        kind: visible(facts.attention, position[:, None], position, document, document, reach, stream[:, None], stream)
+        for kind, reach in (("full_attention", None), ("sliding_attention", window))
+    }
+    if model.config._attn_implementation == "eager":
+        masks = {
+            kind: torch.zeros(mask.shape, dtype=torch.double).masked_fill(~mask, -1e300) for kind, mask in masks.items()
+        }
+    masks = {kind: mask[None, None] for kind, mask in masks.items()}
+    layer_types = getattr(model.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    is_mixed = len(set(layer_types)) > 1
     body = model.base_model(
         input_ids=torch.tensor([ids]),
         position_ids=position[None],
-        attention_mask=is_visible[None, None],
+        attention_mask=masks if is_mixed else masks[layer_types[0]],
         use_cache=False,
     )
     return body.last_hidden_state[0]
@@ -72,8 +82,9 @@ def decode(
     settings: SamplerSettings,
     seed: int,
     ends: tuple[int, ...] = (),
+    window: int | None = None,
 ) -> Decoded:
-    """Writes one row."""
+    """Writes one row. `window`: of the model's sliding layers."""
     size, limit = facts.block_size, len(prompt) + settings.max_new_tokens
     head = head_of(model)._replace(banned=MASK)
     ids, row = list(prompt), Decoded([])
@@ -90,7 +101,7 @@ def decode(
             allowed = [p for p in masked if p < ended_at]
             if not any(p < limit for p in allowed):
                 break
-            states = whole_row_states(model, facts, ids, start)
+            states = whole_row_states(model, facts, ids, start, window)
             row.num_steps += 1
             found = {p: _candidate(states[p - facts.shift], head, settings, seed, step, p) for p in allowed}
             for position in _kept(found, settings, step, num_open, num_open - len(masked)):
