@@ -136,6 +136,8 @@ def evaluate_tasks(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     tokenizer = model[1]
     prompts = [problem.prompt for problem in problems]
     max_new_tokens = max_new_tokens or longest_completion(problems, tokenizer)

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 from decausal.data.documents import read_documents
 from decausal.data.rows import PackedRows, load_rows
+from decausal.data.sources import Tasks, find_sources
 from decausal.data.stream import Collator, TrainingStream
 from decausal.data.tokenizer import character_tokenizer, train_tokenizer
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
+from decausal.evaluation.tasks import TaskScores, evaluate_tasks
 from decausal.models.backbone import decoder_layers
-from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
+from decausal.training.model_card import model_card
 from decausal.training.muon import MuonWithAdamW
 from decausal.training.run import rows_per_step, run_length, training_arguments
 from decausal.training.run_directory import (
@@ -56,10 +55,11 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where the model was written, and its likelihood on the held-out text, if there is any."""
+    """Where the model was written, and what was measured on the held-out data, if there is any."""
 
     output_dir: Path
     heldout: ArLikelihood | None
+    tasks: TaskScores | None = None
 
 
 def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained:
@@ -90,82 +90,36 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)
         model.config.use_cache = True  # training turns it off
-        heldout = _measure(settings, model, tokenizer)
+        heldout, tasks = _measure(settings, model, tokenizer)
         if args.should_save:
             num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
-            card = model_card(settings, training, model.num_parameters(), num_tokens, heldout)
+            card = model_card(settings, training, model.num_parameters(), num_tokens, args.max_steps, heldout, tasks)
             with disk_errors(output_dir):
                 model.save_pretrained(output_dir)
                 tokenizer.save_pretrained(output_dir)
                 (output_dir / "README.md").write_text(card, encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
-    return Pretrained(output_dir, heldout)
+    return Pretrained(output_dir, heldout, tasks)
 
 
 def _measure(
     settings: PretrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> ArLikelihood | None:
-    """Measures the weights as they are saved: rounded to bfloat16, run in float32."""
+) -> tuple[ArLikelihood | None, TaskScores | None]:
+    """Measures the weights as they are saved, rounded to bfloat16, run in float32; on tasks, right answers too."""
     if settings.eval_data is None:
-        return None
+        return None, None
+    measured = copy.deepcopy(model).float()
     rows = load_rows(settings.eval_data, tokenizer, settings.max_length, text_field=settings.text_field)
-    return evaluate_ar_nll(copy.deepcopy(model).float(), rows, tokenizer)
-
-
-def model_card(
-    settings: PretrainSettings,
-    training: dict[str, Any],
-    num_parameters: int,
-    num_tokens: int,
-    heldout: ArLikelihood | None,
-) -> str:
-    """Returns the model's card: what it is, how it was made and how good it is, in Markdown."""
-    flags = {
-        name: value
-        for name, value in asdict(settings).items()
-        if value != getattr(PretrainSettings(), name) and name != "overwrite"
-    } | {name: value for name, value in training.items() if name not in ("output_dir", "resume_from_checkpoint")}
-    command = shlex.join(
-        ["decausal", "pretrain", "--output_dir", "OUT"]
-        + [word for name, value in flags.items() for word in (f"--{name}", _as_flag(value))]
+    problems = [
+        example
+        for source in find_sources(settings.eval_data)
+        if isinstance(source, Tasks)
+        for example in source.examples()
+    ]
+    return (
+        evaluate_ar_nll(measured, rows, tokenizer),
+        evaluate_tasks((measured, tokenizer), problems) if problems else None,
     )
-    measured = "Not measured."
-    if heldout is not None:
-        measured = (
-            f"{heldout.bits_per_byte:.4f} bits per byte (standard error over rows "
-            f"{heldout.bits_per_byte_standard_error or 0:.4f}), {heldout.nll_per_token:.4f} nats per token, on "
-            f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, "
-            f"documents isolated, rows of {settings.max_length}."
-        )
-    made_with = yaml.safe_dump(provenance(), sort_keys=False)
-    return f"""\
----
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# A small autoregressive model, made by decausal
-
-{num_parameters:,} parameters: {settings.num_hidden_layers} layers of width {settings.hidden_size}, a byte-level BPE
-vocabulary of {settings.vocab_size}, a context of {settings.context} tokens. Stock Qwen3 architecture, bfloat16
-weights. Trained on `{settings.data}`. It exists to be converted into a diffusion model, in demonstrations and tests.
-
-## Held-out likelihood
-
-{measured}
-
-## How it was made
-
-```
-{command}
-```
-
-{num_tokens:,} tokens in {training.get("max_steps", DEFAULTS["max_steps"])} steps. The same command makes it again.
-
-```yaml
-{made_with}```
-"""
 
 
 def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTrainedTokenizerFast:
@@ -230,7 +184,3 @@ def _trainer(
             None,
         ),
     )
-
-
-def _as_flag(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | bool) else str(value)

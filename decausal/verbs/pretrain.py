@@ -24,4 +24,6 @@ def run(arguments: list[str]) -> int:
         print(f"model: {trained.output_dir}")
         if trained.heldout is not None:
             print(f"held out: {trained.heldout.bits_per_byte:.3f} bits per byte")
+        if trained.tasks is not None:
+            print(f"right answers: {trained.tasks.accuracy:.1%}, the mean of {len(trained.tasks.tasks)} tasks")
     return 0
