@@ -64,8 +64,8 @@ def aligned(arms: Arms, batch: Batch) -> Tensor:
         batch.get("document_ids"),
         batch.get("position_ids"),
     )
-    sums = loss_sums(arms.student, batch | {"teacher_states": states}, arms.supervision)
-    num_token_terms, num_aligned = batch["denominators"].unbind()
+    sums = loss_sums(arms.student, batch | {"teacher_states": states}, arms.supervision, ("tokens", "alignment"))
+    num_token_terms, num_aligned = batch["denominators"][:2].unbind()
     return sums["tokens"] / num_token_terms + ALIGNMENT_WEIGHT * sums["alignment"] / num_aligned
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
@@ -24,8 +25,9 @@ from decausal.training.run import run_length, training_arguments
 from decausal.training.settings import ConversionSettings
 from decausal.training.teacher import Teacher
 from decausal.training.trainer import ConversionTrainer
-from tests.families import FAMILIES, VOCAB_SIZE, tiny_tokenizer
+from tests.families import FAMILIES, MAX_LENGTH, VOCAB_SIZE, tiny_tokenizer
 
+BIDIRECTIONAL = Layout("bidirectional")
 ROOT = Path(__file__).parent.parent
 T = 24
 TEXT = "the rain in spain stays on the hat that a heron saw in the other inn then another one ran there"
@@ -143,6 +145,7 @@ def make_trainer(
     *,
     family: str = "qwen3",
     dtype: torch.dtype = torch.float32,
+    layout: Layout = BIDIRECTIONAL,
     shift: int = 1,
     noising: Noising | None = None,
     weighting: str = "none",
@@ -155,7 +158,7 @@ def make_trainer(
     values = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no"}
     args = training_arguments(TRAINING | values | training | {"output_dir": str(output_dir)})
     model, mask_token_id = adapted(family, dtype, **(changes or {}))
-    options = {"layout": Layout("bidirectional"), "mask_token_id": mask_token_id} | (supervision or {})
+    options = {"layout": layout, "mask_token_id": mask_token_id} | (supervision or {})
     is_aligned = options.get("alignment") is not None
     if is_aligned:
         options.setdefault("aligned_layers", tuple(range(model.config.num_hidden_layers + 1)))
@@ -165,7 +168,11 @@ def make_trainer(
         stream=TrainingStream(
             rows, run_length(args, len(rows)), seed=args.seed, shift=shift, noising=noising or Noising()
         ),
-        collator=Collator(mask_token_id, shift, weighting, aligned_positions),
+        collator=(
+            BlockCollator(mask_token_id, shift, layout, MAX_LENGTH, weighting, aligned_positions)
+            if layout.kind == "block"
+            else Collator(mask_token_id, shift, weighting, aligned_positions)
+        ),
         supervision=Supervision(**options),
         teacher=teacher_of(family, dtype, **(changes or {})) if is_aligned else None,
     )

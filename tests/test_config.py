@@ -44,8 +44,13 @@ def values_of(hint):
     return st.one_of(*(st.none() if option is type(None) else values_of(option) for option in get_args(hint)))
 
 
+# Settings whose values are refused in some combinations.
+BOUND_TOGETHER = {
+    *("views", "complementary_masks", "layout", "block_size", "causal_context", "noise_per"),
+    *("token_start_step", "token_stop_step", "align_start_step", "align_stop_step"),
+}
 conversions = st.fixed_dictionaries(
-    {}, optional={name: values_of(hint) for name, hint in HINTS.items() if name not in ("views", "complementary_masks")}
+    {}, optional={name: values_of(hint) for name, hint in HINTS.items() if name not in BOUND_TOGETHER}
 ).map(lambda values: ConversionSettings(**values))
 
 
@@ -139,6 +144,25 @@ def test_training_arguments_are_read_as_transformers_users_write_them(name, give
         (["--data_fraction", "0"], "--data_fraction 0.0: must be above 0"),
         (["--complementary_masks", "true"], "--complementary_masks needs --views 2, not 1"),
         (["--align_stop_step", "soon"], "give a whole number"),
+        (["--align_stop_step", "1.5"], "--align_stop_step 1.5: give a number of steps, or a share of the run below 1"),
+        (["--token_start_step", "-1"], "--token_start_step -1: give a number of steps"),
+        (
+            ["--token_start_step", "5", "--token_stop_step", "5"],
+            "--token_stop_step 5 is not after",
+        ),
+        (["--token_weight", "0"], "--token_weight 0 leaves nothing to train on"),
+        (["--layout", "blocks"], "give one of causal, bidirectional, block"),
+        (["--layout", "block"], "--layout block needs --block_size"),
+        (["--layout", "block", "--block_size", "0"], "--block_size 0: must be at least 1"),
+        (["--layout", "block", "--block_size", "513"], "--block_size 513 is over --max_length 512"),
+        (
+            ["--layout", "block", "--block_size", "4", "--anneal_steps", "9"],
+            "--anneal_steps 9 is not for --layout block",
+        ),
+        (["--block_size", "4"], "--block_size 4 is for --layout block, not bidirectional"),
+        (["--causal_context"], "--causal_context is for --layout block, not bidirectional"),
+        (["--noise_per", "block"], "--noise_per block is for --layout block, not bidirectional"),
+        (["--layout=block", "--block_size=4", "--complementary_masks"], "--complementary_masks needs --views 2"),
     ],
 )
 def test_bad_flags_are_told_by_name(flags, told):
@@ -191,13 +215,13 @@ def test_verbs_without_training_arguments_take_none():
 
 
 def test_the_recipes_that_the_documents_promise_are_there():
-    assert {"mdm", "repr-align", "diffullama"} <= set(recipe_names())
+    assert {"mdm", "repr-align", "diffullama", "bd3lm", "sdar", "fast-dllm-v2"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves(name):
     conversion, training = resolve(ConversionSettings, read_recipe(name), [])
-    assert conversion.layout == "bidirectional"
+    assert conversion.layout in ("bidirectional", "block")
     assert set(training) <= set(training_hints())
 
 
@@ -207,6 +231,12 @@ def test_recipes_are_the_methods_they_are_named_after():
     assert conversions["repr-align"].align_weight > 0
     assert (conversions["diffullama"].weighting, conversions["diffullama"].shift) == ("inverse_t", 1)
     assert conversions["diffullama"].anneal_steps > 0
+    blocks = {name: conversions[name] for name in ("bd3lm", "sdar", "fast-dllm-v2")}
+    assert all(conversion.layout == "block" for conversion in blocks.values())
+    assert {name: conversion.shift for name, conversion in blocks.items()} == {"bd3lm": 0, "sdar": 0, "fast-dllm-v2": 1}
+    assert (blocks["bd3lm"].weighting, blocks["bd3lm"].noise_per) == ("inverse_t", "block")
+    assert (blocks["sdar"].block_size, blocks["sdar"].weighting) == (4, "inverse_t")
+    assert (blocks["fast-dllm-v2"].views, blocks["fast-dllm-v2"].complementary_masks) == (2, True)
 
 
 @pytest.mark.parametrize(

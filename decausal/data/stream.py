@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from decausal.diffusion.layout import is_packed, positions_in_documents
+from decausal.diffusion.layout import block_numbers, is_packed, positions_in_documents
 from decausal.diffusion.noise import draw_noise
 from decausal.diffusion.shift import predictable, predicting_index
 
 Weighting = Literal["none", "inverse_t"]
 AlignedPositions = Literal["targets", "visible", "all"]
+KlMean = Literal["token", "sequence"]
 Batch = dict[str, Tensor]
 
 
@@ -42,11 +44,13 @@ class Noising:
         views: noised views of one clean row, K. One teacher pass serves them all.
         complementary: with K = 2, the second view masks exactly what the first leaves, at level 1 - t.
         stratified: spread noise levels evenly over neighbouring rows instead of drawing them independently.
+        block_size: tokens per block where each block has a noise level of its own; None: each document has.
     """
 
     views: int = 1
     complementary: bool = False
     stratified: bool = True
+    block_size: int | None = None
 
 
 class TrainingStream(Dataset[dict[str, Tensor]]):
@@ -90,13 +94,97 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
             views=self.noising.views,
             complementary=self.noising.complementary,
             stratified=self.noising.stratified,
+            block_size=self.noising.block_size,
         )
         return item | {"is_masked": noise.is_masked, "level": noise.level}
 
 
+class Items(NamedTuple):
+    """Items of a `TrainingStream`, stacked: B rows of T tokens in K views."""
+
+    clean_ids: Int[Tensor, "B T"]
+    document_ids: Int[Tensor, "B T"]
+    is_predictable: Bool[Tensor, "B T"]
+    is_masked: Bool[Tensor, "B K T"]
+    level: Float[Tensor, "B K T"]
+
+    @staticmethod
+    def stack(items: Sequence[dict[str, Tensor]]) -> Items:
+        return Items(*(torch.stack([item[name] for item in items]) for name in Items._fields))
+
+    def clean_rows(self) -> Batch:
+        """What the teacher reads: `clean_ids`; document and position ids only where rows are packed or padded."""
+        rows = {"clean_ids": self.clean_ids}
+        if is_packed(self.document_ids):
+            rows |= {"document_ids": self.document_ids, "position_ids": positions_in_documents(self.document_ids)}
+        return rows
+
+
+class Targets(NamedTuple):
+    """The tokens that are predicted, n of them over all views.
+
+    Attributes:
+        view_index: flat index into [B*K*T].
+        token_index: flat index into [B*T].
+        view: in 0 .. K - 1.
+    """
+
+    view_index: Int[Tensor, "n"]
+    token_index: Int[Tensor, "n"]
+    view: Int[Tensor, "n"]
+
+    @staticmethod
+    def where(is_target: Bool[Tensor, "B K T"]) -> Targets:
+        _, views, length = is_target.shape
+        view_index = is_target.reshape(-1).nonzero()[:, 0]
+        row, view = view_index // (views * length), view_index // length % views
+        return Targets(view_index, row * length + view_index % length, view)
+
+
+@dataclass(frozen=True)
+class TargetTerms:
+    """What the token loss and the teacher's next-token distributions ask of each target, whatever the layout.
+
+    Attributes:
+        weighting: "none": a target's token loss weighs 1. "inverse_t": it weighs 1/t, and the mean is over all
+            predictable tokens.
+        kl_mean: "token": a target's divergence weighs 1. "sequence": means per sequence (a document in one view), then
+            over sequences.
+    """
+
+    weighting: Weighting = "none"
+    kl_mean: KlMean = "token"
+
+    def __call__(self, items: Items, targets: Targets) -> tuple[Batch, list[float]]:
+        """Returns `target_ids`, `target_weight`, `next_token_index` and `logit_weight`, and their two denominators."""
+        target_weight = torch.ones(len(targets.view_index))
+        num_token_terms = float(len(targets.view_index))
+        if self.weighting == "inverse_t":
+            target_weight = 1.0 / items.level.reshape(-1)[targets.view_index]
+            num_token_terms = float(items.is_masked.shape[1] * int(items.is_predictable.sum()))
+        # No state of the teacher's predicts a document's first token: it names its own, at weight 0.
+        is_next = predictable(items.document_ids, shift=1).reshape(-1)[targets.token_index]
+        logit_weight = is_next.double()
+        if self.kl_mean == "sequence":
+            logit_weight = logit_weight / self._num_in_sequence(items, targets, is_next)
+        terms = {
+            "target_ids": items.clean_ids.reshape(-1)[targets.token_index],
+            "target_weight": target_weight,
+            "next_token_index": targets.token_index - is_next.long(),
+            "logit_weight": logit_weight.float(),
+        }
+        return terms, [num_token_terms, float(logit_weight.sum())]
+
+    def _num_in_sequence(self, items: Items, targets: Targets, is_next: Bool[Tensor, "n"]) -> Float[Tensor, "n"]:
+        length = items.is_masked.shape[2]
+        sequence = block_numbers(items.document_ids, length).clamp(min=0).reshape(-1)[targets.token_index]
+        sequence = (targets.view_index // length) * length + sequence  # at most `length` documents in a row
+        return torch.bincount(sequence, weights=is_next.double()).clamp(min=1)[sequence]
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Stacks items of a `TrainingStream` into a batch.
+    """Stacks items of a `TrainingStream` into a batch; block layouts have their own, `BlockCollator`.
 
     The batch holds, for B rows of T tokens in K views (views of row 0 first, then of row 1, ...):
         clean_ids [B T], noised_ids [B*K T];
@@ -104,7 +192,10 @@ class Collator:
         target_index [n]: flat index into [B*K*T] of the state that predicts each target;
         target_ids [n], target_weight [n] (1, or 1/t);
         aligned_index, teacher_index [m]: the aligned states, in [B*K*T] and in [B*T];
-        denominators [2]: what the token loss and the alignment are means over. Summed over the whole global batch.
+        next_token_index [n]: flat index into [B*T] of the causal teacher's state that predicts the same target;
+        logit_weight [n]: weight of a target's divergence from the teacher's distribution;
+        denominators [4]: what the losses are means over (tokens, alignment, logits, causal logits). Summed over the
+        whole global batch.
     """
 
     mask_token_id: int
@@ -112,38 +203,29 @@ class Collator:
     weighting: Weighting = "none"
     aligned_positions: AlignedPositions = "targets"
     predict_all: bool = False  # autoregressive training: every predictable token is a target, nothing is masked
+    kl_mean: KlMean = "token"
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> Batch:
-        clean_ids, document_ids, is_predictable, is_masked, level = (
-            torch.stack([item[name] for item in items])
-            for name in ("clean_ids", "document_ids", "is_predictable", "is_masked", "level")
+        stacked = Items.stack(items)
+        num_rows, views, length = stacked.is_masked.shape
+        view_clean_ids = stacked.clean_ids[:, None].expand(num_rows, views, length)
+        targets = Targets.where(stacked.is_predictable[:, None] if self.predict_all else stacked.is_masked)
+        terms, (num_token_terms, num_logit_terms) = TargetTerms(
+            "none" if self.predict_all else self.weighting, self.kl_mean
+        )(stacked, targets)
+        aligned_index = self._aligned_index(targets.view_index, stacked.is_masked, stacked.document_ids)
+        denominators = [num_token_terms, float(len(aligned_index)), num_logit_terms, 0.0]
+        return (
+            stacked.clean_rows()
+            | terms
+            | {
+                "noised_ids": torch.where(stacked.is_masked, self.mask_token_id, view_clean_ids).reshape(-1, length),
+                "target_index": predicting_index(targets.view_index, self.shift),
+                "aligned_index": aligned_index,
+                "teacher_index": aligned_index // (views * length) * length + aligned_index % length,
+                "denominators": torch.tensor(denominators, dtype=torch.float64),
+            }
         )
-        num_rows, views, length = is_masked.shape
-        view_clean_ids = clean_ids[:, None].expand(num_rows, views, length)
-        is_target = is_predictable[:, None] if self.predict_all else is_masked
-
-        target_index = is_target.reshape(-1).nonzero()[:, 0]
-        target_weight = torch.ones(len(target_index))
-        num_token_terms = len(target_index)
-        if self.weighting == "inverse_t" and not self.predict_all:
-            target_weight = 1.0 / level.reshape(-1)[target_index]
-            num_token_terms = views * int(is_predictable.sum())
-
-        aligned_index = self._aligned_index(target_index, is_masked, document_ids)
-        batch = {
-            "clean_ids": clean_ids,
-            "noised_ids": torch.where(is_masked, self.mask_token_id, view_clean_ids).reshape(-1, length),
-            "target_index": predicting_index(target_index, self.shift),
-            "target_ids": view_clean_ids.reshape(-1)[target_index],
-            "target_weight": target_weight,
-            "aligned_index": aligned_index,
-            "teacher_index": aligned_index // (views * length) * length + aligned_index % length,
-            "denominators": torch.tensor([num_token_terms, len(aligned_index)], dtype=torch.float64),
-        }
-        if is_packed(document_ids):
-            batch["document_ids"] = document_ids
-            batch["position_ids"] = positions_in_documents(document_ids)
-        return batch
 
     def _aligned_index(self, target_index: Tensor, is_masked: Tensor, document_ids: Tensor) -> Tensor:
         if self.aligned_positions == "targets":

@@ -13,17 +13,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from decausal.data.block_collator import BlockCollator
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source, source_dtype
-from decausal.models.architecture import refuse_longer_rows
+from decausal.models.architecture import context_length, refuse_longer_rows
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
+from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
+from decausal.models.row_attention import FLEX
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.run import run_length, training_arguments
@@ -34,7 +37,7 @@ from decausal.training.run_directory import (
     refuse_other_settings,
     wants_resume,
 )
-from decausal.training.schedule import WeightSchedule
+from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
 from decausal.training.teacher import Teacher
 from decausal.training.trainer import ConversionTrainer
@@ -104,18 +107,17 @@ def _prepare(
     callbacks: list[TrainerCallback] | None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> _Run:
-    model, tokenizer = load_source(
-        settings.model_name_or_path, revision=settings.revision, attn_implementation=settings.attn_implementation
-    )
-    refuse_if_unusable(model, tokenizer)
+    layout = Layout(settings.layout, settings.block_size, settings.causal_context)
+    model, tokenizer = _source(settings, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(model, args) if settings.align_weight else None
-    layout = Layout(settings.layout)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
     facts = ConversionFacts(
         source=settings.model_name_or_path,
         source_revision=getattr(model.config, "_commit_hash", None),
         layout=settings.layout,
+        block_size=settings.block_size,
+        causal_context=settings.causal_context,
         shift=settings.shift,
         mask_token_id=mask_token_id,
         recipe={name: value for name, value in (asdict(settings) | training).items() if name != "output_dir"},
@@ -126,7 +128,6 @@ def _prepare(
             _rows(settings, settings.eval_data, tokenizer, args.seed, 1.0), settings, tokenizer, facts
         )
     student = _student(settings, model, mask_token_id, args)
-    noising = Noising(settings.views, settings.complementary_masks, settings.stratified_noise)
     num_samples = run_length(args, len(rows))
 
     def finish_checkpoint(directory: Path) -> None:
@@ -136,13 +137,8 @@ def _prepare(
     trainer = ConversionTrainer(
         student,
         args,
-        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=noising),
-        collator=Collator(
-            mask_token_id=mask_token_id,
-            shift=settings.shift,
-            weighting=settings.weighting,
-            aligned_positions=settings.align_positions,
-        ),
+        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=_noising(settings)),
+        collator=_collator(settings, layout, mask_token_id, context_length(model.config)),
         supervision=_supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps),
         teacher=teacher,
         finish_checkpoint=finish_checkpoint,
@@ -150,6 +146,39 @@ def _prepare(
         callbacks=callbacks,
     )
     return _Run(trainer, tokenizer, facts)
+
+
+def _source(
+    settings: ConversionSettings, layout: Layout, args: TrainingArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    wants_flex = settings.attn_implementation == FLEX
+    model, tokenizer = load_source(
+        settings.model_name_or_path,
+        revision=settings.revision,
+        attn_implementation=None if wants_flex else settings.attn_implementation,
+    )
+    refuse_if_unusable(model, tokenizer)
+    if wants_flex:
+        use_flex_attention(model.to(args.device), layout)
+    return model, tokenizer
+
+
+def _noising(settings: ConversionSettings) -> Noising:
+    return Noising(
+        views=settings.views,
+        complementary=settings.complementary_masks,
+        stratified=settings.stratified_noise,
+        block_size=settings.block_size if settings.noise_per == "block" else None,
+    )
+
+
+def _collator(
+    settings: ConversionSettings, layout: Layout, mask_token_id: int, context: int | None
+) -> Collator | BlockCollator:
+    common = {"weighting": settings.weighting, "aligned_positions": settings.align_positions}
+    if layout.kind == "block":
+        return BlockCollator(mask_token_id, settings.shift, layout, context, **common)
+    return Collator(mask_token_id, settings.shift, **common)
 
 
 def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, Any]:
@@ -219,18 +248,26 @@ def _rows(
 def _supervision(
     settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
 ) -> Supervision:
-    alignment = None
-    if settings.align_weight:
-        alignment = WeightSchedule(settings.align_weight, settings.align_schedule, settings.align_stop_step, num_steps)
     return Supervision(
         layout,
         mask_token_id,
+        tokens=_schedule(settings, "token", num_steps) or WeightSchedule(0.0),
+        alignment=_schedule(settings, "align", num_steps),
         papl=settings.papl,
-        alignment=alignment,
         aligned_layers=aligned_layers(settings.align_layers, num_layers),
         distance=settings.align_distance,
         anneal_steps=settings.anneal_steps,
     )
+
+
+def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule | None:
+    """The schedule that the settings `{loss}_weight`, `{loss}_schedule`, ... describe; None for a weight of 0."""
+    weight, shape, start, stop = (
+        getattr(settings, f"{loss}_{name}") for name in ("weight", "schedule", "start_step", "stop_step")
+    )
+    if not weight:
+        return None
+    return WeightSchedule(weight, shape, steps(stop, num_steps), num_steps, steps(start, num_steps))
 
 
 def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.objectives.hidden import alignment_at
 from decausal.objectives.tokens import chunked_cross_entropy
 from decausal.training.schedule import WeightSchedule
+
+# In the order of a batch's denominators.
+TERMS = ("tokens", "alignment", "logits", "causal_logits")
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,9 @@ class Supervision:
     Attributes:
         layout: who attends to whom in the student.
         mask_token_id: never a prediction: the head gives it no probability.
+        tokens: weight of the token loss by step.
         papl: weight of the second token term, mean of stop_gradient(p) * CE (planner-aware loss; 0 or 1 in use).
-        alignment: weight of the hidden-state term by step; None leaves it and the teacher out.
+        alignment: weight of the hidden-state term by step; None leaves it out.
         aligned_layers: indices into the L + 1 hidden states.
         distance: "cosine" or "l2".
         anneal_steps: steps over which attention opens from causal to `layout`; 0 starts there.
@@ -32,15 +38,31 @@ class Supervision:
 
     layout: Layout
     mask_token_id: int
+    tokens: WeightSchedule = WeightSchedule(1.0)  # noqa: RUF009 - a frozen value
     papl: float = 0.0
     alignment: WeightSchedule | None = None
     aligned_layers: tuple[int, ...] = ()
     distance: str = "cosine"
     anneal_steps: int = 0
 
+    @property
+    def schedules(self) -> dict[str, WeightSchedule]:
+        """The weights of the terms in use, by their names in `TERMS`."""
+        schedules = {"tokens": self.tokens, "alignment": self.alignment}
+        return {name: schedule for name, schedule in schedules.items() if schedule is not None}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The terms of a step and their weights, none of them 0 - but where all are, the token loss at 0."""
+        weights = {name: schedule(step) for name, schedule in self.schedules.items()}
+        return {name: weight for name, weight in weights.items() if weight} or {"tokens": 0.0}
+
+    def needs_teacher(self, step: int) -> bool:
+        """Whether the AR model is compared with at `step` or at any later one."""
+        return any(not schedule.is_over(step) for name, schedule in self.schedules.items() if name != "tokens")
+
 
 def install_training_forward(model: PreTrainedModel, supervision: Supervision) -> None:
-    """Makes `model(training_batch=batch)` return the batch's loss sums; every other call stays the stock forward.
+    """Makes `model(training_batch=batch, terms=names)` return loss sums; every other call stays the stock forward.
 
     The losses run inside the module's own forward because sharding and data-parallel wrappers only see that: a head
     applied outside of it would find its weights sharded away. The model stays the stock class, and so does what is
@@ -48,10 +70,10 @@ def install_training_forward(model: PreTrainedModel, supervision: Supervision) -
     """
     stock_forward = model.forward
 
-    def forward(*args, training_batch: dict[str, Any] | None = None, **kwargs):
+    def forward(*args, training_batch: dict[str, Any] | None = None, terms: Collection[str] = ("tokens",), **kwargs):
         if training_batch is None:
             return stock_forward(*args, **kwargs)
-        return loss_sums(model, training_batch, supervision)
+        return loss_sums(model, training_batch, supervision, terms)
 
     model.forward = forward
 
@@ -61,41 +83,63 @@ def remove_training_forward(model: PreTrainedModel) -> None:
     model.__dict__.pop("forward", None)
 
 
-def loss_sums(model: nn.Module, batch: dict[str, Any], supervision: Supervision) -> dict[str, Tensor]:
+def loss_sums(
+    model: nn.Module, batch: dict[str, Any], supervision: Supervision, terms: Collection[str] = ("tokens",)
+) -> dict[str, Tensor]:
     """Returns sums, not means: what they are means over is known only when the whole global batch has been seen.
 
     Args:
         model: the student, stock or wrapped by PEFT.
-        batch: see `decausal.data.stream.Collator`; `teacher_states` (a list of [m D], one per aligned layer) turns the
-            alignment on, `future_order` [T T] and `future_fraction` the annealed attention.
+        batch: see `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`; with
+            `future_order` [T T] and `future_fraction` for annealed attention, and with what the terms need of the
+            teacher (`decausal.training.trainer`): "alignment" needs `teacher_states`, a list of [m D], one per aligned
+            layer.
         supervision: what to compare with.
+        terms: names out of `TERMS`.
 
     Returns:
-        "tokens": the weighted token loss, differentiable. "nll": its unweighted, detached counterpart. "alignment":
-        the mean over layers of summed distances, differentiable (absent without a teacher).
+        The sum of each term, differentiable, by its name; of the alignment the mean over layers. With the token loss,
+        "nll": its unweighted counterpart, detached.
     """
-    views = len(batch["noised_ids"]) // len(batch["clean_ids"])
-    aligned = "teacher_states" in batch
-    output = body_forward(
-        model,
-        batch["noised_ids"],
-        supervision.layout,
-        document_ids=_per_view(batch.get("document_ids"), views),
-        position_ids=_per_view(batch.get("position_ids"), views),
-        future=(batch["future_order"], batch["future_fraction"]) if "future_order" in batch else None,
-        output_hidden_states=aligned,
-    )
-    rows = output.last_hidden_state.flatten(0, 1).index_select(0, batch["target_index"])
-    head = head_of(model)._replace(banned=supervision.mask_token_id)
-    tokens = chunked_cross_entropy(rows, head, batch["target_ids"], batch["target_weight"], papl=supervision.papl)
-    sums = {"tokens": tokens.loss_sum, "nll": tokens.nll.sum()}
-    if aligned:
+    output = _student_forward(model, batch, supervision, output_hidden_states="alignment" in terms)
+    sums: dict[str, Tensor] = {}
+    if "tokens" in terms:
+        head = head_of(model)._replace(banned=supervision.mask_token_id)
+        rows = output.last_hidden_state.flatten(0, 1).index_select(0, batch["target_index"])
+        loss = chunked_cross_entropy(rows, head, batch["target_ids"], batch["target_weight"], papl=supervision.papl)
+        sums |= {"tokens": loss.loss_sum, "nll": loss.nll.sum()}
+    if "alignment" in terms:
         distances = [
             alignment_at(output.hidden_states[layer], batch["aligned_index"], states, supervision.distance)
             for layer, states in zip(supervision.aligned_layers, batch["teacher_states"], strict=True)
         ]
         sums["alignment"] = torch.stack(distances).mean()
     return sums
+
+
+def _student_forward(
+    model: nn.Module, batch: dict[str, Any], supervision: Supervision, *, output_hidden_states: bool
+) -> BaseModelOutput:
+    if supervision.layout.kind == "block":
+        return body_forward(
+            model,
+            batch["student_ids"],
+            supervision.layout,
+            document_ids=batch["student_document_ids"],
+            position_ids=batch["student_position_ids"],
+            stream_ids=batch["stream_ids"],
+            output_hidden_states=output_hidden_states,
+        )
+    views = len(batch["noised_ids"]) // len(batch["clean_ids"])
+    return body_forward(
+        model,
+        batch["noised_ids"],
+        supervision.layout,
+        document_ids=_per_view(batch.get("document_ids"), views),
+        position_ids=_per_view(batch.get("position_ids"), views),
+        future=(batch["future_order"], batch["future_fraction"]) if "future_order" in batch else None,
+        output_hidden_states=output_hidden_states,
+    )
 
 
 def _per_view(rows: Tensor | None, views: int) -> Tensor | None:

@@ -14,23 +14,25 @@ class WeightSchedule:
     """A loss weight as a function of the optimiser step.
 
     Attributes:
-        weight: value at step 0.
+        weight: value at `start_step`; before it the weight is 0.
         shape: "constant", or a "linear" or "cosine" fall to 0 at the end.
         stop_step: first step at which the weight is 0 for good; what serves only this loss can then be dropped.
         num_steps: the run's number of steps; where a falling weight reaches 0 if there is no `stop_step`.
+        start_step: first step at which the loss counts.
     """
 
     weight: float
-    shape: WeightShape
-    stop_step: int | None
-    num_steps: int
+    shape: WeightShape = "constant"
+    stop_step: int | None = None
+    num_steps: int = 0
+    start_step: int = 0
 
     def __call__(self, step: int) -> float:
-        if self.is_over(step):
+        if self.is_over(step) or step < self.start_step:
             return 0.0
         if self.shape == "constant":
             return self.weight
-        progress = step / max(1, self.end)
+        progress = (step - self.start_step) / max(1, self.end - self.start_step)
         return self.weight * ((1 - progress) if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
     @property
@@ -40,3 +42,10 @@ class WeightSchedule:
     def is_over(self, step: int) -> bool:
         """Whether the weight is 0 at `step` and ever after."""
         return self.weight == 0 or (self.stop_step is not None and step >= self.stop_step)
+
+
+def steps(count: int | float | None, num_steps: int) -> int | None:
+    """A number of steps given as such (a whole number) or as a share of the run (below 1)."""
+    if count is None:
+        return None
+    return round(count * num_steps) if count < 1 else int(count)

@@ -22,13 +22,25 @@ def _at_least(settings: Any, **least: int) -> None:
             raise UserError(f"--{name} {value}: must be at least {bound}")
 
 
+def _check_steps(settings: Any, start_name: str, stop_name: str) -> None:
+    """Both are whole numbers or shares below 1; where they can be compared, the stop comes after the start."""
+    start, stop = getattr(settings, start_name), getattr(settings, stop_name)
+    for name, value in ((start_name, start), (stop_name, stop)):
+        if value is not None and not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
+            raise UserError(f"--{name} {value}: give a number of steps, or a share of the run below 1")
+    if stop and start >= stop and (start < 1) == (stop < 1):
+        raise UserError(f"--{stop_name} {stop} is not after --{start_name} {start}")
+
+
 @dataclass(frozen=True)
 class ConversionSettings:
     """One conversion: a point on the grid of layout, shift, rows and supervision, and the data it is trained on."""
 
     model_name_or_path: str = _setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
     revision: str | None = _setting(None, "the hub model's revision")
-    attn_implementation: str | None = _setting(None, "sdpa or eager; unset: what the model needs")
+    attn_implementation: str | None = _setting(
+        None, "sdpa, eager or, on a GPU, flex_attention; unset: what the model needs"
+    )
     data: str | tuple[str, ...] | None = _setting(
         None, "a file, directory, glob or hub data set, or 'stdlib'; several with commas"
     )
@@ -41,7 +53,13 @@ class ConversionSettings:
     data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
     max_length: int = _setting(512, "tokens in a packed row")
 
-    layout: Literal["causal", "bidirectional"] = _setting("bidirectional", "who attends to whom after conversion")
+    layout: Literal["causal", "bidirectional", "block"] = _setting(
+        "bidirectional", "who attends to whom after conversion; block: both ways inside blocks, causal over them"
+    )
+    block_size: int | None = _setting(None, "tokens per block, for layout block")
+    causal_context: bool = _setting(
+        False, "layout block: finished tokens read each other causally, as the AR model did"
+    )
     shift: Literal[0, 1] = _setting(1, "1: the state before a token predicts it, as in the AR model; 0: its own does")
     mask_token: str | None = _setting(None, "mask token; unset: the tokenizer's, else a spare or added row")
     anneal_steps: int = _setting(0, "steps over which attention opens from causal to the layout; 0 starts open")
@@ -49,12 +67,18 @@ class ConversionSettings:
     views: int = _setting(1, "noised views of one clean row; one teacher pass serves them all")
     complementary_masks: bool = _setting(False, "with 2 views, the second masks what the first leaves visible")
     stratified_noise: bool = _setting(True, "spread noise levels evenly over neighbouring rows")
+    noise_per: Literal["document", "block"] = _setting("document", "what has a noise level of its own")
     weighting: Literal["none", "inverse_t"] = _setting("none", "weight of a masked token: 1, or 1/t (the NELBO)")
+    token_weight: float = _setting(1.0, "weight of the token loss")
+    token_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    token_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
+    token_stop_step: int | float | None = _setting(None, "step from which it is off")
     papl: float = _setting(0.0, "weight of a second token term, mean of stop_gradient(p) * CE; 0 is off")
 
     align_weight: float = _setting(0.0, "weight of the hidden-state alignment to the frozen AR model; 0 is off")
     align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
-    align_stop_step: int | None = _setting(None, "step from which alignment is off and the teacher out of memory")
+    align_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
+    align_stop_step: int | float | None = _setting(None, "step from which it is off and the teacher out of memory")
     align_layers: str | tuple[int, ...] = _setting(
         "all", "all, lower, middle or upper (thirds), or state indices with commas: 0 embeddings ... L after final norm"
     )
@@ -74,13 +98,37 @@ class ConversionSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
-        _at_least(self, align_weight=0, align_stop_step=0, lora_dropout=0)
+        _at_least(self, align_weight=0, token_weight=0, lora_dropout=0)
+        for loss in ("token", "align"):
+            _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")
+        if not self.token_weight and not self.align_weight:
+            raise UserError("--token_weight 0 leaves nothing to train on; give another loss a weight")
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
         if not self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
         if self.complementary_masks and self.views != 2:
             raise UserError(f"--complementary_masks needs --views 2, not {self.views}: the two masks share one row")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        if self.layout == "block":
+            if self.block_size is None:
+                raise UserError("--layout block needs --block_size: tokens per block, for example 4")
+            _at_least(self, block_size=1)
+            if self.block_size > self.max_length:
+                raise UserError(
+                    f"--block_size {self.block_size} is over --max_length {self.max_length}: a block must fit in a row"
+                )
+            if self.anneal_steps:
+                raise UserError(f"--anneal_steps {self.anneal_steps} is not for --layout block; leave it out")
+            return
+        if self.block_size is not None:
+            raise UserError(f"--block_size {self.block_size} is for --layout block, not {self.layout}; give none")
+        if self.causal_context:
+            raise UserError(f"--causal_context is for --layout block, not {self.layout}; leave it out")
+        if self.noise_per == "block":
+            raise UserError(f"--noise_per block is for --layout block, not {self.layout}; give document")
 
 
 @dataclass(frozen=True)

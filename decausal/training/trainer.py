@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,23 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
-from decausal.training.losses import Supervision, install_training_forward, remove_training_forward
+from decausal.training.losses import TERMS, Supervision, install_training_forward, remove_training_forward
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
 from decausal.training.teacher import Teacher
 
+LOG_NAMES = {
+    "tokens": "token_loss",
+    "alignment": "alignment_loss",
+    "logits": "kl_loss",
+    "causal_logits": "causal_kl_loss",
+}
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -58,7 +65,7 @@ class ConversionTrainer(Trainer):
         args: TrainingArguments,
         *,
         stream: TrainingStream,
-        collator: Collator,
+        collator: Collator | BlockCollator,
         supervision: Supervision,
         teacher: Teacher | None = None,
         finish_checkpoint: Callable[[Path], None] = lambda _: None,
@@ -98,7 +105,7 @@ class ConversionTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Sums the batches' denominators over the accumulated batches and over all processes: [2]."""
+        """Sums the denominators of the accumulated batches, over all processes too: [4], one for each term."""
         denominators = torch.stack([batch["denominators"] for batch in batch_samples]).sum(0)
         denominators = denominators.to(device=device, dtype=torch.float32, non_blocking=True)
         if self.args.world_size > 1:
@@ -116,44 +123,42 @@ class ConversionTrainer(Trainer):
         if num_items_in_batch is None:
             raise ValueError("the loss is a global mean: it needs the global batch's denominators")
         step = self.state.global_step
-        batch = dict(inputs)
-        weight = self._alignment_weight(step)
-        if weight:
-            batch["teacher_states"] = self._teacher_states(batch)
+        weights = self._weights(step)
+        batch = inputs | self._ask_teacher(inputs, weights)
         if step < self.supervision.anneal_steps:
             batch["future_order"] = self._order_of_futures(batch["clean_ids"])
             batch["future_fraction"] = step / self.supervision.anneal_steps
-        sums = model(training_batch=batch)
+        sums = model(training_batch=batch, terms=tuple(weights))
 
-        num_token_terms, num_aligned = num_items_in_batch.unbind()
-        loss = sums["tokens"] / num_token_terms
-        self._record("token_loss", loss)
-        if weight:
-            distance = sums["alignment"] / num_aligned
-            self._record("alignment_loss", distance)
-            loss = loss + weight * distance
+        loss = torch.zeros((), device=num_items_in_batch.device)
+        for name, count in zip(TERMS, num_items_in_batch.unbind(), strict=True):
+            if name in weights:
+                mean = sums[name] / count
+                self._record(LOG_NAMES[name], mean)
+                loss = loss + weights[name] * mean
         self._watch_for_bad_loss(loss, step)
         # Data parallelism averages gradients over processes; the sum over them is what the global mean needs.
         return loss * self.accelerator.num_processes
 
-    def _alignment_weight(self, step: int) -> float:
-        schedule = self.supervision.alignment
-        if schedule is None or self.teacher is None:
-            return 0.0
-        if schedule.is_over(step):
+    def _weights(self, step: int) -> dict[str, float]:
+        """The losses of this step; a teacher that none of them will ask again is let go."""
+        if not self.supervision.needs_teacher(step):
             self.teacher = None  # its memory is free from here on
-            return 0.0
-        return schedule(step)
+        return self.supervision.weights(step)
 
-    def _teacher_states(self, batch: dict[str, Tensor]) -> list[Tensor]:
+    def _ask_teacher(self, batch: dict[str, Tensor], terms: Collection[str]) -> dict[str, Any]:
+        """What this step's losses compare with."""
+        answers: dict[str, Any] = {}
         with self.accelerator.autocast():
-            return self.teacher.states(
-                batch["clean_ids"],
-                batch["teacher_index"],
-                self.supervision.aligned_layers,
-                batch.get("document_ids"),
-                batch.get("position_ids"),
-            )
+            if "alignment" in terms:
+                answers["teacher_states"] = self.teacher.states(
+                    batch["clean_ids"],
+                    batch["teacher_index"],
+                    self.supervision.aligned_layers,
+                    batch.get("document_ids"),
+                    batch.get("position_ids"),
+                )
+        return answers
 
     def _order_of_futures(self, clean_ids: Tensor) -> Tensor:
         if self._future_order is None:

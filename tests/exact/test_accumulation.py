@@ -15,6 +15,7 @@ from decausal.training.trainer import ConversionTrainer
 from tests.runs import assert_same, logged, make_trainer, state, uneven_rows
 
 GLOBAL_BATCH = 8
+BLOCKS = Layout("block", 5)
 ALIGNED = {"alignment": WeightSchedule(10.0, "constant", None, 2)}
 
 
@@ -42,8 +43,11 @@ def trained(directory: Path, micro_batch: int, dtype: torch.dtype, **options: An
         {"supervision": ALIGNED},
         {"weighting": "inverse_t", "noising": Noising(2, complementary=True), "supervision": ALIGNED},
         {"aligned_positions": "visible", "supervision": ALIGNED},
+        {"layout": BLOCKS, "shift": 0, "weighting": "inverse_t", "noising": Noising(2, block_size=5)},
+        {"layout": BLOCKS, "noising": Noising(2, complementary=True, block_size=5), "supervision": ALIGNED},
+        {"layout": BLOCKS, "shift": 0, "aligned_positions": "visible", "supervision": ALIGNED},
     ],
-    ids=["plain", "inverse_t", "papl", "aligned", "two_views", "visible"],
+    ids=["plain", "inverse_t", "papl", "aligned", "two_views", "visible", "bd3lm", "fast_dllm", "blocks_visible"],
 )
 def test_eight_micro_batches_of_one_equal_one_batch_of_eight(tmp_path, options):
     assert_equal(trained(tmp_path, 1, torch.float64, **options), trained(tmp_path, 8, torch.float64, **options), 1e-13)

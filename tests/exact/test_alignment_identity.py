@@ -37,14 +37,14 @@ def test_a_causal_student_on_the_clean_row_is_at_distance_0_with_gradient_0(fami
         batch["clean_ids"], batch["teacher_index"], LAYERS, batch.get("document_ids"), batch.get("position_ids")
     )
     supervision = Supervision(Layout("causal"), mask_token_id, aligned_layers=LAYERS)
-    distance = loss_sums(student, batch, supervision)["alignment"] / len(batch["aligned_index"])
+    distance = loss_sums(student, batch, supervision, ["alignment"])["alignment"] / len(batch["aligned_index"])
     assert distance.item() <= 1e-12
     distance.backward()
     largest = max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None)
     assert largest <= 1e-5
 
     batch["noised_ids"] = a_batch(mask_token_id, packed=packed)["noised_ids"]
-    assert loss_sums(student, batch, supervision)["alignment"] / len(batch["aligned_index"]) > 1e-3
+    assert loss_sums(student, batch, supervision, ["alignment"])["alignment"] / len(batch["aligned_index"]) > 1e-3
 
 
 @every_family

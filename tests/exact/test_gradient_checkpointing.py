@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout, future_order
 from decausal.models.backbone import decoder_layers, stock_model
@@ -16,16 +17,17 @@ from decausal.models.mask_row import freeze_embeddings
 from decausal.training.convert import _with_adapters
 from decausal.training.losses import Supervision, loss_sums
 from decausal.training.settings import ConversionSettings
-from tests.runs import T, adapted, teacher_of, uneven_rows
+from tests.runs import BIDIRECTIONAL, T, adapted, teacher_of, uneven_rows
 
 FAMILIES_HERE = ["qwen3", "qwen3_moe", "gemma2", "gpt2", "mistral", "smollm3"]
 LAYERS = (0, 1, 2)
 
 
-def aligned_batch(family: str, mask_token_id: int) -> dict[str, Tensor]:
-    """Two rows in two complementary views, with the teacher's states and half-open attention."""
+def aligned_batch(family: str, mask_token_id: int, layout: Layout = BIDIRECTIONAL) -> dict[str, Tensor]:
+    """Two rows in two complementary views, with the teacher's states and half-open attention (but in blocks)."""
     stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising(2, complementary=True))
-    batch = Collator(mask_token_id, 1)([stream[2], stream[3]])
+    collator = BlockCollator(mask_token_id, 1, layout) if layout.kind == "block" else Collator(mask_token_id, 1)
+    batch = collator([stream[2], stream[3]])
     teacher = teacher_of(family)
     batch["teacher_states"] = teacher.states(
         batch["clean_ids"], batch["teacher_index"], LAYERS, batch["document_ids"], batch["position_ids"]
@@ -34,9 +36,11 @@ def aligned_batch(family: str, mask_token_id: int) -> dict[str, Tensor]:
     return batch
 
 
-def gradients(model: nn.Module, batch: dict[str, Tensor], mask_token_id: int) -> dict[str, Tensor]:
-    supervision = Supervision(Layout("bidirectional"), mask_token_id, papl=1.0, aligned_layers=LAYERS)
-    sums = loss_sums(model, batch, supervision)
+def gradients(
+    model: nn.Module, batch: dict[str, Tensor], mask_token_id: int, layout: Layout = BIDIRECTIONAL
+) -> dict[str, Tensor]:
+    supervision = Supervision(layout, mask_token_id, papl=1.0, aligned_layers=LAYERS)
+    sums = loss_sums(model, batch, supervision, ("tokens", "alignment"))
     (sums["tokens"] + 10 * sums["alignment"]).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
@@ -50,13 +54,15 @@ def count_layer_calls(model: PreTrainedModel) -> list[int]:
     return calls
 
 
-def assert_equal_with_checkpointing(model: nn.Module, batch: dict[str, Tensor], mask_token_id: int) -> None:
+def assert_equal_with_checkpointing(
+    model: nn.Module, batch: dict[str, Tensor], mask_token_id: int, layout: Layout = BIDIRECTIONAL
+) -> None:
     model.train()
     checkpointed = copy.deepcopy(model)
     stock_model(checkpointed).gradient_checkpointing_enable()
-    expected = gradients(model, batch, mask_token_id)
+    expected = gradients(model, batch, mask_token_id, layout)
     calls = count_layer_calls(stock_model(checkpointed))
-    found = gradients(checkpointed, batch, mask_token_id)
+    found = gradients(checkpointed, batch, mask_token_id, layout)
     assert len(calls) == 2  # once forward, once recomputed: checkpointing was on
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -68,6 +74,14 @@ def assert_equal_with_checkpointing(model: nn.Module, batch: dict[str, Tensor], 
 def test_gradients_are_those_without_checkpointing(family):
     model, mask_token_id = adapted(family)
     assert_equal_with_checkpointing(model, aligned_batch(family, mask_token_id), mask_token_id)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("causal_context", [False, True])
+def test_with_doubled_rows_too(family, causal_context):
+    model, mask_token_id = adapted(family)
+    layout = Layout("block", 4, causal_context)
+    assert_equal_with_checkpointing(model, aligned_batch(family, mask_token_id, layout), mask_token_id, layout)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])

@@ -70,6 +70,10 @@ OPTIONS = {
     "accumulated": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "papl": 1.0},
     "bf16": {"bf16": True, "align_weight": 1.0},
     "checkpointed": {"gradient_checkpointing": True},
+    "bd3lm": {
+        **{"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"},
+        **{"align_weight": 1.0, "align_start_step": 2, "token_stop_step": 0.9},
+    },
 }
 
 
