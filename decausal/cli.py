@@ -19,6 +19,7 @@ Turn an autoregressive language model into a diffusion language model.
   decausal generate DIR PROMPT         continue a text with a converted model
   decausal infill DIR --prefix A --suffix B --length N
                                        fill a gap in a text
+  decausal serve DIR                   a page to play on, and a server for OpenAI's clients
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
   decausal export DIR --format sdar|hf --output_dir OUT
                                        hand it on: to SGLang and LMDeploy, or with a model card to the hub
@@ -30,7 +31,7 @@ Turn an autoregressive language model into a diffusion language model.
   decausal pretrain --output_dir OUT   train a small AR model from nothing
 """
 
-VERBS = ("demo", "convert", "generate", "infill", "eval", "compare", "export", "import", "doctor", "pretrain")
+VERBS = ("demo", "convert", "generate", "infill", "serve", "eval", "compare", "export", "import", "doctor", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 
-TopLogProbs = list[tuple[int, float]]
-"""Token ids and log-probabilities, the most probable first."""
+TokenLogProbs = tuple[float, list[tuple[int, float]]]
+"""A token's log-probability, and the likeliest ids in its place with theirs."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Job:
         seed: What the row draws from.
         end_token_ids: The row ends once one of these is kept and all before it is kept too. Rows with text behind a
             gap have none.
+        is_watched: Every step tells how sure the model was.
         num_top_log_probs: Alternatives to tell for every kept token; None tells no log-probabilities at all.
     """
 
@@ -30,6 +31,7 @@ class Job:
     settings: SamplerSettings
     seed: int
     end_token_ids: tuple[int, ...] = ()
+    is_watched: bool = False
     num_top_log_probs: int | None = None
 
 
@@ -59,7 +61,7 @@ class Progress:
         step: The row's own step, from 0.
         positions: Newly kept positions in the row, ascending.
         ids: Their tokens.
-        confidence: How sure the model was of each, between 0 and 1.
+        confidence: How sure the model was of each, at most 1; may be empty where the job is not watched.
         reopened: Positions kept before that are open again.
         log_probs: Of each of `ids`, and its alternatives; empty where the job did not ask.
         ended: Not None in the row's last step.
@@ -71,7 +73,7 @@ class Progress:
     ids: list[int]
     confidence: list[float]
     reopened: list[int] = field(default_factory=list)
-    log_probs: list[tuple[float, TopLogProbs]] = field(default_factory=list)
+    log_probs: list[TokenLogProbs] = field(default_factory=list)
     ended: Ended | None = None
 
 

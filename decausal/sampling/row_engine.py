@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,15 +15,12 @@ from decausal.diffusion.shift import predicting_index
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import Converted
-from decausal.objectives.tokens import logits
 from decausal.sampling.candidates import uniform_numbers
-from decausal.sampling.jobs import Ended, Job, Progress, TopLogProbs
+from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
+from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.rows import text_after
 from decausal.sampling.selection import best, candidates, num_to_keep
-
-LOWEST_LOG_PROB = -9999.0
-"""In place of minus infinity, which JSON cannot write."""
+from decausal.sampling.stopping import tokens_to_stop
 
 
 @dataclass
@@ -45,7 +41,7 @@ class _Step(NamedTuple):
 
     new: list[list[tuple[int, int, float]]]  # position, token, score
     reopened: list[list[int]]
-    log_probs: dict[tuple[int, int], tuple[float, TopLogProbs]]  # by row and position
+    log_probs: dict[tuple[int, int], TokenLogProbs]  # by row and position
 
 
 class RowEngine:
@@ -207,7 +203,7 @@ class RowEngine:
         flat: Int[Tensor, "n"],
         is_new: Bool[Tensor, "A T"],
         tokens: Int[Tensor, "A T"],
-    ) -> dict[tuple[int, int], tuple[float, TopLogProbs]]:
+    ) -> dict[tuple[int, int], TokenLogProbs]:
         """By (row, position), of newly kept tokens of rows that ask for them, before temperature and truncation."""
         wanted = [running.job.num_top_log_probs for running in rows]
         if all(count is None for count in wanted):
@@ -216,16 +212,10 @@ class RowEngine:
         does_ask = torch.tensor([count is not None for count in wanted], device=flat.device)
         asked = (is_new.flatten()[flat] & does_ask[flat // length]).nonzero().squeeze(1)
         places = flat[asked]
-        all_log_probs = logits(states[asked], self._head).log_softmax(-1).clamp(min=LOWEST_LOG_PROB)
-        own = all_log_probs.gather(1, tokens.flatten()[places][:, None]).squeeze(1).tolist()
-        top = all_log_probs.topk(min(max(count or 0 for count in wanted), all_log_probs.shape[1]))
-        found = {}
-        for i, place in enumerate(places.tolist()):
-            row, position = divmod(place, length)
-            count = wanted[row]
-            alternatives = zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True)
-            found[row, position] = (own[i], list(alternatives))
-        return found
+        rows_and_positions = [divmod(place, length) for place in places.tolist()]
+        counts = [wanted[row] or 0 for row, _ in rows_and_positions]
+        found = token_log_probs(states[asked], self._head, tokens.flatten()[places].tolist(), counts)
+        return dict(zip(rows_and_positions, found, strict=True))
 
     def _progress(self, running: _Running, row: int, step: _Step) -> Progress:
         for position in step.reopened[row]:
@@ -265,7 +255,8 @@ class RowEngine:
 
     def _length_at_stop(self, running: _Running, length: int) -> int | None:
         final = [running.ids[position] for position in running.span[:length]]
-        return length_at_stop(self._tokenizer, running.job.row.given[0], final, running.job.settings.stop)
+        stops = running.job.settings.stop
+        return tokens_to_stop(self._tokenizer, running.job.row.given[0], final, 0, stops) if stops else None
 
     def _cut(self, running: _Running, length: int, reason: str) -> Ended:
         if reason != "stop" and (stopped := self._length_at_stop(running, length)) is not None:
@@ -277,22 +268,6 @@ class RowEngine:
             num_forwards=running.step,
             reason=reason,
         )
-
-
-def length_at_stop(tokenizer: Any, before: list[int], ids: Sequence[int], stops: Sequence[str]) -> int | None:
-    """Returns how many of `ids` it takes until their text holds one of the strings; None where it does not."""
-
-    def has_stop(length: int) -> bool:
-        text = text_after(tokenizer, before, list(ids[:length]))
-        return any(stop in text for stop in stops)
-
-    if not stops or not has_stop(len(ids)):
-        return None
-    without, with_stop = 0, len(ids)
-    while with_stop - without > 1:
-        middle = (without + with_stop) // 2
-        without, with_stop = (without, middle) if has_stop(middle) else (middle, with_stop)
-    return with_stop
 
 
 def _as_confidence(score: float, job: Job) -> float:

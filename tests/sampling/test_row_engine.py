@@ -12,10 +12,10 @@ from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import _end_token_ids, generate
+from decausal.sampling.generate import end_token_ids, generate
 from decausal.sampling.infilling import infill
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.row_engine import RowEngine, length_at_stop
+from decausal.sampling.row_engine import RowEngine
 from decausal.sampling.rows import Row, prompt_ids, text_after, text_ids
 from decausal.sampling.settings import SamplerSettings
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer
@@ -49,8 +49,8 @@ def job(model: Converted, prompt: str, seed: int, length: int = 9, suffix: str |
     behind = [] if suffix is None else text_ids(model.tokenizer, suffix)
     row = Row((prompt_ids(model, prompt), behind), (length,), "the prompt")
     top = options.pop("num_top_log_probs", None)
-    ends = () if behind else _end_token_ids(model)
-    return Job(row, SamplerSettings().updated(**options), seed, ends, top)
+    ends = () if behind else end_token_ids(model)
+    return Job(row, SamplerSettings().updated(**options), seed, ends, num_top_log_probs=top)
 
 
 def mixed(model: Converted, count: int) -> list[tuple[Job, Any]]:
@@ -167,8 +167,6 @@ def test_a_stop_string_ends_the_row_where_it_is_whole(model: Converted) -> None:
     assert ended.ids == plain.ids[: len(ended.ids)]
     assert stop in text_after(model.tokenizer, before, ended.ids)
     assert stop not in text_after(model.tokenizer, before, ended.ids[:-1])
-    assert length_at_stop(model.tokenizer, before, plain.ids, [stop]) == len(ended.ids)
-    assert length_at_stop(model.tokenizer, before, plain.ids, ["\x00none"]) is None
 
 
 def test_rows_that_cannot_be_written_are_refused(model: Converted) -> None:

@@ -1,0 +1,142 @@
+"""One choice of an answer, from the engine's steps: its text so far, its log-probabilities, its draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
+from decausal.serving.text import TextStream
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """One written token with its log-probability, and the likeliest ones in its place.
+
+    Attributes:
+        text: As it decodes by itself.
+        offset: Characters of the answer before it.
+        log_prob: When it was kept, of the untempered distribution; None for a given token.
+        top: Texts and log-probabilities.
+    """
+
+    text: str
+    offset: int
+    log_prob: float | None
+    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step adds to a choice.
+
+    Attributes:
+        text: Further text that nothing can change any more.
+        log_probs: Of the tokens that came to be certain with it.
+        finish_reason: OpenAI's word, in the last step.
+        event: The step as the extension field tells it; None where nobody asked.
+    """
+
+    text: str = ""
+    log_probs: list[TokenLogProb] = field(default_factory=list)
+    finish_reason: str | None = None
+    event: dict[str, Any] | None = None
+
+
+class Choice:
+    """Follows one row.
+
+    Args:
+        index: Its place among the choices.
+        job: What the row was asked for.
+        tokenizer: Decodes.
+        has_events: Deltas carry the draft.
+    """
+
+    def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False) -> None:
+        self.index, self.job = index, job
+        self._tokenizer, self._has_events = tokenizer, has_events
+        spans = job.row.spans()
+        self._start, stop = spans[0].start, spans[-1].stop
+        is_given = set(range(self._start, stop)).difference(*spans)
+        whole = job.row.ids(-1)
+        self._ids: list[int | None] = [whole[p] if p in is_given else None for p in range(self._start, stop)]
+        self._confidence: list[float | None] = [None] * len(self._ids)
+        self._log_probs: dict[int, TokenLogProbs] = {}
+        self._is_given = [p in is_given for p in range(self._start, stop)]
+        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop)
+        self._num_final, self._offset = 0, 0
+        self.ended: Ended | None = None
+
+    @property
+    def text(self) -> str:
+        """All of the text that is certain."""
+        return self._stream.sent
+
+    def take(self, progress: Progress) -> Delta:
+        """Takes a step in."""
+        for position in progress.reopened:
+            self._ids[position - self._start] = None
+        for i, position in enumerate(progress.positions):
+            place = position - self._start
+            self._ids[place] = progress.ids[i]
+            self._confidence[place] = progress.confidence[i] if progress.confidence else None
+            if progress.log_probs:
+                self._log_probs[place] = progress.log_probs[i]
+        event = self._event(progress) if self._has_events else None
+        if progress.ended is not None:
+            return self._end(progress.ended, event)
+        if self.job.settings.remask:  # whatever is kept may be opened again
+            return Delta(event=event)
+        first, self._num_final = self._num_final, self._final_length()
+        text = self._stream.push([token for token in self._ids[first : self._num_final] if token is not None])
+        return Delta(text, self._told_log_probs(first, self._num_final), event=event)
+
+    def _end(self, ended: Ended, event: dict[str, Any] | None) -> Delta:
+        self.ended = ended
+        if has_one_gap := len(self.job.row.gaps) == 1:
+            self._ids[: len(ended.ids)] = ended.ids
+        ids = ended.ids if has_one_gap else [token for token in self._ids if token is not None]
+        first, self._num_final = self._num_final, len(ids)
+        text = self._stream.finish(ids)
+        if ended.reason == "end":
+            self._num_final -= 1  # the end token has no text
+        is_whole = ended.reason != "length" or self.job.row.given[-1] or not has_one_gap
+        reason = "stop" if is_whole else "length"
+        return Delta(text, self._told_log_probs(first, self._num_final), reason, event)
+
+    def _final_length(self) -> int:
+        length = self._num_final
+        while length < len(self._ids) and self._ids[length] is not None:
+            length += 1
+        return length
+
+    def _told_log_probs(self, first: int, stop: int) -> list[TokenLogProb]:
+        if self.job.num_top_log_probs is None:
+            return []
+        told = []
+        for place in range(first, stop):
+            text = self._piece(self._ids[place])
+            log_prob, top = self._log_probs.get(place, (None, []))
+            told.append(
+                TokenLogProb(text, self._offset, log_prob, [(self._piece(token), value) for token, value in top])
+            )
+            self._offset += len(text)
+        return told
+
+    def _piece(self, token: int | None) -> str:
+        return "" if token is None else self._tokenizer.decode([token])
+
+    def _event(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "step": progress.step,
+            "positions": [position - self._start for position in progress.positions],
+            "is_revision": bool(progress.reopened),
+            "draft": [None if token is None else self._piece(token) for token in self._ids],
+            "is_given": self._is_given,
+            "confidence": [
+                None if token is None or confidence is None else round(confidence, 4)
+                for token, confidence in zip(self._ids, self._confidence, strict=True)
+            ],
+        }

@@ -1,0 +1,57 @@
+"""Refusals as OpenAI's clients understand them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KIND_OF_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is refused or failed.
+
+    Attributes:
+        status: HTTP status.
+        message: What was wrong and what to do.
+        param: The field of the body that was wrong.
+        code: A word that programs can compare.
+        headers: To be sent along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that tells of it."""
+        return error_body(self.status, self.message, param=self.param, code=self.code)
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Returns OpenAI's shape of an error."""
+    kind = KIND_OF_STATUS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that says something that is not accepted."""
+    return ApiError(400, message, param=param, code=code)

@@ -1,0 +1,107 @@
+"""Around every request: the key, the size of the body, errors in OpenAI's shape, and counting."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from decausal.errors import nearest
+from decausal.serving.errors import ApiError, error_body
+from decausal.serving.metrics import Metrics
+
+DRAIN_FACTOR = 16
+"""A body that is too long is read on to this many times the limit, so that the client is ready for the answer."""
+
+_log = logging.getLogger("decausal.serving")
+
+
+def refused(error: ApiError) -> JSONResponse:
+    """Returns an error as a response."""
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+class Gate:
+    """Asks for the key, counts answers by status, and turns what nobody expected into an error in OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, endpoints: Iterable[str]) -> None:
+        self._app, self._metrics, self._endpoints = app, metrics, frozenset(endpoints)
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        endpoint = path if path in self._endpoints else "other"
+        is_started = False
+
+        async def counting(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                self._metrics.request(endpoint, message["status"])
+            await send(message)
+
+        try:
+            if self._is_refused(path, scope):
+                message = "this server asks for its API key: send it as 'Authorization: Bearer KEY'"
+                error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                await refused(error)(scope, receive, counting)
+            else:
+                await self._app(scope, receive, counting)
+        except Exception:
+            _log.exception("%s %s failed", scope["method"], path)
+            if not is_started:
+                body = error_body(500, "the server failed on this request; its log says more", code="internal_error")
+                await JSONResponse(body, 500)(scope, receive, counting)
+
+    def _is_refused(self, path: str, scope: Scope) -> bool:
+        if self._expected is None or not path.startswith("/v1"):
+            return False
+        given = Headers(scope=scope).get("authorization", "").encode("utf-8", "replace")
+        return not hmac.compare_digest(given, self._expected)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads a JSON body.
+
+    Raises:
+        ApiError: 413: it is too long. 415: it says that it is something else.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        # Asked for also because a browser then refuses to send it here on behalf of some other site's page.
+        raise ApiError(
+            415, "send JSON, with the header 'Content-Type: application/json'", code="unsupported_media_type"
+        )
+    chunks: list[bytes] = []
+    length = 0
+    async for chunk in request.stream():
+        length += len(chunk)
+        if length <= max_bytes:
+            chunks.append(chunk)
+        elif length > DRAIN_FACTOR * max_bytes:
+            break
+    if length > max_bytes:
+        raise ApiError(413, f"the body is longer than {max_bytes} bytes: send less", code="body_too_long")
+    return b"".join(chunks)
+
+
+def missing_page(request: Request, endpoints: Iterable[str]) -> ApiError:
+    """A path that is not there, with the nearest one that is."""
+    hint = nearest(request.url.path, endpoints)
+    return ApiError(404, f"{request.url.path} is not there{hint}", code="not_found")
+
+
+def wrong_method(request: Request, allowed: Any) -> ApiError:
+    """A method that a path does not know."""
+    headers = {"Allow": allowed} if allowed else {}
+    message = f"{request.url.path} does not know {request.method}" + (f": use {allowed}" if allowed else "")
+    return ApiError(405, message, code="method_not_allowed", headers=headers)

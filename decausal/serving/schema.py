@@ -1,0 +1,286 @@
+"""The bodies that clients send, as JSON schema and as checked values.
+
+OpenAI's fields have OpenAI's meaning. The sampler's settings are fields beside them, by their own names, so that
+`extra_body` of OpenAI's clients can hold them. What is sent routinely and changes nothing here is ignored; what would
+change the answer and is not there is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, create_model
+
+from decausal.errors import nearest
+from decausal.sampling.settings import ALIASES, SamplerSettings
+from decausal.serving.errors import ApiError, bad_request
+from decausal.serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS
+
+IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+"""Fields that OpenAI's clients send and that say nothing about the text."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's that are not there, and the values at which nothing is missed; null always is one."""
+
+
+def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(part, str) for part in value) or _are_ids(value):
+            return value
+        if all(isinstance(part, list) and part and _are_ids(part) for part in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _stop(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("must be a string or a list of strings, none of them empty")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"must hold at most {MAX_STOPS} strings")
+    return stops
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        texts = [part.get("text") for part in value]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise ValueError("must be a string or a list of parts of type 'text'")
+
+
+def _parts(value: Any) -> list[str | int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(part) in (str, int) for part in value):
+        raise ValueError("must be a list of strings (given text) and integers (tokens of a gap)")
+    if not any(type(part) is int for part in value) or any(type(part) is int and part < 1 for part in value):
+        raise ValueError("must hold at least one gap, and every gap at least 1 token")
+    return value
+
+
+_ids_schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_texts_schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_parts_schema = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}]}}
+
+Prompt = Annotated[
+    Any,
+    PlainValidator(_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                _texts_schema,
+                _ids_schema,
+                {**_ids_schema, "items": dict(_ids_schema)},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Stop = Annotated[
+    Any,
+    PlainValidator(_stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {**_texts_schema, "maxItems": MAX_STOPS}, {"type": "null"}]}),
+]
+Content = Annotated[Any, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]})]
+Parts = Annotated[Any, PlainValidator(_parts), WithJsonSchema({"anyOf": [_parts_schema, {"type": "null"}]})]
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside text."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    include_usage: bool | None = None
+
+
+class Extension(BaseModel):
+    """What only this server understands.
+
+    Attributes:
+        events: Streams carry every denoising step: the draft, positions, confidence, and whether tokens were reopened.
+        parts: Instead of the prompt: given text and gaps (numbers of tokens) in turn.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    events: bool = False
+    parts: Parts = None
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+SAMPLER_FIELDS = {
+    name: hint
+    for name, hint in get_type_hints(SamplerSettings).items()
+    if name not in ("max_new_tokens", "seed", "stop", "temperature", "top_p")
+}
+_SamplerBody = create_model(
+    "_SamplerBody", **{name: (hint | None, Field(None, description="sampler")) for name, hint in SAMPLER_FIELDS.items()}
+)
+
+
+class _Body(_SamplerBody):
+    """What completions and chat have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    decausal: Extension | None = None
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: Prompt = None
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+BodyType = TypeVar("BodyType", bound=_Body)
+
+
+def parse(raw: bytes, kind: type[BodyType]) -> BodyType:
+    """Reads a body.
+
+    Raises:
+        ApiError: 400, and the field that is wrong.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise bad_request(f"the body is not JSON: {error.msg} at {where}", code="invalid_json") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; NaN
+        raise bad_request(f"the body is not JSON that can be read: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request(f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
+    _refuse_surrogates(raw, value)
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise _first_fault(error, value) from None
+    _refuse_what_is_not_there(body)
+    return body
+
+
+def sampler_options(body: _Body) -> dict[str, Any]:
+    """Returns the sampler's settings that a body gives, under our names or others'."""
+    named = {name: getattr(body, name) for name in (*SAMPLER_FIELDS, "temperature", "top_p")}
+    aliased = {name: value for name, value in (body.model_extra or {}).items() if name in ALIASES}
+    return {name: value for name, value in {**named, **aliased}.items() if value is not None}
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _refuse_surrogates(raw: bytes, value: dict[str, Any]) -> None:
+    """Refuses text that has no UTF-8: half of a pair, which JSON can write as an escape."""
+    if b"\\u" not in raw:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request("the body holds half of a surrogate pair (\\ud800 to \\udfff)", code="invalid_utf8") from None
+
+
+def _first_fault(error: ValidationError, value: dict[str, Any]) -> ApiError:
+    fault = error.errors(include_url=False, include_context=False)[0]
+    # Branches of unions are no part of the name that the client knows.
+    path = [str(part) for part in fault["loc"]]
+    param = ".".join(part for part in path if "[" not in part) or None
+    if fault["type"] == "extra_forbidden":
+        hint = nearest(path[-1], Extension.model_fields)
+        return bad_request(f"unknown field '{param}'{hint}", param, "unknown_field")
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message if message.startswith(("must", "should")) else f"is not accepted: {message}"
+    given = "" if fault["type"] == "missing" else f" (given: {_short(fault['input'])})"
+    return bad_request(f"'{param}' {message}{given}", param, "missing_field" if not given else "invalid_value")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refuse_what_is_not_there(body: _Body) -> None:
+    accepted = {*type(body).model_fields, *IGNORED, *NEUTRAL, *ALIASES}
+    for name, value in (body.model_extra or {}).items():
+        if name in NEUTRAL:
+            harmless = (*NEUTRAL[name], body.n or 1) if name == "best_of" else NEUTRAL[name]
+            if value is not None and value not in harmless:
+                raise bad_request(f"'{name}' is not supported here: leave it out", name, "unsupported_field")
+        elif name == "max_new_tokens":
+            raise bad_request("'max_new_tokens' is called 'max_tokens' here", name, "unknown_field")
+        elif name not in IGNORED and name not in ALIASES:
+            raise bad_request(f"unknown field '{name}'{nearest(name, accepted)}", name, "unknown_field")
+    for index, message in enumerate(getattr(body, "messages", ())):
+        for name in ("tool_calls", "function_call", "audio"):
+            if (message.model_extra or {}).get(name) is not None:
+                where = f"messages.{index}.{name}"
+                raise bad_request(f"'{where}' is not supported here: leave it out", where, "unsupported_field")

@@ -1,0 +1,120 @@
+"""The models behind one server, and where their answers come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError, nearest
+from decausal.models.adapt import adapt, load_source
+from decausal.models.architecture import context_length
+from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.engines import engine_for
+from decausal.serving.errors import ApiError
+from decausal.serving.metrics import Metrics
+from decausal.serving.settings import ServeSettings
+from decausal.serving.worker import Worker
+
+DEFAULT_MAX_TOTAL_TOKENS = 4096
+
+
+@dataclass
+class Served:
+    """One model with the thread that runs it.
+
+    Attributes:
+        name: What clients call it.
+        converted: Model, tokenizer, facts.
+        max_total_tokens: Longest row.
+        worker: Its engine's thread.
+        is_source: It is the autoregressive model that another one was made from.
+    """
+
+    name: str
+    converted: Converted
+    max_total_tokens: int
+    worker: Worker
+    is_source: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def card(self) -> dict[str, Any]:
+        """What /v1/models tells of it."""
+        facts = self.converted.facts
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "decausal",
+            "max_model_len": self.max_total_tokens,
+            "decausal": {
+                "layout": facts.layout,
+                "block_size": facts.block_size,
+                "shift": facts.shift,
+                "source": facts.source,
+                "sampler": facts.sampler,
+                "is_source": self.is_source,
+                "has_chat": bool(self.converted.tokenizer.chat_template),
+                "has_infill": facts.layout == "bidirectional",
+            },
+        }
+
+
+def served(
+    name: str, converted: Converted, settings: ServeSettings, metrics: Metrics, is_source: bool = False
+) -> Served:
+    """Returns a model ready to be started.
+
+    Raises:
+        UserError: Rows longer than the model's context are wanted.
+    """
+    context = context_length(converted.model.config)
+    longest = settings.max_total_tokens or min(context or DEFAULT_MAX_TOTAL_TOKENS, DEFAULT_MAX_TOTAL_TOKENS)
+    longest = min(longest, context or longest)
+    longest -= longest % (converted.facts.block_size or 1)
+    if longest < 2:
+        raise UserError(
+            f"--max_total_tokens {settings.max_total_tokens} leaves no room for a block of {converted.facts.block_size}"
+        )
+    worker = Worker(
+        lambda: engine_for(converted, max_rows=settings.max_rows, max_length=longest, is_autoregressive=is_source),
+        name=name,
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        metrics=metrics,
+    )
+    return Served(name, converted, longest, worker, is_source)
+
+
+def source_of(converted: Converted) -> Converted:
+    """Loads the autoregressive model that a converted one was made from.
+
+    It gets a mask token too, which it never reads and which is never written: engines ban one.
+
+    Raises:
+        UserError: It is not where it was.
+    """
+    facts = converted.facts
+    model, tokenizer = load_source(facts.source, revision=facts.source_revision, dtype=converted.model.dtype)
+    mask_token_id = adapt(model, tokenizer, layout=Layout("causal"))
+    model.to(converted.model.device).eval()
+    causal = ConversionFacts(facts.source, "causal", 1, mask_token_id, source_revision=facts.source_revision)
+    return Converted(model, tokenizer, causal)
+
+
+def find(models: Sequence[Served], name: str | None) -> Served:
+    """Returns the model of that name, or the first where none is named.
+
+    Raises:
+        ApiError: 404.
+    """
+    if name is None:
+        return models[0]
+    for model in models:
+        if model.name == name:
+            return model
+    names = [model.name for model in models]
+    hint = nearest(name, names) or f"; there is: {', '.join(names)}"
+    raise ApiError(404, f"model '{name}' is not served here{hint}", param="model", code="model_not_found")

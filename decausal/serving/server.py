@@ -1,0 +1,117 @@
+"""From a directory to a listening server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
+from decausal.sampling.model import load
+from decausal.serving.app import create_app
+from decausal.serving.metrics import Metrics
+from decausal.serving.served import Served, served, source_of
+from decausal.serving.settings import ServeSettings
+
+GRACE_SECONDS = 5
+"""How long answers may go on when the server is told to end."""
+
+
+def models_of(
+    directory: str | Path, settings: ServeSettings, metrics: Metrics, *, with_source: bool = False
+) -> list[Served]:
+    """Loads a checkpoint, and the autoregressive model that it was made from where that is wanted.
+
+    Raises:
+        UserError: No such checkpoint or source.
+    """
+    loaded = load(directory)
+    converted = Converted(loaded.model, loaded.tokenizer, loaded.facts)
+    name = settings.model_name or Path(directory).resolve().name
+    models = [served(name, converted, settings, metrics)]
+    if with_source:
+        models.append(served(f"{name}-source", source_of(converted), settings, metrics, is_source=True))
+    return models
+
+
+def serve(
+    directory: str | Path,
+    settings: ServeSettings,
+    *,
+    with_source: bool = False,
+    on_listening: Callable[[str, list[str]], None] | None = None,
+) -> None:
+    """Loads a model and answers requests until it is told to end.
+
+    Args:
+        directory: What `decausal convert` wrote.
+        settings: Address, key and limits.
+        with_source: Also serve the autoregressive model that it was made from, as NAME-source.
+        on_listening: Called with the address and the models' names once requests are taken.
+
+    Raises:
+        UserError: The model cannot be loaded, or the address is taken.
+    """
+    listener = _listener(settings)
+    try:
+        metrics = Metrics()
+        models = models_of(directory, settings, metrics, with_source=with_source)
+        app = create_app(models, settings, metrics)
+        _raise_file_limit()
+        if on_listening:
+            host, port = listener.getsockname()[:2]
+            on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}", [model.name for model in models])
+        uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def uvicorn_config(app: object) -> uvicorn.Config:
+    """Returns how uvicorn runs the application: quietly, and without waiting for streams for ever at the end."""
+    logging.getLogger("decausal.serving").setLevel(logging.INFO)
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        server_header=False,
+        ws="none",
+    )
+
+
+def _listener(settings: ServeSettings) -> socket.socket:
+    """Takes the address before the model is loaded, so that a taken one is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host {settings.host}: {error.strerror or error}; give an address of this machine") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; give another --port (0 takes a "
+            "free one)"
+        ) from None
+    return listener
+
+
+def _raise_file_limit() -> None:
+    """Every client is an open file, and the usual limit of 1024 is a low one: goes up to what the system allows."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,55 @@
+"""What `decausal serve` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decausal.errors import UserError
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Where to listen, and how much to take on.
+
+    Attributes:
+        host: Address to listen on; the default is reached from this machine alone.
+        port: 0 takes a free one.
+        max_rows: Rows denoised together. A request has one row for each prompt times `n`.
+        max_queue: Rows that may wait; a request beyond them is refused with status 429.
+        max_total_tokens: Longest row, given and written tokens together. None: the model's context, at most 4096.
+        timeout: Seconds that one request may take, the wait included.
+        api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
+        model_name: The name under which clients find the model. None: that of its directory.
+        max_body_bytes: Longest body of a request.
+
+    Raises:
+        UserError: A value outside its range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_rows: int = 16
+    max_queue: int = 1024
+    max_total_tokens: int | None = None
+    timeout: float = 300.0
+    api_key: str | None = None
+    model_name: str | None = None
+    max_body_bytes: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        rules = {
+            "port": (0 <= self.port < 2**16, "from 0 to 65535"),
+            "max_rows": (self.max_rows >= 1, "at least 1"),
+            "max_queue": (self.max_queue >= 0, "at least 0"),
+            "max_total_tokens": (self.max_total_tokens is None or self.max_total_tokens >= 2, "at least 2"),
+            "timeout": (0 < self.timeout < float("inf"), "seconds above 0"),
+            "api_key": (self.api_key is None or self.api_key.strip() == self.api_key != "", "a word without spaces"),
+            "model_name": (self.model_name != "", "not empty"),
+        }
+        for name, (is_accepted, accepted) in rules.items():
+            if not is_accepted:
+                raise UserError(f"--{name}={getattr(self, name)!r} is not accepted: it must be {accepted}")

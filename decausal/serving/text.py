@@ -1,0 +1,78 @@
+"""Text of a row while it is being written: handed out as soon as nothing can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from decausal.sampling.rows import text_after
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8
+"""Tokens before the text that decoding sees: some tokenizers drop the space in front of a text's first word."""
+
+
+class TextStream:
+    """Decodes a growing row of final tokens, piece by piece.
+
+    What may still change is held back: bytes of a character whose rest is missing, and what may be the beginning of a
+    stop string. The pieces together are what `text_after` makes of the whole.
+
+    Args:
+        tokenizer: Decodes.
+        before: Ids in front of the text.
+        stops: Strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._before, self._stops = tokenizer, list(before), tuple(stops)
+        self._ids = list(before[-CONTEXT:])
+        self._window, self._read = 0, len(self._ids)
+        self._held = ""
+        self.sent = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes further final ids; returns the text that they make certain."""
+        self._ids += ids
+        read = self._decode(self._window, self._read)
+        text = self._decode(self._window, len(self._ids))
+        if text.endswith(BROKEN) or not text.startswith(read):
+            return ""
+        self._window, self._read = self._read, len(self._ids)
+        return self._send(self._held + text[len(read) :])
+
+    def finish(self, ids: Sequence[int]) -> str:
+        """Takes all new ids of the row that has ended; returns the rest of its text.
+
+        The end of the text is where the first stop string begins.
+        """
+        whole = cut(text_after(self._tokenizer, self._before, list(ids)), self._stops)
+        rest = whole[len(self.sent) :] if whole.startswith(self.sent) else ""
+        self.sent += rest
+        return rest
+
+    def _send(self, text: str) -> str:
+        shown = cut(text, self._stops)
+        if len(shown) == len(text):
+            shown = text[: len(text) - possible_stop(text, self._stops)]
+        self._held = text[len(shown) :]
+        self.sent += shown
+        return shown
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Returns the text up to the first of the stop strings."""
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return text[: min(places)] if places else text
+
+
+def possible_stop(text: str, stops: Sequence[str]) -> int:
+    """Returns the length of the longest end of the text that may be the beginning of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0

@@ -1,0 +1,45 @@
+"""decausal serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+from decausal.errors import UserError
+from decausal.serving.settings import ServeSettings
+from decausal.verbs.flags import VerbParser, given
+
+EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run(arguments: list[str]) -> int:
+    parser = VerbParser("serve", "Answer OpenAI's clients, and show a page to play on, from a converted model.")
+    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1: this machine alone; 0.0.0.0: everybody)")
+    parser.add_argument("--port", type=int, help="0 takes a free one (8000)")
+    parser.add_argument("--max_rows", type=int, help="rows written together (16)")
+    parser.add_argument("--max_queue", type=int, help="rows that may wait; more are refused with status 429 (1024)")
+    parser.add_argument("--max_total_tokens", type=int, help="longest row (the model's context, at most 4096)")
+    parser.add_argument("--timeout", type=float, help="seconds that one request may take, the wait included (300)")
+    parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
+    parser.add_argument("--model_name", help="the name that clients know (the directory's)")
+    parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
+    flags = parser.parse_args(arguments)
+    names = ("host", "port", "max_rows", "max_queue", "max_total_tokens", "timeout", "api_key", "model_name")
+    from_environment = {"api_key": os.environ["DECAUSAL_API_KEY"]} if os.environ.get("DECAUSAL_API_KEY") else {}
+    settings = ServeSettings(**from_environment | given(flags, *names))
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"serve needs {', '.join(missing)}, which the extra 'serve' brings: pip install 'decausal[serve]'"
+        )
+    from decausal.serving.server import serve
+
+    serve(flags.directory, settings, with_source=flags.with_source, on_listening=_tell)
+    return 0
+
+
+def _tell(address: str, names: list[str]) -> None:
+    print(f"{' and '.join(names)}: {address} is the page, {address}/v1 the address for OpenAI's clients", flush=True)
+    print("Ctrl-C ends", file=sys.stderr, flush=True)

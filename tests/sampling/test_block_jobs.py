@@ -1,0 +1,112 @@
+"""Jobs for block models become what `generate` makes of them, and every step tells what it kept and how sure it was."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
+from decausal.sampling.block_jobs import BlockJobs
+from decausal.sampling.engines import engine_for
+from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.jobs import Job, run
+from decausal.sampling.rows import Row, prompt_ids
+from decausal.sampling.settings import SamplerSettings
+from tests.sampling.test_row_engine import PROMPTS, converted, job
+
+SETTINGS = [
+    {"num_steps": 2},
+    {"threshold": 0.6, "confidence": "margin"},
+    {"num_steps": 3, "temperature": 1.0, "top_p": 0.9},
+    {"entropy_bound": 2.0, "temperature": 1.3},
+]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["shift 0", "shift 1"])
+def model(request: pytest.FixtureRequest) -> Converted:
+    return converted(layout="block", block_size=4, shift=request.param)
+
+
+def test_every_row_of_a_changing_batch_is_what_generate_makes_of_it(model: Converted) -> None:
+    wanted, jobs = [], []
+    for index in range(11):
+        prompt, options, length = PROMPTS[index % 6], SETTINGS[index % 4], 3 + index % 8
+        wanted.append(generate(model, prompt, max_new_tokens=length, seed=index, **options))
+        jobs.append(job(model, prompt, index, length, **options))
+    ended = dict(run(engine_for(model, max_rows=3, max_length=64), jobs))
+    for index, generation in enumerate(wanted):
+        assert (ended[index].ids, ended[index].step_of_token) == (generation.ids, generation.step_of_token)
+        assert (ended[index].num_forwards, ended[index].reason) == (generation.num_forwards, generation.finish_reason)
+
+
+def test_watched_rows_tell_of_every_kept_token_how_probable_it_was(model: Converted) -> None:
+    engine = BlockJobs(model, max_rows=3, max_length=64, end_token_ids=end_token_ids(model))
+    plain = job(model, "import", 0, 10, num_steps=2)
+    watched = Job(**{**vars(plain), "is_watched": True})
+    asking = Job(**{**vars(plain), "num_top_log_probs": 3})
+    tickets = [engine.submit(each) for each in (plain, watched, asking)]
+    steps: dict[int, list] = {ticket: [] for ticket in tickets}
+    while engine.num_running or engine.num_waiting:
+        for progress in engine.step():
+            steps[progress.ticket].append(progress)
+    ended = [steps[ticket][-1].ended for ticket in tickets]
+    assert ended[0] == ended[1] == ended[2]
+    for quiet, sure, told in zip(*steps.values(), strict=True):
+        assert quiet.positions == sure.positions == told.positions
+        assert not quiet.confidence
+        assert not quiet.log_probs
+        assert not sure.log_probs
+        assert len(sure.confidence) == len(told.log_probs) == len(sure.positions)
+        for confidence, token, (log_prob, top) in zip(sure.confidence, told.ids, told.log_probs, strict=True):
+            assert confidence == pytest.approx(torch.tensor(log_prob).exp().item())
+            assert top[0] == (token, log_prob)  # greedy
+            assert all(first >= second for (_, first), (_, second) in pairwise(top))
+    kept = {p: token for told in steps[tickets[0]] for p, token in zip(told.positions, told.ids, strict=True)}
+    assert [kept[position] for position in sorted(kept)][: len(ended[0].ids)] == ended[0].ids
+
+
+def test_a_causal_model_writes_its_most_probable_tokens_from_left_to_right() -> None:
+    model = converted(layout="causal")
+    ids = prompt_ids(model, PROMPTS[0])
+    greedy = list(ids)
+    with torch.no_grad():
+        for _ in range(8):
+            logits = model.model(torch.tensor([greedy])).logits[0, -1]
+            logits[model.facts.mask_token_id] = -torch.inf
+            greedy.append(int(logits.argmax()))
+    engine = engine_for(model, max_rows=2, max_length=64, is_autoregressive=True)
+    ((_, ended),) = run(engine, [job(model, PROMPTS[0], 0, 8)])
+    assert ended.ids == greedy[len(ids) :]
+    assert ended.num_forwards == 8
+
+
+def test_what_block_models_cannot_do_is_refused_before_the_first_pass(model: Converted) -> None:
+    engine = BlockJobs(model, max_rows=1, max_length=16, end_token_ids=end_token_ids(model))
+    for wrong, says in [
+        (job(model, "import", 0, 4, suffix="\n"), "behind a gap"),
+        (job(model, "import", 0, 4, remask=True, num_steps=2), "remask"),
+        (job(model, "import", 0, 40), "only 16 fit"),
+        (Job(Row(([1], []), (2,), "the prompt"), SamplerSettings(), 0, (5,)), "ends rows at"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            engine.submit(wrong)
+    assert engine.num_running == engine.num_waiting == 0
+
+
+def test_a_cancelled_row_leaves_its_place(model: Converted) -> None:
+    engine = BlockJobs(model, max_rows=2, max_length=64, end_token_ids=end_token_ids(model))
+    jobs = [job(model, prompt, 3, 8, num_steps=2) for prompt in PROMPTS[:4]]
+    tickets = [engine.submit(each) for each in jobs]
+    engine.step()
+    for index in (0, 3):
+        engine.cancel(tickets[index])
+    ended = {}
+    while engine.num_running or engine.num_waiting:
+        ended |= {progress.ticket: progress.ended for progress in engine.step() if progress.ended}
+    assert {tickets.index(ticket) for ticket in ended} == {1, 2}
+    for index in (1, 2):
+        wanted = generate(model, PROMPTS[index], max_new_tokens=8, seed=3, num_steps=2)
+        assert ended[tickets[index]].ids == wanted.ids

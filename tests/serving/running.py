@@ -1,0 +1,80 @@
+"""A tiny model behind a real server, for tests of every part of it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import uvicorn
+
+from decausal.models.adapt import adapt
+from decausal.models.checkpoint import Converted
+from decausal.serving.app import create_app
+from decausal.serving.metrics import Metrics
+from decausal.serving.served import Served, served
+from decausal.serving.server import uvicorn_config
+from decausal.serving.settings import ServeSettings
+from tests.families import FAMILIES, tiny_tokenizer
+from tests.sampling.stand_ins import conversion_facts
+
+
+def converted(family: str = "qwen3", chat: bool = True, **facts: Any) -> Converted:
+    """A random model whose distributions are sharp, so that rounding decides no comparison."""
+    torch.manual_seed(0)
+    model, tokenizer = FAMILIES[family](), tiny_tokenizer(chat)
+    mask_token_id = adapt(model, tokenizer)
+    model.get_output_embeddings().weight.data *= 4
+    return Converted(model, tokenizer, conversion_facts(mask_token_id, **{"shift": 1, **facts}))
+
+
+class Running:
+    """A server in a thread.
+
+    Attributes:
+        url: Its address.
+        models: What it serves.
+        metrics: What it counts.
+    """
+
+    def __init__(self, url: str, models: list[Served], metrics: Metrics) -> None:
+        self.url, self.models, self.metrics = url, models, metrics
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that run or wait."""
+        return sum(model.worker.num_rows for model in self.models)
+
+    def wait_until_idle(self, seconds: float = 10) -> None:
+        """Returns once no row is left; fails where that takes longer."""
+        deadline = time.monotonic() + seconds
+        while self.num_rows:
+            assert time.monotonic() < deadline, f"{self.num_rows} rows are left"
+            time.sleep(0.01)
+
+
+@contextmanager
+def running(models: list[Converted], is_source: tuple[bool, ...] = (), **settings: Any) -> Iterator[Running]:
+    """Serves models named tiny, tiny-2, ... on a free port."""
+    limits, metrics = ServeSettings(**settings), Metrics()
+    names = ["tiny", *(f"tiny-{number}" for number in range(2, len(models) + 1))]
+    kinds = is_source or (False,) * len(models)
+    found = [served(name, model, limits, metrics, kind) for name, model, kind in zip(names, models, kinds, strict=True)]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn_config(create_app(found, limits, metrics)))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", found, metrics)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        listener.close()
+        assert not thread.is_alive()

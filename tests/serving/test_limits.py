@@ -1,0 +1,135 @@
+"""A full queue, a slow answer, an engine that fails: told in time, and nobody else is touched."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
+from decausal.sampling import row_engine
+from decausal.sampling.generate import generate
+from decausal.serving.settings import ServeSettings
+from decausal.serving.worker import Worker
+from tests.serving.running import converted, running
+
+SLOW = {"prompt": "import", "max_tokens": 50, "num_steps": 50, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model() -> Converted:
+    return converted()
+
+
+def test_a_full_queue_is_told_at_once_with_the_time_to_wait(model: Converted) -> None:
+    with running([model], max_rows=1, max_queue=2) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json={**SLOW, "n": 3, "stream": True}):
+            answer = client.post("/v1/completions", json=SLOW)
+            assert answer.status_code == 429
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
+            assert answer.json()["error"]["code"] == "queue_full"
+        server.wait_until_idle()
+        assert client.post("/v1/completions", json=SLOW).status_code == 200
+        never = client.post("/v1/completions", json={**SLOW, "n": 4})
+        assert never.status_code == 400
+        assert never.json()["error"]["code"] == "too_many_choices"
+
+
+def test_openais_client_waits_for_a_place_by_itself(model: Converted) -> None:
+    with (
+        running([model], max_rows=2, max_queue=1) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=20) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        requests = [{"model": "tiny", "prompt": "import", "max_tokens": 30, "seed": seed} for seed in range(8)]
+        answers = pool.map(lambda request: client.completions.create(**request), requests)
+        texts = [found.choices[0].text for found in answers]
+    assert texts == [generate(model, "import", max_new_tokens=30, seed=seed).text for seed in range(8)]
+
+
+def test_an_answer_that_takes_too_long_is_given_up(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = row_engine.body_forward
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(row_engine, "body_forward", slow)
+    with running([model], timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post("/v1/completions", json=SLOW)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["type"] == "timeout_error"
+        server.wait_until_idle()
+        streamed = client.post("/v1/completions", json={**SLOW, "stream": True}).text
+        assert '"code":"timeout"' in streamed.splitlines()[-4]
+        assert streamed.endswith("data: [DONE]\n\n")
+        server.wait_until_idle()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other:
+            stream = other.completions.create(
+                model="tiny", prompt="import", max_tokens=50, stream=True, extra_body={"num_steps": 50}
+            )
+            with pytest.raises(openai.APIError, match="longer than"):
+                list(stream)
+
+
+def test_an_engine_that_fails_ends_its_answers_and_is_made_anew(
+    model: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = row_engine.body_forward, []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(row_engine, "body_forward", failing)
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post("/v1/completions", json=SLOW)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "engine_failed"
+        assert "out of memory" not in answer.text
+        assert client.get("/health").status_code == 200
+        again = client.post("/v1/completions", json=SLOW)
+        assert again.json()["choices"][0]["text"] == generate(model, "import", max_new_tokens=50, num_steps=50).text
+        server.wait_until_idle()
+
+
+def test_rows_are_no_longer_than_the_server_says(model: Converted) -> None:
+    with running([model], max_total_tokens=12) as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 12
+        answer = client.post("/v1/completions", json={"prompt": "import", "max_tokens": 30})
+        assert "at most 12" in answer.json()["error"]["message"]
+        found = client.post("/v1/completions", json={"prompt": "import"}).json()
+        assert found["usage"]["total_tokens"] == 12
+
+
+def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running([model]) as server, httpx.Client(base_url=server.url) as client:
+        monkeypatch.setattr(Worker, "is_alive", property(lambda self: False))
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json=SLOW).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"max_rows": 0},
+        {"max_queue": -1},
+        {"max_total_tokens": 1},
+        {"timeout": 0.0},
+        {"api_key": ""},
+        {"api_key": " a"},
+        {"model_name": ""},
+    ],
+    ids=str,
+)
+def test_settings_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}="):
+        ServeSettings(**wrong)
