@@ -1,0 +1,104 @@
+"""How long a run is: steps, tokens or minutes; and how much of that it has used."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from decausal.compare.arms import ArmRun
+from decausal.compare.settings import DEFAULT_STEPS, CompareSettings
+from decausal.compare.tokens import TokenCounts
+from decausal.data.rows import PackedRows, load_rows
+
+MEAN_NOISE_LEVEL = 0.5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each run may use.
+
+    Attributes:
+        kind: what is counted.
+        amount: of it; minutes for "minutes".
+        tokens: which tokens count, for "tokens".
+    """
+
+    kind: Literal["steps", "tokens", "minutes"]
+    amount: float
+    tokens: str = "clean"
+
+    @classmethod
+    def of(cls, settings: CompareSettings) -> Budget:
+        if settings.budget_tokens is not None:
+            return cls("tokens", float(settings.budget_tokens), settings.tokens)
+        if settings.budget_minutes is not None:
+            return cls("minutes", settings.budget_minutes)
+        return cls("steps", float(settings.max_steps or DEFAULT_STEPS))
+
+    def progress(self, step: int, counts: TokenCounts, seconds: float) -> float:
+        """Returns the share that is used, which may pass 1 by what one step takes."""
+        used = {"steps": step, "tokens": getattr(counts, self.tokens), "minutes": seconds / 60}
+        return used[self.kind] / self.amount
+
+    def sentence(self) -> str:
+        words = {"steps": "steps", "tokens": f"{self.tokens} training tokens", "minutes": "minutes of training"}
+        return f"{self.amount:,g} {words[self.kind]}"
+
+
+def steps_for_tokens(budget: Budget, run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns in how many steps a run uses up its tokens: what its schedules are laid out for.
+
+    A run ends when its tokens are used up, so an estimate that is too high costs the end of its schedules, and one that
+    is too low costs tokens. Of rollouts only the prompts are known beforehand; they are taken to be as long as the
+    data's own answers.
+    """
+    rows = training_rows(run, tokenizer)
+    rows_per_step = run.training["per_device_train_batch_size"] * run.training.get("gradient_accumulation_steps", 1)
+    per_packed_step = rows_per_step * rows.num_tokens / len(rows)
+    per_rollout_step = rows_per_step * rows.num_tokens / rows.num_documents
+    share_on_corpus = 1.0 if _of(run, "rows", "corpus") == "corpus" else 0.0
+    warm_start = _of(run, "warm_start_steps", 0) or 0
+    per_step = per_packed_step if share_on_corpus else per_rollout_step
+    amount = budget.amount / _counted_per_clean_token(budget, run)
+    if share_on_corpus == 0.0 and warm_start:
+        if warm_start < 1:
+            per_step = warm_start * per_packed_step + (1 - warm_start) * per_rollout_step
+        else:
+            rest = max(0.0, amount - warm_start * per_packed_step)
+            return max(1, round(min(warm_start, amount / per_packed_step) + rest / per_rollout_step))
+    return max(1, round(amount / per_step))
+
+
+def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+    """Returns the rows that `convert` will load: packed now, so that no run's clock has to wait for it."""
+    conversion = run.conversion
+    data = list(conversion.data) if isinstance(conversion.data, tuple) else conversion.data
+    return load_rows(
+        data,
+        tokenizer,
+        conversion.max_length,
+        text_field=conversion.text_field,
+        split=conversion.dataset_split,
+        data_fraction=conversion.data_fraction,
+        seed=run.seed,
+    )
+
+
+def steps_for_minutes(budget: Budget, steps_tried: int, seconds_tried: float) -> int:
+    """Returns in how many steps a run uses up its minutes, from the time that a trial took."""
+    return max(1, math.floor(budget.amount * 60 * steps_tried / max(seconds_tried, 1e-9)))
+
+
+def _counted_per_clean_token(budget: Budget, run: ArmRun) -> float:
+    if budget.tokens == "supervised":
+        return MEAN_NOISE_LEVEL * run.conversion.views
+    if budget.tokens == "total" and _of(run, "rows", "corpus") != "corpus":
+        return 2.0
+    return 1.0
+
+
+def _of(run: ArmRun, name: str, default: Any) -> Any:
+    return getattr(run.conversion, name, default)

@@ -1,0 +1,296 @@
+"""What all runs are measured with: the same held-out prompts or rows, and the AR model beside them."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.compare.arms import ArmRun
+from decausal.compare.records import Score
+from decausal.compare.settings import STATIC, CompareSettings
+from decausal.data.rows import PackedRows, load_rows
+from decausal.data.sources import task_source
+from decausal.data.tasks import Example
+from decausal.errors import UserError
+from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
+from decausal.evaluation.tasks import TaskScores, evaluate_tasks, longest_completion
+from decausal.models.adapt import adapt, load_source
+from decausal.models.architecture import refuse_longer_rows
+from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.doctor import refuse_if_unusable
+
+EVAL_SEED = 0  # not the runs': runs of different seeds are measured on the same masks
+
+
+class Measure(ABC):
+    """Measures students against held-out data. Making one loads the AR model and tells bad input.
+
+    Attributes:
+        settings: of the comparison.
+        source: the frozen AR model.
+        tokenizer: with the mask token.
+    """
+
+    higher_is_better: bool
+    unit: str
+
+    def __init__(self, settings: CompareSettings, run: ArmRun) -> None:
+        self.settings = settings
+        self.source, tokenizer = load_source(settings.model_name_or_path, revision=run.conversion.revision)
+        refuse_if_unusable(self.source, tokenizer)
+        refuse_longer_rows(run.conversion.max_length, self.source.config)
+        self.ar_tokenizer = copy.deepcopy(tokenizer)
+        self._start = copy.deepcopy(self.source)
+        self._mask_token_id = adapt(self._start, tokenizer, mask_token=run.conversion.mask_token)
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.source.to(device)
+        self._start.to(device)
+        self._start_scores: dict[tuple[Any, ...], tuple[Score, ...]] = {}
+        self._ar_scores: dict[bool, Score] = {}
+
+    @property
+    @abstractmethod
+    def thresholds(self) -> tuple[float | None, ...]:
+        """Decoding schedules while a run trains; (None,) where nothing is decoded."""
+
+    @property
+    @abstractmethod
+    def final_thresholds(self) -> tuple[float | None, ...]:
+        """Decoding schedules at a run's end."""
+
+    @abstractmethod
+    def measured(self, *, is_final: bool) -> dict[str, Any]:
+        """What is measured on: two measurements of equal descriptions can be compared."""
+
+    @abstractmethod
+    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score: ...
+
+    @abstractmethod
+    def _ar_score(self, is_final: bool) -> Score: ...
+
+    def facts(self, run: ArmRun) -> ConversionFacts:
+        """Returns how a run's student reads and decodes."""
+        conversion = run.conversion
+        names = ("block_size", "causal_context") if conversion.layout == "block" else ()
+        more = {name: getattr(conversion, name) for name in names}
+        return ConversionFacts(
+            source=conversion.model_name_or_path,
+            layout=conversion.layout,
+            shift=conversion.shift,
+            mask_token_id=self._mask_token_id,
+            **more,
+        )
+
+    def scores(
+        self, model: PreTrainedModel, run: ArmRun, thresholds: Sequence[float | None], *, is_final: bool = False
+    ) -> tuple[Score, ...]:
+        """Measures a student under each schedule."""
+        was_training = model.training
+        model.eval()
+        try:
+            with self._precision(run), torch.inference_mode():
+                converted = Converted(model, self.tokenizer, self.facts(run))
+                return tuple(self._score(converted, threshold, is_final) for threshold in thresholds)
+        finally:
+            model.train(was_training)
+
+    def start_scores(self, run: ArmRun) -> tuple[Score, ...]:
+        """Measures what a run's student is before any training: once for all arms that read alike."""
+        facts = self.facts(run)
+        key = (facts.attention, facts.shift)
+        if key not in self._start_scores:
+            self._start_scores[key] = self.scores(self._start, run, self.thresholds)
+        return self._start_scores[key]
+
+    def ar_score(self, *, is_final: bool) -> Score:
+        """Measures the AR model: greedy, one token per forward."""
+        if is_final not in self._ar_scores:
+            with torch.inference_mode():
+                self._ar_scores[is_final] = self._ar_score(is_final)
+        return self._ar_scores[is_final]
+
+    @contextmanager
+    def _precision(self, run: ArmRun) -> Iterator[None]:
+        with torch.autocast(self.source.device.type, torch.bfloat16, enabled=run.training["bf16"]):
+            yield
+
+
+class TaskMeasure(Measure):
+    """Exact answers on held-out prompts: accuracy, the mean over tasks.
+
+    Raises:
+        UserError: the held-out data holds no tasks, or the model's tokenizer does not read their characters.
+    """
+
+    higher_is_better = True
+    unit = "accuracy"
+
+    def __init__(self, settings: CompareSettings, run: ArmRun) -> None:
+        self._problems = held_out_problems(settings)
+        super().__init__(settings, run)
+        refuse_unread_characters(self.tokenizer, self._problems, settings.model_name_or_path)
+        self.max_new_tokens = settings.max_new_tokens or longest_completion(self._problems, self.tokenizer)
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        return self.settings.eval_thresholds
+
+    @property
+    def final_thresholds(self) -> tuple[float | None, ...]:
+        return self.settings.thresholds
+
+    def measured(self, *, is_final: bool) -> dict[str, Any]:
+        return {
+            "eval": "tasks",
+            "data": str(task_source(self.settings.measured_data)),
+            "prompts": len(self.problems(is_final)),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def problems(self, is_final: bool) -> list[Example]:
+        return self._problems[: self.settings.final_prompts if is_final else self.settings.eval_prompts]
+
+    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score:
+        schedule = static_schedule(converted.facts, self.max_new_tokens)
+        options = schedule if threshold == STATIC else {"threshold": threshold}
+        return self._evaluated(converted, threshold, is_final, options)
+
+    def _ar_score(self, is_final: bool) -> Score:
+        return self._evaluated((self.source, self.ar_tokenizer), STATIC, is_final, {})
+
+    def _evaluated(self, model: Any, threshold: float | None, is_final: bool, options: dict[str, Any]) -> Score:
+        found = evaluate_tasks(
+            model,
+            self.problems(is_final),
+            batch_size=self.settings.eval_batch_size,
+            max_new_tokens=self.max_new_tokens,
+            **options,
+        )
+        return _task_score(found, threshold)
+
+
+class LikelihoodMeasure(Measure):
+    """NELBO per token of held-out text, on the same mask patterns each time."""
+
+    higher_is_better = False
+    unit = "NELBO"
+
+    def __init__(self, settings: CompareSettings, run: ArmRun) -> None:
+        super().__init__(settings, run)
+        self._max_length, self._text_field = run.conversion.max_length, run.conversion.text_field
+        _ = self.rows
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        return (None,)
+
+    final_thresholds = thresholds
+
+    def measured(self, *, is_final: bool) -> dict[str, Any]:
+        return {
+            "eval": "nll",
+            "data": self.settings.measured_data,
+            "rows": min(self.settings.eval_rows, len(self.rows)),
+            "samples_per_row": self.settings.eval_samples,
+            "max_length": self._max_length,
+        }
+
+    @cached_property
+    def rows(self) -> PackedRows:
+        """All held-out rows."""
+        return load_rows(self.settings.measured_data, self.tokenizer, self._max_length, text_field=self._text_field)
+
+    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score:
+        found = evaluate_nll(
+            converted.model,
+            converted.facts,
+            self.rows,
+            self.tokenizer,
+            num_rows=min(self.settings.eval_rows, len(self.rows)),
+            samples_per_row=self.settings.eval_samples,
+            batch_size=self.settings.eval_batch_size,
+            seed=EVAL_SEED,
+        )
+        details = {"masked_cross_entropy": found.masked_cross_entropy, "bits_per_byte": found.bits_per_byte}
+        return Score(None, found.nelbo_per_token, found.nelbo_standard_error, details=details)
+
+    def _ar_score(self, is_final: bool) -> Score:
+        found = evaluate_ar_nll(
+            self.source,
+            self.rows,
+            self.tokenizer,
+            num_rows=min(self.settings.eval_rows, len(self.rows)),
+            batch_size=self.settings.eval_batch_size,
+        )
+        details = {"bits_per_byte": found.bits_per_byte}
+        return Score(None, found.nll_per_token, found.nll_standard_error, details=details)
+
+
+def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
+    """Loads what all runs are measured with.
+
+    Raises:
+        UserError: the model cannot be converted, or the held-out data is not for it.
+    """
+    return (TaskMeasure if settings.eval == "tasks" else LikelihoodMeasure)(settings, run)
+
+
+def held_out_problems(settings: CompareSettings) -> list[Example]:
+    """Returns the held-out examples that the comparison needs, each task in turn.
+
+    Raises:
+        UserError: `--eval_data` names no held-out tasks, or fewer examples than are to be measured.
+    """
+    name = settings.measured_data
+    if name.partition(":")[0].partition("@")[0] != "tasks-heldout":
+        raise UserError(
+            f"--eval_data {name}: --eval tasks measures exact answers on tasks-heldout, or on some of its tasks, such "
+            "as tasks-heldout:sorting+lookup; for other data give --eval nll"
+        )
+    most = max(settings.eval_prompts, settings.final_prompts)
+    problems = list(islice(task_source(name).examples(), most))
+    if len(problems) < most:
+        raise UserError(
+            f"--eval_data {name} has {len(problems)} examples, {most} are to be measured; raise its count, such as "
+            f"tasks-heldout:{most}, or lower --eval_prompts and --final_prompts"
+        )
+    return problems
+
+
+def refuse_unread_characters(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Example], model_name: str) -> None:
+    """Raises UserError where the tokenizer does not give a task's text back as it was, or has no end of text."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model_name} has no end-of-text token, so its answers to tasks do not end; use --eval nll")
+    for problem in problems:
+        text = problem.prompt + problem.completion
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+            raise UserError(
+                f"--eval tasks needs a model that reads the tasks' characters: the tokenizer of {model_name} does not "
+                f"give back {text!r}; use tiny-tasks, a model with a byte-level tokenizer, or --eval nll"
+            )
+
+
+def static_schedule(facts: ConversionFacts, max_new_tokens: int) -> dict[str, int]:
+    """Returns the sampler's options for one token per forward: a step for each token of a block, or of the answer."""
+    return {"num_steps": facts.block_size or max_new_tokens}
+
+
+def _task_score(found: TaskScores, threshold: float | None) -> Score:
+    return Score(
+        threshold,
+        found.accuracy,
+        found.standard_error,
+        by_task={score.task: score.accuracy for score in found.tasks},
+        tokens_per_forward=found.tokens_per_forward,
+        right="".join("1" if right else "0" for score in found.tasks for right in score.is_right),
+    )

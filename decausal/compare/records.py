@@ -1,0 +1,143 @@
+"""What was measured of one run, on disk beside its checkpoints: in whole lines, so that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from decausal.compare.tokens import TokenCounts
+
+MEASUREMENTS = "measurements.jsonl"
+FINAL = "final.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality of one model under one decoding schedule.
+
+    Attributes:
+        threshold: confidence above which a token is kept; 1 is the static schedule. None: nothing was decoded (nll).
+        quality: accuracy, the mean over tasks; or NELBO in nats per token.
+        standard_error: over prompts (or rows).
+        by_task: accuracy of each task.
+        tokens_per_forward: tokens kept over all forward passes; None where nothing was decoded.
+        right: for each prompt in order "1" where it was answered right, else "0"; "" for nll.
+        details: further figures.
+    """
+
+    threshold: float | None
+    quality: float
+    standard_error: float | None = None
+    by_task: dict[str, float] = field(default_factory=dict)
+    tokens_per_forward: float | None = None
+    right: str = ""
+    details: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run after some of its budget.
+
+    Attributes:
+        step: training steps taken.
+        progress: share of the budget that is used up.
+        seconds: time spent in training; measuring and saving are not counted.
+        tokens: what it has been trained on.
+        scores: by schedule, as settings name them.
+        loss: mean training loss since the measurement before; None where there was none.
+    """
+
+    step: int
+    progress: float
+    seconds: float
+    tokens: TokenCounts
+    scores: tuple[Score, ...]
+    loss: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens": self.tokens._asdict() | {"total": self.tokens.total}}
+
+    def score(self, threshold: float | None) -> Score | None:
+        """Returns the score under a threshold; None where it was not measured."""
+        return next((score for score in self.scores if score.threshold == threshold), None)
+
+
+def measurement_of(record: Mapping[str, Any]) -> Measurement:
+    """Reads what `Measurement.as_dict` wrote."""
+    counts = {name: value for name, value in record["tokens"].items() if name in TokenCounts._fields}
+    scores = tuple(Score(**score) for score in record["scores"])
+    return Measurement(**{**record, "tokens": TokenCounts(**counts), "scores": scores})
+
+
+class RunRecord:
+    """The measurements of one run in its directory: a line each, behind a line that says what was measured."""
+
+    def __init__(self, directory: Path, measured: Mapping[str, Any]) -> None:
+        self.path = directory / MEASUREMENTS
+        self.measured = _plain(measured)
+
+    def read(self) -> list[Measurement]:
+        """Returns all measurements; a last line that was cut short does not count."""
+        return [measurement_of(record) for record in self._records()[1:]]
+
+    def measured_before(self) -> dict[str, Any] | None:
+        """Returns what an earlier run in the directory was measured on; None where there was none."""
+        records = self._records()
+        return records[0] if records else None
+
+    def begin(self, measurements: list[Measurement]) -> None:
+        """Replaces what is there, in one step."""
+        lines = [self.measured, *(measurement.as_dict() for measurement in measurements)]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def add(self, measurement: Measurement) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(measurement.as_dict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _records(self) -> list[dict[str, Any]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class FinalRecord:
+    """The scores of a finished run by threshold, in its directory."""
+
+    def __init__(self, directory: Path, measured: Mapping[str, Any]) -> None:
+        self.path = directory / FINAL
+        self.measured = _plain(measured)
+
+    def read(self) -> list[Score]:
+        """Returns the scores; none where they were measured on something else."""
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        return [Score(**score) for score in record["scores"]] if record["measured"] == self.measured else []
+
+    def write(self, scores: list[Score]) -> None:
+        record = {"measured": self.measured, "scores": [asdict(score) for score in scores]}
+        write_atomically(self.path, json.dumps(record) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file in one step: a reader finds the old one or the new one."""
+    partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(values))

@@ -1,0 +1,228 @@
+"""The comparison on disk: all figures as JSON, one table and what was found as Markdown, one picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from decausal.compare.budget import Budget
+from decausal.compare.findings import (
+    ArmSummary,
+    Milestone,
+    ParallelLoss,
+    Reaching,
+    Spread,
+    ending_sentence,
+    milestones,
+    parallel_losses,
+    reaching,
+)
+from decausal.compare.plots import save_figure
+from decausal.compare.records import Score, write_atomically
+from decausal.compare.settings import CompareSettings
+from decausal.compare.training import Planned, RunResult
+from decausal.compare.view import final_cell, schedule_name
+from decausal.provenance import provenance
+
+REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "report.png"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a comparison found.
+
+    Attributes:
+        settings: as given.
+        plan: all runs, with their settings.
+        results: the runs that have finished, in the plan's order.
+        source: the AR model: name, type, parameters.
+        measured: what runs are measured on, while they train and at their end.
+        ar: the AR model's score on what runs are measured on at their end.
+        ar_while_training: on what they are measured on while they train.
+        unit: what quality is.
+        higher_is_better: of quality.
+        command: that made it.
+        started: local time, as ISO 8601 writes it.
+        seconds: how long it took, without the runs that had been finished before.
+    """
+
+    settings: CompareSettings
+    plan: Sequence[Planned]
+    results: Sequence[RunResult]
+    source: dict[str, Any]
+    measured: dict[str, Any]
+    ar: Score
+    ar_while_training: Score
+    unit: str
+    higher_is_better: bool
+    command: str
+    started: str
+    seconds: float
+
+    @property
+    def reference(self) -> str:
+        """The arm whose best the others are to reach."""
+        return self.settings.reference or self.plan[0].run.arm.name
+
+    @property
+    def curve_threshold(self) -> float | None:
+        """The schedule of the curves over training: the most careful that was measured."""
+        return None if self.settings.eval == "nll" else max(self.settings.eval_thresholds)
+
+    def arms(self) -> list[ArmSummary]:
+        """Returns each arm over its seeds."""
+        names = dict.fromkeys(result.arm for result in self.results)
+        return [ArmSummary.of([result for result in self.results if result.arm == name]) for name in names]
+
+    def reaching(self) -> list[Reaching]:
+        """Returns the tokens that each arm needed for the reference's best."""
+        return reaching(
+            self.results,
+            self.reference,
+            self.curve_threshold,
+            self.settings.tokens,
+            higher_is_better=self.higher_is_better,
+        )
+
+    def parallel_losses(self) -> list[ParallelLoss]:
+        """Returns what each arm loses when decoded in parallel."""
+        return parallel_losses(self.results)
+
+    def milestones(self) -> list[Milestone]:
+        """Returns the tokens to shares of the AR model's accuracy; none for a quality that has no such shares."""
+        if not self.higher_is_better:
+            return []
+        return milestones(self.results, self.ar_while_training, self.curve_threshold, self.settings.tokens)
+
+    def sentences(self) -> list[str]:
+        """What was found, in words, whichever way it came out."""
+        losses = [found for found in self.parallel_losses() if found.threshold == _nearest_threshold(self.settings)]
+        return [
+            *(found.sentence(self.unit) for found in self.reaching()),
+            *(found.sentence() for found in losses),
+            *(ending_sentence(arm, self.ar, self.unit) for arm in self.arms()),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures and all they depend on, as `report.json` holds them."""
+        runs = {planned.run.name: planned for planned in self.plan}
+        return {
+            "command": self.command,
+            "is_complete": len(self.results) == len(self.plan),
+            "settings": asdict(self.settings),
+            "started": self.started,
+            "seconds": self.seconds,
+            **provenance(),
+            "source": self.source,
+            "budget": asdict(Budget.of(self.settings)),
+            "measured": self.measured,
+            "quality": {"unit": self.unit, "higher_is_better": self.higher_is_better},
+            "ar": {"while_training": asdict(self.ar_while_training), "final": asdict(self.ar)},
+            "arms": [_arm_as_dict(arm) for arm in self.arms()],
+            "reaching": [
+                asdict(found)
+                | {"ratios": found.ratios, "mean_ratio": found.mean_ratio, "sentence": found.sentence(self.unit)}
+                for found in self.reaching()
+            ],
+            "milestones": [asdict(found) for found in self.milestones()],
+            "parallel_losses": [asdict(found) | {"sentence": found.sentence()} for found in self.parallel_losses()],
+            "runs": [_run_as_dict(result, runs[f"{result.arm}-seed{result.seed}"]) for result in self.results],
+        }
+
+
+def write_report(comparison: Comparison) -> list[Path]:
+    """Writes `report.png`, `report.md` and `report.json` into the comparison's directory, and returns their paths."""
+    output_dir = Path(comparison.settings.output_dir)
+    paths = [output_dir / name for name in (REPORT_PICTURE, REPORT_TABLE, REPORT_FIGURES)]
+    save_figure(
+        paths[0],
+        comparison.results,
+        comparison.ar,
+        threshold=comparison.curve_threshold,
+        counted=comparison.settings.tokens,
+        unit=comparison.unit,
+    )
+    write_atomically(paths[1], _markdown(comparison))
+    write_figures(comparison)
+    return paths
+
+
+def write_figures(comparison: Comparison) -> None:
+    """Writes `report.json` alone: what is known so far."""
+    text = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(Path(comparison.settings.output_dir, REPORT_FIGURES), text)
+
+
+def _markdown(comparison: Comparison) -> str:
+    unit, counted, arms = comparison.unit, comparison.settings.tokens, comparison.arms()
+    heads = [schedule_name(threshold, unit) for threshold, _, _ in arms[0].final]
+    rows = [
+        ["arm", f"{counted} tokens", "supervised", "generated", "steps", "seconds", *heads],
+        ["---", *["---:"] * (5 + len(heads))],
+        *(_row(arm, counted) for arm in arms),
+        ["AR model", *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    facts = provenance()
+    hardware = facts["hardware"]
+    found = "\n".join(f"- {sentence}" for sentence in comparison.sentences())
+    return f"""# Comparison of {", ".join(arm.arm for arm in arms)}
+
+From `{comparison.settings.model_name_or_path}`, {Budget.of(comparison.settings).sentence()} each,
+seeds {", ".join(map(str, comparison.settings.seeds))}. {unit[0].upper()}{unit[1:]} on held-out data at the end of
+training, mean ± deviation over seeds; in brackets tokens per forward pass.
+
+{table}
+
+![Quality by training tokens, and by tokens per forward]({REPORT_PICTURE})
+
+{found}
+
+`{comparison.command}`, commit {facts["commit"]}, {facts["date"]}, {hardware["processor"]}, {hardware["cores"]} cores,
+torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}. All figures: `{REPORT_FIGURES}`.
+"""
+
+
+def _row(arm: ArmSummary, counted: str) -> list[str]:
+    tokens = [f"{arm.tokens[name].mean:,.0f}" for name in (counted, "supervised", "generated")]
+    cells = [final_cell(quality, speed) for _, quality, speed in arm.final]
+    return [arm.arm, *tokens, f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}", *cells]
+
+
+def _arm_as_dict(arm: ArmSummary) -> dict[str, Any]:
+    return {
+        "arm": arm.arm,
+        "tokens": {name: asdict(spread) for name, spread in arm.tokens.items()},
+        "steps": asdict(arm.steps),
+        "seconds": asdict(arm.seconds),
+        "final": [
+            {"threshold": threshold, "quality": asdict(quality), "tokens_per_forward": _plain(speed)}
+            for threshold, quality, speed in arm.final
+        ],
+    }
+
+
+def _run_as_dict(result: RunResult, planned: Planned) -> dict[str, Any]:
+    return {
+        "arm": result.arm,
+        "seed": result.seed,
+        "directory": result.directory,
+        "recipe": planned.run.arm.recipe,
+        "overrides": planned.run.arm.overrides,
+        "settings": asdict(planned.run.conversion) | planned.training,
+        "measurements": [measurement.as_dict() for measurement in result.measurements],
+        "final": [asdict(score) for score in result.final],
+    }
+
+
+def _plain(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else asdict(spread)
+
+
+def _nearest_threshold(settings: CompareSettings) -> float | None:
+    """The parallel schedule that sentences speak of: the one nearest to the sampler's own default."""
+    below = [threshold for threshold in settings.thresholds if threshold < 1]
+    return min(below, key=lambda threshold: abs(threshold - 0.9)) if below else None

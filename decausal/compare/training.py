@@ -1,0 +1,205 @@
+"""One run of a comparison: an ordinary conversion in a directory of its own, continued where it was left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from decausal.compare.arms import ArmRun
+from decausal.compare.budget import Budget, steps_for_minutes
+from decausal.compare.measuring import Measure
+from decausal.compare.recorder import Event, Recorder, Tell
+from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
+from decausal.errors import UserError
+from decausal.models.adapt import FACTS_FILE
+from decausal.models.checkpoint import load_converted
+from decausal.reporting.clock import Clock
+from decausal.training.convert import convert
+from decausal.training.run_directory import RUN_FILE, checkpoints
+
+_MAY_DIFFER = {"output_dir", "overwrite", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "eval_rows"}
+_TRIAL_STEPS = 30
+_TRIAL_SHARE = 0.05  # of the minutes of one run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run with its length, and what its student measures before any step.
+
+    Attributes:
+        run: all other settings.
+        max_steps: what its schedules are laid out for.
+        budget: what ends it, where that is used up before.
+        start_scores: of the student before training.
+    """
+
+    run: ArmRun
+    max_steps: int
+    budget: Budget
+    start_scores: tuple[Score, ...] = ()
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """All training arguments."""
+        return self.run.training | {"max_steps": self.max_steps, "eval_strategy": "no"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its measurements, the first before any step, and the scores of what it has become."""
+
+    arm: str
+    seed: int
+    directory: str
+    measurements: list[Measurement]
+    final: list[Score]
+
+    def final_score(self, threshold: float | None) -> Score | None:
+        """Returns the score at the end under a threshold; None where it was not measured."""
+        return next((score for score in self.final if score.threshold == threshold), None)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run has come to its end: the facts of a conversion are written last."""
+    return (directory / FACTS_FILE).is_file()
+
+
+def steps_before(directory: Path) -> int | None:
+    """Returns `max_steps` of the run that the directory holds; None where there is none."""
+    recorded = _recorded(directory)
+    return recorded.get("max_steps") if recorded else None
+
+
+def refuse_other_run(planned: Planned, measured: dict[str, Any]) -> None:
+    """Raises UserError where the directory holds a run of other settings, or measured on something else."""
+    directory = planned.run.directory
+    recorded = _recorded(directory)
+    if recorded is None:
+        return
+    now = _plain(asdict(planned.run.conversion) | planned.training)
+    before = RunRecord(directory, measured).measured_before() or measured
+    pairs = [(name, recorded.get(name), now.get(name)) for name in sorted({*recorded, *now} - _MAY_DIFFER)]
+    pairs += [(f"measured {name}", before.get(name), measured.get(name)) for name in sorted({*before, *measured})]
+    for name, old, new in pairs:
+        if old != new:
+            raise UserError(
+                f"{directory} holds a run with {name} {old}, not {new}: give the earlier settings to continue the "
+                "comparison, choose another --output_dir, or train all runs anew with --overwrite true"
+            )
+
+
+def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = False) -> RunResult:
+    """Trains one run, or continues it, or only reads what it was; then measures what is missing.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    run, directory = planned.run, planned.run.directory
+    measured = described(planned, measure)
+    record = RunRecord(directory, measured)
+    tell(Event(run.name, "began"))
+    model = None
+    if overwrite or not is_finished(directory):
+        recorder = Recorder(
+            run.name,
+            planned.budget,
+            measure.settings.points,
+            lambda student: measure.scores(student, run, measure.thresholds),
+            planned.start_scores,
+            record,
+            tell,
+        )
+        model = _convert(planned, recorder, recorder.measure, is_resumed=not overwrite)
+        for checkpoint in checkpoints(directory):
+            shutil.rmtree(checkpoint)
+        measurements = recorder.measurements
+    else:
+        measurements = record.read()
+        for measurement in measurements:
+            tell(Event(run.name, "measured", measurement.step, measurement.progress, measurement=measurement))
+    final = _final_scores(planned, measure, model)
+    tell(Event(run.name, "ended", measurements[-1].step, 1.0))
+    return RunResult(run.arm.name, run.seed, str(directory), measurements, final)
+
+
+def described(planned: Planned, measure: Measure) -> dict[str, Any]:
+    """Returns what a run's measurements depend on beside its own settings."""
+    return measure.measured(is_final=False) | {
+        "budget": asdict(planned.budget),
+        "points": list(measure.settings.points),
+        "thresholds": list(measure.thresholds),
+    }
+
+
+def tried_steps(run: ArmRun, budget: Budget) -> int:
+    """Returns in how many steps a run would use up its minutes, from a short trial that leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="decausal-trial-") as folder:
+        trial = replace(run, training=run.training | {"output_dir": str(Path(folder, "run"))})
+        watch = _Trial(budget.amount * 60 * _TRIAL_SHARE)
+        _convert(Planned(trial, 10 * _TRIAL_STEPS, budget), watch, None, is_resumed=False)
+    return steps_for_minutes(budget, watch.num_steps, watch.clock.seconds)
+
+
+class _Trial(TrainerCallback):
+    """Times steps after the first, which prepares what later ones reuse."""
+
+    def __init__(self, most_seconds: float) -> None:
+        self.most_seconds, self.clock, self.num_steps = most_seconds, Clock(), 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == 1:
+            self.clock.start()
+            return
+        self.num_steps = state.global_step - 1
+        if self.num_steps >= _TRIAL_STEPS or self.clock.seconds >= self.most_seconds:
+            self.clock.stop()
+            control.should_training_stop = True
+
+
+def _convert(
+    planned: Planned,
+    callback: TrainerCallback,
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+    *,
+    is_resumed: bool,
+) -> PreTrainedModel:
+    directory = planned.run.directory
+    is_begun = is_resumed and bool(checkpoints(directory))
+    conversion = replace(planned.run.conversion, overwrite=not is_begun)
+    training = planned.training | ({"resume_from_checkpoint": "true"} if is_begun else {})
+    # transformers prints each log line; who watches the comparison sees what is in them
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return convert(conversion, training, callbacks=[callback], measure=measure).model
+
+
+def _final_scores(planned: Planned, measure: Measure, model: PreTrainedModel | None) -> list[Score]:
+    record = FinalRecord(planned.run.directory, measure.measured(is_final=True))
+    scores = {} if model is not None else {score.threshold: score for score in record.read()}
+    for threshold in measure.final_thresholds:
+        if threshold not in scores:
+            if model is None:
+                model = load_converted(planned.run.directory, device=measure.source.device).model
+            scores |= {threshold: measure.scores(model, planned.run, (threshold,), is_final=True)[0]}
+            record.write(list(scores.values()))
+    return [scores[threshold] for threshold in measure.final_thresholds]
+
+
+def _recorded(directory: Path) -> dict[str, Any] | None:
+    try:
+        recorded = yaml.safe_load((directory / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

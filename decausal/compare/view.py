@@ -1,0 +1,137 @@
+"""A comparison in the terminal: bars and a table that fill in as runs train. Elsewhere it prints plain lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from decausal.compare.findings import ArmSummary, Spread
+from decausal.compare.recorder import Event
+from decausal.compare.records import Measurement, Score
+from decausal.compare.settings import STATIC
+
+
+class ComparisonView:
+    """Shows the runs in one live display: a bar for each that trains, and the latest figures of all.
+
+    Args:
+        console: where to draw. If it is no terminal, each measurement is printed as one line instead.
+        names: of all runs, in the order of the table.
+        unit: what quality is.
+        counted: which training tokens are shown.
+    """
+
+    def __init__(self, console: Console, names: Sequence[str], unit: str, counted: str) -> None:
+        self.console, self.names, self.unit, self.counted = console, names, unit, counted
+        self.latest: dict[str, Measurement] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:>24}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> ComparisonView:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self._frame, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def tell(self, event: Event) -> None:
+        """Shows what a run tells."""
+        if event.measurement is not None:
+            self.latest[event.run] = event.measurement
+        if self._live is not None:
+            self._move_bar(event)
+        elif event.measurement is not None:
+            self.console.print(self._line(event.run, event.measurement), markup=False, highlight=False, soft_wrap=True)
+
+    def _move_bar(self, event: Event) -> None:
+        if event.kind == "began":
+            self._tasks[event.run] = self._progress.add_task(escape(event.run), total=1.0, loss="")
+        elif event.kind == "ended":
+            self._progress.remove_task(self._tasks.pop(event.run))
+        else:
+            shown = {} if event.loss is None else {"loss": f"loss {event.loss:.3f}"}
+            self._progress.update(self._tasks[event.run], completed=min(event.progress, 1.0), **shown)
+
+    def _line(self, name: str, measurement: Measurement) -> str:
+        scores = "  ".join(_described(score, self.unit) for score in measurement.scores)
+        tokens = getattr(measurement.tokens, self.counted)
+        return (
+            f"  {name:24s} {measurement.progress:4.0%}  step {measurement.step:5d}  {tokens:9,d} tokens  "
+            f"{measurement.seconds:6.1f} s  {scores}"
+        )
+
+    def _frame(self) -> Group:
+        table = Table(title=f"Held-out {self.unit}, latest", title_justify="left", title_style="bold")
+        table.add_column("run")
+        for header in ("budget", "steps", f"{self.counted} tokens", "seconds", self.unit):
+            table.add_column(header, justify="right")
+        for name in self.names:
+            measurement = self.latest.get(name)
+            if measurement is None:
+                continue
+            cells = [
+                f"{measurement.progress:.0%}",
+                str(measurement.step),
+                f"{getattr(measurement.tokens, self.counted):,}",
+                f"{measurement.seconds:.1f}",
+                "  ".join(_described(score, "") for score in measurement.scores),
+            ]
+            table.add_row(escape(name), *cells)
+        return Group(table, self._progress)
+
+
+def summary_table(arms: Sequence[ArmSummary], ar: Score, unit: str, counted: str) -> Table:
+    """Returns all arms at their end, mean and deviation over seeds, with the AR model as the last line."""
+    table = Table(title=f"At the end: {unit} on held-out data, mean ± deviation over seeds", title_justify="left")
+    table.add_column("arm")
+    for header in (f"{counted} tokens", "steps", "seconds"):
+        table.add_column(header, justify="right")
+    thresholds = [threshold for threshold, _, _ in arms[0].final]
+    for threshold in thresholds:
+        table.add_column(schedule_name(threshold, unit), justify="right")
+    for arm in arms:
+        cells = [f"{arm.tokens[counted].mean:,.0f}", f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}"]
+        cells += [final_cell(quality, speed) for _, quality, speed in arm.final]
+        table.add_row(escape(arm.arm), *cells)
+    table.add_section()
+    table.add_row("AR model", "", "", "", f"{ar.quality:.3f}", *[""] * (len(thresholds) - 1))
+    return table
+
+
+def schedule_name(threshold: float | None, unit: str) -> str:
+    """Names a decoding schedule in a table's head."""
+    if threshold is None:
+        return unit
+    return "static" if threshold == STATIC else f"above {threshold:g}"
+
+
+def final_cell(quality: Spread, speed: Spread | None) -> str:
+    """Quality, and behind it the tokens per forward."""
+    return str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
+
+
+def _described(score: Score, unit: str) -> str:
+    if score.threshold is None:
+        return f"{unit} {score.quality:.4f}".strip()
+    speed = "" if score.tokens_per_forward is None else f" ({score.tokens_per_forward:.2f}/fwd)"
+    return f"{unit} {schedule_name(score.threshold, '')} {score.quality:.3f}{speed}".strip()

@@ -1,0 +1,98 @@
+"""Several runs at the same time: small models gain more from a core each than from sharing all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from decausal.compare.arms import ArmRun
+from decausal.compare.measuring import Measure, prepare
+from decausal.compare.recorder import Tell
+from decausal.compare.settings import CompareSettings
+from decausal.compare.training import Planned, RunResult, train
+from decausal.provenance import usable_cores
+from decausal.reporting.environment import quiet_libraries
+
+SMALL = 100_000_000  # parameters: of these, several students with teachers and optimiser states fit into any memory
+
+
+def num_workers(settings: CompareSettings, measure: Measure, num_runs: int) -> int:
+    """Returns how many runs to train at the same time: as set, or one per core for small models on a CPU."""
+    if settings.num_workers is not None:
+        return min(settings.num_workers, num_runs)
+    if measure.source.device.type != "cpu" or measure.source.num_parameters() > SMALL:
+        return 1
+    return max(1, min(usable_cores(), num_runs))
+
+
+def train_all(
+    plan: Sequence[Planned], measure: Measure, tell: Tell, *, workers: int, overwrite: bool
+) -> Iterator[RunResult]:
+    """Trains all runs and yields each when it has finished.
+
+    Raises:
+        UserError: as `train`; runs that have not begun then do not begin.
+    """
+    if workers == 1:
+        for planned in plan:
+            yield train(planned, measure, tell, overwrite=overwrite)
+        return
+    context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
+    threads = max(1, usable_cores() // workers)
+    events = context.SimpleQueue()
+    initial = (measure.settings, plan[0].run, events, threads)
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=initial) as pool,
+        _told(events, tell),
+    ):
+        waiting: set[Future[RunResult]] = {pool.submit(_train, planned, overwrite) for planned in plan}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _Worker:
+    """What a worker's process keeps between runs."""
+
+    measure: Measure
+    events: Any
+
+
+def _initialise(settings: CompareSettings, run: ArmRun, events: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _Worker.events = events
+    with quiet_libraries():
+        _Worker.measure = prepare(settings, run)
+
+
+def _train(planned: Planned, overwrite: bool) -> RunResult:
+    with quiet_libraries():
+        return train(planned, _Worker.measure, _Worker.events.put, overwrite=overwrite)
+
+
+@contextmanager
+def _told(events: Any, tell: Tell) -> Iterator[None]:
+    """Passes the workers' events on from a thread of this process."""
+
+    def pass_on() -> None:
+        while (event := events.get()) is not None:
+            tell(event)
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        events.put(None)
+        thread.join()
