@@ -65,7 +65,7 @@ def test_no_prompt_is_in_both_splits_whatever_the_seeds() -> None:
 def test_examples_are_the_same_on_every_machine() -> None:
     """What a model was trained on and what it has not seen must not change: a change of the tasks is a decision."""
     text = "\n".join(each.prompt + each.completion for each in draw([], 140) + draw([], 70, "heldout", 1))
-    assert sha256(text.encode()).hexdigest()[:16] == "fcdea9b207753c95"
+    assert sha256(text.encode()).hexdigest()[:16] == "981bb81655988248"
 
 
 def test_unknown_and_repeated_tasks_are_refused() -> None:
@@ -98,9 +98,9 @@ def test_sorted_and_reversed_letters_are_those_of_the_prompt() -> None:
 
 def test_a_looked_up_value_stands_beside_its_key_alone() -> None:
     for example in draw(["lookup"], NUM_SAMPLES):
-        table, _, key = example.prompt.removeprefix("look up ").removesuffix(":").partition("; ")
-        pairs = dict(pair.split("=") for pair in table.split())
-        assert len(pairs) == table.count("=")
+        table, _, key = example.prompt.removeprefix("look up ").partition("; ")
+        pairs = {pair[0]: pair[1:] for pair in table.split()}
+        assert len(pairs) == len(table.split())
         assert pairs[key] == example.completion
 
 

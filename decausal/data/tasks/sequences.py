@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from string import ascii_lowercase
+from string import ascii_lowercase, ascii_uppercase
 
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 VALUE_LENGTH = 4
@@ -22,12 +22,12 @@ def reversing(random: Random, size: int) -> tuple[str, str]:
 
 
 def lookup(random: Random, size: int) -> tuple[str, str]:
-    """`look up a=xqzy k=bcde; k:` gives `bcde`; `size` pairs of different keys."""
-    keys = random.sample(ascii_lowercase, size)
+    """`look up Kxqzy Bbcde; K` gives `xqzy`; `size` pairs of a capital letter, the key, and the value behind it."""
+    keys = random.sample(ascii_uppercase, size)
     values = [_letters(random, VALUE_LENGTH) for _ in keys]
     wanted = random.randrange(size)
-    pairs = " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    return f"look up {pairs}; {keys[wanted]}:", values[wanted]
+    pairs = " ".join(key + value for key, value in zip(keys, values, strict=True))
+    return f"look up {pairs}; {keys[wanted]}", values[wanted]
 
 
 def brackets(random: Random, size: int) -> tuple[str, str]:
