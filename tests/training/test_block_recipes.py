@@ -101,6 +101,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, source, data):
     assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"))
 
 
+def test_held_out_data_is_measured_block_by_block_while_training(tmp_path, source, data):
+    options = {"eval_data": str(data["text"]), "eval_rows": 2, "eval_steps": 2, "save_strategy": "no"}
+    conversion = run(source, data["text"], tmp_path / "out", **recipe("bd3lm") | options)
+    assert all(value > 0 for value in logged(conversion, "eval_nelbo_per_token"))
+    assert len(logged(conversion, "eval_nelbo_per_token")) == 2
+
+
 def test_blocks_that_reach_over_a_learned_context_are_cut_there(tmp_path, data):
     """Rows as long as the context, no multiple of the block: the last block has no position for all its fills."""
     source = save_source(tmp_path / "model", "gpt2", n_positions=26)

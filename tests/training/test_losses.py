@@ -99,11 +99,13 @@ def test_the_guard_against_syncs_works():
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "gpt2", "mistral"])
-def test_a_step_on_a_device_never_waits_for_it(tmp_path, family):
+@pytest.mark.parametrize("layout", [BIDIRECTIONAL, Layout("block", 4)], ids=lambda layout: layout.kind)
+def test_a_step_on_a_device_never_waits_for_it(tmp_path, family, layout):
     """On the meta device nothing can be waited for; the guard also finds what meta tensors would let pass."""
     alignment = WeightSchedule(10.0, "cosine", None, 4)
-    supervision = {"alignment": alignment, "anneal_steps": 4, "papl": 1.0}
-    trainer = make_trainer(tmp_path, uneven_rows(), family=family, noising=Noising(2), supervision=supervision)
+    supervision = {"alignment": alignment, "anneal_steps": 0 if layout.kind == "block" else 4, "papl": 1.0}
+    options = {"family": family, "layout": layout, "noising": Noising(2), "supervision": supervision}
+    trainer = make_trainer(tmp_path, uneven_rows(), **options)
     trainer.model.to("meta").train()
     trainer.teacher.model.to("meta")
     batches = [trainer.data_collator([trainer.train_dataset[p], trainer.train_dataset[p + 1]]) for p in (0, 2)]
