@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
+from decausal.data.sources import FILE_SUFFIX
 from decausal.errors import UserError
 from decausal.models.checkpoint import ConversionFacts
 from decausal.sampling.settings import SamplerSettings
@@ -66,7 +67,7 @@ class ModelCard:
         front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         if self.license is not None:
             front["license"] = self.license
-        if is_hub_id(facts.source):
+        if names_base_model(facts):
             front["base_model"] = facts.source
             front["base_model_relation"] = "finetune"
         datasets = [name.partition(":")[0] for name in _as_list(facts.recipe.get("data")) if is_hub_id(name)]
@@ -78,7 +79,7 @@ class ModelCard:
     def _evaluation(self) -> str:
         if not self.results:
             return "## Evaluation\n\nNot measured for this card."
-        return _table("Evaluation", f"From `{self.evaluation}`.", dict(self.results))
+        return _table("Evaluation", f"From `{_shown(self.evaluation)}`.", dict(self.results))
 
 
 def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
@@ -113,7 +114,13 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
 def is_hub_id(name: object) -> bool:
     """Whether a source or data set is named as on the hub, not as a path."""
     text = str(name).partition(":")[0]
-    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".") and not Path(text).exists()
+    is_name = _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
+    return is_name and FILE_SUFFIX.search(text) is None and not Path(text).exists()
+
+
+def names_base_model(facts: ConversionFacts) -> bool:
+    """Whether the source is on the hub: then its commit is on record. A path may look like a name there."""
+    return facts.source_revision is not None and is_hub_id(facts.source)
 
 
 def _what_it_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
@@ -181,7 +188,8 @@ def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(part) for part in value)
     text = str(value)
-    if isinstance(value, str) and "/" in text and not is_hub_id(text) and "\n" not in text:
+    is_path = isinstance(value, str | PurePath) and "/" in text and "\n" not in text
+    if is_path and not is_hub_id(text):
         return PurePath(text).name
     return text
 
@@ -196,8 +204,8 @@ def _as_list(value: object) -> list[str]:
     return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _figures(record: dict[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def _figures(record: dict[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, int | float]]:
+    found: list[tuple[str, int | float]] = []
     for name, value in record.items():
         if isinstance(value, dict) and depth:
             found += _figures(value, f"{prefix}{name}.", depth - 1)
@@ -210,5 +218,5 @@ def _stem(name: str) -> str:
     return name.removesuffix("_per_token")
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from decausal.errors import UserError
-from decausal.exchange.card import CARD, ModelCard, is_hub_id
+from decausal.exchange.card import CARD, ModelCard, names_base_model
 from decausal.exchange.converted_files import open_converted
 from decausal.exchange.exported import Exported
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.models.adapt import FACTS_FILE
+from decausal.models.checkpoint import ConversionFacts
 
 _CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
@@ -37,7 +38,7 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
                 _copy(path, staging)
         (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
         _copy(directory / FACTS_FILE, staging)  # last: a directory with it is whole
-    return Exported(output_dir, source.facts, {}, _notes(card, source.facts.source))
+    return Exported(output_dir, source.facts, {}, _notes(card, source.facts))
 
 
 def _copy(path: Path, directory: Path) -> None:
@@ -50,12 +51,12 @@ def _copy(path: Path, directory: Path) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _notes(card: ModelCard, source: str) -> list[str]:
+def _notes(card: ModelCard, facts: ConversionFacts) -> list[str]:
     notes = []
     if card.license is None:
         notes.append("the card states no license; give the source's with --license")
-    if not is_hub_id(source):
-        notes.append("the card names no base model: the source is not named as on the hub")
+    if not names_base_model(facts):
+        notes.append("the card names no base model: the source did not come from the hub")
     if not card.results:
         notes.append("the card has no evaluation; give one with --evaluation FILE (decausal eval ... --json)")
     return notes
