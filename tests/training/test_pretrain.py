@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from decausal.data.tasks import examples
 from decausal.errors import UserError
+from decausal.evaluation.tasks import evaluate_tasks
+from decausal.models.adapt import load_source
 from decausal.training import pretrain as room
 from decausal.training.muon import MuonWithAdamW
 from decausal.training.pretrain import pretrain
@@ -65,6 +70,39 @@ def test_it_learns_loads_in_plain_transformers_and_says_how_it_was_made(tmp_path
     assert "--vocab_size 270" in card
 
 
+def test_on_tasks_it_writes_single_characters_and_its_card_says_how_many_answers_are_right(tmp_path):
+    settings = PretrainSettings(
+        data="tasks:lookup+words:60",
+        eval_data="tasks-heldout:lookup+words:6",
+        tokenizer="characters",
+        attn_implementation="eager",
+        **SHAPE | {"max_length": 96, "max_position_embeddings": 256},
+    )
+    trained = pretrain(settings, TRAINING | {"max_steps": 2, "output_dir": str(tmp_path / "ar")})
+    model, tokenizer = load_source(tmp_path / "ar")
+    assert len(tokenizer) == len(model.get_input_embeddings().weight) == 100
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == 256
+    problems = list(islice(examples(["lookup", "words"], "heldout"), 6))
+    assert trained.tasks == evaluate_tasks((model, tokenizer), problems)
+    card = (tmp_path / "ar" / "README.md").read_text()
+    for stated in ("single characters", "context of 256", "--tokenizer characters", "| lookup | 0.000 | 0.000 | 3 |"):
+        assert stated in card
+
+
+def test_bpe_is_trained_on_prompts_and_completions_too(tmp_path):
+    settings = PretrainSettings(data="tasks:reversing:40", eval_data=None, **SHAPE)
+    pretrain(settings, TRAINING | {"max_steps": 1, "output_dir": str(tmp_path / "ar")})
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "ar").tokenize("reverse ")) < len("reverse ")
+
+
+def test_conversations_are_refused(tmp_path):
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    settings = PretrainSettings(data=str(tmp_path / "chat.jsonl"), eval_data=None, **SHAPE)
+    with pytest.raises(UserError, match=r"chat.jsonl:1: pretraining reads plain text, or prompts and completions"):
+        pretrain(settings, TRAINING | {"output_dir": str(tmp_path / "ar")})
+
+
 class StopAt(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 5:
@@ -99,6 +137,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
         ({"hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 1}, "must be even"),
         ({"vocab_size": 100}, "--vocab_size 100: must be at least 258"),
         ({"num_hidden_layers": 0}, "--num_hidden_layers 0"),
+        ({"max_position_embeddings": 16}, "--max_position_embeddings 16: must be at least 32"),
     ],
 )
 def test_impossible_shapes_are_refused(shape, told):
