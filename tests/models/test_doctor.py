@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models import backbone
+from decausal.models import backbone, row_attention
 from decausal.models.adapt import adapt
 from decausal.models.architecture import RECURRENT_MODEL_TYPES, layer_windows, refusal
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward
@@ -107,7 +107,7 @@ def test_leaking_documents_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def everything_open(layout: Layout, documents: Tensor, *_: object) -> Tensor:
         return torch.ones(len(documents), 1, *documents.shape[1:] * 2, dtype=torch.bool)
 
-    monkeypatch.setattr(backbone, "attention_mask", everything_open)
+    monkeypatch.setattr(row_attention, "attention_mask", everything_open)
     found = failed(FAMILIES["llama"]())
     assert "packed documents do not leak into each other" in found
     assert "a packed document equals the same document alone" in found
