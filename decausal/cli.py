@@ -17,8 +17,10 @@ Turn an autoregressive language model into a diffusion language model.
   decausal convert MODEL --data DATA --output_dir OUT [--recipe repr-align]
                                        convert your own; `decausal convert --help` lists the settings
   decausal generate DIR PROMPT         continue a text with a converted model
-  decausal infill DIR --prefix A --suffix B --length N
-                                       fill a gap in a text
+  decausal infill DIR --prefix A --suffix B [--length N]
+                                       fill a gap in a text, or many: --text "def f(x): {gap} return {gap:4}"
+  decausal edit DIR TEXT [--num_tokens N | --find A]
+                                       rewrite what fits a text least, or a part of it, and show the difference
   decausal serve DIR                   a page to play on, and a server for OpenAI's clients
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
   decausal eval tasks MODEL            share of right answers to small tasks, tokens per forward pass
@@ -32,7 +34,20 @@ Turn an autoregressive language model into a diffusion language model.
   decausal pretrain --output_dir OUT   train a small AR model from nothing
 """
 
-VERBS = ("demo", "convert", "generate", "infill", "serve", "eval", "compare", "export", "import", "doctor", "pretrain")
+VERBS = (
+    "demo",
+    "convert",
+    "generate",
+    "infill",
+    "edit",
+    "serve",
+    "eval",
+    "compare",
+    "export",
+    "import",
+    "doctor",
+    "pretrain",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,64 +1,236 @@
-"""Fill a gap between a prefix and a suffix."""
+"""Fill gaps in texts: one or many in each, of given or unknown length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-from decausal.errors import UserError
-from decausal.models.checkpoint import Converted
-from decausal.sampling.generate import Generation, generation
-from decausal.sampling.rows import BATCH_SIZE, Row, fill_rows, named, prompt_ids, text_ids
+from decausal.errors import UserError, nearest
+from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.gaps import Piece, split_gaps
+from decausal.sampling.generate import Generation
+from decausal.sampling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
+from decausal.sampling.rows import (
+    BATCH_SIZE,
+    Filled,
+    Row,
+    fill_rows,
+    ids_behind,
+    named,
+    prompt_ids,
+    text_after,
+)
 from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
+
+MAX_GAP = 32
+"""The most tokens of a gap of unknown length, unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What the model wrote into the gaps of one text.
+
+    Attributes:
+        texts: The new text of each gap, special tokens left out.
+        full_text: The whole: what was given is in it as it was given.
+        ids: The new tokens of each gap.
+        step_of_token: For each of `ids` the step, from 0, in which it was kept.
+        lengths: The tokens of each gap.
+        num_forwards: Passes of single rows through the model: this text's own, and those of all candidates for its
+            lengths, with their scores.
+        tokens_per_forward: New tokens over `num_forwards`.
+        trials: The lengths that were tried and their scores in nats, higher is better; none where all were given.
+    """
+
+    texts: list[str]
+    full_text: str
+    ids: list[list[int]]
+    step_of_token: list[list[int]]
+    lengths: list[int]
+    num_forwards: int
+    tokens_per_forward: float
+    trials: list[Trial]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return asdict(self)
+
+
+def fill(
+    converted: Converted,
+    texts: Sequence[Piece] | Sequence[Sequence[Piece]],
+    *,
+    max_gap: int = MAX_GAP,
+    length_search: str = "candidates",
+    batch_size: int = BATCH_SIZE,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Filling | list[Filling]:
+    """Writes what is missing in one text or in each of several; every gap is written with sight of all that is given.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        texts: A text is a list: strings are given, an integer is a gap of so many tokens, None one of unknown length,
+            as in ``["def f(x):\\n    ", None, "\\n    return ", 4, "\\n"]``; see `gaps.parse_gaps`. Where a text begins
+            with a gap, its row starts from BOS or EOS.
+        max_gap: The most tokens in a gap of unknown length; fewer where the model's context ends.
+        length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
+        batch_size: Rows in the model at once; it does not change what they become.
+        on_step: See `sampler.OnStep`; called while the text is filled, not while lengths are tried.
+        **options: `SamplerSettings` by name, or by the names other samplers use. Text i draws from `seed` + i.
+
+    Returns:
+        One Filling for one text, a list for a list of texts.
+
+    Raises:
+        UserError: A bad setting or gap, a text that does not fit or holds the mask token, a gap of unknown length with
+            nothing behind it, a layout under which gaps cannot see what is behind them.
+    """
+    refuse_layout(converted.facts)
+    is_one = not texts or any(isinstance(piece, str | int) or piece is None for piece in texts)
+    listed = [texts] if is_one else list(texts)
+    names = named("text", listed)
+    split = [split_gaps(pieces, name) for pieces, name in zip(listed, names, strict=True)]
+    settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
+    gapped = [
+        _gapped(converted, given, lengths, name, settings.seed + index)
+        for index, ((given, lengths), name) in enumerate(zip(split, names, strict=True))
+    ]
+    found = _search(converted, gapped, settings, max_gap, length_search, batch_size)
+    rows = [text.row(search.lengths) for text, search in zip(gapped, found, strict=True)]
+    filled = fill_rows(converted, rows, settings, batch_size=batch_size, on_step=on_step)
+    fillings = [_filling(converted, given, *each) for (given, _), *each in zip(split, rows, filled, found, strict=True)]
+    return fillings[0] if is_one else fillings
 
 
 def infill(
     converted: Converted,
     prefix: str | Sequence[str],
     suffix: str | Sequence[str],
-    length: int,
+    length: int | None = None,
     *,
+    max_gap: int = MAX_GAP,
+    length_search: str = "candidates",
     batch_size: int = BATCH_SIZE,
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Generation | list[Generation]:
-    """Writes `length` tokens between a prefix and a suffix, seeing both.
+    """Writes what is missing between a prefix and a suffix: `fill` with one gap.
 
     Args:
         converted: Model, tokenizer and facts.
         prefix: Text before the gap, or one per row. Where it is empty the row starts from BOS or EOS.
         suffix: Text after the gap, as many as prefixes.
-        length: Tokens in the gap.
-        batch_size: As in `generate`.
-        on_step: As in `generate`.
-        **options: As in `generate`.
+        length: Tokens in the gap; None where it is unknown.
+        max_gap: As in `fill`.
+        length_search: As in `fill`.
+        batch_size: As in `fill`.
+        on_step: As in `fill`.
+        **options: As in `fill`.
 
     Returns:
         One Generation for strings, a list for lists.
 
     Raises:
-        UserError: As `generate`; length below 1; a causal layout, under which the gap cannot see the suffix.
+        UserError: As `fill`.
     """
-    if converted.facts.layout == "causal":
-        raise UserError(
-            "this model has layout 'causal': a gap cannot see the suffix behind it; infill needs layout 'bidirectional'"
-        )
     if isinstance(prefix, str) != isinstance(suffix, str):
         raise UserError("infill needs prefix and suffix both as one string, or both as lists of the same length")
-    if not isinstance(length, int) or length < 1:
-        raise UserError(f"length={length!r} is not accepted: the gap must be an integer of at least 1 token")
-    settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options, max_new_tokens=length)
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise UserError(
+            f"length={length!r} is not accepted: the gap must be an integer of at least 1 token, or None for unknown"
+        )
     prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
     suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
     if len(prefixes) != len(suffixes):
         raise UserError(f"infill got {len(prefixes)} prefixes and {len(suffixes)} suffixes: give as many of each")
-    names = named("prefix", prefixes)
-    rows = [
-        Row((prompt_ids(converted, before), text_ids(converted.tokenizer, after)), (length,), name)
-        for name, before, after in zip(names, prefixes, suffixes, strict=True)
+    texts = [[before, length, after] for before, after in zip(prefixes, suffixes, strict=True)]
+    fillings = fill(
+        converted,
+        texts,
+        max_gap=max_gap,
+        length_search=length_search,
+        batch_size=batch_size,
+        on_step=on_step,
+        **options,
+    )
+    generations = [
+        Generation(
+            text=filling.texts[0],
+            full_text=filling.full_text,
+            ids=filling.ids[0],
+            step_of_token=filling.step_of_token[0],
+            num_forwards=filling.num_forwards,
+            tokens_per_forward=filling.tokens_per_forward,
+        )
+        for filling in fillings
     ]
-    filled = fill_rows(converted, rows, settings, batch_size=batch_size, on_step=on_step)
-    texts = zip(prefixes, suffixes, rows, filled, strict=True)
-    generations = [generation(converted, *each) for each in texts]
     return generations[0] if isinstance(prefix, str) else generations
+
+
+def refuse_layout(facts: ConversionFacts) -> None:
+    """Refuses models whose gaps do not see what is behind them.
+
+    Raises:
+        UserError: Any layout but bidirectional.
+    """
+    if facts.layout == "causal":
+        raise UserError(
+            "this model has layout 'causal': a gap cannot see the suffix behind it; infill and edit need layout "
+            "'bidirectional'"
+        )
+    if facts.layout == "block":
+        raise UserError(
+            f"this model has layout 'block' with block_size {facts.block_size}: a gap sees text behind it only to the "
+            f"end of its own block, {facts.block_size - 1} tokens at most; infill and edit need a model of layout "
+            "'bidirectional', such as the recipes repr-align, mdm and diffullama make"
+        )
+
+
+def _gapped(converted: Converted, given: list[str], lengths: list[int | None], name: str, seed: int) -> GappedText:
+    if lengths[-1] is None and not given[-1]:
+        raise UserError(
+            f"{name} ends with a gap of unknown length: nothing behind it tells where it ends; give its length, or use "
+            "generate"
+        )
+    before = prompt_ids(converted, given[0])
+    behind = [ids_behind(converted.tokenizer, text) for text in given[1:]]
+    return GappedText((before, *behind), tuple(lengths), name, seed)
+
+
+def _search(
+    converted: Converted,
+    texts: list[GappedText],
+    settings: SamplerSettings,
+    max_gap: int,
+    length_search: str,
+    batch_size: int,
+) -> list[Search]:
+    if isinstance(max_gap, bool) or not isinstance(max_gap, int) or max_gap < 1:
+        raise UserError(f"max_gap={max_gap!r} is not accepted: it must be an integer of at least 1")
+    if length_search not in SEARCHES:
+        hint = nearest(length_search, SEARCHES) or ""
+        raise UserError(f"length_search={length_search!r} is not known{hint}; accepted: {', '.join(SEARCHES)}")
+    return choose_lengths(converted, texts, settings, max_gap=max_gap, search=length_search, batch_size=batch_size)
+
+
+def _filling(converted: Converted, given: list[str], row: Row, filled: Filled, search: Search) -> Filling:
+    spans = row.spans()
+    ids = [filled.ids[span.start : span.stop] for span in spans]
+    texts = [
+        text_after(converted.tokenizer, filled.ids[: span.start], new) for span, new in zip(spans, ids, strict=True)
+    ]
+    num_forwards = filled.num_forwards + search.num_forwards
+    return Filling(
+        texts=texts,
+        full_text=given[0] + "".join(chain(*zip(texts, given[1:], strict=True))),
+        ids=ids,
+        step_of_token=[filled.step_of_token[span.start : span.stop] for span in spans],
+        lengths=list(row.gaps),
+        num_forwards=num_forwards,
+        tokens_per_forward=sum(row.gaps) / num_forwards,
+        trials=search.trials,
+    )

@@ -9,20 +9,25 @@ from typing import Any
 import torch
 
 from decausal.models.checkpoint import Converted, load_converted
+from decausal.sampling import editing, infilling
 from decausal.sampling import generate as generating
-from decausal.sampling import infilling
+from decausal.sampling.editing import GROUPS, Edit, TokenConfidence
+from decausal.sampling.gaps import Piece
 from decausal.sampling.generate import Generation
+from decausal.sampling.infilling import MAX_GAP, Filling
 from decausal.sampling.rows import BATCH_SIZE
 from decausal.sampling.sampler import OnStep
 
 
 class DiffusionModel:
-    """Model, tokenizer and the facts of the conversion, with the two ways to sample.
+    """Model, tokenizer and the facts of the conversion, and the ways to sample.
 
     Example:
         >>> model = decausal.load("converted")
         >>> model.generate("def area(", max_new_tokens=32, threshold=0.9).text
         >>> model.infill("def area(width, height):\\n    return ", "\\n", length=4).text
+        >>> model.fill(["def area(", None, "):\\n    return ", 4, "\\n"]).full_text
+        >>> model.edit("def area(width, height):\\n    return width * hight\\n").text
     """
 
     def __init__(self, converted: Converted) -> None:
@@ -43,20 +48,86 @@ class DiffusionModel:
             self._converted, prompts, chat=chat, batch_size=batch_size, on_step=on_step, **options
         )
 
+    def fill(
+        self,
+        texts: Sequence[Piece] | Sequence[Sequence[Piece]],
+        *,
+        max_gap: int = MAX_GAP,
+        length_search: str = "candidates",
+        batch_size: int = BATCH_SIZE,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Filling | list[Filling]:
+        """Fills one gap or many, of given or unknown length; see `decausal.sampling.infilling.fill`."""
+        return infilling.fill(
+            self._converted,
+            texts,
+            max_gap=max_gap,
+            length_search=length_search,
+            batch_size=batch_size,
+            on_step=on_step,
+            **options,
+        )
+
     def infill(
         self,
         prefix: str | Sequence[str],
         suffix: str | Sequence[str],
-        length: int,
+        length: int | None = None,
         *,
+        max_gap: int = MAX_GAP,
+        length_search: str = "candidates",
         batch_size: int = BATCH_SIZE,
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
-        """Writes `length` tokens between prefix and suffix; see `decausal.sampling.infilling.infill`."""
+        """Writes what is missing between prefix and suffix; see `decausal.sampling.infilling.infill`."""
         return infilling.infill(
-            self._converted, prefix, suffix, length, batch_size=batch_size, on_step=on_step, **options
+            self._converted,
+            prefix,
+            suffix,
+            length,
+            max_gap=max_gap,
+            length_search=length_search,
+            batch_size=batch_size,
+            on_step=on_step,
+            **options,
         )
+
+    def edit(
+        self,
+        text: str | Sequence[str],
+        *,
+        num_tokens: int | None = None,
+        fraction: float | None = None,
+        span: tuple[int, int] | None = None,
+        find: str | None = None,
+        rounds: int = 1,
+        groups: int = GROUPS,
+        batch_size: int = BATCH_SIZE,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Edit | list[Edit]:
+        """Rewrites what fits least, or a marked span; see `decausal.sampling.editing.edit`."""
+        return editing.edit(
+            self._converted,
+            text,
+            num_tokens=num_tokens,
+            fraction=fraction,
+            span=span,
+            find=find,
+            rounds=rounds,
+            groups=groups,
+            batch_size=batch_size,
+            on_step=on_step,
+            **options,
+        )
+
+    def confidences(
+        self, text: str | Sequence[str], *, groups: int = GROUPS, batch_size: int = BATCH_SIZE
+    ) -> list[TokenConfidence] | list[list[TokenConfidence]]:
+        """Says how probable each token of a text is; see `decausal.sampling.editing.confidences`."""
+        return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
 
 def load(

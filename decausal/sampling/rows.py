@@ -35,6 +35,22 @@ class Row:
     gaps: tuple[int, ...]
     name: str
 
+    @classmethod
+    def opened(cls, ids: Sequence[int], positions: Sequence[int], name: str) -> Row:
+        """A row of which some positions, in ascending order, are to be written anew."""
+        given: list[list[int]] = [[]]
+        gaps: list[int] = []
+        is_open = set(positions)
+        for position, token in enumerate(ids):
+            if position not in is_open:
+                given[-1].append(token)
+            elif gaps and not given[-1]:
+                gaps[-1] += 1
+            else:
+                gaps.append(1)
+                given.append([])
+        return cls(tuple(given), tuple(gaps), name)
+
     @property
     def length(self) -> int:
         return sum(map(len, self.given)) + sum(self.gaps)
@@ -190,6 +206,16 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text, without what the tokenizer puts around a document."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def ids_behind(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that stands behind other text: some tokenizers put a space before whatever they are given."""
+    ids = text_ids(tokenizer, text)
+    anchor = text_ids(tokenizer, "\n")
+    if not ids or text_ids(tokenizer, "\na")[len(anchor) :] == text_ids(tokenizer, "a"):
+        return ids
+    anchored = text_ids(tokenizer, "\n" + text)
+    return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else ids
 
 
 def text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:

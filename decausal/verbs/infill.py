@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import VerbParser
+import json
+import sys
+from typing import Any
+
+from decausal.errors import UserError
+from decausal.verbs.flags import VerbParser, given
 from decausal.verbs.sampling import add_sampler_flags, print_generations, sampler_options, watching
+
+DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and --suffix, or any number of gaps in
+--text, where {gap} is a gap of unknown length, {gap:4} one of 4 tokens, and \{gap} these characters themselves."""
 
 
 def run(arguments: list[str]) -> int:
-    parser = VerbParser("infill", "Write the missing middle of a text.")
+    parser = VerbParser("infill", DESCRIPTION)
     parser.add_argument("directory", help="what `decausal convert` wrote")
-    parser.add_argument("--prefix", required=True, help="text before the gap")
-    parser.add_argument("--suffix", required=True, help="text after the gap")
-    parser.add_argument("--length", type=int, required=True, help="tokens in the gap")
+    parser.add_argument("--prefix", help="text before the gap")
+    parser.add_argument("--suffix", help="text after the gap")
+    parser.add_argument("--length", type=int, help="tokens in the gap; unset: several lengths are tried and ranked")
+    parser.add_argument("--text", help=r"text with gaps, as in 'def f(x): {gap} return {gap:4}'")
+    parser.add_argument("--max_gap", "--max_length", type=int, help="most tokens of a gap of unknown length (32)")
+    parser.add_argument("--length_search", choices=("candidates", "grow"), help="how lengths are found (candidates)")
     add_sampler_flags(parser)
     flags = parser.parse_args(arguments)
+    if (flags.text is None) == (flags.prefix is None and flags.suffix is None):
+        raise UserError("infill: give --prefix and --suffix, or --text with {gap} in it; see decausal infill --help")
+    if flags.text is None and (flags.prefix is None or flags.suffix is None):
+        raise UserError(
+            f"infill: --{'suffix' if flags.suffix is None else 'prefix'} is missing: '' where there is none"
+        )
+    if flags.text is not None and flags.length is not None:
+        raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
+    from decausal.sampling.gaps import parse_gaps
     from decausal.sampling.model import load
 
+    pieces = None if flags.text is None else parse_gaps(flags.text)
     model = load(flags.directory)
+    options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
     with watching(model, flags.watch) as on_step:
-        found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **sampler_options(flags))
-    print_generations([found], as_json=flags.json)
+        if pieces is None:
+            found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **options)
+            print_generations([found], as_json=flags.json)
+        else:
+            _print(model.fill(pieces, on_step=on_step, **options), as_json=flags.json)
     return 0
+
+
+def _print(filling: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(filling.as_dict(), ensure_ascii=False))
+        return
+    print(filling.full_text)
+    lengths = " + ".join(map(str, filling.lengths))
+    print(f"[{lengths} tokens in {filling.num_forwards} forward passes]", file=sys.stderr)

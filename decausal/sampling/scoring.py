@@ -1,0 +1,119 @@
+"""How probable a model finds the tokens of a text, each given others: what edits and lengths are chosen by.
+
+A masked model is trained at masked positions only, so what it says of a token that it can see is not a probability of
+that token. Here tokens are masked before they are scored: the positions to score are dealt out to `groups` groups like
+cards, and each group is masked in a copy of the row, where all other tokens are visible. One group is all masked at
+once; as many groups as positions is the pseudo-log-likelihood, each token given all others.
+
+Source: pseudo-log-likelihood, Salazar et al., Masked language model scoring (arXiv 1910.14659); groups are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decausal.diffusion.shift import predicting_index
+from decausal.models.backbone import body_forward, head_of
+from decausal.models.checkpoint import Converted
+from decausal.objectives.tokens import Head, logits
+
+ROWS_AT_ONCE = 16
+STATES_PER_CHUNK = 2048
+
+
+class TokenScores(NamedTuple):
+    """Natural logarithms of probabilities, in the order of the positions asked for.
+
+    Attributes:
+        log_prob: Of the token that stands there.
+        best_log_prob: Of the token that the model would put there.
+    """
+
+    log_prob: Float[Tensor, "n"]
+    best_log_prob: Float[Tensor, "n"]
+
+
+class _Copy(NamedTuple):
+    """A row in which one group of positions is masked."""
+
+    row: int
+    positions: list[int]
+    members: list[int]
+
+
+def score_tokens(
+    converted: Converted,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    *,
+    groups: int,
+    batch_size: int = ROWS_AT_ONCE,
+) -> list[TokenScores]:
+    """Scores chosen tokens of each row, masked group by group.
+
+    Args:
+        converted: Model, tokenizer and facts, of layout bidirectional.
+        rows: Token ids of each row.
+        positions: Which of them to score; under shift 1 never the first.
+        groups: Copies of a row, at most: the j-th position belongs to group j modulo `groups`.
+        batch_size: Copies that go through the model at once; it does not change the scores.
+
+    Returns:
+        Scores on the CPU in fp32, as many as positions, for each row.
+    """
+    copies = [
+        _Copy(row, list(places[group::groups]), list(range(len(places))[group::groups]))
+        for row, places in enumerate(positions)
+        for group in range(min(groups, len(places)))
+    ]
+    scores = [TokenScores(torch.zeros(len(places)), torch.zeros(len(places))) for places in positions]
+    for start in range(0, len(copies), batch_size):
+        batch = copies[start : start + batch_size]
+        found = _score_copies(converted, [rows[copy.row] for copy in batch], [copy.positions for copy in batch])
+        ends = torch.tensor([len(copy.members) for copy in batch]).cumsum(0).tolist()
+        for copy, end in zip(batch, ends, strict=True):
+            for whole, part in zip(scores[copy.row], found, strict=True):
+                whole[copy.members] = part[end - len(copy.members) : end]
+    return scores
+
+
+def num_passes(positions: Sequence[Sequence[int]], groups: int) -> list[int]:
+    """Returns how many copies of each row `score_tokens` sends through the model."""
+    return [min(groups, len(places)) for places in positions]
+
+
+@torch.no_grad()
+def _score_copies(
+    converted: Converted, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+) -> TokenScores:
+    """Masks `positions` of each row, all at once, and scores what stood there."""
+    model, facts = converted.model, converted.facts
+    device = next(model.parameters()).device
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), facts.mask_token_id)
+    document_ids = torch.full((len(rows), length), -1)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        document_ids[row, : len(tokens)] = 0
+    index = torch.tensor([row * length + place for row, places in enumerate(positions) for place in places])
+    targets = ids.flatten()[index]
+    ids.view(-1)[index] = facts.mask_token_id
+    is_whole = bool((document_ids == 0).all())
+    body = body_forward(
+        model, ids.to(device), facts.attention, document_ids=None if is_whole else document_ids.to(device)
+    )
+    states = body.last_hidden_state.flatten(0, 1)[predicting_index(index, facts.shift).to(device)]
+    return _score_states(states, head_of(model)._replace(banned=facts.mask_token_id), targets.to(device))
+
+
+def _score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
+    chunks = []
+    for some, tokens in zip(states.split(STATES_PER_CHUNK), targets.split(STATES_PER_CHUNK), strict=True):
+        log_probs = logits(some, head).log_softmax(-1).float()
+        chunks.append((log_probs.gather(1, tokens[:, None]).squeeze(1).cpu(), log_probs.amax(1).cpu()))
+    return TokenScores(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
