@@ -49,12 +49,19 @@ class BlockCache(Cache):
             raise UserError(f"a model of type '{config.model_type}' cannot be decoded in blocks: {error}") from error
         self.num_rows, self.max_length = num_rows, max_length
         self.access = _Access()
+        self._first_slots: Int[Tensor, "B 1"] | None = None
         super().__init__(layers=[_BlockLayer(self) for _ in range(config.num_hidden_layers)])
 
     @property
     def scratch_slot(self) -> int:
         """The slot for queries that are padding: written, never read."""
         return self.max_length
+
+    def first_slots(self, device: torch.device) -> Int[Tensor, "B 1"]:
+        """Where rows begin if all slots are counted through."""
+        if self._first_slots is None:
+            self._first_slots = torch.arange(self.num_rows, device=device)[:, None] * (self.max_length + 1)
+        return self._first_slots
 
     def move_row(self, source: int, target: int) -> None:
         """Copies a row over another one."""
@@ -65,7 +72,7 @@ class BlockCache(Cache):
         """Makes room for rows of `max_length` tokens; what is held stays."""
         for layer in self.layers:
             layer.grow(self.max_length, max_length)
-        self.max_length = max_length
+        self.max_length, self._first_slots = max_length, None
 
 
 class _Access:
@@ -129,9 +136,15 @@ def _written(
     held: Float[Tensor, "B S H d"], states: Float[Tensor, "b H q d"], access: _Access
 ) -> Float[Tensor, "b H n d"]:
     """Writes the states of a pass and returns what its rows hold in the first `num_keys` slots."""
-    pieces = states.transpose(1, 2).flatten(0, 1)
-    held.flatten(0, 1).index_copy_(0, access.flat_slots, pieces.to(held.dtype))
-    return held[access.rows, : access.num_keys].transpose(1, 2)
+    num_heads, width = held.shape[2:]
+    pieces = states.transpose(1, 2).reshape(-1, num_heads, width)
+    held.view(-1, num_heads, width).index_copy_(0, access.flat_slots, pieces.to(held.dtype))
+    rows, num_keys = access.rows, access.num_keys
+    if isinstance(rows, slice):  # held[rows, :num_keys].transpose(1, 2), as one operator
+        row, slot, head, one = held.stride()
+        shape = (rows.stop - rows.start, num_heads, num_keys, width)
+        return held.as_strided(shape, (row, head, slot, one), rows.start * row)
+    return held[rows, :num_keys].transpose(1, 2)
 
 
 def cached_forward(
@@ -154,18 +167,17 @@ def cached_forward(
         is_visible: which of the first n slots each query reads, at least one; by layer type where layers have different
             sliding windows (`visible_by_layer`). A number n: every query reads all of the first n slots.
         cache: read and written in place.
-        rows: the rows of the cache that are meant: a slice (read without a copy) or indices (their keys and values are
-            copied for the pass). None: its first b rows.
+        rows: the rows of the cache that are meant: a slice from one row to another (read without a copy) or indices
+            (their keys and values are copied for the pass). None: its first b rows.
 
     Returns:
         The states after the final norm.
     """
     body = stock_model(model).base_model
     rows = slice(0, len(input_ids)) if rows is None else rows
-    row_index = torch.arange(cache.num_rows, device=input_ids.device)[rows] if isinstance(rows, slice) else rows
     access = cache.access
     access.rows = rows
-    access.flat_slots = (row_index[:, None] * (cache.max_length + 1) + slots).flatten()
+    access.flat_slots = (slots + cache.first_slots(input_ids.device)[rows]).view(-1)
     if isinstance(is_visible, int):
         access.num_keys = is_visible
         attention = _unmasked(body, input_ids, is_visible)

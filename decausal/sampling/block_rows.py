@@ -66,6 +66,7 @@ class BlockRows:
 
         self.block_size, self.mask_token_id, self.device = block_size, mask_token_id, device
         self.offsets = torch.arange(block_size, device=device)
+        self._places = torch.arange(num_rows * block_size, device=device)
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         self.start, self.committed, self.limit, self.seed, self.step = (vector() for _ in range(5))
@@ -85,8 +86,8 @@ class BlockRows:
             tensor[target] = tensor[source]
 
     def _tensors(self) -> list[Tensor]:
-        found = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return [tensor for tensor in found if tensor is not self.offsets and tensor is not self.ends]
+        fixed = ("offsets", "ends", "_places")
+        return [value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in fixed]
 
     def admit(self, rows: list[NewRow]) -> None:
         """Writes rows in: their prompts, and their first blocks with everything open masked."""
@@ -133,13 +134,13 @@ class BlockRows:
             Per row, the K ids of its block, the K steps in which they were kept, how many candidates are left, and
             whether any of those is wanted (0: the block is done).
         """
+        if self.block_size == 1:
+            return self._keep_single(num_rows, states, head, settings)
         here = slice(0, num_rows)
         block_ids, is_masked, is_candidate = self.block_ids[here], self.is_masked[here], self.is_candidate[here]
         kept_in, step = self.kept_in[here], self.step[here]
         tokens, scores = self._candidates(num_rows, num_candidates, states, head, settings)
-        is_kept = is_candidate
-        if scores is not None:
-            is_kept = best(scores, num_to_keep(scores, self.is_open[here], is_masked, settings, step)) & is_candidate
+        is_kept = best(scores, num_to_keep(scores, self.is_open[here], is_masked, settings, step)) & is_candidate
         block_ids.copy_(torch.where(is_kept, tokens, block_ids))
         kept_in.copy_(torch.where(is_kept, step[:, None], kept_in))
         is_masked &= ~is_kept
@@ -152,16 +153,42 @@ class BlockRows:
         told = [block_ids, kept_in, is_candidate.sum(1, keepdim=True), is_wanted.any(1, keepdim=True)]
         return torch.cat(told, dim=1).tolist()
 
-    def next_blocks(self, num_rows: int, is_done: Bool[Tensor, "b"]) -> None:
+    def _keep_single(
+        self, num_rows: int, states: Float[Tensor, "b 1 D"], head: Head, settings: RowSettings
+    ) -> list[list[int]]:
+        """`keep` where a block is one token: each is kept, and no score decides anything."""
+        here = slice(0, num_rows)
+        numbers = None
+        if not settings.is_greedy:
+            numbers = uniform_numbers(self.seed[here], 0, self.start[here])
+        tokens, _ = candidates(states[:, 0], head, settings, numbers, is_scored=False)
+        self.block_ids[here] = tokens[:, None]
+        return [[token, 0, 0, 0] for token in tokens.tolist()]
+
+    def next_blocks(self, num_rows: int, is_done: list[bool]) -> None:
         """Rows whose block is done go on to the next one, all of it masked."""
-        here, done = slice(0, num_rows), is_done[:, None]
-        self.ids[here].scatter_(1, self._positions(here), self.block_ids[here])
-        self.start[here] += is_done * self.block_size
-        self.step[here].masked_fill_(is_done, 0)
-        self.block_ids[here].masked_fill_(done, self.mask_token_id)
-        self.kept_in[here].masked_fill_(done, -1)
-        for is_flagged in (self.is_open, self.is_masked, self.is_candidate):
-            is_flagged[here] |= done
+        here = slice(0, num_rows)
+        start, block_ids = self.start[here], self.block_ids[here]
+        self.ids[here].scatter_(1, self._positions(here), block_ids)
+        if all(is_done):
+            start += self.block_size
+            block_ids.fill_(self.mask_token_id)
+            if self.block_size > 1:
+                self.step[here] = 0
+                self.kept_in[here] = -1
+            for is_flagged in self._flags(here):
+                is_flagged.fill_(True)
+            return
+        done = torch.tensor(is_done, device=self.device)
+        start += done * self.block_size
+        self.step[here].masked_fill_(done, 0)
+        block_ids.masked_fill_(done[:, None], self.mask_token_id)
+        self.kept_in[here].masked_fill_(done[:, None], -1)
+        for is_flagged in self._flags(here):
+            is_flagged |= done[:, None]
+
+    def _flags(self, here: slice) -> list[Bool[Tensor, "b K"]]:
+        return [flags[here] for flags in (self.is_open, self.is_masked, self.is_candidate)]
 
     def _positions(self, here: slice) -> Int[Tensor, "b K"]:
         return self.start[here, None] + self.offsets
@@ -173,17 +200,23 @@ class BlockRows:
         states: Float[Tensor, "b K D"],
         head: Head,
         settings: RowSettings,
-    ) -> tuple[Int[Tensor, "b K"], Float[Tensor, "b K"] | None]:
-        """A token and its score (-inf where there is no candidate); no scores where blocks are single tokens."""
+    ) -> tuple[Int[Tensor, "b K"], Float[Tensor, "b K"]]:
+        """A token and its score, -inf where there is no candidate."""
         size, shape = self.block_size, (num_rows, self.block_size)
-        index = torch.nonzero_static(self.is_candidate[:num_rows].flatten(), size=num_candidates).squeeze(1)
+        flat = states.flatten(0, 1)
+        is_everywhere = num_candidates == len(flat)
+        if is_everywhere:
+            index = self._places[:num_candidates]
+        else:
+            index = torch.nonzero_static(self.is_candidate[:num_rows].view(-1), size=num_candidates).squeeze(1)
+            flat = flat[index]
         row = index // size
         numbers = None
         if not settings.is_greedy:
             numbers = uniform_numbers(self.seed[row], self.step[row], self.start[row] + index % size)
-        tokens, scores = candidates(states.flatten(0, 1)[index], head, settings.at(row), numbers, is_scored=size > 1)
-        all_tokens = tokens.new_zeros(num_rows * size).index_copy_(0, index, tokens).view(shape)
-        if scores is None:
-            return all_tokens, None
+        tokens, scores = candidates(flat, head, settings.at(row), numbers)
+        if is_everywhere:
+            return tokens.view(shape), scores.view(shape)
+        all_tokens = tokens.new_zeros(num_rows * size).index_copy_(0, index, tokens)
         all_scores = scores.new_full((num_rows * size,), -torch.inf).index_copy_(0, index, scores)
-        return all_tokens, all_scores.view(shape)
+        return all_tokens.view(shape), all_scores.view(shape)

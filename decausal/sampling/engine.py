@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
@@ -187,7 +186,7 @@ class BlockEngine:
                 events.append(StepEvent(row.ticket, block // size, step, positions, ids, finished))
         is_done = [not news[2 * size + 1] for news in told]
         if any(is_done):
-            self._rows.next_blocks(len(told), torch.tensor(is_done, device=self._rows.device))
+            self._rows.next_blocks(len(told), is_done)
         self._release(leaving)
         return events
 

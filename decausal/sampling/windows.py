@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decausal.diffusion.layout import Layout
@@ -23,6 +23,7 @@ from decausal.sampling.block_rows import BlockRows
 
 FREE_OPERATIONS = {"cpu": 2e8, "cuda": 1e12}
 """Floating-point operations of padding that cost less than another call of the model."""
+NUM_KNOWN_OFFSETS = 64
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Reader:
     def __post_init__(self) -> None:
         body = stock_model(self.model).base_model
         self.config = body.config
+        self._known_offsets: dict[tuple[int, int], Tensor] = {}
         num_weights = sum(weight.numel() for weight in body.parameters()) - body.get_input_embeddings().weight.numel()
         free = FREE_OPERATIONS.get(self.rows.device.type, FREE_OPERATIONS["cpu"])
         self.free_padding = int(free / (2 * max(1, num_weights)))
@@ -104,24 +106,33 @@ class Reader:
         self, windows: list[range], index: slice | Int[Tensor, "b"], tail: int
     ) -> Float[Tensor, "b tail D"] | None:
         rows, width = self.rows, max(map(len, windows))
-        start, committed = rows.start[index, None], rows.committed[index, None]
-        offsets = torch.arange(tail - width, tail, device=rows.device)
-        positions = start + offsets
+        start = rows.start[index][:, None]
+        offsets = self._offsets(tail - width, tail)
+        slots = positions = start + offsets
         num_keys = max(window.stop for window in windows)
-        is_padded = any(len(window) != width for window in windows)
-        slots = positions
-        if is_padded:
+        committed = None
+        if any(len(window) != width for window in windows):
+            committed = rows.committed[index][:, None]
             slots = torch.where(positions >= committed, positions, self.cache.scratch_slot)
             positions = positions.clamp(min=0)
-        input_ids = self._input_ids(index, positions, width, tail)
         is_visible = num_keys
         if not self._sees_everything(windows, width, tail):
             last = self._last_visible(positions, start, offsets, tail)
             is_visible = visible_by_layer(self.config, positions, last, num_keys)
+        input_ids = self._input_ids(index, positions, width, tail)
         hidden = cached_forward(self.model, input_ids, positions, slots, is_visible, self.cache, index)
-        if width > tail:
-            self._remember(index, hidden[:, width - tail - 1], start, committed, is_padded)
+        if width > tail and self.shift == 1:
+            has_read = None if committed is None else committed < start
+            self._remember(index, hidden[:, width - tail - 1], has_read)
         return hidden[:, width - tail :] if tail else None
+
+    def _offsets(self, first: int, end: int) -> Int[Tensor, "q"]:
+        """Places relative to the first of the block."""
+        if (first, end) not in self._known_offsets:
+            if len(self._known_offsets) > NUM_KNOWN_OFFSETS:
+                self._known_offsets.clear()
+            self._known_offsets[first, end] = torch.arange(first, end, device=self.rows.device)
+        return self._known_offsets[first, end]
 
     def _input_ids(
         self, index: slice | Int[Tensor, "b"], positions: Int[Tensor, "b q"], width: int, tail: int
@@ -150,19 +161,12 @@ class Reader:
         return torch.where(offsets < 0, positions, start + tail - 1)
 
     def _remember(
-        self,
-        index: slice | Int[Tensor, "b"],
-        states: Float[Tensor, "b D"],
-        start: Int[Tensor, "b 1"],
-        committed: Int[Tensor, "b 1"],
-        is_padded: bool,
+        self, index: slice | Int[Tensor, "b"], states: Float[Tensor, "b D"], has_read: Bool[Tensor, "b 1"] | None
     ) -> None:
-        """Keeps the state of the last finished token of each row that has just read one."""
-        if self.shift == 0:
-            return
+        """Keeps the state of the last finished token of each row that has read one; None: every row has."""
         rows = self.rows
         if rows.clean_state is None:
             rows.clean_state = states.new_zeros(len(rows.start), states.shape[1])
-        if is_padded:
-            states = torch.where(committed < start, states, rows.clean_state[index])
+        if has_read is not None:
+            states = torch.where(has_read, states, rows.clean_state[index])
         rows.clean_state[index] = states
