@@ -321,3 +321,14 @@ def test_confidence_is_a_tokens_probability_given_the_others(qwen: Converted) ->
         probability = logits.softmax(-1)
         assert token.probability == pytest.approx(float(probability[encoded.ids[position]]), abs=1e-5)
         assert token.best_probability == pytest.approx(float(probability.max()), abs=1e-5)
+
+
+def test_the_examples_in_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    sections = page[page.index("## Infilling") :]
+    examples = re.findall(r"```python\n(.*?)```", sections, re.DOTALL)
+    assert len(examples) == 2
+    save_converted(tmp_path / "DIR", *MODEL)
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        exec(compile(example, "docs/sampling.md", "exec"), {})
