@@ -98,13 +98,20 @@ class _BlockLayer(CacheLayerMixin):
             states.new_zeros(self._cache.num_rows, self._cache.max_length + 1, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
         )
+        self._count_through()
         self.is_initialized = True
+
+    def _count_through(self) -> None:
+        """Makes views in which the slots of all rows are one axis, once: every pass writes to them."""
+        self._key_slots, self._value_slots = self.keys.flatten(0, 1), self.values.flatten(0, 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         access = self._cache.access
-        return _written(self.keys, key_states, access), _written(self.values, value_states, access)
+        _write(self._key_slots, key_states, access)
+        _write(self._value_slots, value_states, access)
+        return _read(self.keys, access), _read(self.values, access)
 
     def move_row(self, source: int, target: int) -> None:
         if self.is_initialized:
@@ -117,6 +124,7 @@ class _BlockLayer(CacheLayerMixin):
                 torch.cat([held[:, :old_length], held.new_zeros(_with_slots(held, new_length + 1 - old_length))], dim=1)
                 for held in (self.keys, self.values)
             )
+            self._count_through()
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given
@@ -132,17 +140,18 @@ def _with_slots(held: Tensor, num_slots: int) -> tuple[int, ...]:
     return (held.shape[0], num_slots, *held.shape[2:])
 
 
-def _written(
-    held: Float[Tensor, "B S H d"], states: Float[Tensor, "b H q d"], access: _Access
-) -> Float[Tensor, "b H n d"]:
-    """Writes the states of a pass and returns what its rows hold in the first `num_keys` slots."""
-    num_heads, width = held.shape[2:]
-    pieces = states.transpose(1, 2).reshape(-1, num_heads, width)
-    held.view(-1, num_heads, width).index_copy_(0, access.flat_slots, pieces.to(held.dtype))
+def _write(slots: Float[Tensor, "slots H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
+    """Writes the states of a pass."""
+    by_token = states if states.shape[2] == 1 else states.transpose(1, 2)
+    slots.index_copy_(0, access.flat_slots, by_token.reshape(-1, *slots.shape[1:]).to(slots.dtype))
+
+
+def _read(held: Float[Tensor, "B S H d"], access: _Access) -> Float[Tensor, "b H n d"]:
+    """What the rows of a pass hold in the first `num_keys` slots."""
     rows, num_keys = access.rows, access.num_keys
     if isinstance(rows, slice):  # held[rows, :num_keys].transpose(1, 2), as one operator
         row, slot, head, one = held.stride()
-        shape = (rows.stop - rows.start, num_heads, num_keys, width)
+        shape = (rows.stop - rows.start, held.shape[2], num_keys, held.shape[3])
         return held.as_strided(shape, (row, head, slot, one), rows.start * row)
     return held[rows, :num_keys].transpose(1, 2)
 

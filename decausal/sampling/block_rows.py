@@ -173,11 +173,11 @@ class BlockRows:
         if all(is_done):
             start += self.block_size
             block_ids.fill_(self.mask_token_id)
-            if self.block_size > 1:
+            if self.block_size > 1:  # else no step ever changes these
                 self.step[here] = 0
                 self.kept_in[here] = -1
-            for is_flagged in self._flags(here):
-                is_flagged.fill_(True)
+                for is_flagged in self._flags(here):
+                    is_flagged.fill_(True)
             return
         done = torch.tensor(is_done, device=self.device)
         start += done * self.block_size
