@@ -1,4 +1,4 @@
-"""Generate and infill on tiny random models: identities, and every refusal."""
+"""Generate on tiny random models: identities, and every refusal."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from torch import Tensor
 
 from decausal.errors import UserError
 from decausal.models import backbone
-from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling.generate import Generation, generate
 from decausal.sampling.infilling import infill
 from decausal.sampling.model import DiffusionModel, load
 from decausal.sampling.sampler import SamplerSettings, denoise
-from tests.families import EOS_ID, FAMILIES, MAX_LENGTH, tiny_tokenizer
-from tests.sampling.stand_ins import conversion_facts
-
-
-def converted(family: str = "qwen3", chat: bool = False, **facts: Any) -> Converted:
-    model, tokenizer = FAMILIES[family](), tiny_tokenizer(chat)
-    mask_token_id = adapt(model, tokenizer)
-    # Sharper distributions: rounding then decides no comparison.
-    model.get_output_embeddings().weight.data *= 4
-    return Converted(model, tokenizer, conversion_facts(mask_token_id, **{"shift": 1, **facts}))
+from tests.families import EOS_ID, MAX_LENGTH
+from tests.sampling.tiny_models import converted
 
 
 @pytest.fixture(scope="module")
@@ -134,21 +125,6 @@ def test_what_is_kept_grows_every_step_and_nothing_given_changes(
     assert ((denoised.step_of_token >= 0) == is_open).all()
 
 
-def test_the_gap_is_conditioned_on_both_sides(qwen: Converted) -> None:
-    options = {"length": 12, "num_steps": 1, "temperature": 1.0}
-    base = infill(qwen, "def f(", "):\n    return 1\n", **options)
-    assert infill(qwen, "def f(", "):\n    return 1\n", **options) == base
-    assert infill(qwen, "def g(", "):\n    return 1\n", **options).ids != base.ids
-    assert infill(qwen, "def f(", "):\n    return 2.5\n", **options).ids != base.ids
-
-
-def test_infill_writes_exactly_its_length_and_gives_the_whole_text(qwen: Converted) -> None:
-    filled = infill(qwen, ["a = ", ""], ["\nprint(a)", "b"], 5, threshold=0.5)
-    for row, prefix, suffix in zip(filled, ["a = ", ""], ["\nprint(a)", "b"], strict=True):
-        assert len(row.ids) == len(row.step_of_token) == 5
-        assert row.full_text == prefix + row.text + suffix
-
-
 def test_generate_returns_one_for_a_string_and_a_list_for_a_list(qwen: Converted) -> None:
     one = generate(qwen, PROMPTS[0], max_new_tokens=3)
     assert isinstance(one, Generation)
@@ -209,27 +185,6 @@ def test_bad_input_to_generate_is_refused(qwen: Converted, prompt: str, options:
 def test_the_refused_prompt_is_named_by_its_number(qwen: Converted) -> None:
     with pytest.raises(UserError, match="prompt 2 holds the mask token"):
         generate(qwen, ["x", "<|mask|>"], max_new_tokens=5)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "suffix", "length", "message"),
-    [
-        ("a", "b", 0, "length=0 is not accepted"),
-        ("a", "b", -3, "length=-3 is not accepted"),
-        ("a" * 40, "b" * 20, 5, f"65 exceed the model's context of {MAX_LENGTH}; write at most 4"),
-        ("a", "<|mask|>", 5, "holds the mask token"),
-        (["a"], ["b", "c"], 5, "1 prefixes and 2 suffixes"),
-        (["a"], "b", 5, "both as lists"),
-    ],
-)
-def test_bad_input_to_infill_is_refused(qwen: Converted, prefix: Any, suffix: Any, length: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        infill(qwen, prefix, suffix, length)
-
-
-def test_infill_under_a_causal_layout_is_refused() -> None:
-    with pytest.raises(UserError, match="cannot see the suffix"):
-        infill(converted(layout="causal"), "a", "b", 3)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

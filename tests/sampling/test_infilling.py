@@ -289,6 +289,42 @@ def test_bad_input_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_the_gap_is_conditioned_on_both_sides(qwen: Converted) -> None:
+    options = {"length": 12, "num_steps": 1, "temperature": 1.0}
+    base = infill(qwen, "def f(", "):\n    return 1\n", **options)
+    assert infill(qwen, "def f(", "):\n    return 1\n", **options) == base
+    assert infill(qwen, "def g(", "):\n    return 1\n", **options).ids != base.ids
+    assert infill(qwen, "def f(", "):\n    return 2.5\n", **options).ids != base.ids
+
+
+def test_infill_writes_exactly_its_length_and_gives_the_whole_text(qwen: Converted) -> None:
+    filled = infill(qwen, ["a = ", ""], ["\nprint(a)", "b"], 5, threshold=0.5)
+    for row, prefix, suffix in zip(filled, ["a = ", ""], ["\nprint(a)", "b"], strict=True):
+        assert len(row.ids) == len(row.step_of_token) == 5
+        assert row.full_text == prefix + row.text + suffix
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "length", "message"),
+    [
+        ("a", "b", 0, "length=0 is not accepted"),
+        ("a", "b", -3, "length=-3 is not accepted"),
+        ("a" * 40, "b" * 20, 5, f"65 exceed the model's context of {MAX_LENGTH}; write at most 4"),
+        ("a", "<|mask|>", 5, "holds the mask token"),
+        (["a"], ["b", "c"], 5, "1 prefixes and 2 suffixes"),
+        (["a"], "b", 5, "both as lists"),
+    ],
+)
+def test_bad_input_to_infill_is_refused(qwen: Converted, prefix: Any, suffix: Any, length: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        infill(qwen, prefix, suffix, length)
+
+
+def test_infill_under_a_causal_layout_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot see the suffix"):
+        infill(converted(layout="causal"), "a", "b", 3)
+
+
 def test_a_block_model_is_refused_with_its_block_size_and_who_can() -> None:
     with pytest.raises(UserError, match=r"layout 'block' with block_size 4.*repr-align"):
         infill(converted(layout="block", block_size=4), "a", "b", 3)
