@@ -29,6 +29,11 @@ from decausal.sampling.settings import ALIASES, SamplerSettings, canonical
         ("seed", "one"),
         ("remask", "yes"),
         ("seed", None),
+        ("entropy_bound", -0.1),
+        ("entropy_bound", float("inf")),
+        ("stop", ""),
+        ("stop", ["\n", ""]),
+        ("stop", 7),
     ],
 )
 def test_values_out_of_range_are_refused_by_name_on_one_line(name: str, value: Any) -> None:
@@ -36,9 +41,17 @@ def test_values_out_of_range_are_refused_by_name_on_one_line(name: str, value: A
         SamplerSettings().updated(**{name: value})
 
 
-def test_both_schedules_are_refused() -> None:
-    with pytest.raises(UserError, match="exclude each other"):
-        SamplerSettings(num_steps=4, threshold=0.5)
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        {"num_steps": 4, "threshold": 0.5},
+        {"num_steps": 4, "entropy_bound": 1.0},
+        {"threshold": 0.5, "entropy_bound": 1.0},
+    ],
+)
+def test_two_schedules_are_refused(schedules: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=" and ".join(f"{name}={value}" for name, value in schedules.items())):
+        SamplerSettings(**schedules)
 
 
 def test_without_a_schedule_the_threshold_is_used() -> None:
@@ -46,11 +59,26 @@ def test_without_a_schedule_the_threshold_is_used() -> None:
     assert SamplerSettings().num_steps is None
 
 
-def test_either_schedule_replaces_the_other() -> None:
-    static = SamplerSettings(threshold=0.5).updated(num_steps=4)
-    assert (static.num_steps, static.threshold) == (4, None)
-    dynamic = static.updated(threshold=0.7)
-    assert (dynamic.num_steps, dynamic.threshold) == (None, 0.7)
+def test_a_schedule_replaces_the_others() -> None:
+    schedules = {"num_steps": 4, "threshold": 0.5, "entropy_bound": 1.0}
+    for first, first_value in schedules.items():
+        for second, second_value in schedules.items():
+            settings = SamplerSettings(**{first: first_value}).updated(**{second: second_value})
+            assert settings.schedule == second
+            assert {name: getattr(settings, name) for name in schedules} == dict.fromkeys(schedules) | {
+                second: second_value
+            }
+
+
+def test_stop_texts_are_one_or_several() -> None:
+    assert SamplerSettings().updated(stop="x").stop == ("x",)
+    assert SamplerSettings(stop=("x",)).updated(stop=["y", "z"]).stop == ("y", "z")
+    assert SamplerSettings(stop=("x",)).updated(stop=None).stop == ()
+
+
+def test_an_entropy_bound_goes_with_no_remasking() -> None:
+    with pytest.raises(UserError, match="remask and entropy_bound exclude each other"):
+        SamplerSettings(entropy_bound=1.0, remask=True)
 
 
 def test_an_option_left_none_changes_no_schedule() -> None:
