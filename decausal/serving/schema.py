@@ -8,6 +8,7 @@ change the answer and is not there is refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, create_model
@@ -251,16 +252,26 @@ def _refuse_surrogates(raw: bytes, value: dict[str, Any]) -> None:
 
 def _first_fault(error: ValidationError, value: dict[str, Any]) -> ApiError:
     fault = error.errors(include_url=False, include_context=False)[0]
-    # Branches of unions are no part of the name that the client knows.
-    path = [str(part) for part in fault["loc"]]
-    param = ".".join(part for part in path if "[" not in part) or None
+    param = _path(fault["loc"], value, is_missing=fault["type"] == "missing")
     if fault["type"] == "extra_forbidden":
-        hint = nearest(path[-1], Extension.model_fields)
+        hint = nearest(str(fault["loc"][-1]), Extension.model_fields)
         return bad_request(f"unknown field '{param}'{hint}", param, "unknown_field")
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message if message.startswith(("must", "should")) else f"is not accepted: {message}"
     given = "" if fault["type"] == "missing" else f" (given: {_short(fault['input'])})"
     return bad_request(f"'{param}' {message}{given}", param, "missing_field" if not given else "invalid_value")
+
+
+def _path(location: Sequence[str | int], value: Any, *, is_missing: bool) -> str | None:
+    """The name of a field as the client knows it: pydantic also names the branches of unions."""
+    path = []
+    for i, part in enumerate(location):
+        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if not is_there and not (is_missing and i == len(location) - 1):
+            break
+        path.append(str(part))
+        value = value[part] if is_there else None
+    return ".".join(path) or None
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -12,7 +14,6 @@ import pytest
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling import row_engine
 from decausal.sampling.generate import generate
 from decausal.serving.settings import ServeSettings
 from decausal.serving.worker import Worker
@@ -52,15 +53,22 @@ def test_openais_client_waits_for_a_place_by_itself(model: Converted) -> None:
     assert texts == [generate(model, "import", max_new_tokens=30, seed=seed).text for seed in range(8)]
 
 
-def test_an_answer_that_takes_too_long_is_given_up(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = row_engine.body_forward
+@contextmanager
+def before_every_pass(model: Converted, action: Callable[[], None]) -> Iterator[None]:
+    """Does something whenever the model's body runs."""
+    hook = model.model.base_model.register_forward_pre_hook(lambda *call: action())
+    try:
+        yield
+    finally:
+        hook.remove()
 
-    def slow(*arguments: Any, **options: Any) -> Any:
-        time.sleep(0.05)
-        return real(*arguments, **options)
 
-    monkeypatch.setattr(row_engine, "body_forward", slow)
-    with running([model], timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+def test_an_answer_that_takes_too_long_is_given_up(model: Converted) -> None:
+    with (
+        before_every_pass(model, lambda: time.sleep(0.05)),
+        running([model], timeout=0.5) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
         answer = client.post("/v1/completions", json=SLOW)
         assert answer.status_code == 504
         assert answer.json()["error"]["type"] == "timeout_error"
@@ -77,19 +85,19 @@ def test_an_answer_that_takes_too_long_is_given_up(model: Converted, monkeypatch
                 list(stream)
 
 
-def test_an_engine_that_fails_ends_its_answers_and_is_made_anew(
-    model: Converted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = row_engine.body_forward, []
+def test_an_engine_that_fails_ends_its_answers_and_is_made_anew(model: Converted) -> None:
+    calls: list[int] = []
 
-    def failing(*arguments: Any, **options: Any) -> Any:
+    def fail_once() -> None:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        return real(*arguments, **options)
 
-    monkeypatch.setattr(row_engine, "body_forward", failing)
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with (
+        before_every_pass(model, fail_once),
+        running([model]) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
         answer = client.post("/v1/completions", json=SLOW)
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "engine_failed"

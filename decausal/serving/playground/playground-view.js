@@ -1,1 +1,107 @@
+// Shows a row as it is written: one frame for every forward pass, tokens coloured by confidence or order.
 
+const shown = (piece) => JSON.stringify(piece).slice(1, -1);
+
+export class Pane {
+  constructor(element) {
+    this.element = element;
+    this.page = element.querySelector(".page");
+    this.figures = element.querySelector(".figures");
+    this.note = element.querySelector(".token");
+    this.page.addEventListener("keydown", (event) => this.#walk(event));
+    this.page.addEventListener("click", (event) => this.#choose(event.target.closest(".kept")));
+    this.begin("", "");
+  }
+
+  // Starts a new row between given texts; a row without frames shows its texts alone.
+  begin(before, after) {
+    Object.assign(this, { before, after, frames: [], text: null, chosen: null, seconds: null });
+    this.figures.textContent = this.note.textContent = "";
+    this.show(0);
+  }
+
+  // Adds the frame of one pass, as the server's extension tells it.
+  add(event) {
+    const last = this.frames.at(-1);
+    const stepOf = event.draft.map((piece, i) => (piece === null ? null : last?.stepOf[i] ?? null));
+    for (const i of event.positions) stepOf[i] = event.step;
+    this.frames.push({ ...event, stepOf });
+  }
+
+  // Shows the frame after that many passes.
+  show(pass) {
+    const frame = this.frames[Math.min(pass, this.frames.length) - 1];
+    this.frame = frame;
+    const isEnd = this.text !== null && pass >= this.frames.length;
+    const nodes = [given(this.before)];
+    if (frame) nodes.push(...this.#tokens(frame, pass, isEnd));
+    nodes.push(given(this.after));
+    this.page.replaceChildren(...nodes);
+    this.#mark();
+    this.#tell(frame, pass);
+  }
+
+  #tokens(frame, pass, isEnd) {
+    const isNow = pass <= this.frames.length;
+    const numSteps = Math.max(1, this.frames.length - 1);
+    const isOver = (i) => isEnd && frame.draft[i] === null;
+    return frame.draft.flatMap((piece, i) => {
+      if (isOver(i)) return [];
+      if (frame.is_given[i]) return [given(piece)];
+      const span = document.createElement("span");
+      span.dataset.place = i;
+      span.className = `token-box ${piece === null ? "open" : "kept"}`;
+      span.textContent = piece === null ? "··" : piece;
+      if (piece === null) return [span];
+      if (piece.includes("\n")) span.classList.add("newline");
+      if (isNow && frame.positions.includes(i) && !isEnd) span.classList.add("fresh");
+      span.style.setProperty("--p", `${100 * Math.max(0, Math.min(1, frame.confidence[i] ?? 1))}%`);
+      span.style.setProperty("--o", `${(100 * (frame.stepOf[i] ?? 0)) / numSteps}%`);
+      span.title = this.#describe(frame, i);
+      return [span];
+    });
+  }
+
+  #describe(frame, i) {
+    const sure = frame.confidence[i] === null ? "" : `confidence ${frame.confidence[i].toFixed(2)}, `;
+    return `“${shown(frame.draft[i])}”: ${sure}kept in pass ${(frame.stepOf[i] ?? 0) + 1}`;
+  }
+
+  #tell(frame, pass) {
+    if (!frame) return;
+    const written = frame.draft.filter((piece, i) => piece !== null && !frame.is_given[i]).length;
+    const passes = Math.min(pass, this.frames.length);
+    const rate = (written / Math.max(1, passes)).toFixed(2);
+    const time = this.seconds === null ? "" : `, ${this.seconds.toFixed(1)} s`;
+    this.figures.textContent = `${written} tokens in ${passes} passes (${rate} a pass)${time}`;
+  }
+
+  #walk(event) {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const kept = [...this.page.querySelectorAll(".kept")];
+    if (!step || !kept.length) return;
+    event.preventDefault();
+    const here = kept.findIndex((span) => Number(span.dataset.place) === this.chosen);
+    const next = here < 0 ? (step > 0 ? 0 : kept.length - 1) : Math.max(0, Math.min(kept.length - 1, here + step));
+    this.#choose(kept[next]);
+  }
+
+  #choose(span) {
+    if (!span) return;
+    this.chosen = Number(span.dataset.place);
+    this.#mark();
+    this.note.textContent = this.#describe(this.frame, this.chosen);
+  }
+
+  #mark() {
+    for (const span of this.page.querySelectorAll(".kept"))
+      span.classList.toggle("chosen", Number(span.dataset.place) === this.chosen);
+  }
+}
+
+function given(text) {
+  const span = document.createElement("span");
+  span.className = "given";
+  span.textContent = text;
+  return span;
+}
