@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from decausal.compare.defaults import default_settings
 from decausal.compare.settings import CompareSettings
 from decausal.config import read_recipe, resolve
 from decausal.errors import UserError, nearest
@@ -108,6 +109,8 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     """
     recipe = read_recipe(arm.recipe)
     recipe = {key: value for key, value in recipe.items() if key not in _SET_HERE}
+    if recipe.get("layout") == "block":
+        recipe |= default_settings(settings.model_name_or_path, arm.recipe)
     flags = [f"--{key}={value}" for key, value in ({"data": settings.data} | arm.overrides).items()]
     flags = [flag.replace("{seed}", str(seed)) for flag in flags]
     own = {"model_name_or_path": settings.model_name_or_path, "seed": seed}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from decausal.compare.arms import ArmRun
-from decausal.compare.settings import DEFAULT_STEPS, CompareSettings
+from decausal.compare.settings import DEFAULT_TOKENS, CompareSettings
 from decausal.compare.tokens import TokenCounts
 from decausal.data.rows import PackedRows, load_rows
 
@@ -32,11 +32,11 @@ class Budget:
 
     @classmethod
     def of(cls, settings: CompareSettings) -> Budget:
-        if settings.budget_tokens is not None:
-            return cls("tokens", float(settings.budget_tokens), settings.tokens)
+        if settings.max_steps is not None:
+            return cls("steps", float(settings.max_steps))
         if settings.budget_minutes is not None:
             return cls("minutes", settings.budget_minutes)
-        return cls("steps", float(settings.max_steps or DEFAULT_STEPS))
+        return cls("tokens", float(settings.budget_tokens or DEFAULT_TOKENS), settings.tokens)
 
     def progress(self, step: int, counts: TokenCounts, seconds: float) -> float:
         """Returns the share that is used, which may pass 1 by what one step takes."""

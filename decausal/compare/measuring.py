@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.models.doctor import refuse_if_unusable
 
+ROWS_TOGETHER = 16
 EVAL_SEED = 0  # not the runs': runs of different seeds are measured on the same masks
 
 
@@ -217,7 +217,7 @@ class LikelihoodMeasure(Measure):
             self.tokenizer,
             num_rows=min(self.settings.eval_rows, len(self.rows)),
             samples_per_row=self.settings.eval_samples,
-            batch_size=self.settings.eval_batch_size,
+            batch_size=ROWS_TOGETHER,
             seed=EVAL_SEED,
         )
         details = {"masked_cross_entropy": found.masked_cross_entropy, "bits_per_byte": found.bits_per_byte}
@@ -229,7 +229,7 @@ class LikelihoodMeasure(Measure):
             self.rows,
             self.tokenizer,
             num_rows=min(self.settings.eval_rows, len(self.rows)),
-            batch_size=self.settings.eval_batch_size,
+            batch_size=ROWS_TOGETHER,
         )
         details = {"bits_per_byte": found.bits_per_byte}
         return Score(None, found.nll_per_token, found.nll_standard_error, details=details)
@@ -245,7 +245,7 @@ def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
 
 
 def held_out_problems(settings: CompareSettings) -> list[Example]:
-    """Returns the held-out examples that the comparison needs, each task in turn.
+    """Returns all held-out examples, each task in turn: their longest answer does not depend on how many are measured.
 
     Raises:
         UserError: `--eval_data` names no held-out tasks, or fewer examples than are to be measured.
@@ -257,7 +257,7 @@ def held_out_problems(settings: CompareSettings) -> list[Example]:
             "as tasks-heldout:sorting+lookup; for other data give --eval nll"
         )
     most = max(settings.eval_prompts, settings.final_prompts)
-    problems = list(islice(task_source(name).examples(), most))
+    problems = list(task_source(name).examples())
     if len(problems) < most:
         raise UserError(
             f"--eval_data {name} has {len(problems)} examples, {most} are to be measured; raise its count, such as "

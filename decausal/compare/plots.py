@@ -24,7 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def save_figure(
     path: Path,
     results: Sequence[RunResult],
-    ar: Score,
+    ar: tuple[Score, Score],
     *,
     threshold: float | None,
     counted: str,
@@ -36,7 +36,7 @@ def save_figure(
     Args:
         path: where to.
         results: all runs.
-        ar: the AR model's own score.
+        ar: the AR model's own scores: on what runs are measured on while they train, and at their end.
         threshold: schedule of the curves over training.
         counted: which training tokens the x axis counts.
         unit: what quality is.
@@ -60,12 +60,12 @@ def save_figure(
     if is_decoded:
         panels[1].set_title("At the end, by decoding speed")
         panels[1].set_xlabel("tokens per forward pass")
-    for axes in panels:
-        axes.axhline(ar.quality, color=palette.text, linestyle=":", linewidth=1.2, label="AR model")
+    for axes, score in zip(panels, ar, strict=False):
+        axes.axhline(score.quality, color=palette.text, linestyle=":", linewidth=1.2, label="AR model")
         axes.legend(facecolor=palette.background, edgecolor="none", labelcolor=palette.text, fontsize=9)
         style(axes, palette)
     if threshold is None:
-        _cut_the_start(panels[0], results, ar)
+        _cut_the_start(panels[0], results, ar[0])
     figure.savefig(path, dpi=130)
 
 

@@ -140,7 +140,7 @@ def write_report(comparison: Comparison) -> list[Path]:
     save_figure(
         paths[0],
         comparison.results,
-        comparison.ar,
+        (comparison.ar_while_training, comparison.ar),
         threshold=comparison.curve_threshold,
         counted=comparison.settings.tokens,
         unit=comparison.unit,

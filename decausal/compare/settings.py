@@ -11,7 +11,7 @@ from decausal.errors import UserError
 STATIC = 1.0
 """The threshold that no probability exceeds: one token per forward."""
 
-DEFAULT_STEPS = 400
+DEFAULT_TOKENS = 150_000
 EVAL_DATA = {"tasks": "tasks-heldout", "nll": "stdlib-heldout"}
 
 
@@ -44,10 +44,12 @@ class CompareSettings:
     )
 
     data: str = _setting(
-        "tasks:2000@{seed}", "training data of all arms, as for convert; {seed} stands for the run's seed"
+        "tasks:1000@{seed}", "training data of all arms, as for convert; {seed} stands for the run's seed"
     )
-    budget_tokens: int | None = _setting(None, "training tokens of each run, as --tokens counts them")
-    max_steps: int | None = _setting(None, f"training steps of each run; {DEFAULT_STEPS} where no budget is given")
+    budget_tokens: int | None = _setting(
+        None, f"training tokens of each run, as --tokens counts them; {DEFAULT_TOKENS} where no budget is given"
+    )
+    max_steps: int | None = _setting(None, "training steps of each run")
     budget_minutes: float | None = _setting(None, "training time of each run; measuring is not counted")
     tokens: Literal["clean", "supervised", "total"] = _setting(
         "clean",
@@ -67,7 +69,7 @@ class CompareSettings:
         (1.0, 0.95, 0.9, 0.8, 0.7), "thresholds at its end; 1 is the static schedule, one token per forward (tasks)"
     )
     max_new_tokens: int | None = _setting(None, "most tokens of an answer; unset: what the longest needs (tasks)")
-    eval_batch_size: int = _setting(64, "rows measured together")
+    eval_batch_size: int = _setting(140, "prompts answered together (tasks)")
     eval_rows: int = _setting(32, "held-out rows to measure on (nll)")
     eval_samples: int = _setting(2, "mask patterns per held-out row (nll)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,7 +14,7 @@ import torch
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.measuring import Measure, prepare
-from decausal.compare.recorder import Tell
+from decausal.compare.recorder import Event, Tell
 from decausal.compare.settings import CompareSettings
 from decausal.compare.training import Planned, RunResult, train
 from decausal.provenance import usable_cores
@@ -37,7 +38,7 @@ def train_all(
     """Trains all runs and yields each when it has finished.
 
     Raises:
-        UserError: as `train`; runs that have not begun then do not begin.
+        UserError: as `train`; the other runs then stop at their next step, to be continued another time.
     """
     if workers == 1:
         for planned in plan:
@@ -45,8 +46,8 @@ def train_all(
         return
     context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
     threads = max(1, usable_cores() // workers)
-    events = context.SimpleQueue()
-    initial = (measure.settings, plan[0].run, events, threads)
+    events, stop = context.SimpleQueue(), context.Event()
+    initial = (measure.settings, plan[0].run, events, stop, threads)
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=initial) as pool,
         _told(events, tell),
@@ -57,6 +58,9 @@ def train_all(
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
+        except BaseException:
+            stop.set()
+            raise
         finally:
             for future in waiting:
                 future.cancel()
@@ -67,18 +71,34 @@ class _Worker:
 
     measure: Measure
     events: Any
+    stop: Any
 
 
-def _initialise(settings: CompareSettings, run: ArmRun, events: Any, threads: int) -> None:
+def _initialise(settings: CompareSettings, run: ArmRun, events: Any, stop: Any, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _Worker.events = events
+    _Worker.events, _Worker.stop = events, stop
     with quiet_libraries():
         _Worker.measure = prepare(settings, run)
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the comparison is killed: nobody would hear of what it trains."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _train(planned: Planned, overwrite: bool) -> RunResult:
     with quiet_libraries():
-        return train(planned, _Worker.measure, _Worker.events.put, overwrite=overwrite)
+        return train(planned, _Worker.measure, _tell, overwrite=overwrite)
+
+
+def _tell(event: Event) -> None:
+    if _Worker.stop.is_set():
+        raise KeyboardInterrupt
+    _Worker.events.put(event)
 
 
 @contextmanager

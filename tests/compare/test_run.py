@@ -167,25 +167,29 @@ def test_another_threshold_is_measured_without_training(
         assert now["final"][1]["threshold"] == 0.5
 
 
-@pytest.mark.parametrize("event", [4, 15])  # before there is a checkpoint; behind one, in the second run
-def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
-    event: int, compared: Compared, settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_comparison_killed_again_and_again_goes_on_to_the_same_figures(
+    compared: Compared, settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = replace(settings, output_dir=str(tmp_path), seeds=(0,))
     tell = ComparisonView.tell
-    told: list[Event] = []
+    for run, step in (("mdm-seed0", 1), ("mdm-seed0", 3), ("aligned-seed0", 3)):  # before, behind the first checkpoint
 
-    def killing(view: ComparisonView, one: Event) -> None:
-        told.append(one)
-        if len(told) == event:
-            raise KeyboardInterrupt
-        tell(view, one)
+        def killing(view: ComparisonView, event: Event, run: str = run, step: int = step) -> None:
+            if (event.run, event.kind, event.step) == (run, "stepped", step):
+                raise KeyboardInterrupt
+            tell(view, event)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ComparisonView, "tell", killing)
-        with pytest.raises(KeyboardInterrupt):
-            Compared(changed)
+        with monkeypatch.context() as patch:
+            patch.setattr(ComparisonView, "tell", killing)
+            with pytest.raises(KeyboardInterrupt):
+                Compared(changed)
     assert Compared(changed).figures() == [run for run in compared.figures() if run[1] == 0]
+
+
+def test_runs_in_processes_of_their_own_tell_and_return_the_same(compared: Compared, settings: CompareSettings) -> None:
+    again = Compared(replace(settings, seeds=(0,), num_workers=2))
+    assert again.figures() == [run for run in compared.figures() if run[1] == 0]
+    assert all(f"{run}-seed0" in again.printed for run in ("mdm", "aligned"))
 
 
 def test_a_measurement_cut_short_on_disk_does_not_count(
@@ -201,9 +205,7 @@ def test_a_measurement_cut_short_on_disk_does_not_count(
     ("changes", "shared", "named"),
     [
         ({}, {"learning_rate": "0.5"}, "learning_rate"),
-        ({"max_steps": 5}, {}, "max_steps"),
         ({"eval_prompts": 2}, {}, "prompts"),
-        ({"data": "tasks:brackets:30@{seed}"}, {}, "data"),
     ],
 )
 def test_other_settings_in_the_same_place_are_refused_and_cost_nothing(
