@@ -240,9 +240,10 @@ def decoding(model: nn.Module) -> Iterator[None]:
     A model that trains with FlexAttention decodes with SDPA: the masks of a few queries change in every pass.
     """
     stock = stock_model(model)
-    config, modes = stock.base_model.config, {module: module.training for module in stock.modules() if module.training}
+    config, in_training = stock.base_model.config, [module for module in stock.modules() if module.training]
     implementation = config._attn_implementation
-    stock.eval()
+    for module in in_training:  # often none: this runs for every step of an engine
+        module.training = False
     if implementation == "flex_attention":
         config._attn_implementation = "sdpa"
     try:
@@ -250,7 +251,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         config._attn_implementation = implementation
-        for module in modes:
+        for module in in_training:
             module.training = True
 
 

@@ -42,12 +42,14 @@ def logits(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
     matmul_dtype = matmul_dtype_of(hidden)
     bias = None if head.bias is None else head.bias.to(matmul_dtype)
     values = torch.nn.functional.linear(hidden.to(matmul_dtype), head.weight.to(matmul_dtype), bias)
-    values = values.to(softmax_dtype_of(hidden)) * head.scale
+    values = values.to(softmax_dtype_of(hidden))
+    if head.scale != 1.0:
+        values = values * head.scale
     if head.softcap is not None:
         values = head.softcap * torch.tanh(values / head.softcap)
     if head.banned is not None:
         is_banned = torch.arange(values.shape[1], device=values.device) == head.banned
-        values = values.masked_fill(is_banned, -torch.inf)
+        values.masked_fill_(is_banned, -torch.inf)  # nothing else holds these values
     return values
 
 
