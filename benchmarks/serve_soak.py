@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 from report import console, print_header
-from serve import made, quantile, serving
+from serve import Server, made, quantile, serving
 
 from decausal.models.checkpoint import load_converted
 from decausal.provenance import provenance
@@ -83,8 +82,8 @@ def main() -> int:
         expected = expected_answers(directory, flags.seeds, flags.max_tokens)
         tally = Tally()
         options = ["--max_rows", str(flags.max_rows), "--max_queue", str(flags.clients), "--timeout", "600"]
-        with serving(directory, options, flags.threads) as url:
-            asyncio.run(soaked(url, flags.clients, 60 * flags.minutes, expected, tally))
+        with serving(directory, options, flags.threads) as server:
+            asyncio.run(soaked(server, flags.clients, 60 * flags.minutes, expected, tally))
     report = summary(tally)
     outcome |= {"clients": flags.clients, "minutes": flags.minutes, **report}
     for name, value in report.items():
@@ -115,13 +114,13 @@ def expected_answers(directory: Path, seeds: int, max_tokens: int) -> list[tuple
 
 
 async def soaked(
-    url: str, clients: int, seconds: float, expected: list[tuple[dict[str, Any], str]], tally: Tally
+    server: Server, clients: int, seconds: float, expected: list[tuple[dict[str, Any], str]], tally: Tally
 ) -> None:
     """Lets clients do what clients do, and watches the server's memory."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=900, limits=limits) as client:
         deadline = time.perf_counter() + seconds
-        watcher = asyncio.create_task(watch_memory(url, tally))
+        watcher = asyncio.create_task(watch_memory(server, tally))
         await asyncio.gather(*(behave(client, number, deadline, expected, tally) for number in range(clients)))
         watcher.cancel()
         await asyncio.sleep(1)
@@ -198,11 +197,10 @@ async def ask(
         tally.counts["mixed up" if is_anothers else "differing"] += 1
 
 
-async def watch_memory(url: str, tally: Tally) -> None:
-    """Samples the resident memory of the server, which is this process's child."""
-    (server,) = (child for child in psutil.Process().children() if "serve" in " ".join(child.cmdline()))
+async def watch_memory(server: Server, tally: Tally) -> None:
+    """Samples the server's resident memory."""
     while True:
-        tally.memory.append(server.memory_info().rss / 2**20)
+        tally.memory.append(server.process.memory_info().rss / 2**20)
         await asyncio.sleep(1)
 
 
