@@ -59,7 +59,7 @@ demonstrations and tests.
 {command}
 ```
 
-{num_tokens:,} tokens in {num_steps} steps. The same command makes it again.
+{num_tokens:,} tokens in {num_steps} steps, padding included. The same command makes it again.
 
 ```yaml
 {made_with}```

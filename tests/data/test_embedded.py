@@ -1,9 +1,11 @@
-"""The embedded model is what its card says: small, stock, good at Python, and ready for every format of text."""
+"""The embedded models are what their cards say: small, stock, good at Python or at tasks, and ready to be converted."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pyarrow
@@ -14,9 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decausal
 from decausal.cli import main
-from decausal.data.corpus import split_of, stdlib_documents, tiny_model_path
+from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path, split_of, stdlib_documents, tiny_model_path
 from decausal.data.rows import load_rows
+from decausal.data.tasks import examples
+from decausal.data.tokenizer import character_tokenizer
 from decausal.evaluation.likelihood import evaluate_ar_nll
+from decausal.evaluation.tasks import evaluate_tasks
+from decausal.models.adapt import adapt, load_source
 
 SOURCE = "def area(width, height):\n    return width * height\n" * 8
 
@@ -25,8 +31,9 @@ def test_it_takes_at_most_16_megabytes() -> None:
     assert sum(path.stat().st_size for path in tiny_model_path().iterdir()) <= 16_000_000
 
 
-def test_its_card_says_how_it_was_made() -> None:
-    card = (tiny_model_path() / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_its_card_says_how_it_was_made(name: str) -> None:
+    card = (embedded_model_path(name) / "README.md").read_text(encoding="utf-8")
     for stated in ("decausal pretrain", "bits per byte", "tokens in", "commit:", "processor:"):
         assert stated in card
 
@@ -38,6 +45,22 @@ def test_it_writes_held_out_python_at_less_than_one_bit_per_byte() -> None:
     measured = evaluate_ar_nll(model, rows, tokenizer, num_rows=24)
     assert measured.bits_per_byte is not None
     assert measured.bits_per_byte < 1.0
+
+
+def test_the_model_of_tasks_is_as_good_as_its_card_says() -> None:
+    card = (embedded_model_path("tiny-tasks") / "README.md").read_text(encoding="utf-8")
+    stated = float(re.search(r"\| mean \| (\d\.\d+) \|", card)[1])
+    measured = evaluate_tasks(load_source("tiny-tasks"), list(islice(examples(split="heldout"), 70)))
+    assert stated > 0.9
+    assert measured.accuracy > stated - 0.07  # three standard errors of 70 examples
+
+
+def test_the_model_of_tasks_is_small_and_has_a_row_for_the_mask_token() -> None:
+    assert sum(path.stat().st_size for path in embedded_model_path("tiny-tasks").iterdir()) <= 4_000_000
+    model, tokenizer = load_source("tiny-tasks")
+    assert tokenizer.get_vocab() == character_tokenizer(256).get_vocab()
+    num_rows = len(model.get_input_embeddings().weight)
+    assert adapt(model, tokenizer) == tokenizer.mask_token_id < num_rows == len(model.get_input_embeddings().weight)
 
 
 def test_splits_share_no_file_and_depend_on_the_path_alone() -> None:
