@@ -47,7 +47,8 @@ def values_of(hint):
 # Settings whose values are refused in some combinations.
 BOUND_TOGETHER = {
     *("views", "complementary_masks", "layout", "block_size", "causal_context", "noise_per"),
-    *("token_start_step", "token_stop_step", "align_start_step", "align_stop_step"),
+    *(f"{loss}_{end}_step" for loss in ("token", "align", "kl", "causal_kl") for end in ("start", "stop")),
+    *("kl_top_k", "kl_tail_bucket", "causal_kl_weight", "rows", "warm_start_steps"),
 }
 conversions = st.fixed_dictionaries(
     {}, optional={name: values_of(hint) for name, hint in HINTS.items() if name not in BOUND_TOGETHER}
@@ -151,6 +152,16 @@ def test_training_arguments_are_read_as_transformers_users_write_them(name, give
             "--token_stop_step 5 is not after",
         ),
         (["--token_weight", "0"], "--token_weight 0 leaves nothing to train on"),
+        (["--kl_stop_step", "1.5"], "--kl_stop_step 1.5: give a number of steps"),
+        (["--kl_top_k", "0"], "--kl_top_k 0: must be at least 1"),
+        (["--kl_tail_bucket", "--kl_weight", "1"], "--kl_tail_bucket needs --kl_top_k"),
+        (["--kl_divergence", "kl"], "give one of forward_kl, reverse_kl, jsd"),
+        (["--jsd_beta", "0"], "--jsd_beta 0.0: must lie between 0 and 1"),
+        (["--causal_kl_weight", "1"], "--causal_kl_weight is for --layout block, not bidirectional"),
+        (["--rows", "rollout"], "--rows rollout needs --layout block, not bidirectional"),
+        (["--warm_start_steps", "5"], "--warm_start_steps is for --rows rollout"),
+        (["--rollout_prompts", "0"], "--rollout_prompts 0: must be at least 1"),
+        (["--rollout_temperature", "-1"], "--rollout_temperature -1.0: must be at least 0"),
         (["--layout", "blocks"], "give one of causal, bidirectional, block"),
         (["--layout", "block"], "--layout block needs --block_size"),
         (["--layout", "block", "--block_size", "0"], "--block_size 0: must be at least 1"),

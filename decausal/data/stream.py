@@ -71,6 +71,10 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.num_samples
 
+    def epochs(self, position: int | float) -> float:
+        """Returns how often all rows have been read at a position of the run."""
+        return position / len(self.rows)
+
     def row_index(self, position: int) -> int:
         """Returns which row stands at `position` of the run."""
         epoch, offset = divmod(position, len(self.rows))

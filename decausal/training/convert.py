@@ -13,23 +13,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from decausal.data.block_collator import BlockCollator
-from decausal.data.rows import PackedRows, load_rows
-from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.data.rows import PackedRows
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source, source_dtype
-from decausal.models.architecture import context_length, refuse_longer_rows
+from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX
-from decausal.training.losses import Supervision
+from decausal.training.losses import Distillation, Supervision
 from decausal.training.memory import keep_freed_memory
-from decausal.training.run import run_length, training_arguments
+from decausal.training.run import training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
     claimed,
@@ -37,9 +35,10 @@ from decausal.training.run_directory import (
     refuse_other_settings,
     wants_resume,
 )
+from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
-from decausal.training.teacher import Teacher
+from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.trainer import ConversionTrainer
 
 
@@ -110,7 +109,7 @@ def _prepare(
     layout = Layout(settings.layout, settings.block_size, settings.causal_context)
     model, tokenizer = _source(settings, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
-    teacher = _teacher(model, args) if settings.align_weight else None
+    teacher = _teacher(settings, model, tokenizer, args)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
     facts = ConversionFacts(
         source=settings.model_name_or_path,
@@ -122,13 +121,11 @@ def _prepare(
         mask_token_id=mask_token_id,
         recipe={name: value for name, value in (asdict(settings) | training).items() if name != "output_dir"},
     )
-    rows = _rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+    rows = rows_of_run(settings, args, model, tokenizer, facts)
     if measure is None and settings.eval_data is not None:
-        measure = _measure_on(
-            _rows(settings, settings.eval_data, tokenizer, args.seed, 1.0), settings, tokenizer, facts
-        )
+        held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
+        measure = _measure_on(held_out, settings, tokenizer, facts)
     student = _student(settings, model, mask_token_id, args)
-    num_samples = run_length(args, len(rows))
 
     def finish_checkpoint(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
@@ -137,10 +134,11 @@ def _prepare(
     trainer = ConversionTrainer(
         student,
         args,
-        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=settings.shift, noising=_noising(settings)),
-        collator=_collator(settings, layout, mask_token_id, context_length(model.config)),
+        stream=rows.stream,
+        collator=rows.collator,
+        decoding=rows.decoding,
         supervision=_supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps),
-        teacher=teacher,
+        teacher=AdapterTeacher(student) if teacher is None and _needs_teacher(settings) else teacher,
         finish_checkpoint=finish_checkpoint,
         measure=measure,
         callbacks=callbacks,
@@ -163,33 +161,47 @@ def _source(
     return model, tokenizer
 
 
-def _noising(settings: ConversionSettings) -> Noising:
-    return Noising(
-        views=settings.views,
-        complementary=settings.complementary_masks,
-        stratified=settings.stratified_noise,
-        block_size=settings.block_size if settings.noise_per == "block" else None,
-    )
-
-
-def _collator(
-    settings: ConversionSettings, layout: Layout, mask_token_id: int, context: int | None
-) -> Collator | BlockCollator:
-    common = {"weighting": settings.weighting, "aligned_positions": settings.align_positions}
-    if layout.kind == "block":
-        return BlockCollator(mask_token_id, settings.shift, layout, context, **common)
-    return Collator(mask_token_id, settings.shift, **common)
-
-
 def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, Any]:
     if is_measured and "eval_strategy" not in training:
         return {"eval_strategy": "steps", "eval_steps": 0.1} | training
     return training
 
 
-def _teacher(model: PreTrainedModel, args: TrainingArguments) -> Teacher:
+def _needs_teacher(settings: ConversionSettings) -> bool:
+    return bool(settings.align_weight or settings.kl_weight or settings.causal_kl_weight)
+
+
+def _teacher(
+    settings: ConversionSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> Teacher | None:
+    """The model to compare with, if it is not the student without its adapters; called before the model is adapted."""
+    if not _needs_teacher(settings):
+        return None
+    num_tokens = len(tokenizer) - (tokenizer.mask_token is not None)
+    if settings.kl_top_k is not None and settings.kl_top_k > num_tokens:
+        raise UserError(f"--kl_top_k {settings.kl_top_k}: the vocabulary has {num_tokens} tokens; give at most that")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return Teacher(copy.deepcopy(model).to(dtype))
+    name = settings.teacher_model_name_or_path
+    if name is not None:
+        return Teacher(_other_model(settings, name, model, tokenizer).to(dtype))
+    is_sharded = bool(getattr(args, "fsdp", None) or args.deepspeed)  # adapters off outside of the wrapper's forward
+    return None if settings.lora_r and not is_sharded else Teacher(copy.deepcopy(model).to(dtype))
+
+
+def _other_model(
+    settings: ConversionSettings, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    other, other_tokenizer = load_source(name)
+    refuse_other_vocabulary(other_tokenizer, tokenizer, name, settings.model_name_or_path)
+    refuse_longer_rows(settings.max_length, other.config)
+    shapes = [(config.num_hidden_layers, config.hidden_size) for config in (other.config, model.config)]
+    if settings.align_weight and shapes[0] != shapes[1]:
+        raise UserError(
+            f"--teacher_model_name_or_path {name}: alignment compares states layer by layer, and this model has "
+            f"{shapes[0][0]} layers of width {shapes[0][1]}, the student {shapes[1][0]} of {shapes[1][1]}; "
+            "give --align_weight 0"
+        )
+    return other
 
 
 def _student(
@@ -227,24 +239,6 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.M
         raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
 
 
-def _rows(
-    settings: ConversionSettings,
-    data: str | tuple[str, ...] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    fraction: float,
-) -> PackedRows:
-    return load_rows(
-        list(data) if isinstance(data, tuple) else data,
-        tokenizer,
-        settings.max_length,
-        text_field=settings.text_field,
-        split=settings.dataset_split,
-        data_fraction=fraction,
-        seed=seed,
-    )
-
-
 def _supervision(
     settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
 ) -> Supervision:
@@ -256,6 +250,11 @@ def _supervision(
         papl=settings.papl,
         aligned_layers=aligned_layers(settings.align_layers, num_layers),
         distance=settings.align_distance,
+        logits=_schedule(settings, "kl", num_steps),
+        causal_logits=_schedule(settings, "causal_kl", num_steps),
+        distillation=Distillation(
+            settings.kl_divergence, settings.jsd_beta, settings.kl_top_k, settings.kl_tail_bucket
+        ),
         anneal_steps=settings.anneal_steps,
     )
 

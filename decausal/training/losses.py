@@ -13,12 +13,31 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
+from decausal.objectives.head import Head
 from decausal.objectives.hidden import alignment_at
+from decausal.objectives.logits import States, TopK, chunked_divergence
 from decausal.objectives.tokens import chunked_cross_entropy
 from decausal.training.schedule import WeightSchedule
 
 # In the order of a batch's denominators.
 TERMS = ("tokens", "alignment", "logits", "causal_logits")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How next-token distributions are compared, see `decausal.objectives.logits.chunked_divergence`.
+
+    Attributes:
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        beta: of "jsd".
+        top_k: tokens of the teacher's to compare on; None: all.
+        tail_bucket: with `top_k`, whether all other tokens count as one.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    top_k: int | None = None
+    tail_bucket: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,10 @@ class Supervision:
         alignment: weight of the hidden-state term by step; None leaves it out.
         aligned_layers: indices into the L + 1 hidden states.
         distance: "cosine" or "l2".
+        logits: weight, by step, of the divergence from the teacher's next-token distribution at targets; None leaves it
+            out.
+        causal_logits: the same at finished tokens, for block layouts.
+        distillation: how these two compare.
         anneal_steps: steps over which attention opens from causal to `layout`; 0 starts there.
     """
 
@@ -43,12 +66,15 @@ class Supervision:
     alignment: WeightSchedule | None = None
     aligned_layers: tuple[int, ...] = ()
     distance: str = "cosine"
+    logits: WeightSchedule | None = None
+    causal_logits: WeightSchedule | None = None
+    distillation: Distillation = Distillation()
     anneal_steps: int = 0
 
     @property
     def schedules(self) -> dict[str, WeightSchedule]:
         """The weights of the terms in use, by their names in `TERMS`."""
-        schedules = {"tokens": self.tokens, "alignment": self.alignment}
+        schedules = {name: getattr(self, name) for name in TERMS}
         return {name: schedule for name, schedule in schedules.items() if schedule is not None}
 
     def weights(self, step: int) -> dict[str, float]:
@@ -93,7 +119,7 @@ def loss_sums(
         batch: see `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`; with
             `future_order` [T T] and `future_fraction` for annealed attention, and with what the terms need of the
             teacher (`decausal.training.trainer`): "alignment" needs `teacher_states`, a list of [m D], one per aligned
-            layer.
+            layer; "logits" and "causal_logits" need `teacher_next` and `teacher_causal`, from `Teacher.distribution`.
         supervision: what to compare with.
         terms: names out of `TERMS`.
 
@@ -103,18 +129,32 @@ def loss_sums(
     """
     output = _student_forward(model, batch, supervision, output_hidden_states="alignment" in terms)
     sums: dict[str, Tensor] = {}
+    head = head_of(model)._replace(banned=supervision.mask_token_id)
+    states = output.last_hidden_state.flatten(0, 1)
+    if "tokens" in terms or "logits" in terms:
+        rows = states.index_select(0, batch["target_index"])
     if "tokens" in terms:
-        head = head_of(model)._replace(banned=supervision.mask_token_id)
-        rows = output.last_hidden_state.flatten(0, 1).index_select(0, batch["target_index"])
         loss = chunked_cross_entropy(rows, head, batch["target_ids"], batch["target_weight"], papl=supervision.papl)
         sums |= {"tokens": loss.loss_sum, "nll": loss.nll.sum()}
     if "alignment" in terms:
         distances = [
-            alignment_at(output.hidden_states[layer], batch["aligned_index"], states, supervision.distance)
-            for layer, states in zip(supervision.aligned_layers, batch["teacher_states"], strict=True)
+            alignment_at(output.hidden_states[layer], batch["aligned_index"], of_teacher, supervision.distance)
+            for layer, of_teacher in zip(supervision.aligned_layers, batch["teacher_states"], strict=True)
         ]
         sums["alignment"] = torch.stack(distances).mean()
+    if "logits" in terms:
+        sums["logits"] = _divergence(rows, head, batch["teacher_next"], batch["logit_weight"], supervision)
+    if "causal_logits" in terms:
+        rows = states.index_select(0, batch["causal_index"])
+        weights = torch.ones(len(rows), device=rows.device)
+        sums["causal_logits"] = _divergence(rows, head, batch["teacher_causal"], weights, supervision)
     return sums
+
+
+def _divergence(rows: Tensor, head: Head, teacher: TopK | States, weights: Tensor, supervision: Supervision) -> Tensor:
+    how = supervision.distillation
+    loss = chunked_divergence(rows, head, teacher, weights, how.divergence, beta=how.beta, tail_bucket=how.tail_bucket)
+    return loss.loss_sum
 
 
 def _student_forward(

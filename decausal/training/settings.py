@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from decausal.errors import UserError
 
+LOSSES = ("token", "align", "kl", "causal_kl")
+
 
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
@@ -22,14 +24,24 @@ def _at_least(settings: Any, **least: int) -> None:
             raise UserError(f"--{name} {value}: must be at least {bound}")
 
 
+def _inside_unit(settings: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(settings, name) < 1:
+            raise UserError(f"--{name} {getattr(settings, name)}: must lie between 0 and 1")
+
+
 def _check_steps(settings: Any, start_name: str, stop_name: str) -> None:
     """Both are whole numbers or shares below 1; where they can be compared, the stop comes after the start."""
     start, stop = getattr(settings, start_name), getattr(settings, stop_name)
-    for name, value in ((start_name, start), (stop_name, stop)):
-        if value is not None and not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
-            raise UserError(f"--{name} {value}: give a number of steps, or a share of the run below 1")
+    _check_step(start_name, start)
+    _check_step(stop_name, stop)
     if stop and start >= stop and (start < 1) == (stop < 1):
         raise UserError(f"--{stop_name} {stop} is not after --{start_name} {start}")
+
+
+def _check_step(name: str, value: int | float | None) -> None:
+    if value is not None and not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
+        raise UserError(f"--{name} {value}: give a number of steps, or a share of the run below 1")
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,49 @@ class ConversionSettings:
     align_positions: Literal["targets", "visible", "all"] = _setting("targets", "which states are aligned")
     align_distance: Literal["cosine", "l2"] = _setting("cosine", "1 - cosine, or mean squared difference")
 
+    teacher_model_name_or_path: str | None = _setting(
+        None, "AR model to compare with, of the same tokenizer; unset: the model that is converted"
+    )
+    kl_weight: float = _setting(0.0, "weight of the divergence from the AR model's next-token distribution; 0 is off")
+    kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    kl_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
+    kl_stop_step: int | float | None = _setting(None, "step from which it is off")
+    kl_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = _setting(
+        "forward_kl", "KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence"
+    )
+    jsd_beta: float = _setting(0.5, "the teacher's share of the mixture in jsd")
+    kl_top_k: int | None = _setting(None, "the teacher's most probable tokens to compare on; unset: all")
+    kl_tail_bucket: bool = _setting(False, "with kl_top_k, count all other tokens as one")
+    kl_mean: Literal["sequence", "token"] = _setting("sequence", "mean per sequence and then over them, or over tokens")
+    causal_kl_weight: float = _setting(
+        0.0, "weight of the same divergence at finished tokens, which keeps the model autoregressive too; 0 is off"
+    )
+    causal_kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls")
+    causal_kl_start_step: int | float = _setting(0, "step from which it counts")
+    causal_kl_stop_step: int | float | None = _setting(None, "step from which it is off")
+
+    rows: Literal["corpus", "rollout"] = _setting(
+        "corpus", "what is trained on: the data, noised, or what the model itself writes after the data's prompts"
+    )
+    warm_start_steps: int | float = _setting(0, "steps on rows of the corpus before rollouts begin; below 1: a share")
+    prompt_fraction: float = _setting(0.5, "share of each plain text that is given as a prompt")
+    rollout_prompts: int | None = _setting(
+        None, "prompts that are rolled out at a time; unset: the rows of one optimizer step, so all is fresh"
+    )
+    rollout_updates: int = _setting(1, "times that each rollout is trained on, in other states each time")
+    states_per_rollout: int = _setting(1, "states of a rollout in one training row")
+    state_choice: Literal["block", "sequence"] = _setting(
+        "block", "what a step of denoising is drawn for: each block, or all blocks of a sequence together"
+    )
+    rollout_tokens: int = _setting(128, "new tokens of a rollout; its last block is always whole")
+    rollout_tokens_start: int | None = _setting(None, "the same in the first rollout batch; unset: no growth")
+    rollout_curriculum: int = _setting(0, "rollout batches over which the number of new tokens grows")
+    rollout_temperature: float = _setting(1.0, "temperature of rollouts")
+    rollout_threshold: float = _setting(0.9, "confidence from which several tokens are kept in one step")
+    rollout_top_k: int | None = _setting(None, "rollouts sample among this many tokens")
+    rollout_top_p: float | None = _setting(None, "rollouts sample among the fewest tokens of this probability")
+    rollout_batch_size: int = _setting(32, "rows decoded together; changes no rollout")
+
     freeze_embeddings: bool = _setting(False, "freeze embeddings and head; the mask token's row is trained still")
     lora_r: int = _setting(0, "rank of LoRA adapters, merged at the end; 0 trains all weights (needs peft)")
     lora_alpha: int = _setting(32, "LoRA scale")
@@ -99,9 +154,10 @@ class ConversionSettings:
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
         _at_least(self, align_weight=0, token_weight=0, lora_dropout=0)
-        for loss in ("token", "align"):
+        _at_least(self, kl_weight=0, causal_kl_weight=0, kl_top_k=1)
+        for loss in LOSSES:
             _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")
-        if not self.token_weight and not self.align_weight:
+        if not any(getattr(self, f"{loss}_weight") for loss in LOSSES):
             raise UserError("--token_weight 0 leaves nothing to train on; give another loss a weight")
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
@@ -110,6 +166,32 @@ class ConversionSettings:
         if self.complementary_masks and self.views != 2:
             raise UserError(f"--complementary_masks needs --views 2, not {self.views}: the two masks share one row")
         self._check_blocks()
+        self._check_distillation()
+        self._check_rollouts()
+
+    def _check_distillation(self) -> None:
+        _inside_unit(self, "jsd_beta")
+        if self.kl_tail_bucket and self.kl_top_k is None:
+            raise UserError("--kl_tail_bucket needs --kl_top_k: over all tokens there is no tail")
+        if self.causal_kl_weight and self.layout != "block":
+            raise UserError(
+                f"--causal_kl_weight is for --layout block, not {self.layout}: only its rows hold finished tokens"
+            )
+
+    def _check_rollouts(self) -> None:
+        _at_least(self, rollout_prompts=1, rollout_updates=1, states_per_rollout=1)
+        _at_least(self, rollout_tokens=1, rollout_tokens_start=1, rollout_curriculum=0, rollout_temperature=0)
+        _at_least(self, rollout_top_k=1, rollout_batch_size=1)
+        _inside_unit(self, "prompt_fraction")
+        for name in ("rollout_threshold", "rollout_top_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"--{name} {value}: must be above 0 and at most 1")
+        _check_step("warm_start_steps", self.warm_start_steps)
+        if self.rows == "rollout" and self.layout != "block":
+            raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
+        if self.rows == "corpus" and self.warm_start_steps:
+            raise UserError("--warm_start_steps is for --rows rollout: it says when rollouts begin")
 
     def _check_blocks(self) -> None:
         if self.layout == "block":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from decausal.data.block_collator import BlockCollator
-from decausal.data.stream import Collator, TrainingStream
+from decausal.data.stream import Batch, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
+from decausal.objectives.logits import States, TopK
 from decausal.training.losses import TERMS, Supervision, install_training_forward, remove_training_forward
+from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
+from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
 from decausal.training.teacher import Teacher
@@ -50,6 +52,7 @@ class ConversionTrainer(Trainer):
         collator: makes batches of them.
         supervision: the losses.
         teacher: the frozen AR model, None where the supervision has no use for it.
+        decoding: how the rollouts of an `OnPolicyStream` are made.
         finish_checkpoint: called with each checkpoint's directory before it gets its name, to add what makes it
             loadable (tokenizer, facts).
         measure: called with the stock student wherever transformers would evaluate; returns what to log.
@@ -64,10 +67,11 @@ class ConversionTrainer(Trainer):
         model: torch.nn.Module,
         args: TrainingArguments,
         *,
-        stream: TrainingStream,
-        collator: Collator | BlockCollator,
+        stream: TrainingStream | OnPolicyStream,
+        collator: Callable[[Sequence[dict[str, Any]]], Batch],
         supervision: Supervision,
         teacher: Teacher | None = None,
+        decoding: Decoding | None = None,
         finish_checkpoint: Callable[[Path], None] = lambda _: None,
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **more: Any,
@@ -80,6 +84,7 @@ class ConversionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our losses are global means already: transformers must not rescale them
         self.supervision = supervision
         self.teacher = teacher
+        self.decoding = decoding
         self.finish_checkpoint = finish_checkpoint
         self.measure = measure
         self._sums: dict[str, Tensor] = {}
@@ -87,6 +92,9 @@ class ConversionTrainer(Trainer):
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self._future_order: Tensor | None = None
+        self.on_policy: OnPolicyRows | None = getattr(stream, "on_policy", None)
+        if self.on_policy is not None:
+            self.on_policy.roll_out = self._roll_out
         install_training_forward(stock_model(model), supervision)
         if teacher is not None:
             teacher.model.to(args.device)
@@ -105,7 +113,14 @@ class ConversionTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Sums the denominators of the accumulated batches, over all processes too: [4], one for each term."""
+        """Sums the denominators of the accumulated batches, over all processes too: [4], one for each term.
+
+        On-policy rows become batches here, just before the step that trains on them and by the weights that it changes.
+        """
+        for number, batch in enumerate(batch_samples):
+            if POSITIONS in batch:
+                made = self.on_policy.batch(batch[POSITIONS].tolist(), self.state.global_step)
+                batch_samples[number] = self._prepare_inputs(made)
         denominators = torch.stack([batch["denominators"] for batch in batch_samples]).sum(0)
         denominators = denominators.to(device=device, dtype=torch.float32, non_blocking=True)
         if self.args.world_size > 1:
@@ -140,6 +155,10 @@ class ConversionTrainer(Trainer):
         # Data parallelism averages gradients over processes; the sum over them is what the global mean needs.
         return loss * self.accelerator.num_processes
 
+    def _roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
+        with self.accelerator.autocast():
+            return self.decoding.roll_out(self.model, tasks)
+
     def _weights(self, step: int) -> dict[str, float]:
         """The losses of this step; a teacher that none of them will ask again is let go."""
         if not self.supervision.needs_teacher(step):
@@ -148,17 +167,36 @@ class ConversionTrainer(Trainer):
 
     def _ask_teacher(self, batch: dict[str, Tensor], terms: Collection[str]) -> dict[str, Any]:
         """What this step's losses compare with."""
-        answers: dict[str, Any] = {}
+        layers = self.supervision.aligned_layers
+        wanted = [(layer, batch["teacher_index"]) for layer in layers] if "alignment" in terms else []
+        next_tokens = [
+            (answer, batch[index])
+            for term, answer, index in (
+                ("logits", "teacher_next", "next_token_index"),
+                ("causal_logits", "teacher_causal", "causal_teacher_index"),
+            )
+            if term in terms
+        ]
+        if not wanted and not next_tokens:
+            return {}
+        wanted_states = wanted + [(-1, index) for _, index in next_tokens]
         with self.accelerator.autocast():
-            if "alignment" in terms:
-                answers["teacher_states"] = self.teacher.states(
-                    batch["clean_ids"],
-                    batch["teacher_index"],
-                    self.supervision.aligned_layers,
-                    batch.get("document_ids"),
-                    batch.get("position_ids"),
-                )
-        return answers
+            states = self.teacher.read(
+                batch["clean_ids"], wanted_states, batch.get("document_ids"), batch.get("position_ids")
+            )
+            answers: dict[str, Any] = {
+                answer: self._distribution(hidden)
+                for (answer, _), hidden in zip(next_tokens, states[len(wanted) :], strict=True)
+            }
+        return answers | ({"teacher_states": states[: len(wanted)]} if wanted else {})
+
+    def _distribution(self, hidden: Tensor) -> TopK | States:
+        return self.teacher.distribution(
+            hidden,
+            self.supervision.distillation.top_k,
+            banned=self.supervision.mask_token_id,
+            vocabulary_size=stock_model(self.model).get_output_embeddings().weight.shape[0],
+        )
 
     def _order_of_futures(self, clean_ids: Tensor) -> Tensor:
         if self._future_order is None:
@@ -213,8 +251,11 @@ class ConversionTrainer(Trainer):
                 logs[name] = round(float(self.accelerator.reduce(value, reduction="sum")) / num_steps, 6)
             self._sums.clear()
             self._num_summed.clear()
+            if self.on_policy is not None:
+                totals = torch.tensor(self.on_policy.take_totals(), device=self.args.device)
+                logs |= self.on_policy.means(self.accelerator.reduce(totals, reduction="sum").tolist())
         num_rows = self.state.global_step / self.args.max_steps * len(self.train_dataset)
-        self.state.epoch = round(num_rows / len(self.train_dataset.rows), 4)
+        self.state.epoch = round(self.train_dataset.epochs(num_rows), 4)
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -241,6 +282,8 @@ class ConversionTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._is_staging = False
+            if self.on_policy is not None:
+                self.on_policy.save(staged)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._finish_checkpoint(staged)
@@ -292,6 +335,8 @@ class ConversionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_mask_row(self.model, Path(resume_from_checkpoint))
+        if self.on_policy is not None:
+            self.on_policy.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -1,0 +1,250 @@
+"""On-policy rows: rollouts of the model in training, made in batches just before they are trained on.
+
+Everything but the rollouts' tokens is a function of (seed, position in the run): which prompt a row starts from, the
+random numbers of its rollout, the states that are trained on. So a run resumes from its position and the rollouts that
+it had in hand, which its checkpoints hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from decausal.data.block_collator import BlockCollator
+from decausal.data.prompts import Prompts
+from decausal.data.stream import Batch, TrainingStream
+from decausal.errors import UserError
+from decausal.training.rollout_states import StateChoice, relative_steps, rows_of, states_of
+from decausal.training.rollouts import Rollout, Task
+
+POSITIONS = "rollout_positions"
+_ORDER, _SEEDS = 0x0DE2, 0x5EED
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How many rollouts are made at a time, how long they are, and how they are trained on.
+
+    Attributes:
+        prompts: prompts in a rollout batch, over all processes: a multiple of the rows of an optimizer step.
+        updates: times each rollout is trained on, each time in states drawn anew.
+        states: states of a rollout in one training row.
+        state_choice: see `relative_steps`.
+        tokens: new tokens of a rollout; the last block is always whole.
+        start_tokens: the same in the first rollout batch.
+        curriculum: rollout batches over which the number grows.
+        max_length: tokens of prompt and rollout together.
+        block_size: tokens per block.
+    """
+
+    prompts: int
+    updates: int
+    states: int
+    state_choice: StateChoice
+    tokens: int
+    start_tokens: int
+    curriculum: int
+    max_length: int
+    block_size: int
+
+    @property
+    def rows(self) -> int:
+        """Training rows that a rollout batch makes."""
+        return self.prompts * self.updates
+
+    def num_new_tokens(self, batch: int, prompt_length: int) -> int:
+        """Returns the tokens that a rollout writes in a batch: to the end of the block that its budget reaches."""
+        grown = 1.0 if not self.curriculum else min(1.0, batch / self.curriculum)
+        budget = round(self.start_tokens + (self.tokens - self.start_tokens) * grown)
+        num_blocks = -(-(prompt_length + budget) // self.block_size)
+        return min(num_blocks, self.max_length // self.block_size) * self.block_size - prompt_length
+
+
+@dataclass
+class Tally:
+    """What has been rolled out and trained on since the last log line."""
+
+    rollouts: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    ended: int = 0
+    batches: int = 0
+    staleness: int = 0
+
+
+@dataclass
+class OnPolicyRows:
+    """Makes training batches of the rows at given positions, rolling out whenever a new rollout batch begins.
+
+    Attributes:
+        prompts: what rollouts start from; every epoch in a new order.
+        plan: sizes.
+        collator: makes batches of packed rollouts.
+        seed: the run's seed.
+        first_row: position of the first on-policy row, behind the warm start's.
+        end_row: position behind the last row of the run.
+        rows_per_batch: rows of a micro-batch.
+        process: index of this process, which rolls out the rows that it trains on.
+        num_processes: number of processes.
+        roll_out: makes rollouts with the model as it is now; the trainer sets it.
+    """
+
+    prompts: Prompts
+    plan: RolloutPlan
+    collator: BlockCollator
+    seed: int
+    first_row: int
+    end_row: int
+    rows_per_batch: int
+    process: int = 0
+    num_processes: int = 1
+    roll_out: Callable[[Sequence[Task]], list[Rollout]] = field(default=lambda tasks: [])
+    tally: Tally = field(default_factory=Tally)
+    _batch: int = -1
+    _made_at: int = 0
+    _rollouts: dict[int, Rollout] = field(default_factory=dict)
+    _epoch: int = -1
+    _order: Any = None
+
+    def batch(self, positions: Sequence[int], step: int) -> Batch:
+        """Returns the training batch of the rows at `positions`, on the CPU.
+
+        Args:
+            positions: training rows, counted from the start of the run; all of one rollout batch.
+            step: the optimizer step that they are trained in.
+        """
+        number = (positions[0] - self.first_row) // self.plan.rows
+        if number != self._batch:
+            self._begin(number, step)
+        rollouts, states = [], []
+        for position in positions:
+            rollout = self._rollouts[(position - self.first_row) % self.plan.rows % self.plan.prompts]
+            num_blocks = -(-len(rollout.ids) // self.plan.block_size)
+            relative = relative_steps(
+                num_blocks, self.plan.states, self.plan.state_choice, position=position, seed=self.seed
+            )
+            rollouts.append(rollout)
+            states.append(states_of(rollout, self.plan.block_size, relative))
+        self.tally.batches += 1
+        self.tally.staleness += step - self._made_at
+        return self.collator(rows_of(rollouts, states))
+
+    def _begin(self, number: int, step: int) -> None:
+        """Makes this process's rollouts of a rollout batch, as far as the run will train on them."""
+        self._rollouts = {}  # their memory is free while the next are made
+        left = self.end_row - self.first_row - number * self.plan.rows
+        own = [
+            index
+            for index in range(min(self.plan.prompts, left))
+            if index // self.rows_per_batch % self.num_processes == self.process
+        ]
+        rollouts = self.roll_out([self._task(number, index) for index in own])
+        self._rollouts = dict(zip(own, rollouts, strict=True))
+        self._batch, self._made_at = number, step
+        self.tally.rollouts += len(rollouts)
+        self.tally.tokens += sum(rollout.end - rollout.prompt_length for rollout in rollouts)
+        self.tally.forwards += sum(rollout.num_forwards for rollout in rollouts)
+        self.tally.ended += sum(rollout.has_ended for rollout in rollouts)
+
+    def _task(self, batch: int, index: int) -> Task:
+        number = batch * self.plan.prompts + index
+        prompt_ids = self.prompts[self.prompt_index(number)]
+        drawn = np.random.default_rng([self.seed % 2**64, number, _SEEDS]).integers(2**62)
+        return Task(prompt_ids, self.plan.num_new_tokens(batch, len(prompt_ids)), int(drawn))
+
+    def prompt_index(self, number: int) -> int:
+        """Returns which prompt the rollout of that number, counted from the start of the run, begins with."""
+        epoch, offset = divmod(number, len(self.prompts))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed % 2**64, epoch, _ORDER]).permutation(len(self.prompts))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    # Checkpoints
+
+    def save(self, directory: Path) -> None:
+        """Writes the rollouts in hand into a checkpoint, each process its own."""
+        rollouts = {index: rollout.as_dict() for index, rollout in self._rollouts.items()}
+        torch.save({"batch": self._batch, "made_at": self._made_at, "rollouts": rollouts}, self._file(directory))
+
+    def load(self, directory: Path) -> None:
+        """Takes up the rollouts that a checkpoint was saved with.
+
+        Raises:
+            UserError: it was saved by another number of processes.
+        """
+        if not self._file(directory).is_file():
+            raise UserError(
+                f"{directory} holds no rollouts of process {self.process} of {self.num_processes}; "
+                "resume with as many processes as the run was started with"
+            )
+        saved = torch.load(self._file(directory), weights_only=True)
+        self._batch, self._made_at = saved["batch"], saved["made_at"]
+        self._rollouts = {index: Rollout(**fields) for index, fields in saved["rollouts"].items()}
+
+    def _file(self, directory: Path) -> Path:
+        return directory / f"rollouts-{self.process}-of-{self.num_processes}.pt"
+
+    # Logs
+
+    def take_totals(self) -> list[float]:
+        """Returns the tally's fields in order, to be summed over processes, and starts it anew."""
+        totals = [float(value) for value in asdict(self.tally).values()]
+        self.tally = Tally()
+        return totals
+
+    @staticmethod
+    def means(totals: Sequence[float]) -> dict[str, float]:
+        """Returns what is logged: means over rollouts, and the steps that lay between a rollout and its training."""
+        rollouts, tokens, forwards, ended, batches, staleness = totals
+        logs = {}
+        if rollouts:
+            logs |= {"rollout_length": tokens / rollouts, "rollout_ended": ended / rollouts}
+            logs |= {"rollout_tokens_per_forward": tokens / max(forwards, 1)}
+        if batches:
+            logs |= {"rollout_staleness": staleness / batches}
+        return {name: round(value, 4) for name, value in logs.items()}
+
+
+class OnPolicyStream(Dataset[dict[str, Any]]):
+    """The run's rows: those of the warm start from `corpus`, then positions, which become batches in the trainer.
+
+    A data loader reads ahead, so rollouts cannot be made here: they would be those of an older model.
+    """
+
+    def __init__(self, rows: OnPolicyRows, corpus: TrainingStream | None) -> None:
+        self.on_policy = rows
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return self.on_policy.end_row
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if position < self.on_policy.first_row and self.corpus is not None:
+            return self.corpus[position]
+        return {POSITIONS: position}
+
+    def epochs(self, position: int | float) -> float:
+        """Returns how often all rows, and then all prompts, have been read at a position of the run."""
+        first_row, plan = self.on_policy.first_row, self.on_policy.plan
+        on_policy = max(0, position - first_row) / plan.updates / len(self.on_policy.prompts)
+        return on_policy + (self.corpus.epochs(min(position, first_row)) if self.corpus else 0.0)
+
+
+@dataclass(frozen=True)
+class OnPolicyCollator:
+    """Collates rows of the warm start; of on-policy rows it only lists the positions."""
+
+    corpus: Callable[[Sequence[dict[str, Tensor]]], Batch]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> Batch:
+        if POSITIONS in items[0]:
+            return {POSITIONS: torch.tensor([item[POSITIONS] for item in items])}
+        return self.corpus(items)

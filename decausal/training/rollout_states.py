@@ -1,0 +1,118 @@
+"""The states of a rollout that are trained on: blocks as they stood on the way, and rows that hold several rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.training.rollouts import NEVER, Rollout
+
+StateChoice = Literal["block", "sequence"]
+
+
+def states_of(rollout: Rollout, block_size: int, relative_step: Float[Tensor, "K M"]) -> Bool[Tensor, "K T"]:
+    """Returns states that the rollout visited, as the masks of K views: for each block what was still masked just
+    before its r-th step.
+
+    Of the n steps in which tokens of the answer were unmasked in a block, r is the one at the share `relative_step`,
+    r = floor(relative_step * n): so every block of every state has a token to predict.
+
+    Args:
+        rollout: the rollout.
+        block_size: tokens per block.
+        relative_step: in [0, 1), for each view and each block of the row.
+
+    Source: OPDLM (arXiv 2606.06712, algorithm 1).
+    """
+    length = len(rollout.ids)
+    num_blocks = -(-length // block_size)
+    steps = _in_blocks(rollout.step_of_token, num_blocks, block_size, -1)
+    answer_steps = _in_blocks(
+        torch.where(rollout.is_answer, rollout.step_of_token, NEVER), num_blocks, block_size, NEVER
+    )
+    in_order = answer_steps.sort(dim=1).values
+    is_distinct = in_order < NEVER
+    is_distinct[:, 1:] &= in_order[:, 1:] > in_order[:, :-1]
+    count = is_distinct.sum(dim=1)
+    chosen = (relative_step[:, :num_blocks] * count).long().minimum((count - 1).clamp(min=0))
+    is_chosen = is_distinct & (is_distinct.cumsum(dim=1) == chosen[..., None] + 1)
+    first_step = torch.where(is_chosen, in_order, NEVER).amin(dim=2)
+    is_masked = (steps >= first_step[..., None]) & (count > 0)[:, None]
+    return is_masked.flatten(1)[:, :length]
+
+
+def relative_steps(
+    num_blocks: int, num_states: int, choice: StateChoice, *, position: int, seed: int
+) -> Float[Tensor, "K M"]:
+    """Draws how far each block has come in each of K states, uniform in [0, 1): a function of (seed, position).
+
+    Several states are spread evenly over a block's steps, from one draw.
+
+    Args:
+        num_blocks: blocks of the row.
+        num_states: K.
+        choice: "block" draws for each block, "sequence" once for all.
+        position: training row, counted from the start of the run.
+        seed: the run's seed.
+    """
+    generator = np.random.default_rng([seed % 2**64, position, 0x57A7E])
+    drawn = torch.from_numpy(generator.random((1, num_blocks if choice == "block" else 1)))
+    spread = torch.arange(num_states)[:, None] / num_states
+    return ((drawn + spread) % 1.0).expand(num_states, num_blocks)
+
+
+def _in_blocks(values: Int[Tensor, " T"], num_blocks: int, block_size: int, fill: int) -> Int[Tensor, "M K"]:
+    padded = values.new_full((num_blocks * block_size,), fill)
+    padded[: len(values)] = values
+    return padded.reshape(num_blocks, block_size)
+
+
+def rows_of(rollouts: Sequence[Rollout], is_masked: Sequence[Bool[Tensor, "K _"]]) -> list[dict[str, Tensor]]:
+    """Packs rollouts and their states into rows, in the form of a `TrainingStream`'s items.
+
+    Rows hold as many rollouts as fit beside the longest, noised copies included: so little is padded, and no row grows
+    beyond what the longest rollout needs.
+    """
+    views = len(is_masked[0])
+    sizes = [(views + 1) * len(rollout.ids) - views * rollout.prompt_length for rollout in rollouts]
+    packed = _packed(sizes)
+    length = max(sum(len(rollouts[index].ids) for index in row) for row in packed)
+    items = []
+    for row in packed:
+        item = {
+            "clean_ids": torch.zeros(length, dtype=torch.int64),
+            "document_ids": torch.full((length,), -1),
+            "is_predictable": torch.zeros(length, dtype=torch.bool),
+            "is_masked": torch.zeros(views, length, dtype=torch.bool),
+            "level": torch.ones(views, length),
+        }
+        start = 0
+        for number, index in enumerate(row):
+            rollout = rollouts[index]
+            place = slice(start, start + len(rollout.ids))
+            item["clean_ids"][place] = rollout.ids
+            item["document_ids"][place] = number
+            item["is_predictable"][place] = rollout.is_answer
+            item["is_masked"][:, place] = is_masked[index]
+            start = place.stop
+        items.append(item)
+    return items
+
+
+def _packed(sizes: Sequence[int]) -> list[list[int]]:
+    """First fit, largest first, into rows of the largest size."""
+    rows: list[list[int]] = []
+    space: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        row = next((row for row, free in enumerate(space) if free >= sizes[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            space.append(max(sizes))
+        rows[row].append(index)
+        space[row] -= sizes[index]
+    return rows

@@ -1,0 +1,120 @@
+"""Rollouts: what the model in training answers to prompts, on its own tensors, by the engine that also serves it.
+
+A rollout is kept as token ids from end to end, on the block grid that starts with its prompt: never as text, which
+would come back as other tokens, and always as whole blocks, since that is what the student looked at while it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from decausal.models.checkpoint import ConversionFacts
+from decausal.sampling.engine import BlockEngine, Finished, Request
+from decausal.sampling.settings import SamplerSettings
+
+NEVER = torch.iinfo(torch.int64).max
+"""Step of a position that was never unmasked: it stood behind the end."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and what the student wrote after it.
+
+    Attributes:
+        ids: tokens from the prompt's first to the end of the last block, which may lie behind the answer's end.
+        prompt_length: tokens of the prompt.
+        end: position behind the answer's last token: the end token, or the last token of a truncated answer.
+        step_of_token: the step of its block in which each position was unmasked; -1 for the prompt, `NEVER` where the
+            rollout ended before.
+        num_forwards: model calls that the row took part in.
+        has_ended: whether the answer has an end token; else it was truncated.
+    """
+
+    ids: Int[Tensor, " T"]
+    prompt_length: int
+    end: int
+    step_of_token: Int[Tensor, " T"]
+    num_forwards: int
+    has_ended: bool
+
+    @property
+    def is_answer(self) -> Bool[Tensor, " T"]:
+        """The tokens that are trained on: those written, up to and including the end token."""
+        position = torch.arange(len(self.ids))
+        return (position >= self.prompt_length) & (position < self.end)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns tensors, numbers and nothing else, for a checkpoint."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rollout to make."""
+
+    prompt_ids: Int[Tensor, " P"]
+    num_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How rollouts are decoded.
+
+    Attributes:
+        facts: layout, block size, shift and mask token of the model.
+        settings: temperature, threshold and truncation.
+        end_token_ids: tokens that end an answer.
+        max_rows: rows decoded together.
+    """
+
+    facts: ConversionFacts
+    settings: SamplerSettings
+    end_token_ids: tuple[int, ...]
+    max_rows: int
+
+    def roll_out(self, model: nn.Module, tasks: Sequence[Task]) -> list[Rollout]:
+        """Returns a rollout for each task, in their order. The model is left in the mode in which it was.
+
+        The engine and its cache live no longer than the call: their memory is the training step's.
+        """
+        if not tasks:
+            return []
+        engine = BlockEngine(
+            model,
+            self.facts,
+            max_rows=min(self.max_rows, len(tasks)),
+            max_length=max(len(task.prompt_ids) + task.num_new_tokens for task in tasks),
+            end_token_ids=self.end_token_ids,
+        )
+        requests = (
+            Request(task.prompt_ids.tolist(), self.settings.updated(max_new_tokens=task.num_new_tokens), task.seed)
+            for task in tasks
+        )
+        finished = {row.ticket: row for row in engine.run(requests)}
+        return [as_rollout(task.prompt_ids, finished[ticket], engine.block_size) for ticket, task in enumerate(tasks)]
+
+
+def as_rollout(prompt_ids: Int[Tensor, " P"], row: Finished, block_size: int) -> Rollout:
+    """Puts the prompt before the blocks that were written.
+
+    Behind the end some positions were perhaps never kept: there the end token stands, for a clean row holds no masks.
+    """
+    first = row.first_block * block_size
+    ids = torch.cat([prompt_ids[:first], torch.tensor(row.whole_ids, dtype=torch.int64)])
+    steps = torch.cat([torch.full((first,), -1), torch.tensor(row.whole_steps, dtype=torch.int64)])
+    is_never = (steps < 0) & (torch.arange(len(ids)) >= len(prompt_ids))
+    return Rollout(
+        ids=torch.where(is_never, row.ids[-1], ids),
+        prompt_length=len(prompt_ids),
+        end=len(prompt_ids) + len(row.ids),
+        step_of_token=torch.where(is_never, NEVER, steps),
+        num_forwards=row.num_forwards,
+        has_ended=row.finish_reason == "end",
+    )

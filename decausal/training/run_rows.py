@@ -1,0 +1,200 @@
+"""The rows that a run trains on: those of the corpus, rollouts, or first the one and then the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from decausal.data.block_collator import BlockCollator
+from decausal.data.prompts import Prompts, load_prompts
+from decausal.data.rows import PackedRows, load_rows
+from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.errors import UserError
+from decausal.models.architecture import context_length
+from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.generate import end_token_ids
+from decausal.sampling.settings import SamplerSettings
+from decausal.training.on_policy import OnPolicyCollator, OnPolicyRows, OnPolicyStream, RolloutPlan
+from decausal.training.rollouts import Decoding
+from decausal.training.run import rows_per_step, run_length
+from decausal.training.schedule import steps
+from decausal.training.settings import ConversionSettings
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """What the trainer takes.
+
+    Attributes:
+        stream: the run's rows.
+        collator: makes batches of them.
+        decoding: how rollouts are made; None where there are none.
+    """
+
+    stream: TrainingStream | OnPolicyStream
+    collator: Callable[[Sequence[dict[str, Any]]], Batch]
+    decoding: Decoding | None = None
+
+
+def rows_of_run(
+    settings: ConversionSettings,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ConversionFacts,
+) -> RunRows:
+    """Returns the rows of a run, and sets `args.max_steps` where its length is given in epochs.
+
+    Raises:
+        UserError: the data cannot be read or has nothing to train on; or settings of rollouts contradict each other.
+    """
+    collator = _collator(settings, facts, context_length(model.config))
+    if settings.rows == "corpus":
+        rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+        return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator)
+    if getattr(args, "fsdp", None) or args.deepspeed:
+        raise UserError("--rows rollout does not go with FSDP or DeepSpeed yet: every process decodes on whole weights")
+    prompts = _prompts(settings, tokenizer, args.seed)
+    first_row, end_row = _course(args, settings, len(prompts))
+    on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)
+    corpus = None
+    if first_row:
+        rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+        corpus = _stream(settings, rows, first_row, args.seed)
+    return RunRows(
+        OnPolicyStream(on_policy, corpus), OnPolicyCollator(collator), _decoding(settings, model, tokenizer, facts)
+    )
+
+
+def corpus_rows(
+    settings: ConversionSettings,
+    data: str | tuple[str, ...] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    fraction: float,
+) -> PackedRows:
+    """Returns packed rows of `data` as the settings read it; see `decausal.data.rows.load_rows`."""
+    return load_rows(
+        list(data) if isinstance(data, tuple) else data,
+        tokenizer,
+        settings.max_length,
+        text_field=settings.text_field,
+        split=settings.dataset_split,
+        data_fraction=fraction,
+        seed=seed,
+    )
+
+
+def _stream(settings: ConversionSettings, rows: PackedRows, num_samples: int, seed: int) -> TrainingStream:
+    noising = Noising(
+        views=settings.views,
+        complementary=settings.complementary_masks,
+        stratified=settings.stratified_noise,
+        block_size=settings.block_size if settings.noise_per == "block" else None,
+    )
+    return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)
+
+
+def _collator(settings: ConversionSettings, facts: ConversionFacts, context: int | None) -> Collator | BlockCollator:
+    common = {
+        "weighting": settings.weighting,
+        "aligned_positions": settings.align_positions,
+        "kl_mean": settings.kl_mean,
+    }
+    if facts.layout == "block":
+        return BlockCollator(facts.mask_token_id, facts.shift, facts.attention, context, **common)
+    return Collator(facts.mask_token_id, facts.shift, **common)
+
+
+# Rollouts
+
+
+def _prompts(settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prompts:
+    return load_prompts(
+        list(settings.data) if isinstance(settings.data, tuple) else settings.data,
+        tokenizer,
+        settings.max_length,
+        settings.block_size,
+        prompt_fraction=settings.prompt_fraction,
+        text_field=settings.text_field,
+        split=settings.dataset_split,
+        data_fraction=settings.data_fraction,
+        seed=seed,
+    )
+
+
+def _course(args: TrainingArguments, settings: ConversionSettings, num_prompts: int) -> tuple[int, int]:
+    """Returns the rows at which rollouts begin and the run ends. Epochs count passes over the prompts."""
+    share = settings.warm_start_steps
+    if args.max_steps < 0:
+        rollouts = max(
+            1, math.ceil(args.num_train_epochs * num_prompts * settings.rollout_updates / rows_per_step(args))
+        )
+        args.max_steps = round(rollouts / (1 - share)) if share < 1 else int(share) + rollouts
+    warm = steps(share, args.max_steps) or 0
+    if warm >= args.max_steps:
+        raise UserError(
+            f"--warm_start_steps {share}: all {args.max_steps} steps of the run are warm start; raise --max_steps, or "
+            "give --rows corpus"
+        )
+    return warm * rows_per_step(args), args.max_steps * rows_per_step(args)
+
+
+def _on_policy_rows(
+    settings: ConversionSettings,
+    args: TrainingArguments,
+    prompts: Prompts,
+    collator: BlockCollator,
+    first_row: int,
+    end_row: int,
+) -> OnPolicyRows:
+    per_step = rows_per_step(args)
+    num_prompts = settings.rollout_prompts or per_step
+    if num_prompts % per_step:
+        raise UserError(
+            f"--rollout_prompts {num_prompts} is no multiple of the {per_step} rows of an optimizer step "
+            "(per_device_train_batch_size x gradient_accumulation_steps x processes)"
+        )
+    start_tokens = settings.rollout_tokens_start
+    plan = RolloutPlan(
+        prompts=num_prompts,
+        updates=settings.rollout_updates,
+        states=settings.states_per_rollout,
+        state_choice=settings.state_choice,
+        tokens=settings.rollout_tokens,
+        start_tokens=settings.rollout_tokens if start_tokens is None else start_tokens,
+        curriculum=settings.rollout_curriculum,
+        max_length=settings.max_length,
+        block_size=settings.block_size,
+    )
+    return OnPolicyRows(
+        prompts=prompts,
+        plan=plan,
+        collator=replace(collator, weighting="none"),  # a state that was visited has no noise level
+        seed=args.seed,
+        first_row=first_row,
+        end_row=end_row,
+        rows_per_batch=args.per_device_train_batch_size,
+        process=args.process_index,
+        num_processes=args.world_size,
+    )
+
+
+def _decoding(
+    settings: ConversionSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
+) -> Decoding:
+    return Decoding(
+        facts=facts,
+        settings=SamplerSettings(
+            temperature=settings.rollout_temperature,
+            threshold=settings.rollout_threshold,
+            top_k=settings.rollout_top_k,
+            top_p=settings.rollout_top_p,
+        ),
+        end_token_ids=end_token_ids(Converted(model, tokenizer, facts)),
+        max_rows=settings.rollout_batch_size,
+    )
