@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,18 @@ def test_tasks_need_a_tokenizer_that_reads_them(folder: Path, settings: CompareS
     with pytest.raises(UserError, match="reads the tasks' characters"):
         Compared(replace(words, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_rollouts_write_is_counted_apart(settings: CompareSettings, tmp_path: Path) -> None:
+    changed = replace(settings, output_dir=str(tmp_path), recipes="corpus=bd3lm,opdlm", seeds=(0,))
+    rollouts = {"rollout_prompts": 4, "rollout_updates": 2, "rollout_tokens": 6, "rollout_tokens_start": 6}
+    arms = read_arms(changed.recipes, [f"opdlm.{name}={value}" for name, value in rollouts.items()], SHARED)
+    corpus, on_policy = run_compare(changed, arms, Console(file=io.StringIO())).results
+    assert corpus.measurements[-1].tokens.generated == 0
+    for before, now in pairwise(on_policy.measurements):
+        assert now.tokens.supervised > before.tokens.supervised
+        assert now.tokens.clean > before.tokens.clean
+    num_rollouts = 4 * 2 // 2  # rows of all steps, each rollout trained on twice
+    tokens = on_policy.measurements[-1].tokens
+    assert num_rollouts <= tokens.generated <= num_rollouts * (6 + 4)
+    assert tokens.total == tokens.clean + tokens.generated
