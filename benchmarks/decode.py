@@ -1,0 +1,336 @@
+"""Decoding: the block engine against `transformers.generate` on the same weights, in ratios within one run.
+
+    python benchmarks/decode.py                                         # random weights
+    python benchmarks/decode.py --model DIR --data stdlib               # a converted block model on real prompts
+
+Cases take turns, in a new order each round, so that noise of the machine falls on all of them; each ratio is the median
+over rounds of a case's figure and the baseline's in the same round. The pass that reads the prompts is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from models import DEFAULT_MODELS, SHAPES, build
+from report import console, print_header
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from decausal.data.documents import read_documents
+from decausal.models.adapt import FACTS_FILE
+from decausal.models.checkpoint import ConversionFacts, read_facts
+from decausal.provenance import provenance
+from decausal.sampling.engine import BlockEngine, Request
+from decausal.sampling.settings import SamplerSettings
+
+BASELINE = "transformers"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to decode with the block engine.
+
+    Attributes:
+        facts: layout, block size and shift.
+        settings: schedule.
+        is_fused: whether commits share a pass with the next block's first step.
+    """
+
+    facts: ConversionFacts
+    settings: SamplerSettings
+    is_fused: bool = True
+
+
+@dataclass
+class Run:
+    """What one case took for one batch.
+
+    Attributes:
+        prefill_seconds: the pass that reads the prompts.
+        seconds: the passes after it.
+        num_passes: how many these are.
+        num_tokens: tokens that they wrote, of all rows.
+        tokens_per_forward: of a row, the prompt's pass included, as the library counts it.
+        passes_per_block: denoising steps of the model, mean over blocks.
+        ids: what was written.
+    """
+
+    prefill_seconds: float
+    seconds: float
+    num_passes: int
+    num_tokens: int
+    tokens_per_forward: float
+    passes_per_block: float
+    ids: list[list[int]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its prompts, and the ways to continue them."""
+
+    model: PreTrainedModel
+    prompts: Tensor
+    num_new: int
+    cases: dict[str, Case]
+
+    @property
+    def device(self) -> torch.device:
+        return self.prompts.device
+
+    def clock(self) -> float:
+        # On one thread processor time is the time taken, without what other processes took meanwhile.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        is_alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if is_alone else time.perf_counter()
+
+    @torch.no_grad()
+    def transformers(self, batch_size: int) -> Run:
+        """Greedy text by `generate` with its own cache; no prompt is padded, so it needs no mask."""
+        prompts = self.prompts[:batch_size]
+        ticks = _Ticks(self.clock)
+        mask_token_id = next(iter(self.cases.values())).facts.mask_token_id
+        start = self.clock()
+        ids = self.model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=self.num_new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            suppress_tokens=[mask_token_id],
+            logits_processor=LogitsProcessorList([ticks]),
+        )
+        end = self.clock()
+        return Run(
+            prefill_seconds=ticks.first - start,
+            seconds=end - ticks.first,
+            num_passes=self.num_new - 1,
+            num_tokens=batch_size * (self.num_new - 1),
+            tokens_per_forward=1.0,
+            passes_per_block=1.0,
+            ids=ids[:, prompts.shape[1] :].tolist(),
+        )
+
+    def engine(self, case: Case, batch_size: int) -> Run:
+        """The same prompts by the block engine; rows never end, so that all cases write as much."""
+        size = case.facts.block_size or 1
+        engine = BlockEngine(
+            self.model,
+            case.facts,
+            max_rows=batch_size,
+            max_length=-(-(self.prompts.shape[1] + self.num_new) // size) * size,
+            is_fused=case.is_fused,
+        )
+        for prompt in self.prompts[:batch_size].tolist():
+            engine.submit(Request(prompt, case.settings))
+        start = self.clock()
+        first_events = engine.step()
+        first = self.clock()
+        num_passes, finished = 0, [event.finished for event in first_events if event.finished]
+        while engine.num_unfinished:
+            finished += [event.finished for event in engine.step() if event.finished]
+            num_passes += 1
+        end = self.clock()
+        rows = sorted(finished, key=lambda row: row.ticket)
+        num_first = sum(len(event.ids) for event in first_events)
+        num_blocks = [len(row.whole_ids) // size for row in rows]
+        num_steps = [1 + max(row.row_step_of_token) for row in rows]
+        return Run(
+            prefill_seconds=first - start,
+            seconds=end - first,
+            num_passes=num_passes,
+            num_tokens=batch_size * self.num_new - num_first,
+            tokens_per_forward=sum(len(row.ids) for row in rows) / sum(row.num_forwards for row in rows),
+            passes_per_block=sum(num_steps) / sum(num_blocks),
+            ids=[row.ids for row in rows],
+        )
+
+
+class _Ticks(LogitsProcessor):
+    """Notes when the prompts have been read."""
+
+    def __init__(self, clock: Any) -> None:
+        self.clock, self.first = clock, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = self.clock()
+        return scores
+
+
+def cases_of(facts: ConversionFacts, num_new: int, threshold: float | None) -> dict[str, Case]:
+    """The engine as an autoregressive model, and the block model with fewer and fewer steps per block."""
+
+    def settings(**schedule: Any) -> SamplerSettings:
+        return SamplerSettings(max_new_tokens=num_new, **schedule)
+
+    causal = ConversionFacts(source=facts.source, layout="causal", shift=1, mask_token_id=facts.mask_token_id)
+    cases = {"engine, AR": Case(causal, settings(num_steps=1))}
+    steps = facts.block_size
+    while steps:
+        cases[f"block {facts.block_size}, {steps} steps"] = Case(facts, settings(num_steps=steps))
+        steps //= 2
+    whole = settings(num_steps=facts.block_size)
+    cases[f"block {facts.block_size}, {facts.block_size} steps, unfused"] = Case(facts, whole, is_fused=False)
+    if threshold is not None:
+        cases[f"block {facts.block_size}, threshold {threshold}"] = Case(facts, settings(threshold=threshold))
+    return cases
+
+
+def measure(work: Workload, batch_sizes: Sequence[int], rounds: int, seed: int) -> list[dict[str, Any]]:
+    """Returns a record per batch size and case."""
+    records = []
+    for batch_size in batch_sizes:
+        runs = _take_turns(work, batch_size, rounds, seed)
+        for name, own in runs.items():
+            pairs = list(zip(own, runs[BASELINE], strict=True))
+            records.append(
+                {
+                    "batch_size": batch_size,
+                    "case": name,
+                    "prefill_seconds": median(run.prefill_seconds for run in own),
+                    "seconds_per_pass": median(run.seconds / run.num_passes for run in own),
+                    "pass_ratio": median(_per_pass(run) / _per_pass(base) for run, base in pairs),
+                    "tokens_per_forward": own[0].tokens_per_forward,
+                    "passes_per_block": own[0].passes_per_block,
+                    "tokens_per_second": median(run.num_tokens / run.seconds for run in own),
+                    "speed_ratio": median(_per_second(run) / _per_second(base) for run, base in pairs),
+                }
+            )
+    return records
+
+
+def _take_turns(work: Workload, batch_size: int, rounds: int, seed: int) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {name: [] for name in (BASELINE, *work.cases)}
+    order = random.Random(seed)
+    for turn in range(1 + rounds):
+        for name in order.sample(list(runs), len(runs)):
+            is_ours = name in work.cases
+            run = work.engine(work.cases[name], batch_size) if is_ours else work.transformers(batch_size)
+            if turn > 0:  # the first round warms up
+                runs[name].append(run)
+    return runs
+
+
+def _per_pass(run: Run) -> float:
+    return run.seconds / run.num_passes
+
+
+def _per_second(run: Run) -> float:
+    return run.num_tokens / run.seconds
+
+
+def print_records(title: str, records: list[dict[str, Any]]) -> None:
+    """Prints the figures as a table."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("batch", "case", "ms/pass", "ratio", "tokens/forward", "passes/block", "tokens/s", "ratio"):
+        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            str(record["batch_size"]),
+            record["case"],
+            f"{record['seconds_per_pass'] * 1e3:.2f}",
+            f"{record['pass_ratio']:.2f}",
+            f"{record['tokens_per_forward']:.2f}",
+            f"{record['passes_per_block']:.2f}",
+            f"{record['tokens_per_second']:.0f}",
+            f"{record['speed_ratio']:.2f}",
+            end_section=record is records[-1]
+            or records[records.index(record) + 1]["batch_size"] != record["batch_size"],
+        )
+    console.print(table)
+
+
+def workload(args: argparse.Namespace, name: str) -> Workload:
+    """The model, its prompts and cases. Facts come from the directory where it is a converted block model."""
+    device = torch.device(args.device)
+    model = build(name, device).to(torch.bfloat16 if args.bf16 else torch.float32).eval()
+    model.config.is_causal = True  # what `generate` goes by; the engine says in each pass who reads what
+    vocab_size = model.config.vocab_size
+    facts = ConversionFacts(
+        source=name, layout="block", block_size=args.block_size, shift=args.shift, mask_token_id=vocab_size - 1
+    )
+    if (Path(name) / FACTS_FILE).is_file():
+        facts = read_facts(name)
+        if facts.layout != "block":
+            raise SystemExit(
+                f"--model {name}: has layout '{facts.layout}'; give a block model or one that is not converted"
+            )
+    num_rows = max(args.batch_sizes)
+    if args.data:
+        prompts = _prompts(AutoTokenizer.from_pretrained(name), args.data, num_rows, args.prompt_length)
+    else:
+        generator = torch.Generator().manual_seed(args.seed)
+        prompts = torch.randint(facts.mask_token_id, (num_rows, args.prompt_length), generator=generator)
+    return Workload(model, prompts.to(device), args.new_tokens, cases_of(facts, args.new_tokens, args.threshold))
+
+
+def _prompts(tokenizer: Any, data: str, num_rows: int, length: int) -> Tensor:
+    """Beginnings of documents that are long enough."""
+    encoded = (tokenizer(record["text"], add_special_tokens=False)["input_ids"] for record in read_documents(data))
+    found = list(islice((ids[:length] for ids in encoded if len(ids) >= length), num_rows))
+    if len(found) < num_rows:
+        raise SystemExit(f"--data {data}: {len(found)} documents have {length} tokens; {num_rows} are needed")
+    return torch.tensor(found)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    torch.manual_seed(args.seed)
+    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "models": {}}
+    print_header(outcome)
+    for name in args.model or DEFAULT_MODELS[args.device]:
+        work = workload(args, name)
+        records = measure(work, args.batch_sizes, args.rounds, args.seed)
+        outcome["models"][name] = records
+        dtype = str(work.model.dtype).removeprefix("torch.")
+        print_records(f"{name}, {dtype}: {args.prompt_length} tokens given, {args.new_tokens} written", records)
+        del work
+    if args.device == "cuda":
+        console.print(
+            "with CUDA graphs: not measured; the engine captures none (docs/sampling.md says what is in the way)"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(outcome, indent=2) + "\n")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", action="append", help=f"{', '.join(SHAPES)} or a directory; may be repeated")
+    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="weights; by default on CUDA only")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--prompt_length", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--block_size", type=int, default=4, help="of models that are not converted")
+    parser.add_argument("--shift", type=int, default=1, choices=(0, 1), help="of models that are not converted")
+    parser.add_argument("--threshold", type=float, help="also a dynamic schedule; random weights are never sure")
+    parser.add_argument("--data", help="prompts are beginnings of its documents; none: random tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.new_tokens < 2:
+        parser.error("--rounds must be at least 1 and --new_tokens at least 2")
+    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
+    return args
+
+
+if __name__ == "__main__":
+    main()
