@@ -10,8 +10,11 @@ from torch import Tensor
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.engine import BlockEngine, Finished, Request, StepEvent
+from decausal.sampling.rows import Row
 from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.speculative import Speculated, speculate
+from decausal.sampling.stopping import tokens_to_stop
 
 
 def continue_in_blocks(
@@ -65,6 +68,51 @@ def continue_in_blocks(
             finished += [event.finished for event in events if event.finished]
             step += 1
     return sorted(finished, key=lambda row: row.ticket)
+
+
+def continue_speculatively(
+    converted: Converted,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    settings: SamplerSettings,
+    *,
+    end_token_ids: Sequence[int],
+    batch_size: int,
+) -> list[Speculated]:
+    """Continues prompts as `continue_in_blocks` does, but what the weights write under causal attention.
+
+    Raises:
+        UserError: As `speculate`; a prompt that holds the mask token; a batch size below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+    if not prompts:
+        return []
+    for prompt, name in zip(prompts, names, strict=True):
+        Row((prompt, []), (settings.max_new_tokens,), name).check(converted)
+    found_stop: dict[int, int] = {}
+
+    def is_stopped(row: int, ids: list[int]) -> bool:
+        if settings.stop:
+            num_new = tokens_to_stop(converted.tokenizer, prompts[row], ids, 0, settings.stop)
+            if num_new is not None:
+                found_stop[row] = num_new
+        return row in found_stop
+
+    written = speculate(
+        converted.model,
+        converted.facts,
+        prompts,
+        [settings] * len(prompts),
+        [settings.seed + row for row in range(len(prompts))],
+        end_token_ids=end_token_ids,
+        is_stopped=is_stopped,
+        max_rows=batch_size,
+    )
+    for row, num_new in found_stop.items():
+        del written[row].ids[num_new:], written[row].pass_of_token[num_new:]
+        written[row].finish_reason = "stop"
+    return written
 
 
 class _Frames:

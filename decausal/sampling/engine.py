@@ -100,7 +100,7 @@ class BlockEngine:
         """Puts a request into the queue and returns its ticket.
 
         Raises:
-            UserError: a prompt that holds the mask token or leaves no room; remasking; stop texts without a tokenizer.
+            UserError: a prompt that holds the mask token or leaves no room; remasking; speculation; stop texts without a tokenizer.
         """
         self._refuse(request)
         ticket = self._next_ticket
@@ -230,6 +230,7 @@ class BlockEngine:
 
     def _refuse(self, request: Request) -> None:
         settings, num_given, size = request.settings, len(request.prompt_ids), self.block_size
+        settings.refuse_speculative()
         if settings.remask:
             raise UserError(
                 f"remask is not possible under layout '{self.facts.layout}': finished blocks are never opened again; "

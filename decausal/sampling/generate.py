@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.continuing import continue_in_blocks
+from decausal.sampling.continuing import continue_in_blocks, continue_speculatively
 from decausal.sampling.engine import Finished
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
 from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.speculative import Speculated
 from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
 
 
@@ -70,7 +72,12 @@ def generate(
     names = named("prompt", texts)
     ids = [prompt_ids(converted, text, chat) for text in texts]
     ends = end_token_ids(converted)
-    if converted.facts.layout == "block":
+    if settings.speculative:
+        if on_step is not None:
+            raise UserError("speculative decoding has no steps of denoising to show; leave it out, or do not watch")
+        written = continue_speculatively(converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size)
+        generations = [_speculated(converted, *each, settings.stop) for each in zip(texts, ids, written, strict=True)]
+    elif converted.facts.layout == "block":
         finished = continue_in_blocks(
             converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step
         )
@@ -112,6 +119,21 @@ def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finishe
         tokens_per_forward=row.tokens_per_forward,
         finish_reason=row.finish_reason,
         block_of_token=row.block_of_token,
+    )
+
+
+def _speculated(
+    converted: Converted, prompt: str, given: list[int], row: Speculated, stop: Sequence[str]
+) -> Generation:
+    text = cut_at_stop(text_after(converted.tokenizer, given, row.ids), stop)
+    return Generation(
+        text=text,
+        full_text=prompt + text,
+        ids=row.ids,
+        step_of_token=row.pass_of_token,
+        num_forwards=row.num_forwards,
+        tokens_per_forward=len(row.ids) / row.num_forwards,
+        finish_reason=row.finish_reason,
     )
 
 

@@ -130,6 +130,7 @@ def fill_rows(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+    settings.refuse_speculative()
     for row in rows:
         row.check(converted)
     device = next(converted.model.parameters()).device

@@ -48,6 +48,9 @@ class SamplerSettings:
             may open kept positions again in favour of better ones; what is kept grows every step. Not for block
             models, and not with `entropy_bound`. Source: P2 (arXiv 2502.03540), with the model as its own planner.
         stop: Texts that end a row; the text stops before them. One string, or several.
+        speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
+            pass verifies those drafted before. Temperature, top_k and top_p hold; schedules play no part. See
+            `decausal.sampling.speculative`.
 
     Raises:
         UserError: A value outside its range, or settings that exclude each other.
@@ -64,6 +67,7 @@ class SamplerSettings:
     seed: int = 0
     remask: bool = False
     stop: tuple[str, ...] = ()
+    speculative: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in SCHEDULES if getattr(self, name) is not None]
@@ -82,6 +86,18 @@ class SamplerSettings:
             raise UserError(
                 "remask and entropy_bound exclude each other: the bound speaks of positions that are open; "
                 "give num_steps or threshold with remask"
+            )
+
+    def refuse_speculative(self) -> None:
+        """Refuses self-speculation where rows are denoised.
+
+        Raises:
+            UserError: It was asked for.
+        """
+        if self.speculative:
+            raise UserError(
+                "speculative is for continuing prompts by `generate` alone: it writes from left to right, without "
+                "steps of denoising; leave it out"
             )
 
     @property
@@ -155,6 +171,7 @@ _RULES = {
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "a text that is not empty, or several",
     ),
+    "speculative": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 

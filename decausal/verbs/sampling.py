@@ -29,6 +29,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", help="a text that ends a row; may be repeated")
+    parser.add_argument(
+        "--speculative", action="store_true", default=None, help="masks draft what the same weights verify causally"
+    )
     parser.add_argument("--remask", action="store_true", default=None, help="let kept tokens be reconsidered")
 
 
@@ -47,6 +50,7 @@ _OPTIONS = (
     "seed",
     "stop",
     "remask",
+    "speculative",
 )
 
 
