@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
@@ -100,7 +99,8 @@ class BlockEngine:
         """Puts a request into the queue and returns its ticket.
 
         Raises:
-            UserError: a prompt that holds the mask token or leaves no room; remasking; speculation; stop texts without a tokenizer.
+            UserError: a prompt that holds the mask token or leaves no room; remasking; speculation; stop
+                texts without a tokenizer.
         """
         self._refuse(request)
         ticket = self._next_ticket
