@@ -84,20 +84,17 @@ class Watch:
             if position in opened:
                 text.append(OPEN_POSITION, Style(dim=True))
             else:
-                text.append(self._decoded(token), self._style(position, is_new=position in new and bool(opened)))
+                text.append(
+                    decoded(self.tokenizer, token), self._style(position, is_new=position in new and bool(opened))
+                )
         return text
-
-    def _decoded(self, token: int) -> str:
-        # Read as the second of two: some tokenizers drop the space in front of a text's first word.
-        once, twice = (self.tokenizer.decode([token] * times, skip_special_tokens=True) for times in (1, 2))
-        return twice[len(once) :]
 
     def _style(self, position: int, is_new: bool) -> Style:
         step = self._step_of_position.get(position)
         if step is None:
             return Style()
-        red, green, blue = colorsys.hls_to_rgb(0.55 + step / COLOUR_STEPS, 0.6, 0.8)
-        return Style(color=f"rgb({red * 255:.0f},{green * 255:.0f},{blue * 255:.0f})", reverse=is_new)
+        red, green, blue = colour_of_step(step)
+        return Style(color=f"rgb({red},{green},{blue})", reverse=is_new)
 
     def _print_quarter(self, step: int, frame: Text, num_open: int) -> None:
         num_kept = self._num_open - num_open
@@ -106,3 +103,16 @@ class Watch:
             self._quarters_shown = quarters
             title = f"after step {step + 1}: {num_kept} of {self._num_open} positions"
             self.console.print(title, frame.plain, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def decoded(tokenizer: Any, token: int) -> str:
+    """One token's text, as it reads behind other text."""
+    # Read as the second of two: some tokenizers drop the space in front of a text's first word.
+    once, twice = (tokenizer.decode([token] * times, skip_special_tokens=True) for times in (1, 2))
+    return twice[len(once) :]
+
+
+def colour_of_step(step: int) -> tuple[int, int, int]:
+    """Red, green and blue of a step, from 0 to 255."""
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(0.55 + step / COLOUR_STEPS, 0.6, 0.8))
+    return red, green, blue

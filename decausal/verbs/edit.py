@@ -10,19 +10,20 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampler_flags, sampler_options, watching
+from decausal.verbs.sampling import add_sampler_flags, check_recording, sampler_options, watching
 
 
 def run(arguments: list[str]) -> int:
     flags = _parser().parse_args(arguments)
     if flags.text is not None and flags.file is not None:
         raise UserError("edit: give a text or --file, not both")
+    check_recording(flags)
     text = _text(flags)
     from decausal.sampling.model import load
 
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "num_tokens", "fraction", "span", "find", "rounds", "groups")
-    with watching(model, flags.watch) as on_step:
+    with watching(model, flags.watch, flags.record) as on_step:
         edit = model.edit(text, batch_size=flags.batch_size, on_step=on_step, **options)
     _print(edit, flags)
     return 0

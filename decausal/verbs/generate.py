@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampler_flags, print_generations, sampler_options, watching
+from decausal.verbs.sampling import add_sampler_flags, check_recording, print_generations, sampler_options, watching
 
 
 def run(arguments: list[str]) -> int:
@@ -16,12 +16,13 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     add_sampler_flags(parser)
     flags = parser.parse_args(arguments)
+    check_recording(flags, len(flags.prompts))
     prompts = flags.prompts or [sys.stdin.read()]
     from decausal.sampling.model import load
 
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_new_tokens")
-    with watching(model, flags.watch and len(prompts) == 1) as on_step:
+    with watching(model, flags.watch and len(prompts) == 1, flags.record) as on_step:
         found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
     print_generations(found, as_json=flags.json)
     return 0

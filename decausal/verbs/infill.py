@@ -8,7 +8,7 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampler_flags, print_generations, sampler_options, watching
+from decausal.verbs.sampling import add_sampler_flags, check_recording, print_generations, sampler_options, watching
 
 DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and --suffix, or any number of gaps in
 --text, where {gap} is a gap of unknown length, {gap:4} one of 4 tokens, and \{gap} these characters themselves."""
@@ -33,13 +33,14 @@ def run(arguments: list[str]) -> int:
         )
     if flags.text is not None and flags.length is not None:
         raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
+    check_recording(flags)
     from decausal.sampling.gaps import parse_gaps
     from decausal.sampling.model import load
 
     pieces = None if flags.text is None else parse_gaps(flags.text)
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
-    with watching(model, flags.watch) as on_step:
+    with watching(model, flags.watch, flags.record) as on_step:
         if pieces is None:
             found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **options)
             print_generations([found], as_json=flags.json)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from decausal.errors import UserError
 from decausal.verbs.flags import given
 
 
@@ -15,6 +17,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
+    parser.add_argument("--record", metavar="FILE", help="write an animation of it: .svg or .gif (one prompt)")
     parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
 
 
@@ -54,12 +57,35 @@ _OPTIONS = (
 )
 
 
-def watching(model: Any, is_wanted: bool) -> AbstractContextManager[Any]:
-    if not is_wanted:
-        return nullcontext()
+def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
+    """Refuses a recording that cannot be made, before anything is loaded."""
+    if flags.record is None:
+        return
+    if num_texts > 1:
+        raise UserError(f"--record shows one text being written, and {num_texts} are given: give one")
+    from decausal.sampling.record import check_recording as check
+
+    check(flags.record)
+
+
+@contextmanager
+def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[Callable[..., None] | None]:
+    """Shows the steps in the terminal, writes them to a file, both or neither; yields what to call after each step."""
+    from decausal.sampling.record import Recorder
     from decausal.sampling.watch import Watch
 
-    return Watch(model.tokenizer)
+    with ExitStack() as stack:
+        viewers: list[Callable[..., None]] = []
+        if record is not None:
+            viewers.append(stack.enter_context(Recorder(record, model.tokenizer)))
+        if is_watched:
+            viewers.append(stack.enter_context(Watch(model.tokenizer)))
+
+        def show(*step: Any) -> None:
+            for viewer in viewers:
+                viewer(*step)
+
+        yield show if viewers else None
 
 
 def print_generations(found: list[Any], as_json: bool) -> None:
