@@ -162,6 +162,3 @@ def end_token_ids(converted: Converted) -> tuple[int, ...]:
     listed = getattr(generation_config, "eos_token_id", None)
     ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     return tuple(dict.fromkeys(end for end in ends if end is not None))
-
-
-_end_token_ids = end_token_ids

@@ -22,7 +22,7 @@ from decausal.models.block_cache import BlockCache, cached_forward, visible_by_l
 from decausal.sampling.block_rows import BlockRows
 
 # CPU: with 8 and 32 rows out of step, 4e8 to 8e8 was faster than 0, 2e8 or no limit (embedded shape, one thread). CUDA:
-# not measured; 170 tokens of padding at Qwen3-0.6B, which read its weights for longer than that takes to compute.
+# not measured; these are 170 tokens at Qwen3-0.6B, which a GPU should compute in the time it takes to read the weights.
 FREE_OPERATIONS = {"cpu": 6e8, "cuda": 1.5e11}
 """Floating-point operations of padding that cost less than another call of the model."""
 NUM_KNOWN_OFFSETS = 64
