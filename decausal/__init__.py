@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "BatchEngine": "decausal.sampling.batch",
     "ConversionSettings": "decausal.training.settings",
     "DiffusionModel": "decausal.sampling.model",
     "UserError": "decausal.errors",

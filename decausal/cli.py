@@ -21,6 +21,9 @@ Turn an autoregressive language model into a diffusion language model.
                                        fill a gap in a text, or many: --text "def f(x): {gap} return {gap:4}"
   decausal edit DIR TEXT [--num_tokens N | --find A]
                                        rewrite what fits a text least, or a part of it, and show the difference
+  decausal chat DIR                    talk to it; Ctrl-C stops an answer
+  decausal batch DIR IN.jsonl OUT.jsonl
+                                       continue a file of prompts, in order; a killed job goes on where it was
   decausal serve DIR                   a page to play on, and a server for OpenAI's clients
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
   decausal eval tasks MODEL            share of right answers to small tasks, tokens per forward pass
@@ -40,6 +43,8 @@ VERBS = (
     "generate",
     "infill",
     "edit",
+    "chat",
+    "batch",
     "serve",
     "eval",
     "compare",

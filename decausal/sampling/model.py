@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.sampling import editing, infilling
+from decausal.sampling import batch_files, editing, infilling
 from decausal.sampling import generate as generating
+from decausal.sampling.batch import BatchEngine
+from decausal.sampling.batch_files import BatchResult, OnProgress
 from decausal.sampling.editing import GROUPS, Edit, TokenConfidence
 from decausal.sampling.gaps import Piece
 from decausal.sampling.generate import Generation
@@ -33,6 +35,11 @@ class DiffusionModel:
     def __init__(self, converted: Converted) -> None:
         self.model, self.tokenizer, self.facts = converted.model, converted.tokenizer, converted.facts
         self._converted = converted
+
+    @property
+    def converted(self) -> Converted:
+        """Model, tokenizer and facts together, as the functions of the library take them."""
+        return self._converted
 
     def generate(
         self,
@@ -128,6 +135,35 @@ class DiffusionModel:
     ) -> list[TokenConfidence] | list[list[TokenConfidence]]:
         """Says how probable each token of a text is; see `decausal.sampling.editing.confidences`."""
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
+
+    def engine(self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None) -> BatchEngine:
+        """Makes an engine for any number of prompts; see `decausal.sampling.batch.BatchEngine`."""
+        return BatchEngine(self._converted, max_rows=max_rows, max_length=max_length)
+
+    def run_file(
+        self,
+        prompts: str | Path,
+        answers: str | Path,
+        *,
+        chat: bool = False,
+        max_rows: int = BATCH_SIZE,
+        max_length: int | None = None,
+        on_error: str = "stop",
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> BatchResult:
+        """Answers a jsonl file of prompts, resumably; see `decausal.sampling.batch_files.run_file`."""
+        return batch_files.run_file(
+            self._converted,
+            prompts,
+            answers,
+            chat=chat,
+            max_rows=max_rows,
+            max_length=max_length,
+            on_error=on_error,
+            on_progress=on_progress,
+            **options,
+        )
 
 
 def load(

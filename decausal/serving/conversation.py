@@ -1,0 +1,137 @@
+"""A conversation with a converted model: what was said, and answers that arrive as they become final."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import TemplateError
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
+from decausal.sampling.batch import longest_row
+from decausal.sampling.engines import engine_for
+from decausal.sampling.generate import end_token_ids
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row, text_ids
+from decausal.sampling.settings import SamplerSettings
+from decausal.serving.choices import Choice
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """Messages, sampler settings and one row of an engine.
+
+    Attributes:
+        messages: All that was said, the system's message left out.
+        system: The system's message, or None.
+        settings: Of the next answer; each answer draws from `settings.seed`, so a turn can be had again.
+        num_left_out: Messages that the last answer did not see, because the model's context was full.
+
+    Args:
+        converted: Model, tokenizer with a chat template, facts.
+        system: The system's message.
+        max_length: Longest row; None: the model's context, at most 4096.
+        **options: `SamplerSettings` by name.
+
+    Raises:
+        UserError: No chat template; a setting that is wrong, or not for this layout.
+    """
+
+    def __init__(
+        self, converted: Converted, *, system: str | None = None, max_length: int | None = None, **options: Any
+    ) -> None:
+        if not converted.tokenizer.chat_template:
+            raise UserError(
+                "chat needs a chat template, and this model's tokenizer has none: continue texts with `decausal "
+                "generate DIR`, or convert a model that was trained to chat"
+            )
+        self.system, self.messages, self.num_left_out = system, list[Message](), 0
+        self._converted, self._is_stopped = converted, False
+        self.settings = SamplerSettings().updated(**converted.facts.sampler)
+        self.set(**options)
+        self._longest = longest_row(converted, max_length)
+        self._engine = engine_for(converted, max_rows=1, max_length=self._longest)
+        self._ends = end_token_ids(converted)
+
+    def set(self, **options: Any) -> None:
+        """Changes sampler settings by name, or by the names other samplers use.
+
+        Raises:
+            UserError: A wrong name or value, or one that this model's layout cannot honour; nothing is changed.
+        """
+        settings = self.settings.updated(**options)
+        settings.refuse_layout(self._converted.facts.layout)
+        self.settings = settings
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Says something and yields the answer, piece by piece, as nothing can change it any more.
+
+        The oldest turns are left out where the context is full. An answer that is stopped, or whose iterator is
+        closed, is kept as far as it came, and the row is free again.
+
+        Raises:
+            UserError: The message does not fit, holds the mask token, or the template refuses it; it is forgotten.
+        """
+        self.messages.append({"role": "user", "content": text.encode(errors="replace").decode()})
+        try:
+            job = self._job()
+            ticket = self._engine.submit(job)
+        except UserError:
+            self.messages.pop()
+            raise
+        choice, self._is_stopped = Choice(0, job, self._converted.tokenizer), False
+        try:
+            while choice.ended is None and not self._is_stopped:
+                for progress in self._engine.step():
+                    if piece := choice.take(progress).text:
+                        yield piece
+        finally:
+            if choice.ended is None:
+                self._engine.cancel(ticket)
+            if choice.ended is None and not choice.text:
+                self.messages.pop()
+            else:
+                self.messages.append({"role": "assistant", "content": choice.text})
+
+    def stop(self) -> None:
+        """Ends the answer under way after its next step; safe to call from a signal handler."""
+        self._is_stopped = True
+
+    def undo(self) -> bool:
+        """Takes the last question and its answer back; False: there is none."""
+        had_any = bool(self.messages)
+        del self.messages[-2:]
+        return had_any
+
+    def clear(self) -> None:
+        """Forgets all turns; settings and the system's message stay."""
+        self.messages.clear()
+
+    def _job(self) -> Job:
+        """The row for the answer to the last message: as many turns before it as leave room for a whole answer."""
+        wanted = self.settings.max_new_tokens
+        for start in range(0, len(self.messages), 2):
+            ids = self._ids(self.messages[start:])
+            if len(ids) + wanted <= self._longest:
+                break
+        room = self._longest - len(ids)
+        if room < 1:
+            raise UserError(
+                f"the message makes a prompt of {len(ids)} tokens, and a row of this model has {self._longest}: "
+                "shorten it"
+            )
+        self.num_left_out = start
+        row = Row((ids, []), (min(wanted, room),), "the conversation")
+        row.check(self._converted)
+        return Job(row, self.settings, self.settings.seed, self._ends)
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        tokenizer = self._converted.tokenizer
+        try:
+            text = tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from None
+        return text_ids(tokenizer, text)

@@ -1,0 +1,56 @@
+"""decausal batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.sampling import add_sampling_flags, sampler_options
+
+DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
+of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
+the same command."""
+
+
+def run(arguments: list[str]) -> int:
+    parser = VerbParser("batch", DESCRIPTION)
+    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("prompts", help="the jsonl file to read")
+    parser.add_argument("answers", help="the jsonl file to write")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
+    parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
+    parser.add_argument("--max_rows", "--batch_size", type=int, help="rows written together (16)")
+    parser.add_argument("--max_length", type=int, help="longest row (the model's context, at most 4096)")
+    parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
+    add_sampling_flags(parser)
+    flags = parser.parse_args(arguments)
+    from decausal.sampling.model import load
+
+    model = load(flags.directory)
+    options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
+    with _progress() as on_progress:
+        result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)
+    notes = [f"{result.num_lines} answers in {flags.answers}"]
+    notes += [f"{result.num_resumed} of them from before"] if result.num_resumed else []
+    notes += [f"{result.num_errors} errors"] if result.num_errors else []
+    print(f"[{', '.join(notes)}]", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
