@@ -11,15 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.diffusion.shift import predicting_index
 from decausal.errors import UserError
-from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import Converted
-from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.denoiser import Denoiser, OpenRows, Step
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.selection import best, candidates, num_to_keep
 from decausal.sampling.stopping import tokens_to_stop
 
 
@@ -33,6 +30,7 @@ class _Running:
     ids: dict[int, int]  # by position: given ones of the span, and kept ones
     num_final: int = 0  # of the span, before the first open position, as last looked at
     step: int = 0
+    num_forwards: int = 0
     step_of: dict[int, int] = field(default_factory=dict)
 
 
@@ -56,15 +54,14 @@ class RowEngine:
     """
 
     def __init__(self, converted: Converted, *, max_rows: int, max_length: int) -> None:
-        self._model, self._tokenizer, self._facts = converted
-        self._model.eval()
-        self._head = head_of(self._model)._replace(banned=self._facts.mask_token_id)
+        model, self._tokenizer, self._facts = converted
+        self._denoiser = Denoiser(model.eval(), self._facts, max_rows)
         self._max_length = max_length
         self._places: list[_Running | None] = [None] * max_rows
         self._waiting: deque[tuple[int, Job]] = deque()
         self._next_ticket = 0
         self._gathered: tuple[tuple[int, ...], RowSettings] | None = None
-        device = next(self._model.parameters()).device
+        device = next(model.parameters()).device
         shape = (max_rows, max_length)
         self._ids = torch.zeros(shape, dtype=torch.long, device=device)
         self._is_open = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -87,8 +84,10 @@ class RowEngine:
         """Takes a row on and returns its ticket.
 
         Raises:
-            UserError: It is longer than `max_length`, or its first position is open and no state predicts it.
+            UserError: It is longer than `max_length`, its first position is open and no state predicts it, or its
+                settings are not for this layout.
         """
+        job.settings.refuse_layout(self._facts.layout)
         if job.row.length > self._max_length:
             raise UserError(
                 f"{job.row.name} makes a row of {job.row.length} tokens, and this engine takes at most "
@@ -109,23 +108,12 @@ class RowEngine:
 
     @torch.no_grad()
     def step(self) -> list[Progress]:
-        """Fills free places, runs one pass over all rows, and tells of each.
-
-        Rows that remask read more of the head than others: where both kinds run, each has a pass of its own.
-        """
+        """Fills free places, takes all rows one step further, and tells of each."""
         for place, running in enumerate(self._places):
             if running is None and self._waiting:
                 self._places[place] = self._admitted(place, *self._waiting.popleft())
-        told = []
-        for remask in (False, True):
-            places = [
-                place
-                for place, running in enumerate(self._places)
-                if running is not None and running.job.settings.remask == remask
-            ]
-            if places:
-                told += self._advance(places, remask)
-        return told
+        places = [place for place, running in enumerate(self._places) if running is not None]
+        return self._advance(places) if places else []
 
     def _admitted(self, place: int, ticket: int, job: Job) -> _Running:
         row, spans = job.row, job.row.spans()
@@ -142,13 +130,14 @@ class RowEngine:
         self._document_ids[place, : row.length] = 0
         self._seeds[place] = job.seed
         self._steps[place] = 0
+        self._denoiser.forget(place)
         span = range(spans[0].start, spans[-1].stop)
         given = {position: ids[position] for position in span if not is_open[position]}
         return _Running(ticket, job, span, given)
 
-    def _advance(self, places: list[int], remask: bool) -> list[Progress]:
+    def _advance(self, places: list[int]) -> list[Progress]:
         rows = [running for running in (self._places[place] for place in places) if running is not None]
-        step = self._forward(places, rows, remask)
+        step = self._forward(places, rows)
         told = []
         for i, (place, running) in enumerate(zip(places, rows, strict=True)):
             progress = self._progress(running, i, step)
@@ -157,35 +146,28 @@ class RowEngine:
             told.append(progress)
         return told
 
-    def _forward(self, places: list[int], rows: list[_Running], remask: bool) -> _Step:
-        """One pass, and what it keeps; the arithmetic of `sampler.denoise`, every row at its own step."""
+    def _forward(self, places: list[int], rows: list[_Running]) -> _Step:
         lengths = [running.job.row.length for running in rows]
         index, length = torch.tensor(places, device=self._ids.device), max(lengths)
-        ids, is_open, is_masked = (part[index, :length] for part in (self._ids, self._is_open, self._is_masked))
-        document_ids = None if min(lengths) == length else self._document_ids[index, :length]
-        settings = self._settings(rows)
-        is_scored = is_open if remask else is_masked
-        states = body_forward(self._model, ids, self._facts.attention, document_ids=document_ids).last_hidden_state
-        flat = is_scored.flatten().nonzero().squeeze(1)
-        row = flat // length
-        states = states.flatten(0, 1)[predicting_index(flat, self._facts.shift)]
-        steps = self._steps[index]
-        numbers = None if settings.is_greedy else uniform_numbers(self._seeds[index][row], steps[row], flat % length)
-        kept = (ids.flatten()[flat], ~is_masked.flatten()[flat]) if remask else None
-        tokens, scores = candidates(states, self._head, settings.at(row), numbers, kept)
-        all_tokens = ids.flatten().index_copy(0, flat, tokens).view_as(ids)
-        all_scores = scores.new_full((ids.numel(),), -torch.inf).index_copy(0, flat, scores).view_as(ids)
-        is_kept = best(all_scores, num_to_keep(all_scores, is_open, is_masked, settings, steps))
-        is_new = is_kept & is_masked
-        is_left = is_scored & ~is_kept
-        ids = torch.where(is_new, all_tokens, ids).masked_fill(is_left, self._facts.mask_token_id)
-        self._ids[index, :length] = ids
-        self._is_masked[index, :length] = is_left
-        self._steps[index] += 1
+        open_rows = OpenRows(
+            ids=self._ids[index, :length],
+            is_open=self._is_open[index, :length],
+            is_masked=self._is_masked[index, :length],
+            document_ids=self._document_ids[index, :length],
+            seeds=self._seeds[index],
+            steps=self._steps[index],
+            places=index,
+            settings=self._settings(rows),
+            is_whole=min(lengths) == length,
+        )
+        step = self._denoiser.advance(open_rows)
+        self._ids[index, :length] = open_rows.ids
+        self._is_masked[index, :length] = open_rows.is_masked
+        self._steps[index] = open_rows.steps
         return _Step(
-            _by_row(len(rows), is_new, all_tokens, all_scores),
-            _positions(is_left & ~is_masked) if remask else [[] for _ in rows],
-            self._log_probs(rows, states, flat, is_new, all_tokens),
+            _by_row(len(rows), step.is_new, open_rows.ids, step.scores),
+            [[] for _ in rows] if step.is_reopened is None else _positions(step.is_reopened),
+            self._log_probs(rows, step, open_rows.ids),
         )
 
     def _settings(self, rows: list[_Running]) -> RowSettings:
@@ -197,24 +179,20 @@ class RowEngine:
         return self._gathered[1]
 
     def _log_probs(
-        self,
-        rows: list[_Running],
-        states: Float[Tensor, "n D"],
-        flat: Int[Tensor, "n"],
-        is_new: Bool[Tensor, "A T"],
-        tokens: Int[Tensor, "A T"],
+        self, rows: list[_Running], step: Step, ids: Int[Tensor, "A T"]
     ) -> dict[tuple[int, int], TokenLogProbs]:
-        """By (row, position), of newly kept tokens of rows that ask for them, before temperature and truncation."""
+        """By (row, position), of newly kept tokens of rows that ask, before guidance, temperature and truncation."""
         wanted = [running.job.num_top_log_probs for running in rows]
         if all(count is None for count in wanted):
             return {}
-        length = is_new.shape[1]
-        does_ask = torch.tensor([count is not None for count in wanted], device=flat.device)
-        asked = (is_new.flatten()[flat] & does_ask[flat // length]).nonzero().squeeze(1)
-        places = flat[asked]
+        length = ids.shape[1]
+        does_ask = torch.tensor([count is not None for count in wanted], device=ids.device)
+        asked = (step.is_new.flatten()[step.index] & does_ask[step.index // length]).nonzero().squeeze(1)
+        places = step.index[asked]
         rows_and_positions = [divmod(place, length) for place in places.tolist()]
         counts = [wanted[row] or 0 for row, _ in rows_and_positions]
-        found = token_log_probs(states[asked], self._head, tokens.flatten()[places].tolist(), counts)
+        head, tokens = self._denoiser.head, ids.flatten()[places].tolist()
+        found = token_log_probs(step.states[asked], head, tokens, counts)
         return dict(zip(rows_and_positions, found, strict=True))
 
     def _progress(self, running: _Running, row: int, step: _Step) -> Progress:
@@ -223,6 +201,7 @@ class RowEngine:
         for position, token, _ in step.new[row]:
             running.ids[position], running.step_of[position] = token, running.step
         number, running.step = running.step, running.step + 1
+        running.num_forwards += 1 if running.job.settings.guidance == 0 else 2
         return Progress(
             ticket=running.ticket,
             step=number,
@@ -265,7 +244,7 @@ class RowEngine:
         return Ended(
             ids=[running.ids[position] for position in written],
             step_of_token=[running.step_of[position] for position in written],
-            num_forwards=running.step,
+            num_forwards=running.num_forwards,
             reason=reason,
         )
 

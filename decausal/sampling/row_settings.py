@@ -7,90 +7,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decausal.sampling.candidates import choose
 from decausal.sampling.confidence import confidence, entropies
-from decausal.sampling.settings import CONFIDENCES, SCHEDULES, SamplerSettings
+from decausal.sampling.settings import (
+    CACHES,
+    CONFIDENCES,
+    DEFAULT_REMASK_RATE,
+    ORDERS,
+    REMASKINGS,
+    SCHEDULES,
+    SamplerSettings,
+)
 
 BY_ENTROPY = len(CONFIDENCES)
 """In place of a kind of confidence: rows that follow `entropy_bound` order their positions by entropy."""
+REMASKS = (False, *REMASKINGS)
+WHOLE_ROW = 2**31
+"""The window of rows that have none."""
 
 
 @dataclass(frozen=True)
-class RowSettings:
-    """What decides tokens, one entry per row (or per position, see `at`), and what the host knows of all of them.
+class TokenSettings:
+    """What decides which token a position gets and how it is scored, one entry per row or, by `at`, per position.
 
     Attributes:
         temperature: 0 where the most probable token is taken.
         top_k: 0 where all tokens are kept.
         top_p: 1 where all tokens are kept.
-        order: Index into `CONFIDENCES`, or `BY_ENTROPY`.
-        schedule: Index into `SCHEDULES`.
-        num_steps: Where the schedule is static, else 1.
-        threshold: Where the schedule is dynamic, else infinite.
-        entropy_bound: Where the schedule is bounded, else 0.
-        remask: Of all rows.
+        measure: Index into `CONFIDENCES`, or `BY_ENTROPY`.
+        guidance: 0 where there is none.
         is_greedy: Every temperature is 0.
         most_top_k: The largest of `top_k`.
         is_nucleus: Some `top_p` is below 1.
-        orders, schedules: The ones that occur.
+        is_guided: Some `guidance` is above 0.
+        measures: The ones that occur.
     """
 
     temperature: Float[Tensor, "n"]
     top_k: Int[Tensor, "n"]
     top_p: Float[Tensor, "n"]
-    order: Int[Tensor, "n"]
-    schedule: Int[Tensor, "n"]
-    num_steps: Int[Tensor, "n"]
-    threshold: Float[Tensor, "n"]
-    entropy_bound: Float[Tensor, "n"]
-    remask: bool
+    measure: Int[Tensor, "n"]
+    guidance: Float[Tensor, "n"]
     is_greedy: bool
     most_top_k: int
     is_nucleus: bool
-    orders: tuple[int, ...]
-    schedules: tuple[str, ...]
+    is_guided: bool
+    measures: tuple[int, ...]
 
-    @classmethod
-    def of(cls, rows: Sequence[SamplerSettings], device: torch.device) -> RowSettings:
-        """Gathers the settings of rows; `remask` is the same in all."""
-
-        def real(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        def whole(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
-        order = [_order(row) for row in rows]
-        top_k = [row.top_k or 0 for row in rows]
-        top_p = [1.0 if row.top_p is None else row.top_p for row in rows]
-        schedules = [row.schedule for row in rows]
-        return cls(
-            temperature=real([row.temperature for row in rows]),
-            top_k=whole(top_k),
-            top_p=real(top_p),
-            order=whole(order),
-            schedule=whole([SCHEDULES.index(schedule) for schedule in schedules]),
-            num_steps=whole([row.num_steps or 1 for row in rows]),
-            threshold=real([float("inf") if row.threshold is None else row.threshold for row in rows]),
-            entropy_bound=real([row.entropy_bound or 0.0 for row in rows]),
-            remask=any(row.remask for row in rows),
-            is_greedy=all(row.temperature == 0 for row in rows),
-            most_top_k=max(top_k, default=0),
-            is_nucleus=any(p < 1 for p in top_p),
-            orders=tuple(sorted(set(order))),
-            schedules=tuple(sorted(set(schedules))),
-        )
-
-    def rows(self, index: Int[Tensor, "m"]) -> RowSettings:
-        """The settings of some of the rows."""
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
-
-    def at(self, row: Int[Tensor, "m"]) -> RowSettings:
-        """The settings of positions, from the row of each; only to choose and to score tokens."""
-        return self if self.is_greedy and len(self.orders) == 1 else self.rows(row)
+    def at(self, row: Int[Tensor, "m"]) -> TokenSettings:
+        """The settings of positions, from the row of each; where all are the same, these ones."""
+        if self.is_greedy and len(self.measures) == 1 and not self.is_guided:
+            return self
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TokenSettings)}
+        return TokenSettings(**{n: value[row] if isinstance(value, Tensor) else value for n, value in values.items()})
 
     def chosen(self, logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"] | None) -> Int[Tensor, "n"]:
         """One candidate per position; `numbers` are needed where one is not greedy."""
@@ -108,14 +80,102 @@ class RowSettings:
     def scored(self, logits: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
         """By what positions are ordered: confidence, or minus the entropy in nats where that is bounded."""
         scores = None
-        for order in self.orders:
-            own = -entropies(logits) if order == BY_ENTROPY else confidence(logits, token, CONFIDENCES[order])
-            scores = own if scores is None else torch.where(self.order == order, own, scores)
+        for measure in self.measures:
+            own = -entropies(logits) if measure == BY_ENTROPY else confidence(logits, token, CONFIDENCES[measure])
+            scores = own if scores is None else torch.where(self.measure == measure, own, scores)
         return scores
 
 
-_TENSORS = ("temperature", "top_k", "top_p", "order", "schedule", "num_steps", "threshold", "entropy_bound")
+@dataclass(frozen=True)
+class RowSettings(TokenSettings):
+    """All settings of rows, one entry per row, and what the host knows of all of them.
+
+    Attributes:
+        order: Index into `ORDERS`.
+        schedule: Index into `SCHEDULES`.
+        num_steps: Where the schedule is static, else 1.
+        threshold: Where the schedule is dynamic, else infinite.
+        entropy_bound: Where the schedule is bounded, else 0.
+        window: `WHOLE_ROW` where there is none.
+        cache: Index into `CACHES`.
+        cache_refresh: 0 where only a window's first pass reads the whole row.
+        remask: Index into `REMASKS`.
+        remask_rate: Where tokens are opened at random, else 0.
+        has_windows, has_cache: Some row has one.
+        orders, schedules, remasks: The ones that occur.
+    """
+
+    order: Int[Tensor, "n"]
+    schedule: Int[Tensor, "n"]
+    num_steps: Int[Tensor, "n"]
+    threshold: Float[Tensor, "n"]
+    entropy_bound: Float[Tensor, "n"]
+    window: Int[Tensor, "n"]
+    cache: Int[Tensor, "n"]
+    cache_refresh: Int[Tensor, "n"]
+    remask: Int[Tensor, "n"]
+    remask_rate: Float[Tensor, "n"]
+    has_windows: bool
+    has_cache: bool
+    orders: tuple[str, ...]
+    schedules: tuple[str, ...]
+    remasks: tuple[bool | str, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplerSettings], device: torch.device) -> RowSettings:
+        """Gathers the settings of rows."""
+
+        def real(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def whole(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        measures = [_measure(row) for row in rows]
+        top_k = [row.top_k or 0 for row in rows]
+        top_p = [1.0 if row.top_p is None else row.top_p for row in rows]
+        schedules = [row.schedule for row in rows]
+        return cls(
+            temperature=real([row.temperature for row in rows]),
+            top_k=whole(top_k),
+            top_p=real(top_p),
+            measure=whole(measures),
+            order=whole([ORDERS.index(row.order) for row in rows]),
+            schedule=whole([SCHEDULES.index(schedule) for schedule in schedules]),
+            num_steps=whole([row.num_steps or 1 for row in rows]),
+            threshold=real([float("inf") if row.threshold is None else row.threshold for row in rows]),
+            entropy_bound=real([row.entropy_bound or 0.0 for row in rows]),
+            window=whole([row.window or WHOLE_ROW for row in rows]),
+            cache=whole([CACHES.index(row.cache) for row in rows]),
+            cache_refresh=whole([row.cache_refresh or 0 for row in rows]),
+            guidance=real([row.guidance for row in rows]),
+            remask=whole([REMASKS.index(row.remask) for row in rows]),
+            remask_rate=real([(row.remask_rate or DEFAULT_REMASK_RATE) * row.is_remdm for row in rows]),
+            is_greedy=all(row.temperature == 0 for row in rows),
+            most_top_k=max(top_k, default=0),
+            is_nucleus=any(p < 1 for p in top_p),
+            has_windows=any(row.window is not None for row in rows),
+            has_cache=any(row.cache != "none" for row in rows),
+            is_guided=any(row.guidance > 0 for row in rows),
+            measures=tuple(sorted(set(measures))),
+            orders=tuple(sorted({row.order for row in rows})),
+            schedules=tuple(sorted(set(schedules))),
+            remasks=tuple(sorted({row.remask for row in rows}, key=REMASKS.index)),
+        )
+
+    def rows(self, index: Int[Tensor, "m"]) -> RowSettings:
+        """The settings of some of the rows."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        taken = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **taken)
+
+    def has_remask(self, *kinds: bool | str) -> Bool[Tensor, "n"]:
+        """Which rows remask in one of these ways."""
+        found = torch.zeros_like(self.remask, dtype=torch.bool)
+        for kind in kinds:
+            found = found | (self.remask == REMASKS.index(kind))
+        return found
 
 
-def _order(settings: SamplerSettings) -> int:
+def _measure(settings: SamplerSettings) -> int:
     return BY_ENTROPY if settings.entropy_bound is not None else CONFIDENCES.index(settings.confidence)

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decausal.objectives.tokens import Head, logits
-from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.row_settings import RowSettings, TokenSettings
 from decausal.sampling.settings import SCHEDULES
 
+LOOP_SHARE, LOOP_START, LOOP_STOP = 0.9, 0.45, 0.95
 LOGITS_PER_CHUNK = 2**25
 """Logits held at once: 128 MiB in fp32, and a few temporaries of that size."""
 
@@ -19,10 +20,11 @@ LOGITS_PER_CHUNK = 2**25
 def candidates(
     states: Float[Tensor, "n D"],
     head: Head,
-    settings: RowSettings,
+    settings: TokenSettings,
     numbers: Float[Tensor, "n"] | None,
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None = None,
     is_scored: bool = True,
+    unguided: Float[Tensor, "n D"] | None = None,
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     """A token for each position and its score, from the state that predicts it; logits exist a chunk at a time.
 
@@ -33,15 +35,19 @@ def candidates(
         numbers: Uniform in (0, 1), for positions that are not greedy.
         kept: (tokens, is_kept): where kept, that token is scored instead of a new one.
         is_scored: False where all are kept anyway: then there are no scores.
+        unguided: The states from rows without what was given, where some position has `guidance`.
     """
     chunk_size = max(1, LOGITS_PER_CHUNK // len(head.weight))
     if len(states) <= chunk_size:
-        return _candidates(states, head, settings, numbers, kept, is_scored)
+        return _candidates(states, head, settings, numbers, kept, is_scored, unguided)
     chunks = []
     for here in torch.arange(len(states), device=states.device).split(chunk_size):
         own_numbers = None if numbers is None else numbers[here]
         own_kept = None if kept is None else (kept[0][here], kept[1][here])
-        chunks.append(_candidates(states[here], head, settings.at(here), own_numbers, own_kept, is_scored))
+        own_unguided = None if unguided is None else unguided[here]
+        chunks.append(
+            _candidates(states[here], head, settings.at(here), own_numbers, own_kept, is_scored, own_unguided)
+        )
     tokens, scores = zip(*chunks, strict=True)
     return torch.cat(tokens), torch.cat(scores) if is_scored else None
 
@@ -49,16 +55,31 @@ def candidates(
 def _candidates(
     states: Float[Tensor, "n D"],
     head: Head,
-    settings: RowSettings,
+    settings: TokenSettings,
     numbers: Float[Tensor, "n"] | None,
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None,
     is_scored: bool,
+    unguided: Float[Tensor, "n D"] | None,
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     values = logits(states, head)
+    if unguided is not None:
+        values = guided(values, logits(unguided, head), settings.guidance)
     tokens = settings.chosen(values, numbers)
     if kept is not None:
         tokens = torch.where(kept[1], kept[0], tokens)
     return tokens, settings.scored(values, tokens) if is_scored else None
+
+
+def guided(
+    values: Float[Tensor, "n V"], without: Float[Tensor, "n V"], guidance: Float[Tensor, "n"]
+) -> Float[Tensor, "n V"]:
+    """Logits further away from those of a row without what was given: without + (1 + w) (values - without).
+
+    Where w is 0 the values themselves; a token that is banned stays so.
+    """
+    weight = guidance[:, None]
+    moved = without + (1 + weight) * (values - without)
+    return torch.where((weight == 0) | values.isneginf(), values, moved)
 
 
 def num_to_keep(
@@ -70,10 +91,10 @@ def num_to_keep(
 ) -> Int[Tensor, "A"]:
     """Returns how many of the scored positions of each row stay or become tokens in this step.
 
-    Static, N open positions, S = min(num_steps, N) steps: after step k (from 0) ceil((k + 1) N / S) are kept in all.
+    Static: as many as `num_due`.
     Threshold: those at or above it, but at least one more than before.
     Entropy bound: the scores are minus entropies; as many of the surest as all but the last sum to at most the bound.
-    With remasking kept positions are scored too and compete, so the count includes those kept before.
+    With remasking "p2" kept positions are scored too and compete, so the count includes those kept before.
 
     Args:
         scores: -inf where a position is not scored.
@@ -84,7 +105,9 @@ def num_to_keep(
     """
     num_open = is_open.sum(1)
     num_kept = num_open - is_masked.sum(1)
-    counted_before = torch.zeros_like(num_kept) if settings.remask else num_kept
+    counted_before = num_kept
+    if "p2" in settings.remasks:
+        counted_before = num_kept.masked_fill(settings.has_remask("p2"), 0)
     state = _State(scores, num_open, num_kept, counted_before, settings, step)
     count = None
     for schedule in settings.schedules:
@@ -102,10 +125,34 @@ class _State(NamedTuple):
     step: int | Int[Tensor, "A"]
 
 
+def num_due(num_open: Int[Tensor, "A"], settings: RowSettings, step: int | Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+    """How many of N open positions are kept in all after step k (from 0) of the static schedule: ceil((k + 1) N / S).
+
+    S is `num_steps`, and no more than N, unless tokens are opened at random: then there is something to do in every
+    step. "remdm_loop" goes to `LOOP_SHARE` of N by `LOOP_START` of the steps and stays there until `LOOP_STOP`, with
+    one position masked at least.
+    """
+    if not any(kind in settings.remasks for kind in ("remdm", "remdm_loop")):
+        num_steps = num_open.minimum(settings.num_steps).clamp(min=1)
+        return (((step + 1) * num_open + num_steps - 1) // num_steps).minimum(num_open)
+    num_steps = torch.where(
+        settings.has_remask("remdm", "remdm_loop"), settings.num_steps, num_open.minimum(settings.num_steps)
+    ).clamp(min=1)
+    due = ((step + 1) * num_open + num_steps - 1) // num_steps
+    if "remdm_loop" in settings.remasks:
+        share = (step + 1) / num_steps
+        before = LOOP_SHARE * share / LOOP_START
+        after = 1 - (1 - LOOP_SHARE) * (1 - share) / (1 - LOOP_STOP)
+        looped = torch.maximum(before.clamp(max=LOOP_SHARE), after)
+        # A hair less, so that rounding makes no integer the one above it.
+        looped_due = (looped * num_open - 1e-4).ceil().long()
+        looped_due = torch.where(share > LOOP_STOP, looped_due, looped_due.minimum(num_open - 1)).clamp(min=1)
+        due = torch.where(settings.has_remask("remdm_loop"), looped_due, due)
+    return due.minimum(num_open)
+
+
 def _static(now: _State) -> Int[Tensor, "A"]:
-    num_steps = now.num_open.minimum(now.settings.num_steps).clamp(min=1)
-    due = ((now.step + 1) * now.num_open + num_steps - 1) // num_steps
-    return due.minimum(now.num_open) - now.counted_before
+    return num_due(now.num_open, now.settings, now.step) - now.counted_before
 
 
 def _above_threshold(now: _State) -> Int[Tensor, "A"]:

@@ -13,6 +13,12 @@ CONFIDENCES = ("probability", "margin", "entropy")
 SCHEDULES = ("num_steps", "threshold", "entropy_bound")
 """Of these a row follows one."""
 DEFAULT_THRESHOLD = 0.9
+ORDERS = ("confidence", "random", "left_to_right")
+REMASKINGS = ("p2", "remdm", "remdm_loop")
+DEFAULT_REMASK_RATE = 0.02
+CACHES = ("none", "prefix", "dual")
+BIDIRECTIONAL_ONLY = ("order", "window", "cache", "guidance", "remask")
+"""What only models that read in both directions, and are denoised as whole rows, can honour."""
 
 ALIASES = {
     "confidence_threshold": "threshold",
@@ -44,9 +50,27 @@ class SamplerSettings:
         top_k: Sample among the k most probable tokens.
         top_p: Sample among the fewest tokens whose probabilities sum to this.
         seed: Row i of a call draws from seed + i, so one row can be had again alone.
-        remask: Every step scores all positions that were not given anew, a kept token by its own probability now, and
-            may open kept positions again in favour of better ones; what is kept grows every step. Not for block
-            models, and not with `entropy_bound`. Source: P2 (arXiv 2502.03540), with the model as its own planner.
+        order: Which candidates are kept first: "confidence" the surest; "random" any, drawn anew in each step;
+            "left_to_right". The last two go with `num_steps` alone, since the other schedules speak of confidence.
+        window: Open positions that are decided at a time, left to right: only these are kept, and the next window
+            begins when all of them are. Each window has its share of `num_steps`, at least one step. None: all at once.
+            Source: semi-autoregressive decoding, LLaDA (arXiv 2502.09992).
+        cache: What a pass inside a window does not read again, but takes from the last pass that read the whole row:
+            "prefix" keys and values of all before the window, "dual" also those behind it. An approximation: they were
+            made when fewer tokens were known. Needs `window`. Source: Fast-dLLM (arXiv 2505.22618).
+        cache_refresh: Every so many passes reads the whole row, as the first pass of each window does; 1 is exact.
+            None: only that one.
+        guidance: w in logits = without + (1 + w) (with - without), "without" from the same row with all that was given
+            masked. Above 0 each step costs a second pass. Source: LLaDA (arXiv 2502.09992), after Ho and Salimans 2022.
+        remask: Whether kept tokens may be opened again (in the current window alone). False: never. "p2" (or True):
+            every step scores kept tokens anew, each by its own probability now, and keeps the best of all; what is
+            kept grows every step. Not with `entropy_bound`. Source: P2 (arXiv 2502.03540), the model its own planner.
+            "remdm": every step opens each kept token with probability `remask_rate`, less where no steps are left to
+            keep it again. "remdm_loop": tokens are kept up to 0.9 of the positions in the first 0.45 of the steps; then
+            tokens are opened and others kept until 0.95 of them; then the rest is kept. Both go with `num_steps`, and
+            more steps than positions are more chances to correct. Source: ReMDM (arXiv 2503.00307), its schedules
+            "cap" and "loop", with counts that are even in place of random ones.
+        remask_rate: Of "remdm" and "remdm_loop"; there 0.02 where it is not given.
         stop: Texts that end a row; the text stops before them. One string, or several.
         speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
             pass verifies those drafted before. Temperature, top_k and top_p hold; schedules play no part. See
@@ -65,7 +89,13 @@ class SamplerSettings:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-    remask: bool = False
+    order: str = "confidence"
+    window: int | None = None
+    cache: str = "none"
+    cache_refresh: int | None = None
+    guidance: float = 0.0
+    remask: bool | str = False
+    remask_rate: float | None = None
     stop: tuple[str, ...] = ()
     speculative: bool = False
 
@@ -79,14 +109,47 @@ class SamplerSettings:
             )
         if not given:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
-        object.__setattr__(self, "stop", _as_texts(self.stop))
+        for name, settle in _SETTLED.items():
+            object.__setattr__(self, name, settle(getattr(self, name)))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
-        if self.remask and self.entropy_bound is not None:
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        schedule = f"{self.schedule}={getattr(self, self.schedule)}"
+        if self.order != "confidence" and self.schedule != "num_steps":
+            raise UserError(
+                f"order={self.order!r} goes with num_steps, not with {schedule}: that schedule keeps what is surest; "
+                "give num_steps"
+            )
+        if self.is_remdm and self.schedule != "num_steps":
+            raise UserError(
+                f"remask={self.remask!r} goes with num_steps, not with {schedule}: its rates follow the steps that are "
+                "left; give num_steps, or remask='p2'"
+            )
+        if self.remask == "p2" and self.entropy_bound is not None:
             raise UserError(
                 "remask and entropy_bound exclude each other: the bound speaks of positions that are open; "
                 "give num_steps or threshold with remask"
             )
+        if self.remask == "p2" and self.order != "confidence":
+            raise UserError(
+                f"remask='p2' keeps the surest of all tokens, so order={self.order!r} has no say; leave order out, or "
+                "give remask='remdm'"
+            )
+        if self.remask_rate is not None and not self.is_remdm:
+            raise UserError(f"remask_rate={self.remask_rate} is for remask='remdm' and 'remdm_loop'; give one of them")
+        if self.cache != "none" and self.window is None:
+            raise UserError(
+                f"cache={self.cache!r} needs window: it holds keys and values of what is outside of it; give window"
+            )
+        if self.cache_refresh is not None and self.cache == "none":
+            raise UserError(f"cache_refresh={self.cache_refresh} needs cache='prefix' or cache='dual'; give one")
+
+    @property
+    def is_remdm(self) -> bool:
+        """Kept tokens are opened at random."""
+        return self.remask in ("remdm", "remdm_loop")
 
     def refuse_speculative(self) -> None:
         """Refuses self-speculation where rows are denoised.
@@ -105,8 +168,26 @@ class SamplerSettings:
         """The one of `SCHEDULES` that is followed."""
         return next(name for name in SCHEDULES if getattr(self, name) is not None)
 
+    def refuse_layout(self, layout: str) -> None:
+        """Refuses what a model of this layout cannot honour.
+
+        Raises:
+            UserError: Names the setting, why, and which models can.
+        """
+        if layout == "bidirectional":
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in BIDIRECTIONAL_ONLY:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "
+                    "a model with layout 'bidirectional'"
+                )
+
     def updated(self, **options: Any) -> SamplerSettings:
-        """Returns these settings with `options` over them; aliases are understood, a schedule replaces the others.
+        """Returns these settings with `options` over them.
+
+        Aliases are understood. A schedule replaces the others; without remasking or cache their details go, too.
 
         Raises:
             UserError: An unknown name (the nearest is named), one setting given under two names, or a bad value.
@@ -114,8 +195,10 @@ class SamplerSettings:
         changes = canonical(options)
         if any(changes.get(name) is not None for name in SCHEDULES):
             changes = dict.fromkeys(SCHEDULES) | changes
-        if "stop" in changes:
-            changes["stop"] = _as_texts(changes["stop"])
+        changes |= {name: settle(changes[name]) for name, settle in _SETTLED.items() if name in changes}
+        for name, detail in _DETAILS.items():
+            if name in changes and not _takes_detail(changes[name]):
+                changes.setdefault(detail, None)
         for name, value in changes.items():
             _check(name, value)
             changes[name] = float(value) if name in _REAL and value is not None else value
@@ -154,8 +237,24 @@ def _as_texts(stop: Any) -> Any:
     return tuple(stop) if isinstance(stop, list) else stop
 
 
-_REAL = ("threshold", "entropy_bound", "temperature", "top_p")
-_OPTIONAL = (*SCHEDULES, "top_k", "top_p")
+def _takes_detail(value: Any) -> bool:
+    return value in ("prefix", "dual", "remdm", "remdm_loop")
+
+
+def _as_remasking(remask: Any) -> Any:
+    """P2 by its older name, True; "none" where a word is wanted for False."""
+    return {True: "p2", "none": False}.get(remask, remask) if isinstance(remask, bool | str) else remask
+
+
+_SETTLED = {"stop": _as_texts, "remask": _as_remasking}
+_DETAILS = {"cache": "cache_refresh", "remask": "remask_rate"}
+_WHY_NOT = {
+    "block": "a block model is written block by block, each from the exact cache of those before it, and what is "
+    "finished is never opened again",
+    "causal": "a causal model does not see what is behind a token",
+}
+_REAL = ("threshold", "entropy_bound", "temperature", "top_p", "guidance", "remask_rate")
+_OPTIONAL = (*SCHEDULES, "top_k", "top_p", "window", "cache_refresh", "remask_rate")
 _RULES = {
     "max_new_tokens": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "num_steps": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
@@ -166,7 +265,16 @@ _RULES = {
     "top_k": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "seed": (lambda value: _is_integer(value) and 0 <= value < 2**62, "an integer of at least 0 and below 2**62"),
-    "remask": (lambda value: isinstance(value, bool), "True or False"),
+    "order": (lambda value: value in ORDERS, f"one of {', '.join(ORDERS)}"),
+    "window": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
+    "cache": (lambda value: value in CACHES, f"one of {', '.join(CACHES)}"),
+    "cache_refresh": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
+    "guidance": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a number of at least 0"),
+    "remask": (
+        lambda value: value is False or (isinstance(value, str) and value in REMASKINGS),
+        f"True, False, or one of {', '.join(REMASKINGS)}",
+    ),
+    "remask_rate": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "a text that is not empty, or several",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.tokens import Head
-from decausal.sampling import sampler
+from decausal.sampling import denoiser, window_cache
 
 
 def conversion_facts(mask_token_id: int, **changes: Any) -> ConversionFacts:
@@ -41,8 +41,8 @@ class WrittenModel(nn.Module):
         self.shapes: list[tuple[int, ...]] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> WrittenModel:
-        monkeypatch.setattr(sampler, "body_forward", self._body_forward)
-        monkeypatch.setattr(sampler, "head_of", lambda model: Head(torch.eye(vocab_size)))
+        monkeypatch.setattr(window_cache, "body_forward", self._body_forward)
+        monkeypatch.setattr(denoiser, "head_of", lambda model: Head(torch.eye(vocab_size)))
         return self
 
     @staticmethod
