@@ -231,11 +231,7 @@ class BlockEngine:
     def _refuse(self, request: Request) -> None:
         settings, num_given, size = request.settings, len(request.prompt_ids), self.block_size
         settings.refuse_speculative()
-        if settings.remask:
-            raise UserError(
-                f"remask is not possible under layout '{self.facts.layout}': finished blocks are never opened again; "
-                "leave it out, or sample from a model with layout 'bidirectional'"
-            )
+        settings.refuse_layout(self.facts.layout)
         if settings.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer: give BlockEngine its tokenizer, or leave stop out")
         if self.facts.mask_token_id in request.prompt_ids:

@@ -121,11 +121,12 @@ class OnPolicyRows:
             step: the optimizer step that they are trained in.
         """
         number = (positions[0] - self.first_row) // self.plan.rows
-        if number != self._batch:
-            self._begin(number, step)
+        indices = [(position - self.first_row) % self.plan.rows % self.plan.prompts for position in positions]
+        if number != self._batch or not self._rollouts.keys() >= set(indices):
+            self._roll_out_batch(number, step)
         rollouts, states = [], []
-        for position in positions:
-            rollout = self._rollouts[(position - self.first_row) % self.plan.rows % self.plan.prompts]
+        for position, index in zip(positions, indices, strict=True):
+            rollout = self._rollouts[index]
             num_blocks = -(-len(rollout.ids) // self.plan.block_size)
             relative = relative_steps(
                 num_blocks, self.plan.states, self.plan.state_choice, position=position, seed=self.seed
@@ -136,18 +137,22 @@ class OnPolicyRows:
         self.tally.staleness += step - self._made_at
         return self.collator(rows_of(rollouts, states))
 
-    def _begin(self, number: int, step: int) -> None:
-        """Makes this process's rollouts of a rollout batch, as far as the run will train on them."""
-        self._rollouts = {}  # their memory is free while the next are made
+    def _roll_out_batch(self, number: int, step: int) -> None:
+        """Makes this process's rollouts of a rollout batch, as far as the run will train on them.
+
+        A batch in hand is completed: a run that is continued beyond its first end may lack some.
+        """
+        if number != self._batch:
+            self._rollouts = {}  # their memory is free while the next are made
+            self._batch, self._made_at = number, step
         left = self.end_row - self.first_row - number * self.plan.rows
-        own = [
+        missing = [
             index
             for index in range(min(self.plan.prompts, left))
-            if index // self.rows_per_batch % self.num_processes == self.process
+            if index // self.rows_per_batch % self.num_processes == self.process and index not in self._rollouts
         ]
-        rollouts = self.roll_out([self._task(number, index) for index in own])
-        self._rollouts = dict(zip(own, rollouts, strict=True))
-        self._batch, self._made_at = number, step
+        rollouts = self.roll_out([self._task(number, index) for index in missing])
+        self._rollouts |= zip(missing, rollouts, strict=True)
         self.tally.rollouts += len(rollouts)
         self.tally.tokens += sum(rollout.end - rollout.prompt_length for rollout in rollouts)
         self.tally.forwards += sum(rollout.num_forwards for rollout in rollouts)

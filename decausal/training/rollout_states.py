@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from decausal.training.rollouts import NEVER, Rollout
 
 StateChoice = Literal["block", "sequence"]
+
+# Row length at which dense attention costs as much as all matrices: 6 times the width in a usual transformer.
+_ATTENTION_LENGTH = 4096
 
 
 def states_of(rollout: Rollout, block_size: int, relative_step: Float[Tensor, "K M"]) -> Bool[Tensor, "K T"]:
@@ -75,8 +79,7 @@ def _in_blocks(values: Int[Tensor, " T"], num_blocks: int, block_size: int, fill
 def rows_of(rollouts: Sequence[Rollout], is_masked: Sequence[Bool[Tensor, "K _"]]) -> list[dict[str, Tensor]]:
     """Packs rollouts and their states into rows, in the form of a `TrainingStream`'s items.
 
-    Rows hold as many rollouts as fit beside the longest, noised copies included: so little is padded, and no row grows
-    beyond what the longest rollout needs.
+    Rollouts are spread over rows of nearly equal length, noised copies included, so that little is padded.
     """
     views = len(is_masked[0])
     sizes = [(views + 1) * len(rollout.ids) - views * rollout.prompt_length for rollout in rollouts]
@@ -105,14 +108,21 @@ def rows_of(rollouts: Sequence[Rollout], is_masked: Sequence[Bool[Tensor, "K _"]
 
 
 def _packed(sizes: Sequence[int]) -> list[list[int]]:
-    """First fit, largest first, into rows of the largest size."""
-    rows: list[list[int]] = []
-    space: list[int] = []
+    """Returns what each row holds, for the number of rows whose padded tokens and attention cost least."""
+
+    def cost(rows: list[list[int]]) -> float:
+        length = max(sum(sizes[index] for index in row) for row in rows)
+        return len(rows) * length * (1 + length / _ATTENTION_LENGTH)
+
+    return min((_balanced(sizes, num_rows) for num_rows in range(1, len(sizes) + 1)), key=cost)
+
+
+def _balanced(sizes: Sequence[int], num_rows: int) -> list[list[int]]:
+    """The largest first, each into the row that is the shortest so far."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    lengths = [(0, row) for row in range(num_rows)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        row = next((row for row, free in enumerate(space) if free >= sizes[index]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            space.append(max(sizes))
+        length, row = heapq.heappop(lengths)
         rows[row].append(index)
-        space[row] -= sizes[index]
+        heapq.heappush(lengths, (length + sizes[index], row))
     return rows

@@ -68,6 +68,14 @@ def test_resumed_equals_uninterrupted_across_the_seam_and_in_mid_buffer(tmp_path
     assert logged(resumed, "loss") == logged(whole, "loss")
 
 
+def test_a_run_that_ended_in_mid_buffer_can_be_made_longer(tmp_path, source, text):
+    options = ON_POLICY | {"rollout_prompts": 8, "lr_scheduler_type": "constant"}
+    run(source, text, tmp_path / "out", max_steps=2, **options)
+    longer = run(source, text, tmp_path / "out", max_steps=5, resume_from_checkpoint="true", **options)
+    assert len(logged(longer, "kl_loss")) == 5
+    assert logged(longer, "rollout_staleness") == [0, 1, 2, 3, 0]
+
+
 def test_four_micro_batches_of_one_equal_one_batch_of_four(tmp_path, source, text):
     options = ON_POLICY | PLAIN_SGD | {"max_steps": 2, "rollout_prompts": 8, "causal_kl_weight": 1.0}
     for size, accumulation in ((4, 1), (1, 4)):
@@ -141,7 +149,10 @@ def test_a_larger_teacher_of_the_same_tokenizer_serves(tmp_path, source, text):
 @pytest.mark.parametrize("recipe", ["opdlm", "align-distill"])
 def test_its_recipes_convert_and_what_comes_out_writes(tmp_path, source, text, recipe, lora):
     sizes = {"per_device_train_batch_size": 2, "rollout_prompts": 4, "rollout_tokens": 8, "rollout_tokens_start": 4}
-    conversion = run(source, text, tmp_path / "out", **(read_recipe(recipe) | sizes | {"lora_r": lora}))
+    settings = read_recipe(recipe)
+    # A run of 4 steps has room for a warm start of 2.
+    warm_start = {name: 2 for name, value in settings.items() if value == settings.get("warm_start_steps")}
+    conversion = run(source, text, tmp_path / "out", **(settings | sizes | warm_start | {"lora_r": lora}))
     assert logged(conversion, "kl_loss")
     assert logged(conversion, "rollout_length")
     assert ("alignment_loss" in conversion.history[0]) == (recipe == "align-distill")
