@@ -124,7 +124,15 @@ Stop = Annotated[
     PlainValidator(_stop),
     WithJsonSchema({"anyOf": [{"type": "string"}, {**_texts_schema, "maxItems": MAX_STOPS}, {"type": "null"}]}),
 ]
-Content = Annotated[Any, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]})]
+_pieces_schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+    },
+}
+Content = Annotated[Any, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _pieces_schema]})]
 Parts = Annotated[Any, PlainValidator(_parts), WithJsonSchema({"anyOf": [_parts_schema, {"type": "null"}]})]
 
 
