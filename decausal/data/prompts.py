@@ -121,7 +121,7 @@ def _document_prompts(document: Encoded, max_length: int, longest: int, prompt_f
     for start in range(0, len(document.ids), max_length):
         piece = document.ids[start : start + max_length]
         length = min(int(len(piece) * prompt_fraction), len(piece) - 1, longest)
-        if length or not start:  # a rest of one token is no text
+        if len(piece) > 1 or not start:  # a rest of one token is no text
             yield piece[: max(1, length)]
 
 

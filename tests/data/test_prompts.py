@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from decausal.data.documents import read_documents
@@ -47,6 +47,7 @@ def test_of_a_conversation_the_prompt_ends_with_the_generation_prompt_of_the_las
     assert document.is_maskable[len(prompts[0])]
 
 
+@example(lengths=[4, 1], fraction=0.25, max_length=7)  # a rest of two tokens, of which a quarter is none
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     fraction=st.floats(0.01, 0.99),
