@@ -32,11 +32,14 @@ words = st.from_regex(r"[a-zA-Z_/][a-zA-Z0-9_/.\-]{0,12}", fullmatch=True).filte
     lambda word: word.lower() not in ("none", "null", "true", "false", "yes", "no", "on", "off")
 )
 NUMBERS = {int: st.integers(2, 10**6), float: st.floats(0.001, 0.9), bool: st.booleans(), str: words}
+SAMPLERS = st.fixed_dictionaries({}, optional={"threshold": st.floats(0.001, 0.9), "top_k": st.integers(2, 10**6)})
 
 
 def values_of(hint):
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
+    if hint is dict:
+        return SAMPLERS
     if hint in NUMBERS:
         return NUMBERS[hint]
     if get_origin(hint) is tuple:

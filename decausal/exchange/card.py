@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from decausal.data.sources import FILE_SUFFIX
 from decausal.errors import UserError
 from decausal.models.checkpoint import ConversionFacts
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.defaults import settings_for
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -168,7 +168,7 @@ def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) ->
 
 
 def _sampler(facts: ConversionFacts) -> dict[str, str]:
-    settings = vars(SamplerSettings().updated(**facts.sampler))
+    settings = vars(settings_for(facts))
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import Generation, end_token_ids
 from decausal.sampling.jobs import Ended, Job
@@ -64,7 +65,7 @@ class BatchEngine:
         if max_rows < 1:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
         self.converted, self.max_rows = converted, max_rows
-        self.defaults = SamplerSettings().updated(**converted.facts.sampler)
+        self.defaults = settings_for(converted.facts)
         self._ends = end_token_ids(converted)
         self._engine = engine_for(converted, max_rows=max_rows, max_length=longest_row(converted, max_length))
 

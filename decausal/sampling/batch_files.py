@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from decausal.errors import UserError, nearest
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import BatchEngine, Wanted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import Generation
 from decausal.sampling.rows import BATCH_SIZE
 from decausal.sampling.settings import ALIASES, SamplerSettings
@@ -79,7 +80,7 @@ def run_file(
     if on_error not in ON_ERROR:
         raise UserError(f"on_error={on_error!r} is not accepted: it must be one of {', '.join(ON_ERROR)}")
     source, target = Path(prompts), Path(answers)
-    defaults = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
+    defaults = settings_for(converted.facts, **options)
     num_lines = _count_lines(source)
     engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length)
     num_errors = num_tokens = 0

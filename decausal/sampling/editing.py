@@ -14,6 +14,7 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.edits import Change, apply
 from decausal.sampling.encoded import EncodedText, encode_texts
 from decausal.sampling.infilling import refuse_layout
@@ -152,7 +153,7 @@ def edit(
     choice = _Choice(num_tokens, fraction, span, find)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"rounds={rounds!r} is not accepted: it must be an integer of at least 1")
-    settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
+    settings = settings_for(converted.facts, **options)
     texts = [text] if isinstance(text, str) else list(text)
     drafts = [
         _Draft(encoded, choice.where(encoded), settings.seed + index)

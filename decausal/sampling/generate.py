@@ -9,10 +9,10 @@ from typing import Any
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.continuing import continue_in_blocks, continue_speculatively
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.engine import Finished
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
 from decausal.sampling.sampler import OnStep
-from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.speculative import Speculated
 from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
 
@@ -67,7 +67,7 @@ def generate(
     Raises:
         UserError: A bad setting, a prompt that does not fit or holds the mask token, no chat template, no start token.
     """
-    settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
+    settings = settings_for(converted.facts, **options)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     names = named("prompt", texts)
     ids = [prompt_ids(converted, text, chat) for text in texts]

@@ -9,6 +9,7 @@ from typing import Any
 
 from decausal.errors import UserError, nearest
 from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.gaps import Piece, split_gaps
 from decausal.sampling.generate import Generation
 from decausal.sampling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
@@ -94,7 +95,7 @@ def fill(
     listed = [texts] if is_one else list(texts)
     names = named("text", listed)
     split = [split_gaps(pieces, name) for pieces, name in zip(listed, names, strict=True)]
-    settings = SamplerSettings().updated(**converted.facts.sampler).updated(**options)
+    settings = settings_for(converted.facts, **options)
     gapped = [
         _gapped(converted, given, lengths, name, settings.seed + index)
         for index, ((given, lengths), name) in enumerate(zip(split, names, strict=True))

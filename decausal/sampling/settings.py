@@ -143,6 +143,11 @@ class SamplerSettings:
             raise UserError(
                 f"cache={self.cache!r} needs window: it holds keys and values of what is outside of it; give window"
             )
+        if self.speculative and self._of_whole_rows():
+            raise UserError(
+                f"{self._of_whole_rows()[0]} has no say in speculative decoding, which writes from left to right; "
+                "leave one of them out"
+            )
         if self.cache_refresh is not None and self.cache == "none":
             raise UserError(f"cache_refresh={self.cache_refresh} needs cache='prefix' or cache='dual'; give one")
 
@@ -176,18 +181,21 @@ class SamplerSettings:
         """
         if layout == "bidirectional":
             return
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in BIDIRECTIONAL_ONLY:
-            if getattr(self, name) != defaults[name]:
-                raise UserError(
-                    f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "
-                    "a model with layout 'bidirectional'"
-                )
+        for name in self._of_whole_rows():
+            raise UserError(
+                f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "
+                "a model with layout 'bidirectional'"
+            )
+
+    def _of_whole_rows(self) -> list[str]:
+        """The settings given that only make sense where whole rows are denoised."""
+        return [name for name in BIDIRECTIONAL_ONLY if getattr(self, name) != _default(name)]
 
     def updated(self, **options: Any) -> SamplerSettings:
         """Returns these settings with `options` over them.
 
-        Aliases are understood. A schedule replaces the others; without remasking or cache their details go, too.
+        Aliases are understood. A schedule replaces the others; where remasking or the cache is switched off, or
+        `speculative` switched on, what then has no say goes, too.
 
         Raises:
             UserError: An unknown name (the nearest is named), one setting given under two names, or a bad value.
@@ -196,6 +204,8 @@ class SamplerSettings:
         if any(changes.get(name) is not None for name in SCHEDULES):
             changes = dict.fromkeys(SCHEDULES) | changes
         changes |= {name: settle(changes[name]) for name, settle in _SETTLED.items() if name in changes}
+        if changes.get("speculative") is True:
+            changes = {name: _default(name) for name in (*BIDIRECTIONAL_ONLY, *_DETAILS.values())} | changes
         for name, detail in _DETAILS.items():
             if name in changes and not _takes_detail(changes[name]):
                 changes.setdefault(detail, None)
@@ -235,6 +245,10 @@ def _as_texts(stop: Any) -> Any:
     if isinstance(stop, str):
         return (stop,)
     return tuple(stop) if isinstance(stop, list) else stop
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(SamplerSettings) if field.name == name)
 
 
 def _takes_detail(value: Any) -> bool:

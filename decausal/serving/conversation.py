@@ -10,11 +10,11 @@ from jinja2 import TemplateError
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row, text_ids
-from decausal.sampling.settings import SamplerSettings
 from decausal.serving.choices import Choice
 
 Message = dict[str, str]
@@ -49,7 +49,7 @@ class Conversation:
             )
         self.system, self.messages, self.num_left_out = system, list[Message](), 0
         self._converted, self._is_stopped = converted, False
-        self.settings = SamplerSettings().updated(**converted.facts.sampler)
+        self.settings = settings_for(converted.facts)
         self.set(**options)
         self._longest = longest_row(converted, max_length)
         self._engine = engine_for(converted, max_rows=1, max_length=self._longest)

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row, named, prompt_ids, text_ids
@@ -118,7 +119,7 @@ def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerS
     options = sampler_options(body)
     seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
     try:
-        defaults = SamplerSettings().updated(**converted.facts.sampler)
+        defaults = settings_for(converted.facts)
         stop = {} if body.stop is None else {"stop": tuple(body.stop)}
         return defaults.updated(**options, **stop, seed=seed)
     except UserError as error:

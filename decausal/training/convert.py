@@ -120,6 +120,7 @@ def _prepare(
         shift=settings.shift,
         mask_token_id=mask_token_id,
         recipe={name: value for name, value in (asdict(settings) | training).items() if name != "output_dir"},
+        sampler=settings.sampler or {},
     )
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     if measure is None and settings.eval_data is not None:

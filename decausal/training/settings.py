@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from decausal.errors import UserError
+from decausal.sampling.settings import SamplerSettings
 
 LOSSES = ("token", "align", "kl", "causal_kl")
 
@@ -145,6 +146,9 @@ class ConversionSettings:
     lora_alpha: int = _setting(32, "LoRA scale")
     lora_dropout: float = _setting(0.0, "LoRA dropout")
     lora_target_modules: str | tuple[str, ...] = _setting("all-linear", "modules that get adapters, with commas")
+    sampler: dict | None = _setting(  # noqa: RUF009
+        None, "the model's own sampler settings, stored with it: {window: 32, threshold: 0.8}"
+    )
     save_dtype: Literal["source", "float32", "bfloat16"] = _setting(
         "source", "type of the final weights; checkpoints for resuming keep the master weights"
     )
@@ -168,6 +172,7 @@ class ConversionSettings:
         self._check_blocks()
         self._check_distillation()
         self._check_rollouts()
+        self._check_sampler()
 
     def _check_distillation(self) -> None:
         _inside_unit(self, "jsd_beta")
@@ -192,6 +197,17 @@ class ConversionSettings:
             raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
         if self.rows == "corpus" and self.warm_start_steps:
             raise UserError("--warm_start_steps is for --rows rollout: it says when rollouts begin")
+
+    def _check_sampler(self) -> None:
+        if self.sampler is None:
+            return
+        unnamed = [name for name in self.sampler if not isinstance(name, str)]
+        if unnamed:
+            raise UserError(f"--sampler: {unnamed[0]!r} is no name of a setting; write {{name: value}}")
+        try:
+            SamplerSettings().updated(**self.sampler).refuse_layout(self.layout)
+        except UserError as error:
+            raise UserError(f"--sampler: {error}") from error
 
     def _check_blocks(self) -> None:
         if self.layout == "block":

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from decausal.errors import UserError
+from decausal.sampling.settings import CACHES, CONFIDENCES, ORDERS, REMASKINGS
 from decausal.verbs.flags import given
 
 
@@ -26,7 +27,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_steps", "--steps", "--denoising_steps", type=int, help="denoising steps, spread evenly")
     parser.add_argument("--threshold", "--confidence_threshold", type=float, help="keep all that is as sure (0.9)")
     parser.add_argument("--entropy_bound", type=float, help="keep what is nearly independent, in nats")
-    parser.add_argument("--confidence", choices=("probability", "margin", "entropy"), help="what 'sure' means")
+    parser.add_argument("--confidence", choices=CONFIDENCES, help="what 'sure' means")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
@@ -35,7 +36,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculative", action="store_true", default=None, help="masks draft what the same weights verify causally"
     )
-    parser.add_argument("--remask", action="store_true", default=None, help="let kept tokens be reconsidered")
+    parser.add_argument("--order", choices=ORDERS, help="what is kept first (confidence)")
+    parser.add_argument("--window", type=int, help="open positions that are decided at a time, left to right")
+    parser.add_argument("--cache", choices=CACHES, help="what a pass inside a window does not read again (none)")
+    parser.add_argument("--cache_refresh", type=int, help="passes after which the whole row is read again")
+    parser.add_argument("--guidance", type=float, help="lead away from what the model writes without the prompt (0)")
+    parser.add_argument(
+        "--remask", action="store_const", const="p2", help="let kept tokens be reconsidered: --remasking p2"
+    )
+    parser.add_argument("--remasking", dest="remask", choices=("none", *REMASKINGS), help="how tokens are opened again")
+    parser.add_argument("--remask_rate", type=float, help="of remdm and remdm_loop: chance of a kept token (0.02)")
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +62,13 @@ _OPTIONS = (
     "top_p",
     "seed",
     "stop",
+    "order",
+    "window",
+    "cache",
+    "cache_refresh",
+    "guidance",
     "remask",
+    "remask_rate",
     "speculative",
 )
 

@@ -1,0 +1,118 @@
+"""Sampler settings that are stored with a model: how they get there, what they do, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decausal.config import resolve
+from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
+from decausal.sampling.generate import generate
+from decausal.sampling.model import DiffusionModel, load
+from decausal.sampling.settings import SamplerSettings
+from decausal.training.settings import ConversionSettings
+from decausal.verbs.flags import VerbParser
+from decausal.verbs.sampling import add_sampling_flags, sampler_options
+from tests.runs import run, save_source, write_text
+from tests.sampling.stand_ins import conversion_facts
+from tests.sampling.tiny_models import converted
+
+
+def settings_of(flags: list[str]) -> dict[str, Any] | None:
+    settings, _ = resolve(ConversionSettings, {}, ["--data", "x", *flags])
+    return settings.sampler
+
+
+def test_a_conversion_stores_settings_that_its_model_then_samples_by(tmp_path: Path) -> None:
+    sampler = {"window": 3, "num_steps": 5, "cache": "dual"}
+    text = write_text(tmp_path / "text.jsonl")
+    run(save_source(tmp_path / "source"), text, tmp_path / "out", sampler=sampler)
+    model = load(tmp_path / "out")
+    assert model.facts.sampler == sampler
+    without = DiffusionModel(Converted(model.model, model.tokenizer, replace(model.facts, sampler={})))
+    assert model.generate("the rain", max_new_tokens=8) == without.generate("the rain", max_new_tokens=8, **sampler)
+
+
+@pytest.mark.parametrize("written", ["{window: 32, cache: dual}", '{"window": 32, "cache": "dual"}'])
+def test_the_flag_takes_yaml_and_json(written: str) -> None:
+    assert settings_of(["--sampler", written]) == {"window": 32, "cache": "dual"}
+    assert settings_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--sampler", "{windw: 3}"], "did you mean 'window'"),
+        (["--sampler", "{window: 0}"], "window=0 is not accepted"),
+        (["--sampler", "{1: 2}"], "1 is no name of a setting"),
+        (["--sampler", "{cache: dual}"], "needs window"),
+        (["--sampler", "window"], "--sampler"),
+        (
+            ["--sampler", "{window: 4}", "--layout", "block", "--block_size", "4"],
+            "--sampler: window is not possible under layout 'block'",
+        ),
+    ],
+)
+def test_a_conversion_refuses_settings_that_its_model_cannot_honour(flags: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        settings_of(flags)
+
+
+def test_a_call_goes_over_what_is_stored_and_that_over_the_defaults() -> None:
+    facts = conversion_facts(5, sampler={"window": 8, "threshold": 0.7, "cache": "dual", "cache_refresh": 4})
+    assert settings_for(facts) == SamplerSettings(window=8, threshold=0.7, cache="dual", cache_refresh=4)
+    found = settings_for(facts, num_steps=6, cache="none")
+    assert found == SamplerSettings(window=8, num_steps=6)
+    assert settings_for(facts, speculative=True) == SamplerSettings(threshold=0.7, speculative=True)
+
+
+def test_what_the_facts_hold_amiss_is_told_with_the_file() -> None:
+    with pytest.raises(UserError, match=r"^decausal\.json, 'sampler': unknown sampler setting 'windw'"):
+        settings_for(conversion_facts(5, sampler={"windw": 8}))
+    with pytest.raises(UserError, match=r"^decausal\.json, 'sampler': window is not possible under layout 'block'"):
+        settings_for(conversion_facts(5, layout="block", block_size=4, sampler={"window": 8}))
+
+
+@pytest.mark.parametrize(
+    ("facts", "options"),
+    [
+        ({"layout": "block", "block_size": 4}, {"window": 4}),
+        ({"layout": "block", "block_size": 4}, {"guidance": 1.0}),
+        ({"layout": "block", "block_size": 4}, {"remask": "remdm", "num_steps": 4}),
+        ({"layout": "causal"}, {"order": "random", "num_steps": 4}),
+        ({"layout": "causal"}, {"remask": True}),
+    ],
+)
+def test_generate_refuses_what_the_layout_cannot_honour(facts: dict[str, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"is not possible under layout '{facts['layout']}'"):
+        generate(converted(**facts), "import", max_new_tokens=4, **options)
+
+
+def test_speculation_and_settings_of_whole_rows_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="window has no say in speculative decoding"):
+        SamplerSettings().updated(window=4, speculative=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--remask"], {"remask": "p2"}),
+        (["--remasking", "remdm", "--remask_rate", "0.1"], {"remask": "remdm", "remask_rate": 0.1}),
+        (["--remasking", "none"], {"remask": "none"}),
+        (
+            ["--window", "8", "--cache", "prefix", "--cache_refresh", "4"],
+            {"window": 8, "cache": "prefix", "cache_refresh": 4},
+        ),
+        (["--order", "random", "--guidance", "1.5"], {"order": "random", "guidance": 1.5}),
+    ],
+)
+def test_every_flag_is_the_setting_of_its_name(flags: list[str], options: dict[str, Any]) -> None:
+    parser = VerbParser("generate", "")
+    add_sampling_flags(parser)
+    assert sampler_options(parser.parse_args(flags)) == options
