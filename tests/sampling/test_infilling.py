@@ -194,7 +194,7 @@ def test_coarse_lengths_reach_from_one_to_the_most_and_never_more_than_double(mo
 
 def escaped(text: str, is_before_gap: bool) -> str:
     text = re.sub(r"(\\*)(\{gap(:[^{}\n]*)?\})", lambda match: match[1] * 2 + "\\" + match[2], text)
-    return re.sub(r"(\\+)$", lambda match: match[1] * 2, text) if is_before_gap else text
+    return re.sub(r"(\\+)\Z", lambda match: match[1] * 2, text) if is_before_gap else text
 
 
 FRAGMENTS = st.lists(st.sampled_from(["{gap}", "{gap:4}", "\\", "{", "}", "a", "\n", "{{gap}}", "{gap:"]), max_size=6)
@@ -204,7 +204,7 @@ FRAGMENTS = st.lists(st.sampled_from(["{gap}", "{gap:4}", "\\", "{", "}", "a", "
 def test_any_text_can_be_written_with_gaps_in_it(fragments: list[list[str]], data: st.DataObject) -> None:
     texts = ["".join(parts) for parts in fragments]
     # A text may not end in what the gap behind it would complete to a mark.
-    texts = [text + "." if re.search(r"\{(gap)?:?[^{}\n]*$", text) else text for text in texts]
+    texts = [text + "." if re.search(r"\{(gap)?:?[^{}\n]*\Z", text) else text for text in texts]
     lengths = [data.draw(st.none() | st.integers(1, 99)) for _ in texts[1:]]
     template, pieces = "", []
     for index, text in enumerate(texts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import resource
 from importlib import import_module
@@ -75,35 +74,34 @@ def test_a_disk_full_at_the_first_save_leaves_nothing(tmp_path, monkeypatch, sou
 
 
 class LimitFiles(TrainerCallback):
-    """From a step on, the kernel refuses to let any file grow beyond a size."""
+    """From a step on, the kernel refuses to let any file of this process grow beyond a size."""
 
     def __init__(self, step: int, largest_file: int) -> None:
-        self.step, self.limits = step, (largest_file, largest_file)
+        self.step, self.largest_file = step, largest_file
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, hard))
 
 
-def _run_limited(source: Path, text: Path, output_dir: Path, limit: LimitFiles, told) -> None:
-    try:
-        run(source, text, output_dir, callbacks=[limit])
-    except UserError as error:
-        told.put(str(error))
+@pytest.fixture
+def _files_of_any_size_afterwards():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # The weights, written by Rust, have 100 kB, the optimizer's state, written by C++, 200 kB: each fails in its own way.
 @pytest.mark.parametrize("largest_file", [50_000, 150_000], ids=["weights", "optimizer"])
+@pytest.mark.usefixtures("_files_of_any_size_afterwards")
 def test_when_the_kernel_refuses_to_write_the_last_good_checkpoint_goes_on(tmp_path, source, text, whole, largest_file):
-    fork = multiprocessing.get_context("fork")
-    told, output_dir = fork.SimpleQueue(), tmp_path / "out"
-    process = fork.Process(target=_run_limited, args=(source, text, output_dir, LimitFiles(2, largest_file), told))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    message = told.get()
-    assert message.startswith(f"cannot save to {output_dir}: ")
-    assert "checkpoint-2 is whole" in message
+    output_dir, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError) as refused:
+        run(source, text, output_dir, callbacks=[LimitFiles(2, largest_file)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(refused.value).startswith(f"cannot save to {output_dir}: ")
+    assert "checkpoint-2 is whole" in str(refused.value)
     assert not (output_dir / STAGING).exists()
     run(source, text, output_dir, resume_from_checkpoint="true")
     assert_same(weights(output_dir), whole)
