@@ -34,7 +34,7 @@ from decausal.data.documents import read_documents
 from decausal.models.adapt import FACTS_FILE
 from decausal.models.checkpoint import ConversionFacts, read_facts
 from decausal.provenance import provenance
-from decausal.sampling.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings
 
 BASELINE = "transformers"

@@ -4,7 +4,7 @@ Two kinds of gaps: `span`, 1 to --max_gap tokens (uniform) anywhere in a text, a
 its end. Three questions, on the same gaps, with greedy decoding:
 
 - rules: every length from 1 to --max_gap is filled, and rules to rank the fillings are compared;
-- searches: what the library finds (`decausal.sampling.lengths`), with how many passes;
+- searches: what the library finds (`decausal.sampling.filling.lengths`), with how many passes;
 - the true length, given: what an exact length would be worth.
 
     decausal convert tiny --recipe repr-align --data stdlib --data_fraction 0.3 --max_length 256 \\
@@ -34,7 +34,7 @@ from rich.table import Table
 import decausal
 from decausal.data.documents import read_documents
 from decausal.provenance import provenance
-from decausal.sampling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, scored_positions
+from decausal.sampling.filling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, scored_positions
 from decausal.sampling.rows import Row, fill_rows, text_ids
 from decausal.sampling.scoring import score_tokens
 from decausal.sampling.settings import SamplerSettings
@@ -151,7 +151,7 @@ def by_rules(model: Any, gaps: list[Gap], settings: SamplerSettings, most: int) 
 
 
 def by_search(model: Any, gaps: list[Gap], search: str, flags: argparse.Namespace) -> Tally:
-    from decausal.sampling.lengths import GappedText, choose_lengths
+    from decausal.sampling.filling.lengths import GappedText, choose_lengths
 
     tally, settings = Tally(), SamplerSettings(threshold=flags.threshold)
     start = time.process_time()

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.documents import Record, read_documents
+from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.model import DiffusionModel
-from decausal.sampling.sampler import OnStep
 
 MOST_DOCUMENTS = 500  # of a large data set, the first ones are choice enough
 LINES_BEFORE, LINES_BEHIND = 9, 5

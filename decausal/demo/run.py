@@ -25,7 +25,7 @@ from decausal.evaluation.results import ArLikelihood, Ratio, nelbo_difference
 from decausal.models.architecture import context_length
 from decausal.reporting.environment import is_fast_in_bf16, quiet_libraries
 from decausal.sampling.model import load
-from decausal.sampling.watch import Watch
+from decausal.sampling.watching.watch import Watch
 from decausal.training.run_directory import claimed
 from decausal.training.settings import ConversionSettings
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from decausal.models.checkpoint import Converted
-from decausal.sampling.block_jobs import BlockJobs
+from decausal.sampling.bidirectional.row_engine import RowEngine
+from decausal.sampling.blocks.jobs import BlockJobs
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Engine
-from decausal.sampling.row_engine import RowEngine
 
 
 def engine_for(converted: Converted, *, max_rows: int, max_length: int, is_autoregressive: bool = False) -> Engine:

@@ -8,12 +8,12 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.continuing import continue_in_blocks, continue_speculatively
+from decausal.sampling.bidirectional.sampler import OnStep
+from decausal.sampling.blocks.continuing import continue_in_blocks, continue_speculatively
+from decausal.sampling.blocks.engine import Finished
+from decausal.sampling.blocks.speculative import Speculated
 from decausal.sampling.defaults import settings_for
-from decausal.sampling.engine import Finished
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
-from decausal.sampling.sampler import OnStep
-from decausal.sampling.speculative import Speculated
 from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
 
 

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.sampling import batch_files, editing, infilling
+from decausal.sampling import batch_files
 from decausal.sampling import generate as generating
 from decausal.sampling.batch import BatchEngine
 from decausal.sampling.batch_files import BatchResult, OnProgress
-from decausal.sampling.editing import GROUPS, Edit, TokenConfidence
-from decausal.sampling.gaps import Piece
+from decausal.sampling.bidirectional.sampler import OnStep
+from decausal.sampling.editing import edit as editing
+from decausal.sampling.editing.edit import GROUPS, Edit, TokenConfidence
+from decausal.sampling.filling import infilling
+from decausal.sampling.filling.gaps import Piece
+from decausal.sampling.filling.infilling import MAX_GAP, Filling
 from decausal.sampling.generate import Generation
-from decausal.sampling.infilling import MAX_GAP, Filling
 from decausal.sampling.rows import BATCH_SIZE
-from decausal.sampling.sampler import OnStep
 
 
 class DiffusionModel:
@@ -65,7 +67,7 @@ class DiffusionModel:
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Filling | list[Filling]:
-        """Fills one gap or many, of given or unknown length; see `decausal.sampling.infilling.fill`."""
+        """Fills one gap or many, of given or unknown length; see `decausal.sampling.filling.infilling.fill`."""
         return infilling.fill(
             self._converted,
             texts,
@@ -88,7 +90,7 @@ class DiffusionModel:
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
-        """Writes what is missing between prefix and suffix; see `decausal.sampling.infilling.infill`."""
+        """Writes what is missing between prefix and suffix; see `decausal.sampling.filling.infilling.infill`."""
         return infilling.infill(
             self._converted,
             prefix,
@@ -115,7 +117,7 @@ class DiffusionModel:
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Edit | list[Edit]:
-        """Rewrites what fits least, or a marked span; see `decausal.sampling.editing.edit`."""
+        """Rewrites what fits least, or a marked span; see `decausal.sampling.editing.edit.edit`."""
         return editing.edit(
             self._converted,
             text,
@@ -133,7 +135,7 @@ class DiffusionModel:
     def confidences(
         self, text: str | Sequence[str], *, groups: int = GROUPS, batch_size: int = BATCH_SIZE
     ) -> list[TokenConfidence] | list[list[TokenConfidence]]:
-        """Says how probable each token of a text is; see `decausal.sampling.editing.confidences`."""
+        """Says how probable each token of a text is; see `decausal.sampling.editing.edit.confidences`."""
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
     def engine(self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None) -> BatchEngine:

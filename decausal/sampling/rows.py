@@ -15,7 +15,7 @@ from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.sampling.sampler import OnStep, denoise
+from decausal.sampling.bidirectional.sampler import OnStep, denoise
 from decausal.sampling.settings import SamplerSettings
 
 BATCH_SIZE = 16

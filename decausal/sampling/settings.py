@@ -74,7 +74,7 @@ class SamplerSettings:
         stop: Texts that end a row; the text stops before them. One string, or several.
         speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
             pass verifies those drafted before. Temperature, top_k and top_p hold; schedules play no part. See
-            `decausal.sampling.speculative`.
+            `decausal.sampling.blocks.speculative`.
 
     Raises:
         UserError: A value outside its range, or settings that exclude each other.

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from decausal.models.checkpoint import ConversionFacts
-from decausal.sampling.engine import BlockEngine, Finished, Request
+from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
 from decausal.sampling.settings import SamplerSettings
 
 NEVER = torch.iinfo(torch.int64).max

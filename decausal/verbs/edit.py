@@ -68,7 +68,7 @@ def _text(flags: argparse.Namespace) -> str:
 def _print(edit: Any, flags: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from decausal.sampling.edits import coloured_diff, word_diff
+    from decausal.sampling.editing.changes import coloured_diff, word_diff
 
     if flags.json:
         print(json.dumps(edit.as_dict(), ensure_ascii=False))

@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     if flags.text is not None and flags.length is not None:
         raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
     check_recording(flags)
-    from decausal.sampling.gaps import parse_gaps
+    from decausal.sampling.filling.gaps import parse_gaps
     from decausal.sampling.model import load
 
     pieces = None if flags.text is None else parse_gaps(flags.text)

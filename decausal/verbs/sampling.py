@@ -79,7 +79,7 @@ def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
         return
     if num_texts > 1:
         raise UserError(f"--record shows one text being written, and {num_texts} are given: give one")
-    from decausal.sampling.record import check_recording as check
+    from decausal.sampling.watching.record import check_recording as check
 
     check(flags.record)
 
@@ -87,8 +87,8 @@ def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
 @contextmanager
 def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[Callable[..., None] | None]:
     """Shows the steps in the terminal, writes them to a file, both or neither; yields what to call after each step."""
-    from decausal.sampling.record import Recorder
-    from decausal.sampling.watch import Watch
+    from decausal.sampling.watching.record import Recorder
+    from decausal.sampling.watching.watch import Watch
 
     with ExitStack() as stack:
         viewers: list[Callable[..., None]] = []

@@ -75,7 +75,7 @@ def visit(browser: Browser, server: Running, request: pytest.FixtureRequest) -> 
 
 
 def test_gaps_are_filled_and_the_slider_goes_back_through_the_passes(visit: Visit, models: list[Converted]) -> None:
-    from decausal.sampling.infilling import infill
+    from decausal.sampling.filling.infilling import infill
 
     page = visit.page
     page.locator("#schedule").select_option("num_steps")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from decausal.diffusion.doubled import double
 from decausal.models.backbone import body_forward
-from decausal.sampling.engine import BlockEngine, Finished, Request
+from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
 from decausal.sampling.settings import SamplerSettings
 from tests.families import SLIDING_WINDOW
 from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, decode, sharp_model

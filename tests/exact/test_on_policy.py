@@ -14,7 +14,7 @@ from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.tokens import logits
-from decausal.sampling.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.rollout_states import relative_steps, rows_of, states_of
 from decausal.training.rollouts import Rollout, as_rollout

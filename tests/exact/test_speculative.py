@@ -17,8 +17,8 @@ from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives import tokens
+from decausal.sampling.blocks.speculative import speculate
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.speculative import speculate
 from tests.families import FAMILIES, VOCAB_SIZE
 
 CAUSAL = Layout("causal")
@@ -151,8 +151,8 @@ def test_sampled_text_has_the_causal_models_distribution(shift, options):
 
 
 def exact_distribution(model, prompt, own):
+    from decausal.sampling.blocks.speculative import probabilities
     from decausal.sampling.row_settings import RowSettings
-    from decausal.sampling.speculative import probabilities
 
     chances = {(): 1.0}
     for _ in range(own.max_new_tokens):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.tokens import Head
-from decausal.sampling import denoiser, window_cache
+from decausal.sampling.bidirectional import denoiser, window_cache
 
 
 def conversion_facts(mask_token_id: int, **changes: Any) -> ConversionFacts:

@@ -9,7 +9,7 @@ import torch
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.block_jobs import BlockJobs
+from decausal.sampling.blocks.jobs import BlockJobs
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import end_token_ids, generate
 from decausal.sampling.jobs import Job, run

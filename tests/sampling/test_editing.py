@@ -17,10 +17,10 @@ from tokenizers import processors
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted, save_converted
-from decausal.sampling.editing import Edit, confidences, edit
-from decausal.sampling.edits import Change, apply, coloured_diff, word_diff
-from decausal.sampling.encoded import encode_texts
-from decausal.sampling.infilling import fill
+from decausal.sampling.editing.changes import Change, apply, coloured_diff, word_diff
+from decausal.sampling.editing.edit import Edit, confidences, edit
+from decausal.sampling.editing.encoded import encode_texts
+from decausal.sampling.filling.infilling import fill
 from decausal.verbs.edit import run
 from tests.families import MAX_LENGTH
 from tests.sampling.tiny_models import converted

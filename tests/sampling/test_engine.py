@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.errors import UserError
 from decausal.sampling import selection
-from decausal.sampling.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES, MAX_LENGTH, tiny_tokenizer
 from tests.sampling.block_decoding import MASK, block_facts, sharp_model
@@ -115,7 +115,7 @@ def test_positions_behind_a_kept_end_are_no_candidates_any_more(monkeypatch: pyt
         counts.append(len(states))
         return tokens[index], sure[index]
 
-    monkeypatch.setattr("decausal.sampling.block_rows.candidates", candidates)
+    monkeypatch.setattr("decausal.sampling.blocks.rows.candidates", candidates)
     (row,) = made.run([Request([4] * 4, SamplerSettings(max_new_tokens=8, num_steps=4))])
     assert (row.ids, row.step_of_token, row.finish_reason) == ([5, 6, 3], [2, 1, 0], "end")
     assert (row.whole_ids, row.whole_steps) == ([5, 6, 3, MASK], [2, 1, 0, -1])

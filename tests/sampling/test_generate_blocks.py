@@ -18,7 +18,7 @@ from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling.generate import generate
-from decausal.sampling.watch import Watch
+from decausal.sampling.watching.watch import Watch
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
 

@@ -8,9 +8,9 @@ import pytest
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import generate
-from decausal.sampling.infilling import infill
 from decausal.sampling.settings import SamplerSettings
 from tests.sampling.tiny_models import converted
 

@@ -9,8 +9,8 @@ import torch
 
 from decausal.diffusion.shift import predicting_index
 from decausal.models import backbone
+from decausal.sampling.bidirectional.sampler import SamplerSettings, denoise
 from decausal.sampling.generate import generate
-from decausal.sampling.sampler import SamplerSettings, denoise
 from decausal.sampling.selection import guided
 from tests.sampling.stand_ins import conversion_facts, written
 from tests.sampling.tiny_models import converted

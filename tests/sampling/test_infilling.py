@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from decausal.errors import UserError
 from decausal.models import backbone
 from decausal.models.checkpoint import Converted
-from decausal.sampling.gaps import Piece, parse_gaps, split_gaps
-from decausal.sampling.infilling import fill, infill
-from decausal.sampling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, coarse_lengths
+from decausal.sampling.bidirectional.sampler import SamplerSettings, denoise
+from decausal.sampling.filling.gaps import Piece, parse_gaps, split_gaps
+from decausal.sampling.filling.infilling import fill, infill
+from decausal.sampling.filling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, coarse_lengths
 from decausal.sampling.rows import Row, ids_behind, prompt_ids, text_ids
-from decausal.sampling.sampler import SamplerSettings, denoise
 from decausal.sampling.scoring import score_tokens
 from tests.families import MAX_LENGTH
 from tests.sampling.tiny_models import converted

@@ -11,10 +11,10 @@ from PIL import Image, ImageSequence
 
 from decausal.cli import main
 from decausal.errors import UserError
-from decausal.sampling.animation import Cell, Page
 from decausal.sampling.generate import generate
-from decausal.sampling.record import Recorder
-from decausal.sampling.watch import colour_of_step
+from decausal.sampling.watching.animation import Cell, Page
+from decausal.sampling.watching.record import Recorder
+from decausal.sampling.watching.watch import colour_of_step
 from tests.families import tiny_tokenizer
 from tests.sampling.tiny_models import converted
 

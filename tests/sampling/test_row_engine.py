@@ -11,11 +11,11 @@ import torch
 from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
+from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.engines import engine_for
+from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import end_token_ids, generate
-from decausal.sampling.infilling import infill
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.row_engine import RowEngine
 from decausal.sampling.rows import Row, prompt_ids, text_after, text_ids
 from decausal.sampling.settings import SamplerSettings
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.errors import UserError
 from decausal.sampling import selection
+from decausal.sampling.bidirectional.sampler import Denoised, SamplerSettings, denoise
 from decausal.sampling.candidates import choose, uniform_numbers
-from decausal.sampling.sampler import Denoised, SamplerSettings, denoise
 from tests.sampling.stand_ins import WrittenModel, conversion_facts, sure_of, written
 
 PROBABILITIES = [0.5, 0.92, 0.7, 0.97, 0.6]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from decausal.sampling.watch import OPEN_POSITION, Watch
+from decausal.sampling.watching.watch import OPEN_POSITION, Watch
 from tests.families import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -10,10 +10,10 @@ import torch
 from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
+from decausal.sampling.bidirectional.sampler import Denoised, SamplerSettings, denoise
+from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import generate
-from decausal.sampling.infilling import infill
 from decausal.sampling.rows import Row, padded, prompt_ids, text_ids
-from decausal.sampling.sampler import Denoised, SamplerSettings, denoise
 from tests.families import FAMILIES, SLIDING_WINDOW, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
 from tests.sampling.tiny_models import converted

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from decausal.models.checkpoint import Converted
+from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import generate
-from decausal.sampling.infilling import infill
 from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.engine import BlockEngine, Finished, Request, StepEvent
+from decausal.sampling.bidirectional.sampler import OnStep
+from decausal.sampling.blocks.engine import BlockEngine, Finished, Request, StepEvent
+from decausal.sampling.blocks.speculative import Speculated, speculate
 from decausal.sampling.rows import Row
-from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.speculative import Speculated, speculate
 from decausal.sampling.stopping import tokens_to_stop
 
 

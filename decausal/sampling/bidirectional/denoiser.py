@@ -16,13 +16,13 @@ from torch import Tensor
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.tokens import Head
+from decausal.sampling.bidirectional.decode_windows import Window, current_window
+from decausal.sampling.bidirectional.remasking import opened_at_random
+from decausal.sampling.bidirectional.window_cache import Reading, WindowReader
 from decausal.sampling.candidates import uniform_numbers
-from decausal.sampling.decode_windows import Window, current_window
-from decausal.sampling.remasking import opened_at_random
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.selection import best, candidates, num_to_keep
 from decausal.sampling.settings import ORDERS
-from decausal.sampling.window_cache import Reading, WindowReader
 
 ORDERING_STEPS = 2**41
 """Added to the step, so that a random order is drawn from other numbers than tokens are."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from decausal.diffusion.shift import predictable
 from decausal.errors import UserError
 from decausal.models.checkpoint import ConversionFacts
-from decausal.sampling.denoiser import Denoiser, OpenRows, Step
+from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 
@@ -195,7 +195,7 @@ def _refuse_what_cannot_be_sampled(
     if facts.layout == "block":
         raise UserError(
             f"this model has layout 'block' (block size {facts.block_size}): it is denoised not all at once "
-            "but block by block, as generate does (sampling.engine.BlockEngine)"
+            "but block by block, as generate does (sampling.blocks.engine.BlockEngine)"
         )
     if settings.cache != "none" and bool((document_ids > 0).any()):
         raise UserError(f"cache={settings.cache!r} needs rows of one document each; leave it out, or split the rows")

@@ -18,10 +18,10 @@ from decausal.models.architecture import context_length
 from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.checkpoint import ConversionFacts
-from decausal.sampling.block_rows import BlockRows, NewRow
-from decausal.sampling.requests import ActiveRow, Finished, Request, StepEvent
+from decausal.sampling.blocks.requests import ActiveRow, Finished, Request, StepEvent
+from decausal.sampling.blocks.rows import BlockRows, NewRow
+from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.windows import Reader
 
 __all__ = ["BlockEngine", "Finished", "Request", "StepEvent"]
 

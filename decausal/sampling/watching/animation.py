@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 
 from rich.cells import cell_len, set_cell_size
 
-from decausal.sampling.watch import colour_of_step
+from decausal.sampling.watching.watch import colour_of_step
 
 CHARACTER = (8, 18)
 """Width and height of a character, in pixels."""

@@ -19,7 +19,7 @@ from decausal.diffusion.layout import Layout
 from decausal.models.architecture import layer_windows
 from decausal.models.backbone import stock_model
 from decausal.models.block_cache import BlockCache, cached_forward, visible_by_layer
-from decausal.sampling.block_rows import BlockRows
+from decausal.sampling.blocks.rows import BlockRows
 
 # CPU: with 8 and 32 rows out of step, 4e8 to 8e8 was faster than 0, 2e8 or no limit (embedded shape, one thread). CUDA:
 # not measured; these are 170 tokens at Qwen3-0.6B, which a GPU should compute in the time it takes to read the weights.

@@ -13,7 +13,7 @@ from tokenizers import processors
 from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.edits import Change
+from decausal.sampling.editing.changes import Change
 from decausal.sampling.rows import Row, named, prompt_ids, text_after
 
 CONTEXT_IDS = 64

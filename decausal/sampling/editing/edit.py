@@ -14,12 +14,12 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
+from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.defaults import settings_for
-from decausal.sampling.edits import Change, apply
-from decausal.sampling.encoded import EncodedText, encode_texts
-from decausal.sampling.infilling import refuse_layout
+from decausal.sampling.editing.changes import Change, apply
+from decausal.sampling.editing.encoded import EncodedText, encode_texts
+from decausal.sampling.filling.infilling import refuse_layout
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows
-from decausal.sampling.sampler import OnStep
 from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from decausal.sampling.bidirectional.decode_windows import Window
 from decausal.sampling.candidates import uniform_numbers
-from decausal.sampling.decode_windows import Window
 from decausal.sampling.selection import LOOP_START, LOOP_STOP, best, num_due
 
 OPENING_STEPS = 2**40

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decausal.errors import UserError
-from decausal.sampling.animation import Cell, Frame, write_gif, write_svg
-from decausal.sampling.watch import decoded
+from decausal.sampling.watching.animation import Cell, Frame, write_gif, write_svg
+from decausal.sampling.watching.watch import decoded
 
 WRITERS = {".svg": write_svg, ".gif": write_gif}
 

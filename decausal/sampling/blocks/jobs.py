@@ -14,10 +14,10 @@ from torch import Tensor
 from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import Converted
-from decausal.sampling.engine import BlockEngine
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.requests import Request, StepEvent
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
-from decausal.sampling.requests import Request, StepEvent
 
 
 class BlockJobs:

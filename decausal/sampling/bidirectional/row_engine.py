@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.denoiser import Denoiser, OpenRows, Step
+from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings

@@ -9,10 +9,11 @@ from typing import Any
 
 from decausal.errors import UserError, nearest
 from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.defaults import settings_for
-from decausal.sampling.gaps import Piece, split_gaps
+from decausal.sampling.filling.gaps import Piece, split_gaps
+from decausal.sampling.filling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
 from decausal.sampling.generate import Generation
-from decausal.sampling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
 from decausal.sampling.rows import (
     BATCH_SIZE,
     Filled,
@@ -23,7 +24,6 @@ from decausal.sampling.rows import (
     prompt_ids,
     text_after,
 )
-from decausal.sampling.sampler import OnStep
 from decausal.sampling.settings import SamplerSettings
 
 MAX_GAP = 32

@@ -1,0 +1,1 @@
+"""Gaps in texts, of given or unknown length."""

@@ -1,0 +1,1 @@
+"""Denoising to look at: live in the terminal, or recorded."""
