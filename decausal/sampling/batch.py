@@ -12,11 +12,10 @@ from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import Generation, end_token_ids
-from decausal.sampling.jobs import Ended, Job
-from decausal.sampling.rows import BATCH_SIZE, Row, prompt_ids, text_after
+from decausal.sampling.generate import Generation, continuation, end_token_ids
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import BATCH_SIZE, Row, prompt_ids
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.stopping import cut_at_stop
 
 LONGEST = 4096
 """Tokens of a row where neither the model nor the caller says how many."""
@@ -114,7 +113,9 @@ class BatchEngine:
                 for progress in self._engine.step() if running else ():
                     if progress.ended is not None:
                         index, prompt, job = running.pop(progress.ticket)
-                        finished[index] = self._generation(prompt, job, progress.ended)
+                        finished[index] = continuation(
+                            self.converted, prompt.text, job.row.given[0], progress.ended, job.settings.stop
+                        )
                 while num_told in finished:
                     answer = finished.pop(num_told)
                     num_told += 1
@@ -148,19 +149,6 @@ class BatchEngine:
         row = Row((ids, []), (settings.max_new_tokens,), wanted.name)
         row.check(self.converted)
         return Job(row, settings, settings.seed, self._ends)
-
-    def _generation(self, wanted: Wanted, job: Job, ended: Ended) -> Generation:
-        whole = text_after(self.converted.tokenizer, job.row.given[0], ended.ids)
-        text = cut_at_stop(whole, job.settings.stop)
-        return Generation(
-            text=text,
-            full_text=wanted.text + text,
-            ids=ended.ids,
-            step_of_token=ended.step_of_token,
-            num_forwards=ended.num_forwards,
-            tokens_per_forward=len(ended.ids) / ended.num_forwards,
-            finish_reason=ended.reason,
-        )
 
 
 def longest_row(converted: Converted, max_length: int | None) -> int:

@@ -1,16 +1,24 @@
-"""The engine that fits a model."""
+"""The engine that fits a model, and each job to the engine that fits its settings."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.jobs import BlockJobs
+from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.generate import end_token_ids
-from decausal.sampling.jobs import Engine
+from decausal.sampling.jobs import Engine, Job, Progress
 
 
 def engine_for(converted: Converted, *, max_rows: int, max_length: int, is_autoregressive: bool = False) -> Engine:
     """Returns an engine for the model's layout; the same jobs give the same answers as `generate` and `infill`.
+
+    Rows that are to be speculated share no pass with rows that are denoised: where both are there, a step is one pass
+    of each, over `max_rows` of each. Memory for a kind is taken when its first row comes.
 
     Args:
         converted: Model, tokenizer and facts.
@@ -18,7 +26,57 @@ def engine_for(converted: Converted, *, max_rows: int, max_length: int, is_autor
         max_length: Longest row, given and written tokens together.
         is_autoregressive: Write a causal model's rows from left to right, one token with every pass, with a cache.
     """
+    denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
         ends = end_token_ids(converted)
-        return BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends)
-    return RowEngine(converted, max_rows=max_rows, max_length=max_length)
+        denoising = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends)
+    else:
+        denoising = RowEngine(converted, max_rows=max_rows, max_length=max_length)
+    return _BySettings(denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length))
+
+
+class _BySettings:
+    """Two engines as one: jobs whose settings say `speculative` go to the second, which is made for the first of them.
+
+    A ticket is twice that of the engine which holds the row, one more for the second.
+    """
+
+    def __init__(self, denoising: Engine, make_speculative: Callable[[], Engine]) -> None:
+        self._denoising, self._make_speculative = denoising, make_speculative
+
+    @cached_property
+    def _speculative(self) -> Engine:
+        return self._make_speculative()
+
+    def _engines(self) -> list[Engine]:
+        return [self._denoising, *([self._speculative] if "_speculative" in vars(self) else [])]
+
+    @property
+    def num_running(self) -> int:
+        """Rows that hold a place."""
+        return sum(engine.num_running for engine in self._engines())
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait for one."""
+        return sum(engine.num_waiting for engine in self._engines())
+
+    def submit(self, job: Job) -> int:
+        """Takes a row on and returns its ticket. Raises UserError for a row that cannot be written."""
+        which = int(job.settings.speculative)
+        engine = self._speculative if which else self._denoising
+        return 2 * engine.submit(job) + which
+
+    def cancel(self, ticket: int) -> None:
+        """Gives a row up, running or waiting."""
+        own, which = divmod(ticket, 2)
+        for engine in self._engines()[which : which + 1]:
+            engine.cancel(own)
+
+    def step(self) -> list[Progress]:
+        """Fills free places, runs one pass of each engine that has rows, and tells of every row that took part."""
+        return [
+            replace(progress, ticket=2 * progress.ticket + which)
+            for which, engine in enumerate(self._engines())
+            for progress in engine.step()
+        ]

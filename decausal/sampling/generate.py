@@ -11,8 +11,8 @@ from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.blocks.continuing import continue_in_blocks, continue_speculatively
 from decausal.sampling.blocks.engine import Finished
-from decausal.sampling.blocks.speculative import Speculated
 from decausal.sampling.defaults import settings_for
+from decausal.sampling.jobs import Ended
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
 from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
 
@@ -76,7 +76,7 @@ def generate(
         if on_step is not None:
             raise UserError("speculative decoding has no steps of denoising to show; leave it out, or do not watch")
         written = continue_speculatively(converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size)
-        generations = [_speculated(converted, *each, settings.stop) for each in zip(texts, ids, written, strict=True)]
+        generations = [continuation(converted, *each, settings.stop) for each in zip(texts, ids, written, strict=True)]
     elif converted.facts.layout == "block":
         finished = continue_in_blocks(
             converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step
@@ -108,6 +108,20 @@ def generation(converted: Converted, prefix: str, suffix: str, row: Row, filled:
     )
 
 
+def continuation(converted: Converted, prompt: str, given: list[int], ended: Ended, stop: Sequence[str]) -> Generation:
+    """Returns what an engine made of a prompt, as text."""
+    text = cut_at_stop(text_after(converted.tokenizer, given, ended.ids), stop)
+    return Generation(
+        text=text,
+        full_text=prompt + text,
+        ids=ended.ids,
+        step_of_token=ended.step_of_token,
+        num_forwards=ended.num_forwards,
+        tokens_per_forward=len(ended.ids) / ended.num_forwards,
+        finish_reason=ended.reason,
+    )
+
+
 def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finished, stop: Sequence[str]) -> Generation:
     text = cut_at_stop(text_after(converted.tokenizer, given, row.ids), stop)
     return Generation(
@@ -119,21 +133,6 @@ def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finishe
         tokens_per_forward=row.tokens_per_forward,
         finish_reason=row.finish_reason,
         block_of_token=row.block_of_token,
-    )
-
-
-def _speculated(
-    converted: Converted, prompt: str, given: list[int], row: Speculated, stop: Sequence[str]
-) -> Generation:
-    text = cut_at_stop(text_after(converted.tokenizer, given, row.ids), stop)
-    return Generation(
-        text=text,
-        full_text=prompt + text,
-        ids=row.ids,
-        step_of_token=row.pass_of_token,
-        num_forwards=row.num_forwards,
-        tokens_per_forward=len(row.ids) / row.num_forwards,
-        finish_reason=row.finish_reason,
     )
 
 

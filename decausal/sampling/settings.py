@@ -164,8 +164,8 @@ class SamplerSettings:
         """
         if self.speculative:
             raise UserError(
-                "speculative is for continuing prompts by `generate` alone: it writes from left to right, without "
-                "steps of denoising; leave it out"
+                "speculative is for continuing prompts: it writes from left to right, without steps of denoising; "
+                "leave it out"
             )
 
     @property
@@ -181,6 +181,10 @@ class SamplerSettings:
         """
         if layout == "bidirectional":
             return
+        if layout == "causal" and self.speculative:
+            raise UserError(
+                "speculative decoding drafts with masks, and a model of layout 'causal' has learnt none; leave it out"
+            )
         for name in self._of_whole_rows():
             raise UserError(
                 f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "

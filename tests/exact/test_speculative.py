@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections import Counter
 from itertools import product
 
@@ -15,9 +15,13 @@ from transformers import GenerationConfig
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.objectives import tokens
-from decausal.sampling.blocks.speculative import speculate
+from decausal.sampling.blocks.speculative import SpeculativeEngine
+from decausal.sampling.blocks.speculative_rows import probabilities
+from decausal.sampling.jobs import Job, run
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES, VOCAB_SIZE
 
@@ -36,6 +40,22 @@ def model_of(family):
 
 def facts(shift, block_size=4):
     return ConversionFacts(source="random", layout="block", block_size=block_size, shift=shift, mask_token_id=MASK)
+
+
+def job_of(prompt, settings, seed=0, ends=(), **options):
+    row = Row((list(prompt), []), (settings.max_new_tokens,), "the prompt")
+    return Job(row, settings, seed, tuple(ends), **options)
+
+
+def engine_of(model, facts, max_rows=16, max_length=64, draft_length=None):
+    converted = Converted(model, None, facts)
+    return SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length, draft_length=draft_length)
+
+
+def written(engine, jobs):
+    """How each of some jobs ended."""
+    ended = dict(run(engine, jobs))
+    return [ended[index] for index in range(len(jobs))]
 
 
 def greedy(model, prompt, max_new_tokens, ends=()):
@@ -60,12 +80,10 @@ def prompt_of(length, seed):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_greedy_text_is_the_causal_models(family, shift):
     model = model_of(family)
-    prompts = [prompt_of(length, seed=length) for length in (1, 9, 4)]
-    wanted = [SamplerSettings(max_new_tokens=count) for count in (11, 7, 1)]
-    found = speculate(model, facts(shift), prompts, wanted, [0, 1, 2], draft_length=3, max_rows=2)
-    for prompt, own, row in zip(prompts, wanted, found, strict=True):
-        assert row.ids == greedy(model, prompt, own.max_new_tokens)
-        assert row.finish_reason == "length"
+    jobs = [job_of(prompt_of(n, seed=n), SamplerSettings(max_new_tokens=new)) for n, new in ((1, 11), (9, 7), (4, 1))]
+    for job, row in zip(jobs, written(engine_of(model, facts(shift), 2, draft_length=3), jobs), strict=True):
+        assert row.ids == greedy(model, *job.row.given[:1], *job.row.gaps)
+        assert row.reason == "length"
 
 
 @given(
@@ -79,31 +97,25 @@ def test_greedy_text_is_the_causal_models(family, shift):
 @settings(max_examples=15, deadline=None)
 def test_greedy_text_ends_where_the_causal_models_does(lengths, counts, shift, draft_length, max_rows, end):
     model = model_of("qwen3")
-    prompts = [prompt_of(length, seed=index) for index, length in enumerate(lengths)]
-    wanted = [SamplerSettings(max_new_tokens=count) for count in counts[: len(prompts)]]
-    found = speculate(
-        model,
-        facts(shift),
-        prompts,
-        wanted,
-        range(len(prompts)),
-        end_token_ids=[end],
-        draft_length=draft_length,
-        max_rows=max_rows,
-    )
-    for prompt, own, row in zip(prompts, wanted, found, strict=True):
-        expected = greedy(model, prompt, own.max_new_tokens, ends=[end])
+    jobs = [
+        job_of(prompt_of(length, seed=index), SamplerSettings(max_new_tokens=count), ends=[end])
+        for index, (length, count) in enumerate(zip(lengths, counts, strict=False))
+    ]
+    found = written(engine_of(model, facts(shift), max_rows, draft_length=draft_length), jobs)
+    for job, row in zip(jobs, found, strict=True):
+        expected = greedy(model, *job.row.given[:1], *job.row.gaps, ends=[end])
         assert row.ids == expected
-        assert row.finish_reason == ("end" if expected[-1] == end else "length")
-        assert row.pass_of_token == sorted(row.pass_of_token)
-        assert row.num_forwards == row.pass_of_token[-1] + 1
+        assert row.reason == ("end" if expected[-1] == end else "length")
+        assert row.step_of_token == sorted(row.step_of_token)
+        assert row.num_forwards == row.step_of_token[-1] + 1
 
 
 def test_greedy_text_is_that_of_transformers_generate():
     model, prompt = model_of("qwen3"), prompt_of(6, seed=1)
     config = GenerationConfig(do_sample=False, max_new_tokens=12, suppress_tokens=[MASK], pad_token_id=0)
-    written = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
-    assert speculate(model, facts(1), [prompt], [SamplerSettings(max_new_tokens=12)], [0])[0].ids == written
+    expected = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+    (row,) = written(engine_of(model, facts(1)), [job_of(prompt, SamplerSettings(max_new_tokens=12))])
+    assert row.ids == expected
 
 
 def test_a_pass_brings_all_drafts_and_one_token_more_where_all_are_right():
@@ -114,11 +126,10 @@ def test_a_pass_brings_all_drafts_and_one_token_more_where_all_are_right():
         embeddings.copy_(embeddings[:1].expand_as(embeddings))
     count = 1 + 3 * 5  # the prompt's pass brings one token, every later one m + 1
     for shift, draft_length in product((0, 1), (2, 4)):
-        found = speculate(
-            model, facts(shift), [[5, 6]], [SamplerSettings(max_new_tokens=count)], [0], draft_length=draft_length
-        )[0]
-        assert found.ids == greedy(model, [5, 6], count)
-        assert found.num_forwards == 1 + 15 // (draft_length + 1)
+        engine = engine_of(model, facts(shift), draft_length=draft_length)
+        (row,) = written(engine, [job_of([5, 6], SamplerSettings(max_new_tokens=count))])
+        assert row.ids == greedy(model, [5, 6], count)
+        assert row.num_forwards == 1 + 15 // (draft_length + 1)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +144,8 @@ def test_sampled_text_has_the_causal_models_distribution(shift, options):
         model.lm_head.weight.mul_(8)  # far from uniform, or a drafter that is ignored would not be seen
     num_rows, prompt = 6000, [5, 6, 4]
     own = SamplerSettings(max_new_tokens=3, **options)
-    found = speculate(
-        model, facts(shift), [prompt] * num_rows, [own] * num_rows, range(num_rows), draft_length=2, max_rows=1000
-    )
+    engine = engine_of(model, facts(shift), max_rows=1000, draft_length=2)
+    found = written(engine, [job_of(prompt, own, seed) for seed in range(num_rows)])
     counts = Counter(tuple(row.ids) for row in found)
     expected = {ids: num_rows * chance for ids, chance in exact_distribution(model, prompt, own).items()}
     assert counts.keys() <= expected.keys()
@@ -151,9 +161,6 @@ def test_sampled_text_has_the_causal_models_distribution(shift, options):
 
 
 def exact_distribution(model, prompt, own):
-    from decausal.sampling.blocks.speculative import probabilities
-    from decausal.sampling.row_settings import RowSettings
-
     chances = {(): 1.0}
     for _ in range(own.max_new_tokens):
         longer = {}
@@ -167,34 +174,99 @@ def exact_distribution(model, prompt, own):
     return chances
 
 
-def test_a_row_does_not_depend_on_its_batch_mates():
-    model = model_of("llama")
-    prompts = [prompt_of(length, seed=length) for length in (3, 8, 1, 5, 5)]
-    own = [SamplerSettings(max_new_tokens=6 + index, temperature=index / 2) for index in range(5)]
-    together = speculate(model, facts(1), prompts, own, range(5), max_rows=3)
-    for index in range(5):
-        assert speculate(model, facts(1), [prompts[index]], [own[index]], [index])[0] == together[index]
-
-
-def test_a_row_stops_where_it_is_told_to():
-    model, prompt = model_of("llama"), prompt_of(4, seed=0)
-    own = SamplerSettings(max_new_tokens=20)
-    found = speculate(model, facts(1), [prompt], [own], [0], is_stopped=lambda row, ids: len(ids) >= 5)[0]
-    assert found.finish_reason == "stop"
-    assert 5 <= len(found.ids) < 20
-    assert found.ids == greedy(model, prompt, len(found.ids))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"prompts": [[]]}, "empty"),
-        ({"draft_length": 0}, "draft_length=0"),
-        ({"facts": dataclasses.replace(facts(1), layout="causal", block_size=None)}, "causal"),
-        ({"settings": [SamplerSettings(max_new_tokens=10**6)]}, "context"),
-    ],
+ROW = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(5, VOCAB_SIZE - 1), min_size=1, max_size=9),
+        "count": st.integers(1, 9),
+        "temperature": st.sampled_from([0.0, 0.7, 1.3]),
+        "top_k": st.sampled_from([None, 5]),
+        "seed": st.integers(0, 2**40),
+        "enters": st.integers(0, 6),
+    }
 )
-def test_what_cannot_be_speculated_is_refused(changes, named):
-    values = {"facts": facts(1), "prompts": [[5]], "settings": [SamplerSettings(max_new_tokens=2)], "seeds": [0]}
-    with pytest.raises(UserError, match=named):
-        speculate(model_of("qwen3"), **values | changes)
+
+
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=6),
+    family=st.sampled_from(["llama", "gemma3"]),
+    shift=st.integers(0, 1),
+    max_rows=st.integers(1, 4),
+    cancelled=st.sets(st.integers(0, 5), max_size=2),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shift, max_rows, cancelled):
+    model, end = model_of(family), 7
+    jobs = [
+        job_of(
+            row["prompt"],
+            SamplerSettings(max_new_tokens=row["count"], temperature=row["temperature"], top_k=row["top_k"]),
+            row["seed"],
+            [end],
+        )
+        for row in rows
+    ]
+    alone = [written(engine_of(model, facts(shift), 1), [job])[0] for job in jobs]
+    engine, told, index_of, step = engine_of(model, facts(shift), max_rows), {}, {}, 0
+    while len(index_of) < len(jobs) or engine.num_running:
+        index_of |= {engine.submit(jobs[index]): index for index, row in enumerate(rows) if row["enters"] == step}
+        for progress in engine.step():
+            told.setdefault(index_of[progress.ticket], []).append(progress)
+        step += 1
+        if step == 4:  # some have ended, some run, some wait
+            for ticket, index in index_of.items():
+                if index in cancelled and not (index in told and told[index][-1].ended):
+                    engine.cancel(ticket)
+                    told.pop(index, None)
+    assert not engine.num_waiting
+    for index, progress in told.items():
+        assert progress[-1].ended == alone[index]
+        assert [token for each in progress for token in each.ids] == alone[index].ids
+        assert [each.step for each in progress] == list(range(alone[index].num_forwards))
+        start = len(rows[index]["prompt"])
+        positions = [position for each in progress for position in each.positions]
+        assert positions == list(range(start, start + len(positions)))
+    assert {index for index in range(len(jobs)) if index not in told} <= cancelled
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_the_causal_models(temperature):
+    model, prompt = model_of("qwen3"), prompt_of(5, seed=3)
+    own = SamplerSettings(max_new_tokens=9, temperature=temperature)
+    engine = engine_of(model, facts(1), 2)
+    plain, asking, watched = (
+        engine.submit(job_of(prompt, own, **options))
+        for options in ({}, {"num_top_log_probs": 2}, {"is_watched": True})
+    )
+    told = {plain: [], asking: [], watched: []}
+    while engine.num_running:
+        for progress in engine.step():
+            told[progress.ticket].append(progress)
+    ids = told[plain][-1].ended.ids
+    assert told[plain][-1].ended == told[asking][-1].ended == told[watched][-1].ended
+    assert not any(each.confidence or each.log_probs for each in told[plain])
+    assert not any(each.log_probs for each in told[watched])
+    values = logits(model, torch.tensor([prompt + ids]), CAUSAL)[0, len(prompt) - 1 : -1].detach()
+    values[:, MASK] = -torch.inf
+    expected = values.log_softmax(-1)
+    found = [log_prob for each in told[asking] for log_prob in each.log_probs]
+    for (log_prob, top), spread, token in zip(found, expected, ids, strict=True):
+        assert log_prob == pytest.approx(spread[token].item(), abs=1e-5)
+        assert [token for token, _ in top] == spread.topk(2).indices.tolist()
+    confidence = torch.tensor([sure for each in told[watched] for sure in each.confidence])
+    torch.testing.assert_close(confidence.log(), torch.tensor([log_prob for log_prob, _ in found]))
+
+
+def test_what_cannot_be_speculated_is_refused():
+    model, own = model_of("qwen3"), SamplerSettings(max_new_tokens=2)
+    engine = functools.partial(engine_of, model, max_length=8)
+    for job, says in [
+        (job_of([], own), "empty"),
+        (job_of([5] * 7, own), "at most 8"),
+        (Job(Row(([5], [6]), (2,), "the text"), own, 0), "behind a gap"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            engine(facts(1)).submit(job)
+    with pytest.raises(UserError, match="draft_length=0"):
+        engine(facts(1), draft_length=0)
+    with pytest.raises(UserError, match="causal"):
+        engine(ConversionFacts(source="random", layout="causal", shift=1, mask_token_id=MASK))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import infill
-from decausal.sampling.generate import generate
+from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.jobs import Engine, Job, Progress, run
+from decausal.sampling.model import DiffusionModel
+from decausal.sampling.rows import Row, prompt_ids
 from decausal.sampling.settings import SamplerSettings
 from tests.sampling.tiny_models import converted
 
@@ -50,6 +55,54 @@ def test_rows_draw_from_their_own_seeds(model: Converted) -> None:
     assert together == [generate(model, prompt, seed=5 + row, **options) for row, prompt in enumerate(PROMPTS)]
 
 
+def test_a_stop_text_in_the_pass_that_reaches_the_limit_counts_as_one(model: Converted) -> None:
+    whole = generate(model, PROMPTS[0], max_new_tokens=12, speculative=True)
+    cut = generate(model, PROMPTS[0], max_new_tokens=12, speculative=True, stop=whole.text[-1:])
+    assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("facts", [{"layout": "block", "block_size": 4}, {"shift": 0}], ids=["block", "bidirectional"])
+def test_every_request_of_a_mixed_queue_ends_as_alone(facts: dict) -> None:
+    model = converted(**facts)
+    kinds = [{"num_steps": 2}, {"speculative": True}, {"speculative": True, "temperature": 1.0}, {"temperature": 0.7}]
+    wanted, jobs = [], []
+    for index in range(11):
+        text, options, count = PROMPTS[index % 3], kinds[index % 4], 3 + index % 6
+        options |= {"stop": "e"} if index % 5 == 4 else {}
+        wanted.append(generate(model, text, max_new_tokens=count, seed=index, **options))
+        row = Row((prompt_ids(model, text), []), (count,), "the prompt")
+        jobs.append(Job(row, SamplerSettings().updated(**options), index, end_token_ids(model)))
+    engine = engine_for(model, max_rows=2, max_length=64)
+    dropped = engine.submit(jobs[1])
+    ended = dict(run(_Cancelling(engine, dropped), jobs))
+    assert engine.num_running == engine.num_waiting == 0
+    for index, generation in enumerate(wanted):
+        found = ended[index]
+        assert (found.ids, found.step_of_token) == (generation.ids, generation.step_of_token)
+        assert (found.num_forwards, found.reason) == (generation.num_forwards, generation.finish_reason)
+
+
+class _Cancelling:
+    """An engine whose first step is followed by the end of one row."""
+
+    def __init__(self, engine: Engine, ticket: int) -> None:
+        self.engine, self.ticket = engine, ticket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def step(self) -> list[Progress]:
+        told = [progress for progress in self.engine.step() if progress.ticket != self.ticket]
+        self.engine.cancel(self.ticket)
+        return told
+
+
+def test_a_batch_gives_what_generate_does(model: Converted) -> None:
+    options = {"max_new_tokens": 7, "seed": 3, "temperature": 0.8, "speculative": True}
+    found = list(DiffusionModel(model).engine(max_rows=2).run(PROMPTS, **options))
+    assert found == generate(model, PROMPTS, **options)
+
+
 def test_it_is_refused_where_rows_are_denoised(model: Converted) -> None:
     bidirectional = converted()
     with pytest.raises(UserError, match="speculative"):
@@ -60,6 +113,9 @@ def test_it_is_refused_where_rows_are_denoised(model: Converted) -> None:
     options = {"max_new_tokens": 4, "speculative": True}
     with pytest.raises(UserError, match="causal"):
         generate(causal, "a", **options)
+    gap = Job(Row(([5], [6]), (2,), "the text"), SamplerSettings(speculative=True), 0)
+    with pytest.raises(UserError, match="behind a gap"):
+        engine_for(bidirectional, max_rows=1, max_length=9).submit(gap)
     with pytest.raises(UserError, match="watch"):
         generate(model, "a", on_step=lambda *_: None, **options)
     with pytest.raises(UserError, match="mask token"):

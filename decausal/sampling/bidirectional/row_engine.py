@@ -85,8 +85,9 @@ class RowEngine:
 
         Raises:
             UserError: It is longer than `max_length`, its first position is open and no state predicts it, or its
-                settings are not for this layout.
+                settings are not for this layout, or ask for speculation.
         """
+        job.settings.refuse_speculative()
         job.settings.refuse_layout(self._facts.layout)
         if job.row.length > self._max_length:
             raise UserError(

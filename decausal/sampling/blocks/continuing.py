@@ -11,10 +11,10 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.blocks.engine import BlockEngine, Finished, Request, StepEvent
-from decausal.sampling.blocks.speculative import Speculated, speculate
+from decausal.sampling.blocks.speculative import SpeculativeEngine
+from decausal.sampling.jobs import Ended, Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.stopping import tokens_to_stop
 
 
 def continue_in_blocks(
@@ -78,41 +78,24 @@ def continue_speculatively(
     *,
     end_token_ids: Sequence[int],
     batch_size: int,
-) -> list[Speculated]:
+) -> list[Ended]:
     """Continues prompts as `continue_in_blocks` does, but what the weights write under causal attention.
 
     Raises:
-        UserError: As `speculate`; a prompt that holds the mask token; a batch size below 1.
+        UserError: As `SpeculativeEngine` and its `submit`; a prompt that the model cannot read; a batch size below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
     if not prompts:
         return []
-    for prompt, name in zip(prompts, names, strict=True):
-        Row((prompt, []), (settings.max_new_tokens,), name).check(converted)
-    found_stop: dict[int, int] = {}
-
-    def is_stopped(row: int, ids: list[int]) -> bool:
-        if settings.stop:
-            num_new = tokens_to_stop(converted.tokenizer, prompts[row], ids, 0, settings.stop)
-            if num_new is not None:
-                found_stop[row] = num_new
-        return row in found_stop
-
-    written = speculate(
-        converted.model,
-        converted.facts,
-        prompts,
-        [settings] * len(prompts),
-        [settings.seed + row for row in range(len(prompts))],
-        end_token_ids=end_token_ids,
-        is_stopped=is_stopped,
-        max_rows=batch_size,
-    )
-    for row, num_new in found_stop.items():
-        del written[row].ids[num_new:], written[row].pass_of_token[num_new:]
-        written[row].finish_reason = "stop"
-    return written
+    rows = [Row((prompt, []), (settings.max_new_tokens,), name) for prompt, name in zip(prompts, names, strict=True)]
+    for row in rows:
+        row.check(converted)
+    longest = max(row.length for row in rows)
+    engine = SpeculativeEngine(converted, max_rows=min(batch_size, len(rows)), max_length=longest)
+    jobs = [Job(row, settings, settings.seed + index, tuple(end_token_ids)) for index, row in enumerate(rows)]
+    ended = dict(run(engine, jobs))
+    return [ended[index] for index in range(len(rows))]
 
 
 class _Frames:
