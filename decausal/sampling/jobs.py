@@ -65,6 +65,7 @@ class Progress:
         reopened: Positions kept before that are open again.
         log_probs: Of each of `ids`, and its alternatives; empty where the job did not ask.
         ended: Not None in the row's last step.
+        row: Told in the first step where it is not the job's: gaps of unknown length have found theirs.
     """
 
     ticket: int
@@ -75,6 +76,7 @@ class Progress:
     reopened: list[int] = field(default_factory=list)
     log_probs: list[TokenLogProbs] = field(default_factory=list)
     ended: Ended | None = None
+    row: Row | None = None
 
 
 @runtime_checkable

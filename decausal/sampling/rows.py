@@ -66,6 +66,13 @@ class Row:
         pieces = zip_longest(self.given, ([fill] * gap for gap in self.gaps), fillvalue=[])
         return list(chain(*chain(*pieces)))
 
+    def filled(self, new: Sequence[int]) -> list[int]:
+        """The whole row, with `new` in the gaps."""
+        ids, written = self.ids(-1), iter(new)
+        for span in self.spans():
+            ids[span.start : span.stop] = [next(written) for _ in span]
+        return ids
+
     def check(self, converted: Converted) -> None:
         """Refuses a row that the model cannot read."""
         mask_token_id = converted.facts.mask_token_id

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
+from decausal.sampling.rows import Row
 from decausal.serving.text import TextStream
 
 
@@ -51,22 +52,30 @@ class Choice:
         job: What the row was asked for.
         tokenizer: Decodes.
         has_events: Deltas carry the draft.
+
+    Attributes:
+        row: What is written; gaps of unknown length have the longest they may become until theirs is found.
+        ended: How it ended, once it has.
     """
 
     def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False) -> None:
         self.index, self.job = index, job
         self._tokenizer, self._has_events = tokenizer, has_events
-        spans = job.row.spans()
+        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop)
+        self._num_final, self._offset = 0, 0
+        self.ended: Ended | None = None
+        self._begin(job.row)
+
+    def _begin(self, row: Row) -> None:
+        spans = row.spans()
         self._start, stop = spans[0].start, spans[-1].stop
         is_given = set(range(self._start, stop)).difference(*spans)
-        whole = job.row.ids(-1)
+        whole = row.ids(-1)
+        self.row = row
         self._ids: list[int | None] = [whole[p] if p in is_given else None for p in range(self._start, stop)]
         self._confidence: list[float | None] = [None] * len(self._ids)
         self._log_probs: dict[int, TokenLogProbs] = {}
         self._is_given = [p in is_given for p in range(self._start, stop)]
-        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop)
-        self._num_final, self._offset = 0, 0
-        self.ended: Ended | None = None
 
     @property
     def text(self) -> str:
@@ -75,6 +84,8 @@ class Choice:
 
     def take(self, progress: Progress) -> Delta:
         """Takes a step in."""
+        if progress.row is not None:
+            self._begin(progress.row)
         for position in progress.reopened:
             self._ids[position - self._start] = None
         for i, position in enumerate(progress.positions):
@@ -94,14 +105,14 @@ class Choice:
 
     def _end(self, ended: Ended, event: dict[str, Any] | None) -> Delta:
         self.ended = ended
-        if has_one_gap := len(self.job.row.gaps) == 1:
+        if has_one_gap := len(self.row.gaps) == 1:
             self._ids[: len(ended.ids)] = ended.ids
         ids = ended.ids if has_one_gap else [token for token in self._ids if token is not None]
         first, self._num_final = self._num_final, len(ids)
         text = self._stream.finish(ids)
         if ended.reason == "end":
             self._num_final -= 1  # the end token has no text
-        is_whole = ended.reason != "length" or self.job.row.given[-1] or not has_one_gap
+        is_whole = ended.reason != "length" or self.row.given[-1] or not has_one_gap
         reason = "stop" if is_whole else "length"
         return Delta(text, self._told_log_probs(first, self._num_final), reason, event)
 

@@ -25,7 +25,7 @@ class Metrics:
         self._waiting = self._made(Gauge, "rows_waiting", "Rows that wait for a place", ("model",))
         self._prompt_tokens = self._made(Counter, "prompt_tokens", "Given tokens", ("model",))
         self._tokens = self._made(Counter, "generated_tokens", "Tokens of rows that ended", ("model",))
-        self._forwards = self._made(Counter, "row_forwards", "Forward passes, one per row that took part", ("model",))
+        self._forwards = self._made(Counter, "row_forwards", "Forward passes of rows that ended", ("model",))
         self._steps = self._made(Counter, "engine_steps", "Steps of the engine", ("model",))
         self._step_seconds = self._made(Counter, "engine_step_seconds", "Time spent in steps", ("model",))
         self._cancelled = self._made(Counter, "cancelled_requests", "Clients that left before the end", ("endpoint",))
@@ -63,8 +63,9 @@ class Metrics:
         """Counts one step of the engine."""
         self._steps.labels(model).inc()
         self._step_seconds.labels(model).inc(seconds)
-        self._forwards.labels(model).inc(len(steps))
-        self._tokens.labels(model).inc(sum(len(progress.ended.ids) for progress in steps if progress.ended))
+        ended = [progress.ended for progress in steps if progress.ended]
+        self._forwards.labels(model).inc(sum(row.num_forwards for row in ended))
+        self._tokens.labels(model).inc(sum(len(row.ids) for row in ended))
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

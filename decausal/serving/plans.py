@@ -12,12 +12,16 @@ from jinja2 import TemplateError
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
+from decausal.sampling.filling.gaps import Piece, split_gaps
+from decausal.sampling.filling.infilling import MAX_GAP
+from decausal.sampling.filling.lengths import SEARCHES, GappedText
+from decausal.sampling.filling.searching import SearchJob
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
-from decausal.sampling.rows import Row, named, prompt_ids, text_ids
+from decausal.sampling.rows import Row, ids_behind, named, prompt_ids, text_ids
 from decausal.sampling.settings import SamplerSettings
 from decausal.serving.errors import bad_request
-from decausal.serving.schema import ChatBody, CompletionBody, sampler_options
+from decausal.serving.schema import ChatBody, CompletionBody, Extension, sampler_options
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def completion_plan(body: CompletionBody, converted: Converted, max_total_tokens
         ApiError: 400: what the model cannot do, and why.
     """
     settings = _settings(body, converted)
-    rows, texts = _completion_rows(body, converted, settings, max_total_tokens)
-    echoes = texts if body.echo else [""] * len(rows)
-    return _plan("text", body, converted, settings, rows, echoes, body.logprobs)
+    texts, prompts = _completion_texts(body, converted, settings, max_total_tokens)
+    echoes = prompts if body.echo else [""] * len(texts)
+    return _plan("text", body, converted, settings, texts, echoes, body.logprobs, max_total_tokens)
 
 
 def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int) -> Plan:
@@ -69,9 +73,9 @@ def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int) -> Pl
     ids = text_ids(converted.tokenizer, _conversation(body, converted.tokenizer))
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     num_new = _num_new(len(ids), wanted, settings, max_total_tokens, "the conversation")
-    row = Row((ids, []), (num_new,), "the conversation")
+    text = GappedText((ids, []), (num_new,), "the conversation", settings.seed)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    return _plan("chat", body, converted, settings, [row], [""], num_top)
+    return _plan("chat", body, converted, settings, [text], [""], num_top, max_total_tokens)
 
 
 def _plan(
@@ -79,34 +83,42 @@ def _plan(
     body: CompletionBody | ChatBody,
     converted: Converted,
     settings: SamplerSettings,
-    rows: list[Row],
+    texts: list[GappedText],
     echoes: list[str],
     num_top_log_probs: int | None,
+    max_total_tokens: int,
 ) -> Plan:
-    for row in rows:
-        _refuse_unreadable(row, converted)
+    extension = body.decausal or Extension()
+    _refuse_idle_search(extension, texts)
     ends = end_token_ids(converted)
     count = body.n or 1
-    jobs = [
-        Job(
-            row=row,
-            settings=settings,
-            seed=settings.seed + index,
-            end_token_ids=() if has_text_behind(row) else ends,
-            is_watched=bool(body.decausal and body.decausal.events),
-            num_top_log_probs=num_top_log_probs,
+    jobs = []
+    for index, text in enumerate(text for text in texts for _ in range(count)):
+        longest = text.longest(extension.max_gap or MAX_GAP, max_total_tokens)
+        row = text.row(text.started(longest))
+        if index % count == 0:
+            _refuse_unreadable(row, converted)
+        told = {
+            "row": row,
+            "settings": settings,
+            "seed": settings.seed + index,
+            "end_token_ids": () if has_text_behind(row) else ends,
+            "is_watched": extension.events,
+            "num_top_log_probs": num_top_log_probs,
+        }
+        search = extension.length_search or SEARCHES[0]
+        jobs.append(
+            SearchJob(**told, text=text, longest=longest, length_search=search) if text.unknown else Job(**told)
         )
-        for index, row in enumerate(row for row in rows for _ in range(count))
-    ]
     return Plan(
         kind=kind,
         jobs=jobs,
         echoes=[echo for echo in echoes for _ in range(count)],
-        num_prompt_tokens=sum(len(ids) for row in rows for ids in row.given),
+        num_prompt_tokens=sum(len(ids) for text in texts for ids in text.given),
         num_top_log_probs=num_top_log_probs,
         is_stream=bool(body.stream),
         has_usage=bool(body.stream_options and body.stream_options.include_usage),
-        has_events=bool(body.decausal and body.decausal.events),
+        has_events=extension.events,
     )
 
 
@@ -127,9 +139,9 @@ def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerS
         raise bad_request(str(error), name if name.isidentifier() else None, "invalid_value") from None
 
 
-def _completion_rows(
+def _completion_texts(
     body: CompletionBody, converted: Converted, settings: SamplerSettings, max_total_tokens: int
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[GappedText], list[str]]:
     parts = body.decausal.parts if body.decausal else None
     if parts is not None:
         if body.prompt is not None or body.suffix or body.max_tokens is not None:
@@ -138,15 +150,16 @@ def _completion_rows(
                 "max_tokens out",
                 "decausal.parts",
             )
-        return [_row_of_parts(parts, converted, max_total_tokens)], [""]
+        return [_text_of_parts(parts, converted, settings, max_total_tokens)], [""]
     prompts = _prompts(body, converted)
-    rows = []
-    behind = text_ids(converted.tokenizer, body.suffix) if body.suffix else []
+    texts = []
+    behind = ids_behind(converted.tokenizer, body.suffix) if body.suffix else []
+    is_unknown = bool(behind) and body.max_tokens is None
     for (ids, _), name in zip(prompts, named("prompt", prompts), strict=True):
         full_name = f"{name} with its suffix" if behind else name
         num_new = _num_new(len(ids) + len(behind), body.max_tokens, settings, max_total_tokens, full_name)
-        rows.append(Row((ids, behind), (num_new,), full_name))
-    return rows, [text for _, text in prompts]
+        texts.append(GappedText((ids, behind), (None if is_unknown else num_new,), full_name, settings.seed))
+    return texts, [text for _, text in prompts]
 
 
 def _prompts(body: CompletionBody, converted: Converted) -> list[tuple[list[int], str]]:
@@ -168,23 +181,39 @@ def _prompts(body: CompletionBody, converted: Converted) -> list[tuple[list[int]
     return found
 
 
-def _row_of_parts(parts: Sequence[str | int], converted: Converted, max_total_tokens: int) -> Row:
-    """Joins neighbouring texts and neighbouring gaps: a row has text and gaps in turn."""
-    texts, gaps = [""], []
+def _text_of_parts(
+    parts: Sequence[Piece], converted: Converted, settings: SamplerSettings, max_total_tokens: int
+) -> GappedText:
+    """Neighbouring gaps of known lengths are one."""
+    pieces: list[Piece] = []
     for part in parts:
-        if isinstance(part, str):
-            if len(texts) == len(gaps):
-                texts.append("")
-            texts[-1] += part
-        elif len(gaps) == len(texts):
-            gaps[-1] += part
-        else:
-            gaps.append(part)
-    texts += [""] * (len(gaps) + 1 - len(texts))
-    first = _accepted(lambda: prompt_ids(converted, texts[0]))
-    given = (first, *(text_ids(converted.tokenizer, text) for text in texts[1:]))
-    _num_new(sum(map(len, given)), sum(gaps), SamplerSettings(), max_total_tokens, "the text")
-    return Row(given, tuple(gaps), "the text")
+        if type(part) is int and pieces and type(pieces[-1]) is int:
+            pieces[-1] += part
+        elif part != "":
+            pieces.append(part)
+    given, lengths = _accepted(lambda: split_gaps(pieces, "the text"), "decausal.parts")
+    if lengths[-1] is None and not given[-1]:
+        raise bad_request(
+            "the text ends with a gap of unknown length, and nothing behind it tells where it ends: give its length",
+            "decausal.parts",
+        )
+    first = _accepted(lambda: prompt_ids(converted, given[0]))
+    ids = (first, *(ids_behind(converted.tokenizer, text) for text in given[1:]))
+    text = GappedText(ids, tuple(lengths), "the text", settings.seed)
+    _num_new(sum(map(len, ids)), sum(text.started(1)), settings, max_total_tokens, "the text")
+    return text
+
+
+def _refuse_idle_search(extension: Extension, texts: Sequence[GappedText]) -> None:
+    if any(text.unknown for text in texts):
+        return
+    for name in ("max_gap", "length_search"):
+        if getattr(extension, name) is not None:
+            raise bad_request(
+                f"'decausal.{name}' is for gaps of unknown length, and there is none: leave it out, leave max_tokens "
+                "out beside a suffix, or write null for a gap's length in decausal.parts",
+                f"decausal.{name}",
+            )
 
 
 def _num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_total_tokens: int, name: str) -> int:

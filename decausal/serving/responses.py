@@ -83,6 +83,7 @@ def facts(choice: Choice) -> dict[str, Any]:
         "num_forwards": ended.num_forwards,
         "tokens_per_forward": round(len(ended.ids) / max(1, ended.num_forwards), 4),
         "step_of_token": ended.step_of_token,
+        "lengths": list(choice.row.gaps),
     }
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, create_model
 
 from decausal.errors import nearest
+from decausal.sampling.filling.gaps import Piece
+from decausal.sampling.filling.lengths import SEARCHES
 from decausal.sampling.settings import ALIASES, SamplerSettings
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS
@@ -90,19 +92,22 @@ def _content(value: Any) -> str:
     raise ValueError("must be a string or a list of parts of type 'text'")
 
 
-def _parts(value: Any) -> list[str | int] | None:
+def _parts(value: Any) -> list[Piece] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(type(part) in (str, int) for part in value):
-        raise ValueError("must be a list of strings (given text) and integers (tokens of a gap)")
-    if not any(type(part) is int for part in value) or any(type(part) is int and part < 1 for part in value):
-        raise ValueError("must hold at least one gap, and every gap at least 1 token")
+    if not isinstance(value, list) or not all(part is None or type(part) in (str, int) for part in value):
+        raise ValueError("must be a list of strings (given text), integers (tokens of a gap) and null (unknown length)")
+    if all(type(part) is str for part in value) or any(type(part) is int and part < 1 for part in value):
+        raise ValueError("must hold at least one gap, and every gap at least 1 token, or null for an unknown length")
     return value
 
 
 _ids_schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _texts_schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-_parts_schema = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}]}}
+_parts_schema = {
+    "type": "array",
+    "items": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}, {"type": "null"}]},
+}
 
 Prompt = Annotated[
     Any,
@@ -148,12 +153,16 @@ class Extension(BaseModel):
 
     Attributes:
         events: Streams carry every denoising step: the draft, positions, confidence, and whether tokens were reopened.
-        parts: Instead of the prompt: given text and gaps (numbers of tokens) in turn.
+        parts: Instead of the prompt: given text and gaps (numbers of tokens, null where unknown) in turn.
+        max_gap: The most tokens of a gap of unknown length.
+        length_search: How unknown lengths are found.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     events: bool = False
     parts: Parts = None
+    max_gap: Annotated[int, Field(ge=1)] | None = None
+    length_search: Literal[SEARCHES] | None = None  # type: ignore[valid-type]
 
 
 class Message(BaseModel):

@@ -13,6 +13,8 @@ from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.sampling.engines import engine_for
+from decausal.sampling.filling.searching import SearchingEngine
+from decausal.sampling.jobs import Engine
 from decausal.serving.errors import ApiError
 from decausal.serving.metrics import Metrics
 from decausal.serving.settings import ServeSettings
@@ -78,8 +80,15 @@ def served(
         raise UserError(
             f"--max_total_tokens {settings.max_total_tokens} leaves no room for a block of {converted.facts.block_size}"
         )
+
+    def make_engine() -> Engine:
+        engine = engine_for(converted, max_rows=settings.max_rows, max_length=longest, is_autoregressive=is_source)
+        if converted.facts.layout != "bidirectional":
+            return engine
+        return SearchingEngine(engine, converted, settings.max_rows)
+
     worker = Worker(
-        lambda: engine_for(converted, max_rows=settings.max_rows, max_length=longest, is_autoregressive=is_source),
+        make_engine,
         name=name,
         max_rows=settings.max_rows,
         max_queue=settings.max_queue,

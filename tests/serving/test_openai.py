@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from decausal.models.checkpoint import Converted
-from decausal.sampling.filling.infilling import infill
+from decausal.sampling.filling.infilling import fill, infill
 from decausal.sampling.generate import generate
 from tests.serving.running import Running, converted, running
 
@@ -75,6 +75,49 @@ def test_a_suffix_makes_a_gap_that_is_filled_as_infill_fills_it(model: Converted
     assert found.choices[0].text == wanted.text
     assert found.choices[0].finish_reason == "stop"
     assert found.usage.completion_tokens == 6
+
+
+def test_a_suffix_without_a_length_is_filled_as_infill_finds_it(model: Converted, client: openai.OpenAI) -> None:
+    for seed in (0, 4):
+        wanted = infill(model, "x = [", "]\ny = 2", None, seed=seed)
+        found = client.completions.create(model="tiny", prompt="x = [", suffix="]\ny = 2", seed=seed)
+        told = found.choices[0].model_extra["decausal"]
+        assert found.choices[0].text == wanted.text
+        assert told["step_of_token"] == wanted.step_of_token
+        assert (told["lengths"], told["num_forwards"]) == ([len(wanted.ids)], wanted.num_forwards)
+        assert found.usage.completion_tokens == len(wanted.ids)
+
+
+UNKNOWN = ["x = [", None, "]\ny = ", 2, "\nz = ", None, "\n"]
+
+
+@pytest.mark.parametrize("search", ["candidates", "grow"])
+def test_gaps_of_unknown_length_become_what_fill_makes_of_them_whoever_else_is_answered(
+    model: Converted, client: openai.OpenAI, search: str
+) -> None:
+    def ask(seed: int) -> tuple[Any, str, list[Any]]:
+        extension = {"parts": UNKNOWN, "max_gap": 5, "length_search": search, "events": True}
+        options = {"model": "tiny", "prompt": None, "seed": seed, "extra_body": {"decausal": extension}}
+        whole = client.completions.create(**options, n=2, temperature=0.7)
+        chunks = list(client.completions.create(**options, stream=True, temperature=0.7))
+        return whole, "".join(chunk.choices[0].text for chunk in chunks), chunks
+
+    def continue_() -> str:
+        return client.completions.create(model="tiny", prompt="import", max_tokens=9, seed=1).choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(continue_) for _ in range(4)]
+        answers = list(pool.map(ask, (0, 5, 11)))
+    assert {other.result() for other in others} == {generate(model, "import", max_new_tokens=9, seed=1).text}
+    for seed, (whole, streamed, chunks) in zip((0, 5, 11), answers, strict=True):
+        wanted = fill(model, [UNKNOWN, UNKNOWN], max_gap=5, length_search=search, seed=seed, temperature=0.7)
+        for choice, filling in zip(whole.choices, wanted, strict=True):
+            assert "x = [" + choice.text + "\n" == filling.full_text
+            told = choice.model_extra["decausal"]
+            assert (told["lengths"], told["num_forwards"]) == (filling.lengths, filling.num_forwards)
+        assert streamed == whole.choices[0].text
+        assert chunks[0].model_extra["decausal"]["step"] == 0
+        assert chunks[-1].model_extra["decausal"]["is_given"].count(False) == sum(wanted[0].lengths)
 
 
 def test_gaps_anywhere_are_filled_together(client: openai.OpenAI) -> None:

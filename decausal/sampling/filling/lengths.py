@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.rows import Row, fill_rows
-from decausal.sampling.scoring import score_tokens
+from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
 
 CONTEXT_TOKENS = 8
@@ -63,7 +63,7 @@ class GappedText:
 
     def longest(self, max_gap: int, context: int | None) -> int:
         """The most tokens that each unknown gap may have; at least 1, whether or not that fits."""
-        if context is None:
+        if context is None or not self.unknown:
             return max_gap
         left = context - self.row(self.started(0)).length
         return max(1, min(max_gap, left // len(self.unknown)))
@@ -111,6 +111,57 @@ class _Scored:
 _Proposals = Generator[list[_Proposal], list[_Scored], tuple[int, ...]]
 
 
+class LengthSearch:
+    """The search for one text's unknown lengths: it asks for rows to be filled and scored until it knows them.
+
+    Args:
+        text: What to fill.
+        longest: The most tokens of one gap.
+        shift: The model's: under 1 no state predicts a row's first token.
+        search: "candidates" or "grow".
+
+    Attributes:
+        asked: Rows to fill, all from the text's seed; empty once the lengths are known.
+        found: What was tried, and in the end the lengths.
+    """
+
+    def __init__(self, text: GappedText, longest: int, shift: int, search: str = "candidates") -> None:
+        self.text, self._shift = text, shift
+        self.found = Search(text.started(0))
+        self._propose = {"candidates": _by_candidates, "grow": _by_growing}[search](text, longest)
+        self._proposals: list[_Proposal] = next(self._propose) if text.unknown else []
+
+    @property
+    def asked(self) -> list[Row]:
+        return [proposal.row for proposal in self._proposals]
+
+    def scored_positions(self) -> list[list[int]]:
+        """The positions by which each of `asked` is judged, for `score_tokens` with `SCORING_GROUPS`."""
+        return [scored_positions(self.text.row(proposal.lengths), self._shift) for proposal in self._proposals]
+
+    def take(self, ids: Sequence[list[int]], num_forwards: Sequence[int], scores: Sequence[TokenScores]) -> None:
+        """Takes in what became of `asked`, and asks for more or ends.
+
+        Args:
+            ids: The rows, filled.
+            num_forwards: What filling each one cost.
+            scores: Of `scored_positions`.
+        """
+        results = []
+        for proposal, places, tokens, passes, token_scores in zip(
+            self._proposals, self.scored_positions(), ids, num_forwards, scores, strict=True
+        ):
+            log_prob = dict(zip(places, token_scores.log_prob.tolist(), strict=True))
+            value = score(self.text.row(proposal.lengths), log_prob)
+            results.append(_Scored(proposal.lengths, tokens, value, log_prob))
+            self.found.trials.append(Trial(proposal.lengths, value))
+            self.found.num_forwards += passes + min(SCORING_GROUPS, len(places))
+        try:
+            self._proposals = self._propose.send(results)
+        except StopIteration as stop:
+            self.found.lengths, self._proposals = stop.value, []
+
+
 def choose_lengths(
     converted: Converted,
     texts: Sequence[GappedText],
@@ -131,51 +182,24 @@ def choose_lengths(
         batch_size: Rows in the model at once; it does not change what is found.
     """
     context = context_length(converted.model.config)
-    propose = {"candidates": _by_candidates, "grow": _by_growing}[search]
-    found = [Search(text.started(0)) for text in texts]
-    running: dict[int, tuple[_Proposals, list[_Proposal]]] = {}
-    for index, text in enumerate(texts):
+    for text in texts:
         if text.unknown:
             text.row(text.started(1)).check(converted)
-            proposals = propose(text, text.longest(max_gap, context))
-            running[index] = (proposals, next(proposals))
-    while running:
-        asked = [(index, proposal) for index, (_, proposals) in running.items() for proposal in proposals]
-        scored = _try(converted, [texts[index] for index, _ in asked], [p for _, p in asked], settings, batch_size)
-        for index, (proposals, rows) in list(running.items()):
-            results, scored = scored[: len(rows)], scored[len(rows) :]
-            found[index].trials += [Trial(result.lengths, result.score) for result, _ in results]
-            found[index].num_forwards += sum(num_forwards for _, num_forwards in results)
-            try:
-                running[index] = (proposals, proposals.send([result for result, _ in results]))
-            except StopIteration as stop:
-                found[index].lengths = stop.value
-                del running[index]
-    return found
-
-
-def _try(
-    converted: Converted,
-    texts: Sequence[GappedText],
-    proposals: Sequence[_Proposal],
-    settings: SamplerSettings,
-    batch_size: int,
-) -> list[tuple[_Scored, int]]:
-    """Fills and scores; returns the row passes that each took, too."""
-    filled = fill_rows(
-        converted, [p.row for p in proposals], settings, seeds=[text.seed for text in texts], batch_size=batch_size
-    )
-    rows = [text.row(proposal.lengths) for text, proposal in zip(texts, proposals, strict=True)]
-    positions = [scored_positions(row, converted.facts.shift) for row in rows]
-    scores = score_tokens(
-        converted, [done.ids for done in filled], positions, groups=SCORING_GROUPS, batch_size=batch_size
-    )
-    results = []
-    for row, places, done, token_scores in zip(rows, positions, filled, scores, strict=True):
-        log_prob = dict(zip(places, token_scores.log_prob.tolist(), strict=True))
-        scored = _Scored(row.gaps, done.ids, score(row, log_prob), log_prob)
-        results.append((scored, done.num_forwards + min(SCORING_GROUPS, len(places))))
-    return results
+    shift = converted.facts.shift
+    searches = [LengthSearch(text, text.longest(max_gap, context), shift, search) for text in texts]
+    while running := [each for each in searches if each.asked]:
+        rows = [row for each in running for row in each.asked]
+        seeds = [each.text.seed for each in running for _ in each.asked]
+        places = [positions for each in running for positions in each.scored_positions()]
+        filled = fill_rows(converted, rows, settings, seeds=seeds, batch_size=batch_size)
+        ids = [row.ids for row in filled]
+        scores = score_tokens(converted, ids, places, groups=SCORING_GROUPS, batch_size=batch_size)
+        start = 0
+        for each in running:
+            part = slice(start, start + len(each.asked))
+            start = part.stop
+            each.take(ids[part], [row.num_forwards for row in filled[part]], scores[part])
+    return [each.found for each in searches]
 
 
 def scored_positions(row: Row, shift: int) -> list[int]:

@@ -3,7 +3,7 @@
 import { Pane } from "./playground-view.js";
 
 const $ = (id) => document.getElementById(id);
-const GAP = /\[\[(\d+)\]\]/;
+const GAP = /\[\[(\d+|\?)\]\]/;
 const SCHEDULES = {
   threshold: { name: "Threshold", value: 0.9, step: 0.05, min: 0, max: 1 },
   num_steps: { name: "Steps", value: 8, step: 1, min: 1, max: "" },
@@ -21,12 +21,12 @@ let defaults = {};
 let running = null;
 let timer = null;
 
-// What the text asks for: given texts and gaps in turn, or a prompt to continue.
+// What the text asks for: given texts and gaps in turn (null where a gap's length is unknown), or a prompt to continue.
 function readText(text) {
-  const pieces = text.split(GAP).map((piece, i) => (i % 2 ? Number(piece) : piece));
+  const pieces = text.split(GAP).map((piece, i) => (i % 2 ? (piece === "?" ? null : Number(piece)) : piece));
   const parts = pieces.filter((piece) => piece !== "");
   if (pieces.length === 1) return { before: text, after: "", parts: null, numTokens: Number($("max_tokens").value) };
-  const numTokens = pieces.reduce((sum, piece, i) => sum + (i % 2 ? piece : 0), 0);
+  const numTokens = pieces.reduce((sum, piece, i) => sum + (i % 2 ? piece ?? Number($("max_tokens").value) : 0), 0);
   return { before: pieces[0], after: pieces.at(-1), parts, numTokens };
 }
 
