@@ -34,13 +34,19 @@ def server(model: Converted) -> Iterator[Running]:
 
 
 def test_concurrent_clients_get_what_generate_writes_with_their_seed(model: Converted, server: Running) -> None:
-    settings: list[dict[str, Any]] = [{"num_steps": 2}, {"threshold": 0.5}, {"num_steps": 3, "temperature": 1.0}]
+    settings: list[dict[str, Any]] = [
+        {"num_steps": 2},
+        {"threshold": 0.5},
+        {"num_steps": 3, "temperature": 1.0},
+        {"speculative": True},
+        {"speculative": True, "temperature": 1.0, "top_p": 0.9},
+    ]
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
         def ask(index: int) -> tuple[str, str]:
             options = {"prompt": PROMPTS[index % 4], "max_tokens": 3 + index, "seed": index}
-            body = {"model": "tiny", "extra_body": settings[index % 3], **options}
+            body = {"model": "tiny", "extra_body": settings[index % 5], **options}
             whole = client.completions.create(**body).choices[0].text
             streamed = client.completions.create(**body, stream=True)
             return whole, "".join(chunk.choices[0].text for chunk in streamed)
@@ -48,14 +54,17 @@ def test_concurrent_clients_get_what_generate_writes_with_their_seed(model: Conv
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(ask, range(12)))
     for index, (whole, streamed) in enumerate(answers):
-        wanted = generate(model, PROMPTS[index % 4], max_new_tokens=3 + index, seed=index, **settings[index % 3])
+        wanted = generate(model, PROMPTS[index % 4], max_new_tokens=3 + index, seed=index, **settings[index % 5])
         assert whole == streamed == wanted.text
 
 
-def test_events_log_probabilities_and_stop_are_there_too(model: Converted, server: Running) -> None:
-    plain = generate(model, PROMPTS[2], max_new_tokens=16, num_steps=4)
+@pytest.mark.parametrize("decoding", [{"num_steps": 4}, {"speculative": True}], ids=["denoised", "speculated"])
+def test_events_log_probabilities_and_stop_are_there_too(
+    model: Converted, server: Running, decoding: dict[str, Any]
+) -> None:
+    plain = generate(model, PROMPTS[2], max_new_tokens=16, **decoding)
     stop = plain.text[4:6]
-    body = {"prompt": PROMPTS[2], "max_tokens": 16, "num_steps": 4, "seed": 0}
+    body = {"prompt": PROMPTS[2], "max_tokens": 16, "seed": 0, **decoding}
     with httpx.Client(base_url=server.url, timeout=60) as client:
         found = client.post("/v1/completions", json={**body, "logprobs": 2, "stop": stop}).json()["choices"][0]
         assert found["text"] == plain.text.partition(stop)[0]
@@ -67,7 +76,12 @@ def test_events_log_probabilities_and_stop_are_there_too(model: Converted, serve
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"), [({"suffix": "\n"}, "suffix needs layout"), ({"remask": True}, "remask is not possible")]
+    ("wrong", "says"),
+    [
+        ({"suffix": "\n"}, "suffix needs layout"),
+        ({"remask": True}, "remask is not possible"),
+        ({"speculative": True, "window": 3}, "window has no say"),
+    ],
 )
 def test_what_block_models_cannot_do_is_an_error_even_of_a_stream(
     server: Running, wrong: dict[str, Any], says: str
@@ -96,3 +110,6 @@ def test_the_source_is_served_beside_the_model_and_writes_what_it_always_wrote(t
         answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
         assert answer["choices"][0]["text"] == tokenizer.decode(wanted[0, ids["input_ids"].shape[1] :])
         assert answer["decausal"]["num_forwards"] == 9
+        refused = httpx.post(f"{server.url}/v1/completions", json=body | {"speculative": True})
+        assert refused.status_code == 400
+        assert "'causal' has learnt none" in refused.json()["error"]["message"]

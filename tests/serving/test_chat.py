@@ -68,6 +68,13 @@ def test_the_first_answer_is_that_of_generate_and_comes_in_pieces(model: Convert
     assert conversation.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": wanted.text}]
 
 
+def test_an_answer_can_be_speculated(model: Converted) -> None:
+    options = {"max_new_tokens": 8, "seed": 3, "temperature": 1.0}
+    conversation = Conversation(model, **options)
+    talk(conversation, ["hi", "/undo", "/speculative true", "hi"])
+    assert conversation.messages[1]["content"] == generate(model, "hi", chat=True, speculative=True, **options).text
+
+
 def test_later_turns_see_earlier_ones_and_undo_and_clear_forget_them(model: Converted) -> None:
     conversation = Conversation(model, **SHORT)
     talk(conversation, ["a", "b"])
