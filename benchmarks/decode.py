@@ -15,6 +15,7 @@ import random
 import shlex
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +32,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from decausal.data.documents import read_documents
+from decausal.data.encode import encode
 from decausal.models.adapt import FACTS_FILE
 from decausal.models.checkpoint import ConversionFacts, read_facts
 from decausal.provenance import provenance
@@ -38,6 +40,7 @@ from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings
 
 BASELINE = "transformers"
+MAX_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -273,20 +276,29 @@ def workload(args: argparse.Namespace, name: str) -> Workload:
             )
     num_rows = max(args.batch_sizes)
     if args.data:
-        prompts = _prompts(AutoTokenizer.from_pretrained(name), args.data, num_rows, args.prompt_length)
+        prompts = _prompts(
+            AutoTokenizer.from_pretrained(name), args.data, num_rows, args.prompt_length, args.new_tokens
+        )
     else:
         generator = torch.Generator().manual_seed(args.seed)
         prompts = torch.randint(facts.mask_token_id, (num_rows, args.prompt_length), generator=generator)
     return Workload(model, prompts.to(device), args.new_tokens, cases_of(facts, args.new_tokens, args.threshold))
 
 
-def _prompts(tokenizer: Any, data: str, num_rows: int, length: int) -> Tensor:
-    """Beginnings of documents that are long enough."""
-    encoded = (tokenizer(record["text"], add_special_tokens=False)["input_ids"] for record in read_documents(data))
-    found = list(islice((ids[:length] for ids in encoded if len(ids) >= length), num_rows))
-    if len(found) < num_rows:
-        raise SystemExit(f"--data {data}: {len(found)} documents have {length} tokens; {num_rows} are needed")
-    return torch.tensor(found)
+def _prompts(tokenizer: Any, data: str, num_rows: int, length: int, num_new: int) -> Tensor:
+    """Beginnings of documents, or whole prompts of one length where documents have prompts and answers long enough."""
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for record in islice(read_documents(data), MAX_DOCUMENTS):
+        document = encode(record, tokenizer, append_eos=False)
+        num_given = int(document.is_maskable.argmax()) or length
+        if len(document.ids) >= num_given + num_new:
+            by_length[num_given].append(document.ids[:num_given].tolist())
+        if len(by_length[num_given]) == num_rows:
+            return torch.tensor(by_length[num_given])
+    found = max(map(len, by_length.values()), default=0)
+    raise SystemExit(
+        f"--data {data}: {found} documents begin equally long and go on for {num_new} tokens, not {num_rows}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -299,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = measure(work, args.batch_sizes, args.rounds, args.seed)
         outcome["models"][name] = records
         dtype = str(work.model.dtype).removeprefix("torch.")
-        print_records(f"{name}, {dtype}: {args.prompt_length} tokens given, {args.new_tokens} written", records)
+        print_records(f"{name}, {dtype}: {work.prompts.shape[1]} tokens given, {args.new_tokens} written", records)
         del work
     if args.device == "cuda":
         console.print(
@@ -321,7 +333,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=4, help="of models that are not converted")
     parser.add_argument("--shift", type=int, default=1, choices=(0, 1), help="of models that are not converted")
     parser.add_argument("--threshold", type=float, help="also a dynamic schedule; random weights are never sure")
-    parser.add_argument("--data", help="prompts are beginnings of its documents; none: random tokens")
+    parser.add_argument("--data", help="its prompts, or beginnings of its documents; none: random tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
