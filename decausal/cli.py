@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -60,13 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _keep_bars_out_of_files()
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader who has left is known; argparse prints help and exits
+    except BrokenPipeError:
+        _write_nowhere()
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"decausal: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("decausal: interrupted", file=sys.stderr)
         return 130
+
+
+def _write_nowhere() -> None:
+    """Whoever read the output has left, as `head` does: what is still in the buffer is for nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _keep_bars_out_of_files() -> None:

@@ -39,6 +39,16 @@ def test_help_answers_at_once_and_imports_nothing_heavy(arguments):
     assert not ended.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["generate", "--help"]], ids=str)
+def test_a_reader_that_leaves_early_is_not_complained_of(arguments):
+    script = "import sys; from decausal.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, *arguments]
+    writing = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writing.stdout.close()
+    _, errors = writing.communicate(timeout=60)
+    assert errors == b""
+
+
 def test_help_names_every_verb_and_every_setting_with_its_default(capsys):
     main(["--help"])
     overview = capsys.readouterr().out
