@@ -41,16 +41,14 @@ class TerminalChat:
         while True:
             try:
                 line = self._read().strip()
+                if line == "/quit":
+                    return
+                self._take(line)
             except EOFError:
                 self._write("\n")
                 return
             except KeyboardInterrupt:
                 self._write("\n[/quit or Ctrl-D leaves]\n")
-                continue
-            if line == "/quit":
-                return
-            try:
-                self._take(line)
             except UserError as error:
                 self._note(str(error))
 
