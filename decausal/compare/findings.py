@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from decausal.compare.records import Measurement, Score
-from decausal.compare.settings import STATIC
+from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
 from decausal.reporting.crossing import share_of_the_way
 
@@ -41,7 +41,7 @@ class Curve:
     quality: tuple[float, ...]
 
     @classmethod
-    def of(cls, measurements: Sequence[Measurement], threshold: float | None, counted: str) -> Curve:
+    def of(cls, measurements: Sequence[Measurement], threshold: Schedule, counted: str) -> Curve:
         """Takes the points at which `threshold` was measured; `counted` names the tokens."""
         scored = [(found, found.score(threshold)) for found in measurements]
         points = [(float(getattr(found.tokens, counted)), score.quality) for found, score in scored if score]
@@ -129,29 +129,34 @@ class Reaching:
 
 @dataclass(frozen=True)
 class ParallelLoss:
-    """What an arm loses at its end when decoded above a threshold instead of one token per forward.
+    """What an arm loses at its end when decoded in parallel instead of one token per forward.
 
     Attributes:
         arm: its name.
-        threshold: of the parallel schedule.
-        lost: static accuracy less the accuracy under the threshold, seed by seed.
+        threshold: the parallel schedule.
+        lost: static accuracy less the accuracy under that schedule, seed by seed.
         standard_error: of the mean over seeds, over prompts, pair by pair; None below two prompts.
-        tokens_per_forward: under the threshold, the mean over seeds.
+        tokens_per_forward: under that schedule, the mean over seeds.
     """
 
     arm: str
-    threshold: float
+    threshold: float | str
     lost: Spread
     standard_error: float | None
     tokens_per_forward: float
+
+    @property
+    def schedule(self) -> str:
+        """The parallel schedule in words."""
+        return "self-speculation" if self.threshold == SPECULATIVE else f"threshold {self.threshold:g}"
 
     def sentence(self) -> str:
         error = "" if self.standard_error is None else f", standard error over prompts {self.standard_error:.3f}"
         way = "loses" if self.lost.mean >= 0 else "gains"
         by_seed = ", ".join(f"{value:+.3f}" for value in self.lost.values)
         return (
-            f"{self.arm} {way} {abs(self.lost.mean):.3f} of accuracy from one token per forward to threshold "
-            f"{self.threshold:g}, at {self.tokens_per_forward:.2f} tokens per forward (lost by seed {by_seed}{error})."
+            f"{self.arm} {way} {abs(self.lost.mean):.3f} of accuracy from one token per forward to "
+            f"{self.schedule}, at {self.tokens_per_forward:.2f} tokens per forward (lost by seed {by_seed}{error})."
         )
 
 
@@ -163,7 +168,7 @@ class ArmSummary:
     tokens: dict[str, Spread]
     steps: Spread
     seconds: Spread
-    final: tuple[tuple[float | None, Spread, Spread | None], ...]  # threshold, quality, tokens per forward
+    final: tuple[tuple[Schedule, Spread, Spread | None], ...]  # threshold, quality, tokens per forward
 
     @classmethod
     def of(cls, results: Sequence[RunResult]) -> ArmSummary:
@@ -186,7 +191,7 @@ class ArmSummary:
 
 
 def reaching(
-    results: Sequence[RunResult], reference: str, threshold: float | None, counted: str, *, higher_is_better: bool
+    results: Sequence[RunResult], reference: str, threshold: Schedule, counted: str, *, higher_is_better: bool
 ) -> list[Reaching]:
     """Returns, for each arm but the reference, the tokens to the reference's best, over the seeds that both have."""
     curves = {(result.arm, result.seed): Curve.of(result.measurements, threshold, counted) for result in results}
@@ -215,7 +220,7 @@ def reaching(
 
 
 def parallel_losses(results: Sequence[RunResult]) -> list[ParallelLoss]:
-    """Returns what each arm loses at each threshold below the static schedule; nothing where that was not measured."""
+    """Returns what each arm loses at each other schedule than the static one; nothing where that was not measured."""
     found = []
     for arm in dict.fromkeys(result.arm for result in results):
         of_arm = [result for result in results if result.arm == arm]
@@ -260,7 +265,7 @@ class Milestone:
 
 
 def milestones(
-    results: Sequence[RunResult], ar: Score, threshold: float | None, counted: str, shares: Sequence[float] = SHARES
+    results: Sequence[RunResult], ar: Score, threshold: Schedule, counted: str, shares: Sequence[float] = SHARES
 ) -> list[Milestone]:
     """Returns the tokens that each arm needed to shares of the AR model's accuracy."""
     found = []
@@ -278,5 +283,6 @@ def ending_sentence(arm: ArmSummary, ar: Score, unit: str) -> str:
     for threshold, quality, speed in arm.final:
         share = f", {quality.mean / ar.quality:.1%} of the AR model's" if ar.quality > 0 else ""
         at = "" if threshold is None or speed is None else f" at {speed.mean:.2f} tokens per forward"
-        parts.append(f"{quality.mean:.3f}{share}{at}")
+        how = " by self-speculation" if threshold == SPECULATIVE else ""
+        parts.append(f"{quality.mean:.3f}{share}{at}{how}")
     return f"{arm.arm} ends with {unit} {'; '.join(parts)}."

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.records import Score
-from decausal.compare.settings import STATIC, CompareSettings
+from decausal.compare.settings import SPECULATIVE, STATIC, CompareSettings, Schedule
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.sources import task_source
 from decausal.data.tasks import Example
@@ -59,12 +59,11 @@ class Measure(ABC):
 
     @property
     @abstractmethod
-    def thresholds(self) -> tuple[float | None, ...]:
+    def thresholds(self) -> tuple[Schedule, ...]:
         """Decoding schedules while a run trains; (None,) where nothing is decoded."""
 
-    @property
     @abstractmethod
-    def final_thresholds(self) -> tuple[float | None, ...]:
+    def final_thresholds(self, run: ArmRun) -> tuple[Schedule, ...]:
         """Decoding schedules at a run's end."""
 
     @abstractmethod
@@ -72,7 +71,7 @@ class Measure(ABC):
         """What is measured on: two measurements of equal descriptions can be compared."""
 
     @abstractmethod
-    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score: ...
+    def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score: ...
 
     @abstractmethod
     def _ar_score(self, is_final: bool) -> Score: ...
@@ -91,7 +90,7 @@ class Measure(ABC):
         )
 
     def scores(
-        self, model: PreTrainedModel, run: ArmRun, thresholds: Sequence[float | None], *, is_final: bool = False
+        self, model: PreTrainedModel, run: ArmRun, thresholds: Sequence[Schedule], *, is_final: bool = False
     ) -> tuple[Score, ...]:
         """Measures a student under each schedule."""
         was_training = model.training
@@ -141,12 +140,12 @@ class TaskMeasure(Measure):
         self.max_new_tokens = settings.max_new_tokens or longest_completion(self._problems, self.tokenizer)
 
     @property
-    def thresholds(self) -> tuple[float | None, ...]:
+    def thresholds(self) -> tuple[Schedule, ...]:
         return self.settings.eval_thresholds
 
-    @property
-    def final_thresholds(self) -> tuple[float | None, ...]:
-        return self.settings.thresholds
+    def final_thresholds(self, run: ArmRun) -> tuple[Schedule, ...]:
+        is_speculated = self.settings.speculative and run.conversion.layout == "block"
+        return (*self.settings.thresholds, *((SPECULATIVE,) if is_speculated else ()))
 
     def measured(self, *, is_final: bool) -> dict[str, Any]:
         return {
@@ -159,15 +158,18 @@ class TaskMeasure(Measure):
     def problems(self, is_final: bool) -> list[Example]:
         return self._problems[: self.settings.final_prompts if is_final else self.settings.eval_prompts]
 
-    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score:
-        schedule = static_schedule(converted.facts, self.max_new_tokens)
-        options = schedule if threshold == STATIC else {"threshold": threshold}
+    def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score:
+        options: dict[str, Any] = {"threshold": threshold}
+        if threshold == STATIC:
+            options = static_schedule(converted.facts, self.max_new_tokens)
+        elif threshold == SPECULATIVE:
+            options = {"speculative": True}
         return self._evaluated(converted, threshold, is_final, options)
 
     def _ar_score(self, is_final: bool) -> Score:
         return self._evaluated((self.source, self.ar_tokenizer), STATIC, is_final, {})
 
-    def _evaluated(self, model: Any, threshold: float | None, is_final: bool, options: dict[str, Any]) -> Score:
+    def _evaluated(self, model: Any, threshold: Schedule, is_final: bool, options: dict[str, Any]) -> Score:
         found = evaluate_tasks(
             model,
             self.problems(is_final),
@@ -190,10 +192,11 @@ class LikelihoodMeasure(Measure):
         _ = self.rows
 
     @property
-    def thresholds(self) -> tuple[float | None, ...]:
+    def thresholds(self) -> tuple[Schedule, ...]:
         return (None,)
 
-    final_thresholds = thresholds
+    def final_thresholds(self, run: ArmRun) -> tuple[Schedule, ...]:
+        return self.thresholds
 
     def measured(self, *, is_final: bool) -> dict[str, Any]:
         return {
@@ -209,7 +212,7 @@ class LikelihoodMeasure(Measure):
         """All held-out rows."""
         return load_rows(self.settings.measured_data, self.tokenizer, self._max_length, text_field=self._text_field)
 
-    def _score(self, converted: Converted, threshold: float | None, is_final: bool) -> Score:
+    def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score:
         found = evaluate_nll(
             converted.model,
             converted.facts,
@@ -285,7 +288,7 @@ def static_schedule(facts: ConversionFacts, max_new_tokens: int) -> dict[str, in
     return {"num_steps": facts.block_size or max_new_tokens}
 
 
-def _task_score(found: TaskScores, threshold: float | None) -> Score:
+def _task_score(found: TaskScores, threshold: Schedule) -> Score:
     return Score(
         threshold,
         found.accuracy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from decausal.compare.findings import Curve
 from decausal.compare.records import Score
-from decausal.compare.settings import STATIC
+from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
 from decausal.reporting.figures import LIGHT, Palette, style
 
@@ -26,7 +26,7 @@ def save_figure(
     results: Sequence[RunResult],
     ar: tuple[Score, Score],
     *,
-    threshold: float | None,
+    threshold: Schedule,
     counted: str,
     unit: str,
     palette: Palette = LIGHT,
@@ -60,6 +60,9 @@ def save_figure(
     if is_decoded:
         panels[1].set_title("At the end, by decoding speed")
         panels[1].set_xlabel("tokens per forward pass")
+        if any(score.threshold == SPECULATIVE for result in results for score in result.final):
+            hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linewidth": 0}
+            panels[1].plot([], [], color=palette.text, label="self-speculation", **hollow)
     for axes, score in zip(panels, ar, strict=False):
         axes.axhline(score.quality, color=palette.text, linestyle=":", linewidth=1.2, label="AR model")
         axes.legend(facecolor=palette.background, edgecolor="none", labelcolor=palette.text, fontsize=9)
@@ -70,7 +73,7 @@ def save_figure(
 
 
 def _by_tokens(
-    axes: Axes, results: Sequence[RunResult], threshold: float | None, counted: str, colour: str, marker: str
+    axes: Axes, results: Sequence[RunResult], threshold: Schedule, counted: str, colour: str, marker: str
 ) -> None:
     """Each seed thin, the mean over seeds at equal shares of the budget thick."""
     curves = [Curve.of(result.measurements, threshold, counted) for result in results]
@@ -82,13 +85,23 @@ def _by_tokens(
 
 
 def _by_speed(axes: Axes, results: Sequence[RunResult], colour: str, marker: str) -> None:
-    """The final schedules, from the static one to the boldest: means over seeds, each seed a faint dot."""
-    points = [[(score.tokens_per_forward or 0.0, score.quality) for score in result.final] for result in results]
-    for of_seed in points:
-        axes.plot(*zip(*of_seed, strict=True), color=colour, marker=".", linewidth=0, alpha=0.4)
-    means = [tuple(fmean(values) for values in zip(*at, strict=True)) for at in zip(*points, strict=True)]
-    means.sort()
+    """The final schedules, from the static one to the boldest, and apart from them self-speculation, hollow."""
+    thresholds, speculative = (
+        [[score for score in result.final if (score.threshold == SPECULATIVE) is is_speculative] for result in results]
+        for is_speculative in (False, True)
+    )
+    means = sorted(_means_by_speed(axes, thresholds, colour))
     axes.plot(*zip(*means, strict=True), color=colour, marker=marker, markersize=5, linewidth=2, label=results[0].arm)
+    for mean in _means_by_speed(axes, speculative, colour):
+        axes.plot(*mean, color=colour, marker=marker, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
+
+
+def _means_by_speed(axes: Axes, by_seed: Sequence[Sequence[Score]], colour: str) -> list[tuple[float, float]]:
+    """Draws each seed as faint dots; returns tokens per forward and quality of each schedule, the means over seeds."""
+    points = [[(score.tokens_per_forward or 0.0, score.quality) for score in scores] for scores in by_seed]
+    for x, y in chain(*points):
+        axes.plot(x, y, color=colour, marker=".", alpha=0.4)
+    return [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*points, strict=True)]
 
 
 def _cut_the_start(axes: Axes, results: Sequence[RunResult], ar: Score) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from decausal.compare.settings import Schedule
 from decausal.compare.tokens import TokenCounts
 
 MEASUREMENTS = "measurements.jsonl"
@@ -20,7 +21,8 @@ class Score:
     """Quality of one model under one decoding schedule.
 
     Attributes:
-        threshold: confidence above which a token is kept; 1 is the static schedule. None: nothing was decoded (nll).
+        threshold: confidence above which a token is kept; 1 is the static schedule; "speculative" for self-speculation;
+            None where nothing was decoded (nll).
         quality: accuracy, the mean over tasks; or NELBO in nats per token.
         standard_error: over prompts (or rows).
         by_task: accuracy of each task.
@@ -29,7 +31,7 @@ class Score:
         details: further figures.
     """
 
-    threshold: float | None
+    threshold: Schedule
     quality: float
     standard_error: float | None = None
     by_task: dict[str, float] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class Measurement:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"tokens": self.tokens._asdict() | {"total": self.tokens.total}}
 
-    def score(self, threshold: float | None) -> Score | None:
+    def score(self, threshold: Schedule) -> Score | None:
         """Returns the score under a threshold; None where it was not measured."""
         return next((score for score in self.scores if score.threshold == threshold), None)
 

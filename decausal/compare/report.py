@@ -22,9 +22,10 @@ from decausal.compare.findings import (
 )
 from decausal.compare.plots import save_figure
 from decausal.compare.records import Score, write_atomically
-from decausal.compare.settings import CompareSettings
+from decausal.compare.settings import SPECULATIVE, CompareSettings
 from decausal.compare.training import Planned, RunResult
-from decausal.compare.view import final_cell, schedule_name
+from decausal.compare.view import final_cells, final_thresholds, schedule_name
+from decausal.exchange.handed_on import without_paths
 from decausal.provenance import provenance
 
 REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "report.png"
@@ -99,7 +100,8 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """What was found, in words, whichever way it came out."""
-        losses = [found for found in self.parallel_losses() if found.threshold == _nearest_threshold(self.settings)]
+        told = (_nearest_threshold(self.settings), SPECULATIVE)
+        losses = [found for found in self.parallel_losses() if found.threshold in told]
         return [
             *(found.sentence(self.unit) for found in self.reaching()),
             *(found.sentence() for found in losses),
@@ -158,11 +160,12 @@ def write_figures(comparison: Comparison) -> None:
 
 def _markdown(comparison: Comparison) -> str:
     unit, counted, arms = comparison.unit, comparison.settings.tokens, comparison.arms()
-    heads = [schedule_name(threshold, unit) for threshold, _, _ in arms[0].final]
+    thresholds = final_thresholds(arms)
+    heads = [schedule_name(threshold, unit) for threshold in thresholds]
     rows = [
         ["arm", f"{counted} tokens", "supervised", "generated", "steps", "seconds", *heads],
         ["---", *["---:"] * (5 + len(heads))],
-        *(_row(arm, counted) for arm in arms),
+        *(_row(arm, counted, final_cells(arm, thresholds)) for arm in arms),
         ["AR model", *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -171,7 +174,7 @@ def _markdown(comparison: Comparison) -> str:
     found = "\n".join(f"- {sentence}" for sentence in comparison.sentences())
     return f"""# Comparison of {", ".join(arm.arm for arm in arms)}
 
-From `{comparison.settings.model_name_or_path}`, {Budget.of(comparison.settings).sentence()} each,
+From `{without_paths(comparison.settings.model_name_or_path)}`, {Budget.of(comparison.settings).sentence()} each,
 seeds {", ".join(map(str, comparison.settings.seeds))}. {unit[0].upper()}{unit[1:]} on held-out data at the end of
 training, mean ± deviation over seeds; in brackets tokens per forward pass.
 
@@ -186,9 +189,8 @@ torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformer
 """
 
 
-def _row(arm: ArmSummary, counted: str) -> list[str]:
+def _row(arm: ArmSummary, counted: str, cells: list[str]) -> list[str]:
     tokens = [f"{arm.tokens[name].mean:,.0f}" for name in (counted, "supervised", "generated")]
-    cells = [final_cell(quality, speed) for _, quality, speed in arm.final]
     return [arm.arm, *tokens, f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}", *cells]
 
 

@@ -11,6 +11,12 @@ from decausal.errors import UserError
 STATIC = 1.0
 """The threshold that no probability exceeds: one token per forward."""
 
+SPECULATIVE = "speculative"
+"""In a threshold's place: self-speculation, which has none."""
+
+Schedule = float | str | None
+"""A threshold, SPECULATIVE, or None where nothing is decoded."""
+
 DEFAULT_TOKENS = 150_000
 EVAL_DATA = {"tasks": "tasks-heldout", "nll": "stdlib-heldout"}
 
@@ -67,6 +73,9 @@ class CompareSettings:
     eval_thresholds: tuple[float, ...] = _setting((1.0, 0.9), "thresholds while a run trains (tasks)")
     thresholds: tuple[float, ...] = _setting(
         (1.0, 0.95, 0.9, 0.8, 0.7), "thresholds at its end; 1 is the static schedule, one token per forward (tasks)"
+    )
+    speculative: bool = _setting(
+        True, "at its end, also by self-speculation, where the layout is block: masks draft, the weights verify (tasks)"
     )
     max_new_tokens: int | None = _setting(None, "most tokens of an answer; unset: what the longest needs (tasks)")
     eval_batch_size: int = _setting(140, "prompts answered together (tasks)")

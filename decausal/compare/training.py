@@ -19,6 +19,7 @@ from decausal.compare.budget import Budget, steps_for_minutes
 from decausal.compare.measuring import Measure
 from decausal.compare.recorder import Event, Recorder, Tell
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
+from decausal.compare.settings import Schedule
 from decausal.errors import UserError
 from decausal.models.adapt import FACTS_FILE
 from decausal.models.checkpoint import load_converted
@@ -63,7 +64,7 @@ class RunResult:
     measurements: list[Measurement]
     final: list[Score]
 
-    def final_score(self, threshold: float | None) -> Score | None:
+    def final_score(self, threshold: Schedule) -> Score | None:
         """Returns the score at the end under a threshold; None where it was not measured."""
         return next((score for score in self.final if score.threshold == threshold), None)
 
@@ -184,13 +185,14 @@ def _convert(
 def _final_scores(planned: Planned, measure: Measure, model: PreTrainedModel | None) -> list[Score]:
     record = FinalRecord(planned.run.directory, measure.measured(is_final=True))
     scores = {} if model is not None else {score.threshold: score for score in record.read()}
-    for threshold in measure.final_thresholds:
+    thresholds = measure.final_thresholds(planned.run)
+    for threshold in thresholds:
         if threshold not in scores:
             if model is None:
                 model = load_converted(planned.run.directory, device=measure.source.device).model
             scores |= {threshold: measure.scores(model, planned.run, (threshold,), is_final=True)[0]}
             record.write(list(scores.values()))
-    return [scores[threshold] for threshold in measure.final_thresholds]
+    return [scores[threshold] for threshold in thresholds]
 
 
 def _recorded(directory: Path) -> dict[str, Any] | None:

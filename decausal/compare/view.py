@@ -14,7 +14,7 @@ from rich.table import Table
 from decausal.compare.findings import ArmSummary, Spread
 from decausal.compare.recorder import Event
 from decausal.compare.records import Measurement, Score
-from decausal.compare.settings import STATIC
+from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 
 
 class ComparisonView:
@@ -106,27 +106,37 @@ def summary_table(arms: Sequence[ArmSummary], ar: Score, unit: str, counted: str
     table.add_column("arm")
     for header in (f"{counted} tokens", "steps", "seconds"):
         table.add_column(header, justify="right")
-    thresholds = [threshold for threshold, _, _ in arms[0].final]
+    thresholds = final_thresholds(arms)
     for threshold in thresholds:
         table.add_column(schedule_name(threshold, unit), justify="right")
     for arm in arms:
         cells = [f"{arm.tokens[counted].mean:,.0f}", f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}"]
-        cells += [final_cell(quality, speed) for _, quality, speed in arm.final]
+        cells += final_cells(arm, thresholds)
         table.add_row(escape(arm.arm), *cells)
     table.add_section()
     table.add_row("AR model", "", "", "", f"{ar.quality:.3f}", *[""] * (len(thresholds) - 1))
     return table
 
 
-def schedule_name(threshold: float | None, unit: str) -> str:
+def schedule_name(threshold: Schedule, unit: str) -> str:
     """Names a decoding schedule in a table's head."""
     if threshold is None:
         return unit
-    return "static" if threshold == STATIC else f"above {threshold:g}"
+    return {STATIC: "static", SPECULATIVE: "self-speculation"}.get(threshold) or f"above {threshold:g}"
 
 
-def final_cell(quality: Spread, speed: Spread | None) -> str:
-    """Quality, and behind it the tokens per forward."""
+def final_thresholds(arms: Sequence[ArmSummary]) -> list[Schedule]:
+    """The schedules that some arm was measured under at its end: a table's columns."""
+    return list(dict.fromkeys(threshold for arm in arms for threshold, _, _ in arm.final))
+
+
+def final_cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
+    """An arm's quality under each schedule, and behind it the tokens per forward; empty where it was not measured."""
+    cells = {threshold: _final_cell(quality, speed) for threshold, quality, speed in arm.final}
+    return [cells.get(threshold, "") for threshold in thresholds]
+
+
+def _final_cell(quality: Spread, speed: Spread | None) -> str:
     return str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
 
 

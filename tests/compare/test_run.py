@@ -41,6 +41,9 @@ class Compared:
         self.directory = Path(settings.output_dir)
         self.report: dict[str, Any] = json.loads((self.directory / "report.json").read_text())
 
+    def page(self) -> str:
+        return (self.directory / "report.md").read_text()
+
     def figures(self) -> list[Any]:
         """All that was measured, without times."""
         return [
@@ -166,6 +169,29 @@ def test_another_threshold_is_measured_without_training(
     for before, now in zip(compared.report["runs"], again.report["runs"], strict=True):
         assert now["final"][0] == before["final"][0]
         assert now["final"][1]["threshold"] == 0.5
+
+
+def test_block_arms_are_also_measured_by_self_speculation_of_which_finished_runs_need_no_training(
+    settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"any_facts": True, "seeds": (0,), "max_steps": 2, "output_dir": str(tmp_path)}
+    changed = replace(settings, recipes="mdm,aligned=bd3lm", thresholds=(1.0,), **shared)
+    without = Compared(replace(changed, speculative=False))
+    monkeypatch.setattr("decausal.compare.training.convert", lambda *_, **__: pytest.fail("trained again"))
+    found = Compared(changed)
+    for before, now in zip(without.report["runs"], found.report["runs"], strict=True):
+        assert now["final"][: len(before["final"])] == before["final"]
+    whole_rows, blocks = ([score["threshold"] for score in run["final"]] for run in found.report["runs"])
+    assert (whole_rows, blocks) == ([1.0], [1.0, "speculative"])
+    (lost,) = found.report["parallel_losses"]
+    assert (lost["arm"], lost["threshold"]) == ("aligned", "speculative")
+    assert "to self-speculation, at " in found.printed
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip() for line in found.page().splitlines() if "|" in line
+    }
+    assert cells["arm"] == "self-speculation"
+    assert cells["mdm"] == ""
+    assert cells["aligned"].endswith("/fwd)")
 
 
 def test_a_comparison_killed_again_and_again_goes_on_to_the_same_figures(
