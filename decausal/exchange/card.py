@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PretrainedConfig
 
-from decausal.data.sources import FILE_SUFFIX
 from decausal.errors import UserError
+from decausal.exchange.handed_on import is_hub_id, without_paths
 from decausal.models.checkpoint import ConversionFacts
 from decausal.sampling.defaults import settings_for
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -111,13 +109,6 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
     return tuple(shown)
 
 
-def is_hub_id(name: object) -> bool:
-    """Whether a source or data set is named as on the hub, not as a path."""
-    text = str(name).partition(":")[0]
-    is_name = _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
-    return is_name and FILE_SUFFIX.search(text) is None and not Path(text).exists()
-
-
 def names_base_model(facts: ConversionFacts) -> bool:
     """Whether the source is on the hub: then its commit is on record. A path may look like a name there."""
     return facts.source_revision is not None and is_hub_id(facts.source)
@@ -184,14 +175,9 @@ def _table(title: str, introduction: str, rows: dict[str, str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as the card prints it: of a path on somebody's disk only the last part."""
-    if isinstance(value, list | tuple):
-        return ", ".join(_shown(part) for part in value)
-    text = str(value)
-    is_path = isinstance(value, str | PurePath) and "/" in text and "\n" not in text
-    if is_path and not is_hub_id(text):
-        return PurePath(text).name
-    return text
+    """A value as the card prints it."""
+    value = without_paths(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _escaped(text: str) -> str:

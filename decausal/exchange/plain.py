@@ -9,9 +9,9 @@ from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard, names_base_model
 from decausal.exchange.converted_files import open_converted
 from decausal.exchange.exported import Exported
+from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
-from decausal.models.adapt import FACTS_FILE
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.checkpoint import ConversionFacts, write_facts
 
 _CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
@@ -37,7 +37,7 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
             for path in sorted(directory.glob(pattern)):
                 _copy(path, staging)
         (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
-        _copy(directory / FACTS_FILE, staging)  # last: a directory with it is whole
+        write_facts(staging, facts_to_hand_on(source.facts))  # last: a directory with them is whole
     return Exported(output_dir, source.facts, {}, _notes(card, source.facts))
 
 

@@ -17,6 +17,7 @@ from decausal.exchange.card import CARD, ModelCard
 from decausal.exchange.converted_files import ConvertedFiles, end_token_ids, open_converted
 from decausal.exchange.engines import SGLANG_SETTINGS, launch_commands, sglang_settings
 from decausal.exchange.exported import Exported
+from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, engine_mask_token, never_predicted
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import expected_tensors, head_dim
@@ -121,7 +122,7 @@ def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any
         "torch_dtype": dtype,
         "use_cache": True,
         "use_sliding_window": False,
-        FACTS_KEY: asdict(facts),
+        FACTS_KEY: asdict(facts_to_hand_on(facts)),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, nearest
+from decausal.exchange.handed_on import without_paths
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import ConversionFacts, Converted
@@ -55,7 +56,7 @@ class Served:
                 "layout": facts.layout,
                 "block_size": facts.block_size,
                 "shift": facts.shift,
-                "source": facts.source,
+                "source": without_paths(facts.source),
                 "sampler": facts.sampler,
                 "is_source": self.is_source,
                 "has_chat": bool(self.converted.tokenizer.chat_template),

@@ -11,6 +11,7 @@ import yaml
 
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores
+from decausal.exchange.handed_on import without_paths
 from decausal.provenance import provenance
 from decausal.training.settings import PretrainSettings
 
@@ -26,7 +27,7 @@ def model_card(
 ) -> str:
     """Returns the model's card: what it is, how it was made and how good it is, in Markdown."""
     flags = {
-        name: value
+        name: without_paths(value)
         for name, value in asdict(settings).items()
         if value != getattr(PretrainSettings(), name) and name != "overwrite"
     } | {name: value for name, value in training.items() if name not in ("output_dir", "resume_from_checkpoint")}
@@ -46,8 +47,8 @@ pipeline_tag: text-generation
 
 {num_parameters:,} parameters: {settings.num_hidden_layers} layers of width {settings.hidden_size},
 {_vocabulary(settings)}, a context of {settings.context} tokens. Stock Qwen3
-architecture, bfloat16 weights. Trained on `{settings.data}`. It exists to be converted into a diffusion model, in
-demonstrations and tests.
+architecture, bfloat16 weights. Trained on `{without_paths(settings.data)}`. It exists to be converted
+into a diffusion model, in demonstrations and tests.
 
 ## Held-out likelihood
 
@@ -78,7 +79,7 @@ def _likelihood(settings: PretrainSettings, heldout: ArLikelihood | None) -> str
     return (
         f"{heldout.bits_per_byte:.4f} bits per byte (standard error over rows "
         f"{heldout.bits_per_byte_standard_error or 0:.4f}), {heldout.nll_per_token:.4f} nats per token, on "
-        f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{settings.eval_data}`, "
+        f"{heldout.num_tokens:,} tokens ({heldout.num_bytes:,} bytes) of `{without_paths(settings.eval_data)}`, "
         f"documents isolated, rows of {settings.max_length}."
     )
 
@@ -94,7 +95,7 @@ def _accuracy(settings: PretrainSettings, tasks: TaskScores | None) -> str:
     return f"""
 ## Right answers
 
-Greedy, on the examples of `{settings.eval_data}`.
+Greedy, on the examples of `{without_paths(settings.eval_data)}`.
 
 {table}
 """
