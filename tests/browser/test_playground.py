@@ -201,6 +201,24 @@ def test_escape_stops_and_frees_the_row(visit: Visit, server: Running, models: l
     hook.remove()
 
 
+def test_block_models_alone_offer_to_speculate(visit: Visit, browser: Browser) -> None:
+    from decausal.sampling.generate import generate
+
+    expect(visit.page.locator("#speculative")).to_be_hidden()
+    model = converted(layout="block", block_size=4)
+    wanted = generate(model, "x = ", max_new_tokens=9, speculative=True)
+    with running([model]) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.locator("#speculative").check(timeout=SECONDS)
+        page.locator("#text").fill("x = ")
+        page.locator("#max_tokens").fill("9")
+        page.locator("#write").click()
+        figures = page.locator("#pane-model .figures")
+        expect(figures).to_contain_text(f"{len(wanted.ids)} tokens in {wanted.num_forwards} passes", timeout=SECONDS)
+        page.close()
+
+
 def test_a_key_is_asked_for_where_the_server_has_one(browser: Browser, models: list[Converted]) -> None:
     with running(models[:1], api_key="secret") as server:
         page = browser.new_page()

@@ -38,6 +38,7 @@ function settings() {
     seed: number("seed"),
     confidence: $("confidence").value,
     [$("schedule").value]: number("schedule-value"),
+    speculative: $("speculative").checked || (defaults.speculative ? false : undefined),
     remask: $("remask").checked ? defaults.remask || true : defaults.remask ? false : undefined,
   };
 }
@@ -206,6 +207,7 @@ function useDefaults(sampler) {
   for (const id of ["temperature", "top_p", "confidence"]) if (sampler[id] != null) $(id).value = sampler[id];
   for (const name of Object.keys(SCHEDULES)) if (sampler[name] != null) setSchedule(name, sampler[name]);
   $("remask").checked = Boolean(sampler.remask);
+  $("speculative").checked = Boolean(sampler.speculative);
   defaults = sampler;
 }
 
@@ -223,6 +225,7 @@ async function begin() {
   $("model").textContent = `${id}: ${layout}, made from ${facts.source}, rows of up to ${longest} tokens`;
   $("source-choice").hidden = !models.some((m) => m.decausal.is_source);
   $("remask").closest("label").hidden = facts.layout !== "bidirectional";
+  $("speculative").closest("label").hidden = facts.layout !== "block";
   if (!$("text").value) $("text").value = facts.has_infill ? EXAMPLES.fill : EXAMPLES.continue;
   for (const button of document.querySelectorAll("#gap, [data-example=fill], [data-example=several]"))
     button.hidden = !facts.has_infill;
