@@ -181,4 +181,6 @@ def test_rows_that_cannot_be_written_are_refused(model: Converted) -> None:
         engine.submit(job(model, "import", 0, 40))
     with pytest.raises(UserError, match="begins with a gap"):
         engine.submit(Job(Row(([], [1]), (2,), "the prompt"), SamplerSettings(), 0))
+    with pytest.raises(UserError, match="speculative is for continuing prompts"):
+        engine.submit(job(model, "import", 0, 4, speculative=True))
     assert engine.num_waiting == 0

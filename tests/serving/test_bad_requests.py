@@ -95,6 +95,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "best_of": 3}, 400, "best_of", "not supported"),
     (TEXT, {"prompt": "a", "model": "other"}, 404, "model", "there is: tiny, tiny-2"),
     (TEXT, {"prompt": "a", "model": 3}, 400, "model", "string"),
+    (TEXT, {"prompt": "a", "suffix": "b", "speculative": True}, 400, None, "specul"),
+    (TEXT, {"prompt": "a", "suffix": "b", "max_tokens": 2, "speculative": True}, 400, None, "specul"),
     (TEXT, {"prompt": "a", "decausal": {"event": True}}, 400, "decausal.event", "did you mean 'events'"),
     (TEXT, {"decausal": {"parts": ["a"]}}, 400, "decausal.parts", "at least one gap"),
     (TEXT, {"decausal": {"parts": ["a", 0]}}, 400, "decausal.parts", "at least 1 token"),
