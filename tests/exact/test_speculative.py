@@ -228,6 +228,18 @@ def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shi
     assert {index for index in range(len(jobs)) if index not in told} <= cancelled
 
 
+def test_rows_that_keep_coming_do_not_hold_up_the_others():
+    engine = engine_of(model_of("qwen3"), facts(1), max_rows=2)
+    count, num_passes = 12, 0
+    ticket = engine.submit(job_of([5, 6], SamplerSettings(max_new_tokens=count)))
+    is_over = False
+    while not is_over:
+        engine.submit(job_of([7], SamplerSettings(max_new_tokens=1)))  # over with the pass that reads its prompt
+        is_over = any(progress.ticket == ticket and progress.ended for progress in engine.step())
+        num_passes += 1
+        assert num_passes <= 2 * count
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_log_probabilities_are_the_causal_models(temperature):
     model, prompt = model_of("qwen3"), prompt_of(5, seed=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +103,18 @@ def test_a_batch_gives_what_generate_does(model: Converted) -> None:
     options = {"max_new_tokens": 7, "seed": 3, "temperature": 0.8, "speculative": True}
     found = list(DiffusionModel(model).engine(max_rows=2).run(PROMPTS, **options))
     assert found == generate(model, PROMPTS, **options)
+
+
+def test_a_line_of_a_batch_file_may_ask_for_it(model: Converted, tmp_path: Path) -> None:
+    options = {"max_new_tokens": 7, "seed": 3, "num_steps": 2}
+    lines = [{"prompt": text, **({"speculative": True} if row else {})} for row, text in enumerate(PROMPTS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    DiffusionModel(model).run_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", **options)
+    answers = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert answers == [
+        generate(model, text, speculative=row > 0, **options | {"seed": 3 + row}).text
+        for row, text in enumerate(PROMPTS)
+    ]
 
 
 def test_it_is_refused_where_rows_are_denoised(model: Converted) -> None:

@@ -39,8 +39,8 @@ DRAFT_LENGTH = 4
 class SpeculativeEngine:
     """Continues prompts as the weights under causal attention would, several tokens per pass.
 
-    Rows that enter read their prompts in a pass of their own; then all rows go on together. What a row becomes does not
-    depend on the others. Of its settings temperature, `top_k`, `top_p` and `stop` hold; schedules play no part.
+    Rows that enter read their prompts in a pass of their own, never in two passes running, so that the others go on. What
+    a row becomes does not depend on them. Of its settings temperature, `top_k`, `top_p` and `stop` hold; schedules play no part.
 
     Args:
         converted: Model, tokenizer (for stop texts alone) and facts: shift, mask token and block size. Any layout but
@@ -70,6 +70,7 @@ class SpeculativeEngine:
         self._running: list[_Running] = []
         self._waiting: deque[_Running] = deque()
         self._gathered: tuple[tuple[int, ...], RowSettings] | None = None
+        self._has_admitted = False
         self._next_ticket = 0
 
     @property
@@ -115,24 +116,31 @@ class SpeculativeEngine:
 
     def step(self) -> list[Progress]:
         """Reads the prompts of rows that find a free place, or takes all rows further; tells of those that it read."""
-        first = len(self._running)
-        while self._waiting and len(self._running) < self._max_rows:
-            row = self._waiting.popleft()
-            self._rows.admit(row.prompt, row.job.seed)
-            self._running.append(row)
-        is_new = len(self._running) > first
-        places = slice(first if is_new else 0, len(self._running))
+        first = self._admit()
+        places = slice(first, len(self._running))
         rows = self._running[places]
         if not rows:
             return []
         with decoding(self._model):
-            read = self._rows.read(places, [row.length for row in rows], self._settings(rows), is_new=is_new)
+            read = self._rows.read(
+                places, [row.length for row in rows], self._settings(rows), is_new=self._has_admitted
+            )
             log_probs = self._log_probs(rows, read)
         told = [row.take(*brought, self._tokenizer) for row, *brought in zip(rows, read.tokens, log_probs, strict=True)]
         for place in reversed(range(len(told))):
             if told[place].ended is not None:
                 self._drop(places.start + place)
         return told
+
+    def _admit(self) -> int:
+        """Gives free places to rows that wait; returns the first place that the next pass reads."""
+        first = len(self._running)
+        if not (self._has_admitted and self._running):
+            for row in [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_rows - first))]:
+                self._rows.admit(row.prompt, row.job.seed)
+                self._running.append(row)
+        self._has_admitted = len(self._running) > first
+        return first if self._has_admitted else 0
 
     def _drop(self, place: int) -> None:
         """Frees a place; the last row moves into it."""
