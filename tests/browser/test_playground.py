@@ -97,6 +97,24 @@ def test_gaps_are_filled_and_the_slider_goes_back_through_the_passes(visit: Visi
     expect(page.locator("#pass-name")).to_have_text("pass 6 of 6", timeout=SECONDS)
 
 
+def test_a_gap_of_unknown_length_is_inserted_and_its_length_is_found(visit: Visit, models: list[Converted]) -> None:
+    from decausal.sampling.filling.infilling import infill
+
+    page = visit.page
+    page.locator("#text").fill("x = ")
+    page.locator("#gap").click()
+    expect(page.locator("#text")).to_have_value("x = [[?]]")
+    visit.write("x = [[?]]\ny = 2")
+    wanted = infill(models[0], "x = ", "\ny = 2", None, seed=0)
+    pieces = [models[0].tokenizer.decode([token]) for token in wanted.ids]
+    assert page.locator("#pane-model .kept").all_text_contents() == pieces
+    expect(page.locator("#pane-model .figures")).to_contain_text(
+        f"{wanted.num_forwards} with all lengths that were tried"
+    )
+    page.locator("#pass").fill("0")
+    assert page.locator("#pane-model .page > span").all_text_contents() == ["x = ", "?", "\ny = 2"]
+
+
 def test_tokens_are_coloured_by_confidence_or_by_order(visit: Visit) -> None:
     page = visit.page
     visit.write("x = [[6]]\n")

@@ -10,12 +10,12 @@ export class Pane {
     this.note = element.querySelector(".token");
     this.page.addEventListener("keydown", (event) => this.#walk(event));
     this.page.addEventListener("click", (event) => this.#choose(event.target.closest(".kept")));
-    this.begin("", "");
+    this.begin(["", 0, ""]);
   }
 
-  // Starts a new row between given texts; a row without frames shows its texts alone.
-  begin(before, after) {
-    Object.assign(this, { before, after, frames: [], text: null, chosen: null, seconds: null });
+  // Starts a new row of given texts and gaps (numbers of tokens, null where unknown) in turn.
+  begin(pieces) {
+    Object.assign(this, { pieces, frames: [], text: null, chosen: null, seconds: null, numForwards: 0 });
     this.figures.textContent = this.note.textContent = "";
     this.show(0);
   }
@@ -33,10 +33,8 @@ export class Pane {
     const frame = this.frames[Math.min(pass, this.frames.length) - 1];
     this.frame = frame;
     const isEnd = this.text !== null && pass >= this.frames.length;
-    const nodes = [given(this.before)];
-    if (frame) nodes.push(...this.#tokens(frame, pass, isEnd));
-    nodes.push(given(this.after));
-    this.page.replaceChildren(...nodes);
+    const between = frame ? this.#tokens(frame, pass, isEnd) : this.pieces.slice(1, -1).flatMap(waiting);
+    this.page.replaceChildren(given(this.pieces[0]), ...between, given(this.pieces.at(-1)));
     this.#mark();
     this.#tell(frame, pass);
   }
@@ -72,8 +70,10 @@ export class Pane {
     const written = frame.draft.filter((piece, i) => piece !== null && !frame.is_given[i]).length;
     const passes = Math.min(pass, this.frames.length);
     const rate = (written / Math.max(1, passes)).toFixed(2);
+    const isSearched = this.pieces.includes(null) && this.numForwards > 0;
+    const search = isSearched ? `, ${this.numForwards} with all lengths that were tried` : "";
     const time = this.seconds === null ? "" : `, ${this.seconds.toFixed(1)} s`;
-    this.figures.textContent = `${written} tokens in ${passes} passes (${rate} a pass)${time}`;
+    this.figures.textContent = `${written} tokens in ${passes} passes (${rate} a pass)${search}${time}`;
   }
 
   #walk(event) {
@@ -104,4 +104,15 @@ function given(text) {
   span.className = "given";
   span.textContent = text;
   return span;
+}
+
+// What stands for a piece of the text before anything is written.
+function waiting(piece) {
+  if (typeof piece === "string") return [given(piece)];
+  return Array.from({ length: Math.min(piece ?? 1, 1000) }, () => {
+    const span = document.createElement("span");
+    span.className = "token-box open";
+    span.textContent = piece === null ? "?" : "··";
+    return span;
+  });
 }

@@ -25,9 +25,11 @@ let timer = null;
 function readText(text) {
   const pieces = text.split(GAP).map((piece, i) => (i % 2 ? (piece === "?" ? null : Number(piece)) : piece));
   const parts = pieces.filter((piece) => piece !== "");
-  if (pieces.length === 1) return { before: text, after: "", parts: null, numTokens: Number($("max_tokens").value) };
-  const numTokens = pieces.reduce((sum, piece, i) => sum + (i % 2 ? piece ?? Number($("max_tokens").value) : 0), 0);
-  return { before: pieces[0], after: pieces.at(-1), parts, numTokens };
+  const tokens = Number($("max_tokens").value);
+  if (pieces.length === 1) return { parts: null, pieces: [text, tokens, ""], isUnknown: false, numTokens: tokens };
+  const isUnknown = pieces.includes(null);
+  const numTokens = isUnknown ? tokens : pieces.reduce((sum, piece, i) => sum + (i % 2 ? piece : 0), 0);
+  return { parts, pieces, isUnknown, numTokens };
 }
 
 function settings() {
@@ -84,6 +86,7 @@ async function write(pane, model, body, signal) {
     text += event.choices[0]?.text ?? "";
     if (event.choices[0]?.finish_reason) {
       pane.text = text;
+      pane.numForwards = event.choices[0].decausal.num_forwards;
       pane.seconds = (performance.now() - started) / 1000;
     }
     if (event.decausal?.draft) pane.add(event.decausal);
@@ -95,22 +98,22 @@ async function submit() {
   if (running) running.abort();
   pause();
   tellError(null);
-  const { before, after, parts, numTokens } = readText($("text").value);
+  const { parts, pieces, isUnknown, numTokens } = readText($("text").value);
   const [model, source] = [models.find((m) => !m.decausal.is_source), models.find((m) => m.decausal.is_source)];
   const withSource = Boolean(source) && $("with-source").checked;
   running = new AbortController();
   const { signal } = running;
-  setBusy(true, "Writing …");
+  setBusy(true, isUnknown ? "Trying lengths …" : "Writing …");
   $("result").hidden = false;
   $("pane-source").hidden = !withSource;
-  panes.model.begin(before, after);
-  panes.source.begin(before, "");
+  panes.model.begin(pieces);
+  panes.source.begin([pieces[0], numTokens, ""]);
   const asked = settings();
-  const gaps = parts ? { decausal: { events: true, parts } } : { prompt: before, max_tokens: numTokens, decausal: { events: true } };
+  const gaps = parts ? { decausal: { events: true, parts } } : { prompt: pieces[0], max_tokens: numTokens, decausal: { events: true } };
   const tasks = [write(panes.model, model?.id, { ...asked, ...gaps }, signal)];
   if (withSource) {
     const { temperature, top_p, seed } = asked;
-    const row = { prompt: before, max_tokens: numTokens, temperature, top_p, seed, decausal: { events: true } };
+    const row = { prompt: pieces[0], max_tokens: numTokens, temperature, top_p, seed, decausal: { events: true } };
     tasks.push(write(panes.source, source.id, row, signal));
   }
   try {
@@ -197,8 +200,7 @@ function setColour() {
 
 function insertGap() {
   const field = $("text");
-  const marker = `[[${Math.max(1, Number($("max_tokens").value) || 8)}]]`;
-  field.setRangeText(marker, field.selectionStart, field.selectionEnd, "end");
+  field.setRangeText("[[?]]", field.selectionStart, field.selectionEnd, "end");
   field.focus();
 }
 
