@@ -39,8 +39,9 @@ DRAFT_LENGTH = 4
 class SpeculativeEngine:
     """Continues prompts as the weights under causal attention would, several tokens per pass.
 
-    Rows that enter read their prompts in a pass of their own, never in two passes running, so that the others go on. What
-    a row becomes does not depend on them. Of its settings temperature, `top_k`, `top_p` and `stop` hold; schedules play no part.
+    Rows that enter read their prompts in a pass of their own; then all rows go on together, before others enter. What a
+    row becomes does not depend on the others. Of its settings temperature, `top_k`, `top_p` and `stop` hold; schedules
+    play no part.
 
     Args:
         converted: Model, tokenizer (for stop texts alone) and facts: shift, mask token and block size. Any layout but
@@ -117,14 +118,12 @@ class SpeculativeEngine:
     def step(self) -> list[Progress]:
         """Reads the prompts of rows that find a free place, or takes all rows further; tells of those that it read."""
         first = self._admit()
-        places = slice(first, len(self._running))
+        places, is_new = slice(first, len(self._running)), self._has_admitted
         rows = self._running[places]
         if not rows:
             return []
         with decoding(self._model):
-            read = self._rows.read(
-                places, [row.length for row in rows], self._settings(rows), is_new=self._has_admitted
-            )
+            read = self._rows.read(places, [row.length for row in rows], self._settings(rows), is_new=is_new)
             log_probs = self._log_probs(rows, read)
         told = [row.take(*brought, self._tokenizer) for row, *brought in zip(rows, read.tokens, log_probs, strict=True)]
         for place in reversed(range(len(told))):
