@@ -22,9 +22,9 @@ from decausal.compare.findings import (
 )
 from decausal.compare.plots import save_figure
 from decausal.compare.records import Score, write_atomically
-from decausal.compare.settings import SPECULATIVE, CompareSettings
+from decausal.compare.settings import SPECULATIVE, CompareSettings, Schedule
 from decausal.compare.training import Planned, RunResult
-from decausal.compare.view import final_cells, final_thresholds, schedule_name
+from decausal.compare.view import schedule_name
 from decausal.exchange.handed_on import without_paths
 from decausal.provenance import provenance
 
@@ -160,12 +160,12 @@ def write_figures(comparison: Comparison) -> None:
 
 def _markdown(comparison: Comparison) -> str:
     unit, counted, arms = comparison.unit, comparison.settings.tokens, comparison.arms()
-    thresholds = final_thresholds(arms)
+    thresholds = _thresholds(arms)
     heads = [schedule_name(threshold, unit) for threshold in thresholds]
     rows = [
         ["arm", f"{counted} tokens", "supervised", "generated", "steps", "seconds", *heads],
         ["---", *["---:"] * (5 + len(heads))],
-        *(_row(arm, counted, final_cells(arm, thresholds)) for arm in arms),
+        *(_row(arm, counted, _cells(arm, thresholds)) for arm in arms),
         ["AR model", *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -187,6 +187,20 @@ training, mean ± deviation over seeds; in brackets tokens per forward pass.
 `{comparison.command}`, commit {facts["commit"]}, {facts["date"]}, {hardware["processor"]}, {hardware["cores"]} cores,
 torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}. All figures: `{REPORT_FIGURES}`.
 """
+
+
+def _thresholds(arms: Sequence[ArmSummary]) -> list[Schedule]:
+    """The schedules that some arm was measured under at its end: the table's columns."""
+    return list(dict.fromkeys(threshold for arm in arms for threshold, _, _ in arm.final))
+
+
+def _cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
+    """An arm's quality under each schedule, and behind it the tokens per forward; empty where it was not measured."""
+    cells = {
+        threshold: str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
+        for threshold, quality, speed in arm.final
+    }
+    return [cells.get(threshold, "") for threshold in thresholds]
 
 
 def _row(arm: ArmSummary, counted: str, cells: list[str]) -> list[str]:

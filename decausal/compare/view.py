@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from decausal.compare.findings import ArmSummary, Spread
+from decausal.compare.findings import ArmSummary
 from decausal.compare.recorder import Event
 from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
@@ -101,20 +102,23 @@ class ComparisonView:
 
 
 def summary_table(arms: Sequence[ArmSummary], ar: Score, unit: str, counted: str) -> Table:
-    """Returns all arms at their end, mean and deviation over seeds, with the AR model as the last line."""
-    table = Table(title=f"At the end: {unit} on held-out data, mean ± deviation over seeds", title_justify="left")
-    table.add_column("arm")
+    """Returns all arms at their end, mean and deviation over seeds: a line for each schedule, the AR model's last."""
+    title = f"At the end: {unit} on held-out data, mean ± deviation over seeds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("arm", no_wrap=True)
     for header in (f"{counted} tokens", "steps", "seconds"):
         table.add_column(header, justify="right")
-    thresholds = final_thresholds(arms)
-    for threshold in thresholds:
-        table.add_column(schedule_name(threshold, unit), justify="right")
+    for header in ("decoding", unit):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("tokens per forward", justify="right")
     for arm in arms:
-        cells = [f"{arm.tokens[counted].mean:,.0f}", f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}"]
-        cells += final_cells(arm, thresholds)
-        table.add_row(escape(arm.arm), *cells)
-    table.add_section()
-    table.add_row("AR model", "", "", "", f"{ar.quality:.3f}", *[""] * (len(thresholds) - 1))
+        heads = [escape(arm.arm), *(f"{value.mean:,.0f}" for value in (arm.tokens[counted], arm.steps, arm.seconds))]
+        for threshold, quality, speed in arm.final:
+            per_forward = "" if speed is None else f"{speed.mean:.2f}"
+            table.add_row(*heads, schedule_name(threshold, ""), str(quality), per_forward)
+            heads = [""] * len(heads)
+        table.add_section()
+    table.add_row("AR model", *[""] * 4, f"{ar.quality:.3f}")
     return table
 
 
@@ -122,22 +126,7 @@ def schedule_name(threshold: Schedule, unit: str) -> str:
     """Names a decoding schedule in a table's head."""
     if threshold is None:
         return unit
-    return {STATIC: "static", SPECULATIVE: "self-speculation"}.get(threshold) or f"above {threshold:g}"
-
-
-def final_thresholds(arms: Sequence[ArmSummary]) -> list[Schedule]:
-    """The schedules that some arm was measured under at its end: a table's columns."""
-    return list(dict.fromkeys(threshold for arm in arms for threshold, _, _ in arm.final))
-
-
-def final_cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
-    """An arm's quality under each schedule, and behind it the tokens per forward; empty where it was not measured."""
-    cells = {threshold: _final_cell(quality, speed) for threshold, quality, speed in arm.final}
-    return [cells.get(threshold, "") for threshold in thresholds]
-
-
-def _final_cell(quality: Spread, speed: Spread | None) -> str:
-    return str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
+    return {STATIC: "static", SPECULATIVE: "speculative"}.get(threshold) or f"above {threshold:g}"
 
 
 def _described(score: Score, unit: str) -> str:

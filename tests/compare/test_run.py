@@ -189,7 +189,7 @@ def test_block_arms_are_also_measured_by_self_speculation_of_which_finished_runs
     cells = {
         line.split("|")[1].strip(): line.split("|")[-2].strip() for line in found.page().splitlines() if "|" in line
     }
-    assert cells["arm"] == "self-speculation"
+    assert cells["arm"] == "speculative"
     assert cells["mdm"] == ""
     assert cells["aligned"].endswith("/fwd)")
 
