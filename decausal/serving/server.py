@@ -20,6 +20,10 @@ from decausal.serving.settings import ServeSettings
 GRACE_SECONDS = 5
 """How long answers may go on when the server is told to end."""
 
+KEEP_ALIVE_SECONDS = 75
+"""How long a connection may be idle. Longer than clients keep theirs (5 s in OpenAI's client): who closes first must be
+the client, or it sends its next request into a connection that is just being closed."""
+
 
 def models_of(
     directory: str | Path, settings: ServeSettings, metrics: Metrics, *, with_source: bool = False
@@ -78,6 +82,7 @@ def uvicorn_config(app: object) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
         ws="none",
     )

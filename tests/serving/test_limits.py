@@ -15,6 +15,7 @@ import pytest
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generate import generate
+from decausal.serving.server import uvicorn_config
 from decausal.serving.settings import ServeSettings
 from decausal.serving.worker import Worker
 from tests.serving.running import converted, running
@@ -115,6 +116,12 @@ def test_rows_are_no_longer_than_the_server_says(model: Converted) -> None:
         assert "at most 12" in answer.json()["error"]["message"]
         found = client.post("/v1/completions", json={"prompt": "import"}).json()
         assert found["usage"]["total_tokens"] == 12
+
+
+def test_an_idle_connection_is_closed_by_the_client_and_not_under_its_next_request() -> None:
+    kept_by_clients = httpx.Limits().keepalive_expiry
+    assert kept_by_clients is not None
+    assert uvicorn_config(None).timeout_keep_alive > 2 * kept_by_clients
 
 
 def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
