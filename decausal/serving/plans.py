@@ -22,6 +22,7 @@ from decausal.sampling.rows import Row, ids_behind, named, prompt_ids, text_ids
 from decausal.sampling.settings import SamplerSettings
 from decausal.serving.errors import bad_request
 from decausal.serving.schema import ChatBody, CompletionBody, Extension, sampler_options
+from decausal.serving.settings import MAX_UNKNOWN_GAPS
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,12 @@ def _text_of_parts(
     if lengths[-1] is None and not given[-1]:
         raise bad_request(
             "the text ends with a gap of unknown length, and nothing behind it tells where it ends: give its length",
+            "decausal.parts",
+        )
+    if lengths.count(None) > MAX_UNKNOWN_GAPS:
+        raise bad_request(
+            f"the text has {lengths.count(None)} gaps of unknown length, and this server searches at most "
+            f"{MAX_UNKNOWN_GAPS}: give the lengths of some",
             "decausal.parts",
         )
     first = _accepted(lambda: prompt_ids(converted, given[0]))

@@ -9,6 +9,7 @@ from decausal.errors import UserError
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_UNKNOWN_GAPS = 8
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"decausal": {"parts": ["a", 0]}}, 400, "decausal.parts", "at least 1 token"),
     (TEXT, {"decausal": {"parts": ["a", None]}}, 400, "decausal.parts", "ends with a gap of unknown length"),
     (TEXT, {"decausal": {"parts": ["a", None, 2, "b"]}}, 400, "decausal.parts", "without text between"),
+    (TEXT, {"decausal": {"parts": ["a", None] * 9 + ["b"]}}, 400, "decausal.parts", "at most 8"),
     (TEXT, {"decausal": {"parts": ["a", True, "b"]}}, 400, "decausal.parts", "null (unknown length)"),
     (TEXT, {"decausal": {"parts": ["a" * MAX_LENGTH, None, "b"]}}, 400, "prompt", "shorten it"),
     (TEXT, {"decausal": {"parts": ["a", None, "b"], "max_gap": 0}}, 400, "decausal.max_gap", "greater than or equal"),

@@ -135,9 +135,9 @@ class LengthSearch:
     def asked(self) -> list[Row]:
         return [proposal.row for proposal in self._proposals]
 
-    def scored_positions(self) -> list[list[int]]:
-        """The positions by which each of `asked` is judged, for `score_tokens` with `SCORING_GROUPS`."""
-        return [scored_positions(self.text.row(proposal.lengths), self._shift) for proposal in self._proposals]
+    def scored_positions(self, index: int) -> list[int]:
+        """The positions by which one of `asked` is judged, for `score_tokens` with `SCORING_GROUPS`."""
+        return scored_positions(self.text.row(self._proposals[index].lengths), self._shift)
 
     def take(self, ids: Sequence[list[int]], num_forwards: Sequence[int], scores: Sequence[TokenScores]) -> None:
         """Takes in what became of `asked`, and asks for more or ends.
@@ -148,9 +148,9 @@ class LengthSearch:
             scores: Of `scored_positions`.
         """
         results = []
-        for proposal, places, tokens, passes, token_scores in zip(
-            self._proposals, self.scored_positions(), ids, num_forwards, scores, strict=True
-        ):
+        told = zip(self._proposals, ids, num_forwards, scores, strict=True)
+        for index, (proposal, tokens, passes, token_scores) in enumerate(told):
+            places = self.scored_positions(index)
             log_prob = dict(zip(places, token_scores.log_prob.tolist(), strict=True))
             value = score(self.text.row(proposal.lengths), log_prob)
             results.append(_Scored(proposal.lengths, tokens, value, log_prob))
@@ -190,7 +190,7 @@ def choose_lengths(
     while running := [each for each in searches if each.asked]:
         rows = [row for each in running for row in each.asked]
         seeds = [each.text.seed for each in running for _ in each.asked]
-        places = [positions for each in running for positions in each.scored_positions()]
+        places = [each.scored_positions(index) for each in running for index in range(len(each.asked))]
         filled = fill_rows(converted, rows, settings, seeds=seeds, batch_size=batch_size)
         ids = [row.ids for row in filled]
         scores = score_tokens(converted, ids, places, groups=SCORING_GROUPS, batch_size=batch_size)

@@ -159,7 +159,7 @@ class SearchingEngine:
     def _score(self) -> None:
         candidates = [self._unscored.popleft() for _ in range(min(self._scored_at_once, len(self._unscored)))]
         positions = [
-            self._searching[each.place.ticket].search.scored_positions()[each.place.index] for each in candidates
+            self._searching[each.place.ticket].search.scored_positions(each.place.index) for each in candidates
         ]
         ids = [each.ids for each in candidates]
         scores = score_tokens(
