@@ -38,6 +38,7 @@ from decausal.training.run_directory import (
 from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
+from decausal.training.sharding import is_sharded, uses_fsdp
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.trainer import ConversionTrainer
 
@@ -185,8 +186,8 @@ def _teacher(
     name = settings.teacher_model_name_or_path
     if name is not None:
         return Teacher(_other_model(settings, name, model, tokenizer).to(dtype))
-    is_sharded = bool(getattr(args, "fsdp", None) or args.deepspeed)  # adapters off outside of the wrapper's forward
-    return None if settings.lora_r and not is_sharded else Teacher(copy.deepcopy(model).to(dtype))
+    # A sharded student runs inside of its wrapper's forward alone, so not with its adapters off.
+    return None if settings.lora_r and not is_sharded(args) else Teacher(copy.deepcopy(model).to(dtype))
 
 
 def _other_model(
@@ -213,6 +214,8 @@ def _student(
     if settings.compile_layers:
         for layer in decoder_layers(model):
             layer.compile()
+    if settings.lora_r and uses_fsdp(args):
+        raise UserError("--lora_r does not go with FSDP yet: give --lora_r 0, or train adapters without sharding")
     set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model
     if settings.freeze_embeddings or settings.lora_r:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,23 @@ class Supervision:
 def install_training_forward(model: PreTrainedModel, supervision: Supervision) -> None:
     """Makes `model(training_batch=batch, terms=names)` return loss sums; every other call stays the stock forward.
 
+    But `model(inside=function)`, which calls the function where the wrappers below have done their part.
+
     The losses run inside the module's own forward because sharding and data-parallel wrappers only see that: a head
     applied outside of it would find its weights sharded away. The model stays the stock class, and so does what is
     saved of it.
     """
     stock_forward = model.forward
 
-    def forward(*args, training_batch: dict[str, Any] | None = None, terms: Collection[str] = ("tokens",), **kwargs):
+    def forward(
+        *args: Any,
+        training_batch: dict[str, Any] | None = None,
+        terms: Collection[str] = ("tokens",),
+        inside: Callable[[], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inside is not None:
+            return inside()
         if training_batch is None:
             return stock_forward(*args, **kwargs)
         return loss_sums(model, training_batch, supervision, terms)

@@ -25,6 +25,7 @@ from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
+from decausal.training.sharding import are_finite, gathered, tie
 from decausal.training.teacher import Teacher
 
 LOG_NAMES = {
@@ -229,8 +230,7 @@ class ConversionTrainer(Trainer):
 
     def _stop_if_weights_are_bad(self) -> None:
         """A finite loss can have a gradient that is not: no checkpoint may hold what it makes of the weights."""
-        is_good = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
-        if not bool(torch.stack(is_good).all()):
+        if not bool(self.accelerator.gather(are_finite(self.model).reshape(1)).all()):
             raise self._bad_step_error(f"after step {self.state.global_step} there are weights that are not finite")
 
     def _bad_step_error(self, what: str) -> UserError:
@@ -260,10 +260,21 @@ class ConversionTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measures the student by `measure`, logs it and returns it."""
-        metrics = self.measure(stock_model(self.model))
+        metrics = self._measured()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measured(self) -> dict[str, float]:
+        student = stock_model(self.model)
+        if not self.is_fsdp_enabled:
+            return self.measure(student)
+
+        def measure() -> dict[str, float]:
+            with gathered(self.model):
+                return self.measure(student)
+
+        return self.model_wrapped(inside=measure)
 
     # Checkpoints
 
@@ -313,7 +324,7 @@ class ConversionTrainer(Trainer):
     def whole_state_dict(self) -> dict[str, Tensor]:
         """Returns all weights, gathered from wherever sharding has put them."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return self.accelerator.get_state_dict(self.model_wrapped)
+            return tie(self.model, self.accelerator.get_state_dict(self.model_wrapped))
         return self.model.state_dict()
 
     def trained_model(self) -> torch.nn.Module:
@@ -324,7 +335,8 @@ class ConversionTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = output_dir or self.args.output_dir
-        state_dict = fold_mask_row(self.model, self.model.state_dict() if state_dict is None else state_dict)
+        state_dict = self.model.state_dict() if state_dict is None else tie(self.model, state_dict)
+        state_dict = fold_mask_row(self.model, state_dict)
         if stock_model(self.model) is self.model:
             super()._save(directory, state_dict=state_dict)
         elif self.args.should_save:
@@ -334,7 +346,8 @@ class ConversionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_mask_row(self.model, Path(resume_from_checkpoint))
+        if not self.is_fsdp_enabled:  # whose checkpoints hold the row by itself
+            load_mask_row(self.model, Path(resume_from_checkpoint))
         if self.on_policy is not None:
             self.on_policy.load(Path(resume_from_checkpoint))
 

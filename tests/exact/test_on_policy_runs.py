@@ -1,4 +1,4 @@
-"""Runs on rollouts: resumed equals uninterrupted, micro-batches and processes change nothing, rollouts are fresh."""
+"""Runs on rollouts: resumed equals uninterrupted, micro-batches change nothing, rollouts are fresh."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from decausal.sampling.model import load
 from decausal.training.rollouts import Decoding
 from tests.exact.test_resume import StopAt, StoppedError
 from tests.families import CHAT_TOKENS, NO_DROPOUT, tiny_tokenizer
-from tests.runs import T, assert_same, call, logged, run, save_source, weights, write_text
+from tests.runs import T, assert_same, logged, run, save_source, weights, write_text
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 ON_POLICY = {
     "layout": "block",
     "block_size": 4,
@@ -88,26 +87,6 @@ def test_four_micro_batches_of_one_equal_one_batch_of_four(tmp_path, source, tex
             **options,
         )
     assert_same(weights(tmp_path / "1"), weights(tmp_path / "4"), atol=1e-6)
-
-
-def test_two_processes_roll_out_their_own_rows_and_train_what_one_trains(tmp_path, source, text):
-    options = ON_POLICY | PLAIN_SGD | {"max_steps": 2, "rollout_prompts": 4, "logging_steps": 1, "learning_rate": 1e-3}
-    one = run(source, text, tmp_path / "one", per_device_train_batch_size=2, **options)
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    flags += ["--per_device_train_batch_size", 1, "--max_length", T, "--use_cpu", "true", "--save_dtype", "float32"]
-    flags += ["--output_dir", tmp_path / "two", "--save_steps", 2]
-    ended = call(
-        "convert", source, "--recipe", "bd3lm", "--weighting", "none", "--data", text, *flags, launcher=TORCHRUN
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-6)
-    history = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    for name in ("rollout_length", "rollout_tokens_per_forward", "rollout_staleness"):
-        assert [entry[name] for entry in history if name in entry] == logged(one, name)
-    assert sorted(path.name for path in (tmp_path / "two" / "checkpoint-2").glob("rollouts*")) == [
-        "rollouts-0-of-2.pt",
-        "rollouts-1-of-2.pt",
-    ]
 
 
 def test_every_rollout_is_made_by_the_weights_of_the_step_that_trains_on_it(tmp_path, source, text, monkeypatch):

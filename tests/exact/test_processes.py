@@ -4,60 +4,133 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
+import decausal
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import checkpoints
-from tests.runs import adapted, assert_same, call, run, save_source, teacher_of, uneven_rows, weights, write_text
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m")  # more on a CPU need MPI
-OPTIONS = {
-    "max_steps": 4,
-    "views": 2,
-    "complementary_masks": True,
-    "align_weight": 10.0,
-    "learning_rate": 1e-3,
-    "optim": "sgd",  # hides no error in the gradient's scale
-    "max_grad_norm": 0.0,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "constant",
-    "save_steps": 2,
-    "logging_steps": 1,
-}
-
-
-@pytest.mark.parametrize(
-    ("launcher", "num_processes"), [(TORCHRUN, 2), (ACCELERATE, 1)], ids=["torchrun", "accelerate"]
+from tests.exact.test_on_policy_runs import ON_POLICY
+from tests.runs import (
+    T,
+    adapted,
+    assert_same,
+    environment,
+    run,
+    save_source,
+    teacher_of,
+    uneven_rows,
+    weights,
+    write_text,
 )
-def test_launched_processes_train_what_one_trains(
-    tmp_path: Path, launcher: tuple[str, ...], num_processes: int
-) -> None:
-    source, text = save_source(tmp_path / "model"), write_text(tmp_path / "text.jsonl")
-    run(source, text, tmp_path / "one", per_device_train_batch_size=1, gradient_accumulation_steps=4, **OPTIONS)
-    flags = [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
-    flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4 // num_processes]
-    flags += ["--max_length", 24, "--use_cpu", "true", "--save_dtype", "float32", "--output_dir", tmp_path / "launched"]
-    ended = call("convert", source, "--recipe", "mdm", "--data", text, *flags, launcher=launcher)
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file")
+LENGTH = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"}
+ALIGNED = {"align_weight": 10.0, "views": 2, "complementary_masks": True}
+
+
+def launch(launcher: Sequence[object], lines: list[list[object]], folder: Path) -> str:
+    """Runs several command lines in the processes that a launcher starts, and returns what they printed."""
+    (folder / "lines.json").write_text(json.dumps([[str(part) for part in line] for line in lines]))
+    ended = subprocess.run(
+        [sys.executable, *map(str, launcher), "-m", "tests.exact.launched", str(folder / "lines.json")],
+        env=environment(),
+        cwd=os.environ["HF_HOME"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("converted model:") == 1
-    assert_same(weights(tmp_path / "launched"), weights(tmp_path / "one"), atol=1e-6)
-    assert [path.name for path in checkpoints(tmp_path / "launched")] == ["checkpoint-2", "checkpoint-4"]
-    histories = [
-        json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-        for name in ("one", "launched")
-    ]
-    for name in ("loss", "token_loss", "alignment_loss"):
-        one, launched = ([entry[name] for entry in history] for history in histories)
-        assert launched == pytest.approx(one, abs=5e-6)
+    return ended.stdout
+
+
+def line(source: Path, text: Path, output_dir: Path, options: dict[str, Any]) -> list[object]:
+    """The command line of what `run` does with these options."""
+    common = {"per_device_train_batch_size": 1, "max_length": T, "use_cpu": True, "save_dtype": "float32"}
+    settings = common | options | {"output_dir": output_dir}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return ["convert", source, "--recipe", "mdm", "--data", text, *flags]
+
+
+def history(run_directory: Path) -> list[dict[str, float]]:
+    states = json.loads((checkpoints(run_directory)[-1] / "trainer_state.json").read_text())
+    return [{n: v for n, v in entry.items() if n not in NOT_COMPARED} for entry in states["log_history"]]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same weights, and on the way the same losses, gradient norms, measurements, checkpoints, up to rounding."""
+    assert_same(weights(found), weights(expected), atol=1e-6)
+    assert [path.name for path in checkpoints(found)] == [path.name for path in checkpoints(expected)]
+    for one, other in zip(history(found), history(expected), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=5e-6)
+
+
+def test_processes_of_torchrun_train_what_one_trains(tmp_path: Path) -> None:
+    source, text = save_source(tmp_path / "model"), write_text(tmp_path / "text.jsonl")
+    sgd = {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}  # hides no error in the gradient's scale
+    conversions = {
+        "aligned": LENGTH | sgd | ALIGNED,
+        "blocks": LENGTH | sgd | BLOCKS | {"align_weight": 1.0},
+        "rollouts": LENGTH | sgd | ON_POLICY | {"rollout_prompts": 4},
+    }
+    lines = []
+    for name, options in conversions.items():
+        run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+        lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
+    printed = launch(TORCHRUN, lines, tmp_path)
+    assert printed.count("converted model:") == len(conversions)
+    for name in conversions:
+        assert_same_run(tmp_path / f"{name}-2", tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "rollouts-2" / "checkpoint-2").glob("rollouts*"))
+    assert files == ["rollouts-0-of-2.pt", "rollouts-1-of-2.pt"]
+
+
+def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_does(tmp_path: Path) -> None:
+    """With the configuration that docs/convert.md shows."""
+    tied, untied = (save_source(tmp_path / family, family) for family in ("qwen3", "llama"))
+    text = write_text(tmp_path / "text.jsonl")
+    page = (ROOT / "docs" / "convert.md").read_text()
+    (tmp_path / "fsdp.yaml").write_text(re.search(r"```yaml\n(# fsdp.yaml\n.*?)```", page, re.DOTALL)[1])
+    adam = {"adam_beta2": 0.95, "adam_epsilon": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0}
+    measured = {"eval_data": str(text), "eval_rows": 2, "eval_steps": 2}
+    conversions = {
+        "aligned": (tied, LENGTH | adam | ALIGNED | measured | {"freeze_embeddings": True}),
+        "blocks": (untied, LENGTH | adam | BLOCKS | {"align_weight": 1.0}),
+    }
+    lines = []
+    for name, (source, options) in conversions.items():
+        run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+        lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
+    from_half = {"resume_from_checkpoint": tmp_path / "aligned-2" / "checkpoint-2", "gradient_accumulation_steps": 2}
+    lines.append(line(tied, text, tmp_path / "resumed", conversions["aligned"][1] | from_half))
+    printed = launch((*ACCELERATE, tmp_path / "fsdp.yaml"), lines, tmp_path)
+    assert "sharded" in printed
+    for name in conversions:
+        assert_same_run(tmp_path / f"{name}-2", tmp_path / name)
+        assert not any(path.name.startswith("pytorch_model") for path in (tmp_path / f"{name}-2").iterdir())
+    assert_same(weights(tmp_path / "resumed"), weights(tmp_path / "aligned-2"))
+    assert history(tmp_path / "resumed") == history(tmp_path / "aligned-2")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned-2")
+    for name, tensor in decausal.load(tmp_path / "aligned-2").model.state_dict().items():
+        assert torch.equal(stock.state_dict()[name], tensor), name
 
 
 def _compare_sharded_with_whole(rank: int, rendezvous: str) -> None:

@@ -1,0 +1,65 @@
+"""Weights that are spread over processes: FSDP and DeepSpeed, as transformers and accelerate set them up."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Returns whether FSDP or DeepSpeed is asked for, by flags or by accelerate's configuration."""
+    return uses_fsdp(args) or bool(args.deepspeed) or _is_switched_on("ACCELERATE_USE_DEEPSPEED")
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Returns whether FSDP is asked for, by flags or by accelerate's configuration."""
+    return bool(args.fsdp) or _is_switched_on("ACCELERATE_USE_FSDP")
+
+
+def _is_switched_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"  # how `accelerate launch` tells of its configuration
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """All of a model's weights are whole inside, for calls that do not go through the model's own forward.
+
+    Only inside of that forward (`model(inside=...)`): FSDP2 decides by the first forward which module is the root.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def are_finite(model: nn.Module) -> Bool[Tensor, ""]:
+    """Returns whether all weights that this process has, whole or a share of each, are finite."""
+    local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
+    return torch.stack([weight.detach().isfinite().all() for weight in local]).all()
+
+
+def tie(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a gathered state dict in which one parameter of the model is one tensor, which is then saved once.
+
+    Args:
+        model: where the weights are from.
+        state_dict: gathered weights; those of one parameter under two names are equal, but not the same tensor.
+    """
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state_dict:
+            names[parameter].append(name)
+    return state_dict | {name: state_dict[same[0]] for same in names.values() for name in same}
