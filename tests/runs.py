@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from decausal.cli import main
 from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
@@ -112,6 +114,19 @@ def call(*arguments: object, launcher: Sequence[str] = ("-m",), **more: str) -> 
         text=True,
         timeout=120,
     )
+
+
+def call_in_a_copy(*arguments: object) -> multiprocessing.process.BaseProcess:
+    """Starts the command line in a copy of this process, for tests of what kills it: a new one imports for seconds."""
+    process = multiprocessing.get_context("fork").Process(target=_main_in_a_copy, args=(list(map(str, arguments)),))
+    process.start()
+    return process
+
+
+def _main_in_a_copy(arguments: list[str]) -> None:
+    torch.set_num_threads(1)  # those of the first process are not in the copy
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(main(arguments))
 
 
 def uneven_rows(num_rows: int = 16, length: int = T, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from decausal.cli import main
 from decausal.errors import UserError
 from decausal.training.run_directory import STAGING, checkpoints, is_whole
 from tests.families import NO_DROPOUT
-from tests.runs import assert_same, command, environment, run, save_source, weights, write_text
+from tests.runs import assert_same, call_in_a_copy, run, save_source, weights, write_text
 
 DROPOUT = dict.fromkeys(NO_DROPOUT, 0.1)
 NUM_STEPS = 6
+NUM_LONG = 20  # so many that a run is still going when it is seen to have begun
 
 
 @pytest.fixture(autouse=True)
@@ -152,16 +152,28 @@ def test_killed_at_random_moments_and_resumed_each_time_it_ends_with_the_same_we
 
 
 def test_the_command_line_resumes_what_a_signal_ended(tmp_path, source, text):
-    arguments = ["convert", source, "--recipe", "repr-align", "--data", text, "--max_steps", 10, "--max_length", 24]
+    arguments = [
+        "convert",
+        source,
+        "--recipe",
+        "repr-align",
+        "--data",
+        text,
+        "--max_steps",
+        NUM_LONG,
+        "--max_length",
+        24,
+    ]
     arguments += ["--save_steps", 1, "--per_device_train_batch_size", 2, "--save_dtype", "float32", "--use_cpu", "true"]
     arguments = [str(argument) for argument in (*arguments, "--resume_from_checkpoint", "true", "--output_dir")]
     output_dir = tmp_path / "out"
-    process = subprocess.Popen(command(*arguments, output_dir), env=environment(), stdout=subprocess.DEVNULL)
-    while not checkpoints(output_dir) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == -signal.SIGTERM
-    assert 0 < len(checkpoints(output_dir)) < 10
+    process = call_in_a_copy(*arguments, output_dir)
+    while not checkpoints(output_dir) and process.is_alive():
+        time.sleep(0.01)
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert 0 < len(checkpoints(output_dir)) < NUM_LONG
     assert main([*arguments, str(output_dir)]) == 0
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     assert_same(weights(output_dir), weights(tmp_path / "whole"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +18,12 @@ from decausal.sampling import batch
 from decausal.sampling.batch import BatchEngine
 from decausal.sampling.batch_files import run_file
 from decausal.sampling.generate import generate
-from tests.runs import command, environment
+from tests.runs import call_in_a_copy
 from tests.sampling.tiny_models import converted
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in", "class A:\n    ", "return"]
 LAYOUTS: dict[str, dict[str, Any]] = {"bidirectional": {}, "block": {"layout": "block", "block_size": 4, "shift": 0}}
+NUM_KILLED = 200  # lines of the job that is killed: it must not end before it is seen to have begun
 OPTIONS = {"max_new_tokens": 8, "temperature": 1.0, "num_steps": 3, "seed": 5}
 
 
@@ -196,19 +195,20 @@ def test_two_runs_do_not_write_the_same_file(model: Converted, tmp_path: Path) -
 def test_a_killed_process_is_continued_by_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = converted()
     save_converted(tmp_path / "model", *model)
-    texts = [PROMPTS[index % 6] for index in range(600)]
+    texts = [PROMPTS[index % 6] for index in range(NUM_KILLED)]
     source, target = write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts]), tmp_path / "out.jsonl"
     flags = [tmp_path / "model", source, target, "--max_new_tokens", "8", "--steps", "8", "--temperature", "1"]
-    with subprocess.Popen(command("batch", *flags, "--max_rows", "3"), env=environment()) as process:
-        deadline = time.monotonic() + 300
-        while not (target.exists() and target.stat().st_size > 1000) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+    process = call_in_a_copy("batch", *flags, "--max_rows", "3")
+    while not (target.exists() and target.stat().st_size > 500) and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     num_before = target.read_bytes().count(b"\n")
     assert 0 < num_before < len(texts)
     with target.open("ab") as file:
         file.write(b'{"id": 9')  # as a kill in the middle of a write leaves it
     assert main(["batch", *map(str, flags), "--max_rows", "64"]) == 0
-    assert f"600 answers in {target}, {num_before} of them from before" in capsys.readouterr().err
+    assert f"{NUM_KILLED} answers in {target}, {num_before} of them from before" in capsys.readouterr().err
     wanted = generate(model, texts, max_new_tokens=8, num_steps=8, temperature=1.0, batch_size=64)
     assert lines(target) == [as_record(index, each) for index, each in enumerate(wanted)]
