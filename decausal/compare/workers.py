@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -44,7 +45,7 @@ def train_all(
         for planned in plan:
             yield train(planned, measure, tell, overwrite=overwrite)
         return
-    context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
+    context = _clean_processes()
     threads = max(1, usable_cores() // workers)
     events, stop = context.SimpleQueue(), context.Event()
     initial = (measure.settings, plan[0].run, events, stop, threads)
@@ -64,6 +65,18 @@ def train_all(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _clean_processes() -> Any:
+    """Processes that are no copies of this one, whose threads of torch would hang in a copy.
+
+    On Linux they are copies of one that has done nothing but import what takes seconds, which they then share.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _Worker:
