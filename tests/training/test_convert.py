@@ -284,7 +284,7 @@ def test_epochs_count_passes_over_the_rows(tmp_path, source, text):
         source, text, tmp_path / "out", max_steps=-1, num_train_epochs=0.2, data_fraction=0.5, save_steps=50
     )
     epochs = logged(conversion, "epoch")
-    assert epochs[-1] == pytest.approx(0.2, abs=0.03)
+    assert 0.2 <= epochs[-1] < 0.2 + epochs[0] + 1e-3  # whole steps, the first of which ends at epochs[0]
     assert epochs == sorted(epochs)
 
 
