@@ -15,17 +15,23 @@ SHARED: dict[str, str] = {
     "per_device_train_batch_size": "8",
     "learning_rate": "1e-3",
 }
-"""For every recipe with a block layout. A step reads about a thousand clean tokens, packed or rolled out."""
+"""For every recipe with a block layout. A step reads about a thousand clean tokens, packed, or half as many, rolled out."""
 
 BY_RECIPE: dict[str, dict[str, str]] = {
     "opdlm": {
-        "per_device_train_batch_size": "32",
-        "rollout_prompts": "32",
+        "per_device_train_batch_size": "16",
+        "learning_rate": "7e-4",
+        "rollout_prompts": "16",
         "rollout_tokens": "48",
         "rollout_tokens_start": "48",
         "rollout_curriculum": "0",
     },
-    "align-distill": {"per_device_train_batch_size": "16", "rollout_prompts": "32", "rollout_tokens": "48"},
+    "align-distill": {
+        "per_device_train_batch_size": "16",
+        "learning_rate": "7e-4",
+        "rollout_prompts": "16",
+        "rollout_tokens": "48",
+    },
 }
 """For single recipes, over those for all."""
 

@@ -17,7 +17,7 @@ SPECULATIVE = "speculative"
 Schedule = float | str | None
 """A threshold, SPECULATIVE, or None where nothing is decoded."""
 
-DEFAULT_TOKENS = 150_000
+DEFAULT_TOKENS = 200_000
 EVAL_DATA = {"tasks": "tasks-heldout", "nll": "stdlib-heldout"}
 
 
