@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +95,19 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: 
             assert torch.equal(found[name], tensor), name
 
 
-def command(*arguments: object, launcher: Sequence[str] = ("-m",)) -> list[str]:
-    return [sys.executable, *launcher, "decausal", *map(str, arguments)]
-
-
 def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
-def call(*arguments: object, launcher: Sequence[str] = ("-m",), **more: str) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own, from a directory that is not the checkout."""
+    return run_python("-m", "decausal", *arguments)
+
+
+def run_python(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, launcher=launcher),
-        env=environment(**more),
+        [sys.executable, *map(str, arguments)],
+        env=environment(),
         cwd=os.environ["HF_HOME"],
         capture_output=True,
         text=True,

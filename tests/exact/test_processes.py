@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,12 @@ from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import checkpoints
 from tests.exact.test_on_policy_runs import ON_POLICY
 from tests.runs import (
+    ROOT,
     T,
     adapted,
     assert_same,
-    environment,
     run,
+    run_python,
     save_source,
     teacher_of,
     uneven_rows,
@@ -38,7 +36,6 @@ from tests.runs import (
     write_text,
 )
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file")
 LENGTH = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
@@ -50,14 +47,7 @@ ALIGNED = {"align_weight": 10.0, "views": 2, "complementary_masks": True}
 def launch(launcher: Sequence[object], lines: list[list[object]], folder: Path) -> str:
     """Runs several command lines in the processes that a launcher starts, and returns what they printed."""
     (folder / "lines.json").write_text(json.dumps([[str(part) for part in line] for line in lines]))
-    ended = subprocess.run(
-        [sys.executable, *map(str, launcher), "-m", "tests.exact.launched", str(folder / "lines.json")],
-        env=environment(),
-        cwd=os.environ["HF_HOME"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = run_python(*launcher, "-m", "tests.exact.launched", folder / "lines.json")
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
