@@ -313,3 +313,15 @@ def test_several_gpus_in_one_process_do_not_cut_batches_apart(tmp_path, monkeypa
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", as_if_there_were_four)
     assert training_arguments({"output_dir": str(tmp_path), "use_cpu": True}).n_gpu == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_r": 2}, {"layout": "block", "block_size": 4, "rows": "rollout", "kl_weight": 1.0}], ids=str
+)
+def test_what_does_not_go_with_fsdp_is_refused_also_where_accelerate_asks_for_it(
+    tmp_path, source, text, monkeypatch, options
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="does not go with FSDP"):
+        run(source, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
