@@ -5,7 +5,7 @@ For each cache and refresh interval, against the same rows decoded with every pa
 - equal: share of tokens that are those of the exact decode; right: share that are the document's;
 - KL, TV: how far distributions are from those of an exact pass over the same ids, at the masked positions of the
   window, mean over all of a decode's passes: KL(exact || cached) in nats, and half the sum of absolute differences;
-- tokens per pass; passes, tokens read and seconds (of the processor), over those of the exact decode. One row at a time.
+- tokens per pass; passes, tokens read and processor seconds, over those of the exact decode. One row at a time.
 
     decausal convert tiny --recipe repr-align --data stdlib --data_fraction 0.3 --max_length 256 \\
         --per_device_train_batch_size 4 --learning_rate 1e-3 --max_steps 1000 --bf16 true --output_dir DIR
