@@ -17,6 +17,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("decausal", "beartype.beartype")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,6 +26,16 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """Training arguments set variables by which transformers tells accelerate of FSDP, even where it is refused."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def pytest_collection_finish() -> None:

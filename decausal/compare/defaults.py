@@ -15,7 +15,7 @@ SHARED: dict[str, str] = {
     "per_device_train_batch_size": "8",
     "learning_rate": "1e-3",
 }
-"""For every recipe with a block layout. A step reads about a thousand clean tokens, packed, or half as many, rolled out."""
+"""For every recipe with a block layout. A step reads about a thousand clean tokens, or rolls out half as many."""
 
 BY_RECIPE: dict[str, dict[str, str]] = {
     "opdlm": {
