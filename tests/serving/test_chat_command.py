@@ -27,7 +27,8 @@ from tests.runs import environment
 from tests.sampling.stand_ins import conversion_facts
 
 ON_A_TERMINAL = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell in the background has its children ignore
 terminal = os.open(sys.argv[1], os.O_RDWR)  # the first that a new session opens is its own
 for stream in range(3):
     os.dup2(terminal, stream)
