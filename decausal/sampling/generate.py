@@ -123,17 +123,8 @@ def continuation(converted: Converted, prompt: str, given: list[int], ended: End
 
 
 def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finished, stop: Sequence[str]) -> Generation:
-    text = cut_at_stop(text_after(converted.tokenizer, given, row.ids), stop)
-    return Generation(
-        text=text,
-        full_text=prompt + text,
-        ids=row.ids,
-        step_of_token=row.row_step_of_token,
-        num_forwards=row.num_forwards,
-        tokens_per_forward=row.tokens_per_forward,
-        finish_reason=row.finish_reason,
-        block_of_token=row.block_of_token,
-    )
+    written = continuation(converted, prompt, given, row.ended, stop)
+    return replace(written, block_of_token=row.block_of_token)
 
 
 def _ended(

@@ -111,6 +111,12 @@ class Filled:
     tokens_per_forward: float
 
 
+def refuse_batch_size(batch_size: int) -> None:
+    """Raises UserError where no row would be taken at a time."""
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+
+
 def fill_rows(
     converted: Converted,
     rows: Sequence[Row],
@@ -135,8 +141,7 @@ def fill_rows(
     Raises:
         UserError: A row that the model cannot read, or a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+    refuse_batch_size(batch_size)
     settings.refuse_speculative()
     for row in rows:
         row.check(converted)

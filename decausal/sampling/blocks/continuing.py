@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.blocks.engine import BlockEngine, Finished, Request, StepEvent
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.jobs import Ended, Job, run
-from decausal.sampling.rows import Row
+from decausal.sampling.rows import Row, refuse_batch_size
 from decausal.sampling.settings import SamplerSettings
 
 
@@ -41,8 +40,7 @@ def continue_in_blocks(
     Raises:
         UserError: As `BlockEngine` and its `submit`; a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+    refuse_batch_size(batch_size)
     if not prompts:
         return []
     requests = [
@@ -84,8 +82,7 @@ def continue_speculatively(
     Raises:
         UserError: As `SpeculativeEngine` and its `submit`; a prompt that the model cannot read; a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")
+    refuse_batch_size(batch_size)
     if not prompts:
         return []
     rows = [Row((prompt, []), (settings.max_new_tokens,), name) for prompt, name in zip(prompts, names, strict=True)]

@@ -16,7 +16,7 @@ from decausal.models.backbone import head_of
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.requests import Request, StepEvent
-from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
+from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
 
 
@@ -92,9 +92,7 @@ class BlockJobs:
         log_probs = self._engine.log_probs.get(event.ticket, [])
         number = self._num_passes[event.ticket]
         self._num_passes[event.ticket] += 1
-        ended = None
         if finished is not None:
-            ended = Ended(finished.ids, finished.row_step_of_token, finished.num_forwards, finished.finish_reason)
             self._forget(event.ticket)
         return Progress(
             ticket=event.ticket,
@@ -103,7 +101,7 @@ class BlockJobs:
             ids=[event.ids[i] for i in wanted],
             confidence=[math.exp(log_probs[i][0]) for i in wanted] if log_probs else [],
             log_probs=[log_probs[i] for i in wanted] if log_probs and job.num_top_log_probs is not None else [],
-            ended=ended,
+            ended=None if finished is None else finished.ended,
         )
 
     def _forget(self, ticket: int) -> None:

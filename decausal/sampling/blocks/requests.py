@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from decausal.sampling.jobs import Ended
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import tokens_to_stop
 
@@ -60,6 +61,11 @@ class Finished:
     def tokens_per_forward(self) -> float:
         """Tokens of the text, the end token included, over all passes."""
         return len(self.ids) / self.num_forwards
+
+    @property
+    def ended(self) -> Ended:
+        """What every engine tells of a row that ended; steps are counted over the whole row."""
+        return Ended(self.ids, self.row_step_of_token, self.num_forwards, self.finish_reason)
 
 
 @dataclass(frozen=True)
