@@ -15,6 +15,7 @@ from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
 from decausal.models.architecture import layer_windows
 from decausal.models.row_attention import FLEX, RowAttention
+from decausal.models.sparse_mask import SparseMask
 from decausal.objectives import tokens
 from decausal.objectives.tokens import Head
 
@@ -155,7 +156,7 @@ def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Modu
     """A mask of q queries and n keys in the form that the body's attention implementation reads."""
     implementation = body.config._attn_implementation
     if implementation == "sdpa":
-        return is_visible
+        return SparseMask.of(is_visible)
     if implementation == "eager":
         # Eager attention adds the mask to the scores: a boolean one would count as 0 and 1 and hide nothing.
         hidden = torch.full((), torch.finfo(body.dtype).min, dtype=body.dtype, device=is_visible.device)

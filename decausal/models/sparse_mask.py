@@ -1,0 +1,183 @@
+"""Attention that skips what no query reads, for dense masks on a CPU, where FlexAttention has no backward pass.
+
+PyTorch's attention computes every pair of a dense mask, hidden or not. Most pairs of packed and of doubled rows are
+hidden, and in long stretches: so the queries are taken in chunks, each with the keys that any query of the chunk reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import scaled_dot_product_attention
+
+# Of 64, 128 and 256 the best or near it for rows of 400 to 1024 tokens, causal, doubled or packed, on one thread.
+CHUNK = 128
+WORTHWHILE = 0.8
+"""A finer division is taken where it has at most this share of the pairs of the coarser one."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some queries of some rows, and the keys that they read.
+
+    Attributes:
+        rows: which rows.
+        queries: which of their queries.
+        keys: what any of these reads; a slice where that is one stretch.
+        mask: which query reads which of these keys.
+    """
+
+    rows: slice
+    queries: slice
+    keys: slice | Int[Tensor, " n"]
+    mask: Bool[Tensor, "b 1 q n"]
+
+    def of_queries(self, states: Float[Tensor, "B H S d"]) -> Float[Tensor, "b H q d"]:
+        """The chunk's part of states by query, as a view."""
+        return states[self.rows, :, self.queries]
+
+    def of_keys(self, states: Float[Tensor, "B H S d"]) -> Float[Tensor, "b H n d"]:
+        """The chunk's part of states by key."""
+        rows = states[self.rows]
+        return rows[:, :, self.keys] if isinstance(self.keys, slice) else rows.index_select(2, self.keys)
+
+    def add_to_keys(self, states: Float[Tensor, "B H S d"], part: Float[Tensor, "b H n d"]) -> None:
+        """Adds to what `of_keys` gives, in place."""
+        rows = states[self.rows]
+        if isinstance(self.keys, slice):
+            rows[:, :, self.keys] += part
+        else:
+            rows.index_add_(2, self.keys, part)
+
+
+class SparseMask(Tensor):
+    """A boolean mask [B, 1, S, S] under which `scaled_dot_product_attention` computes chunk by chunk.
+
+    To everything else it is the dense mask that it was made of, and what is made of it is an ordinary tensor.
+    """
+
+    chunks: list[Chunk]
+
+    @staticmethod
+    def of(mask: Bool[Tensor, "B 1 q n"]) -> Tensor:
+        """Returns the mask in this form where that spares enough, else as it is."""
+        if mask.device.type != "cpu" or mask.shape[2] <= CHUNK:
+            return mask
+        chunks = _chunks(mask)
+        if not chunks:
+            return mask
+        sparse = torch.Tensor._make_subclass(SparseMask, mask)
+        sparse.chunks = chunks
+        return sparse
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], _: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is scaled_dot_product_attention and _is_plain(*args, **kwargs):
+                return _ChunkedAttention.apply(*args[:3], kwargs["attn_mask"].chunks, kwargs.get("scale"))
+            return function(*args, **kwargs)
+
+
+def _is_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether PyTorch's CPU kernel computes this call, and the mask says all there is to say."""
+    is_same_shape = query.shape[-1] == value.shape[-1] and query.shape[1] == key.shape[1]
+    return isinstance(attn_mask, SparseMask) and dropout_p == 0.0 and is_same_shape and query.device.type == "cpu"
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """What PyTorch's CPU kernel gives, chunk by chunk; for backward it keeps the whole inputs and outputs, no copies."""
+
+    @staticmethod
+    def forward(
+        context: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, chunks: Sequence[Chunk], scale: float | None
+    ) -> Tensor:
+        # [B, S, H, d] in memory, as attention's output is read next
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        log_sums = []
+        for chunk in chunks:
+            states, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                chunk.of_queries(query),
+                chunk.of_keys(key),
+                chunk.of_keys(value),
+                attn_mask=_added(chunk.mask, query.dtype),
+                scale=scale,
+            )
+            chunk.of_queries(output).copy_(states)
+            log_sums.append(log_sum)
+        context.save_for_backward(query, key, value, output, *log_sums)
+        context.chunks, context.scale = chunks, scale
+        return output
+
+    @staticmethod
+    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *log_sums = context.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for chunk, log_sum in zip(context.chunks, log_sums, strict=True):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                chunk.of_queries(gradient),
+                chunk.of_queries(query),
+                chunk.of_keys(key),
+                chunk.of_keys(value),
+                chunk.of_queries(output),
+                log_sum,
+                0.0,
+                False,
+                attn_mask=_added(chunk.mask, query.dtype),
+                scale=context.scale,
+            )
+            chunk.of_queries(of_query).copy_(parts[0])
+            chunk.add_to_keys(of_key, parts[1])
+            chunk.add_to_keys(of_value, parts[2])
+        return of_query, of_key, of_value, None, None
+
+
+def _added(mask: Bool[Tensor, "b 1 q n"], dtype: torch.dtype) -> Float[Tensor, "b 1 q n"]:
+    """The mask as the kernel takes it: added to the scores."""
+    return torch.zeros((), dtype=dtype).where(mask, -torch.inf)
+
+
+def _chunks(mask: Bool[Tensor, "B 1 q n"]) -> list[Chunk]:
+    """Chunks of all rows together, or of each row alone, which may hold other documents; none where neither pays."""
+    together = _chunks_of(mask, slice(0, len(mask)))
+    apart = [chunk for row in range(len(mask)) for chunk in _chunks_of(mask, slice(row, row + 1))]
+    best: list[Chunk] = []
+    num_pairs = mask.numel()
+    for chunks in (together, apart):
+        if _num_pairs(chunks) <= WORTHWHILE * num_pairs:
+            best, num_pairs = chunks, _num_pairs(chunks)
+    return best
+
+
+def _chunks_of(mask: Bool[Tensor, "B 1 q n"], rows: slice) -> list[Chunk]:
+    chunks = []
+    for start in range(0, mask.shape[2], CHUNK):
+        queries = slice(start, min(start + CHUNK, mask.shape[2]))
+        seen = mask[rows, :, queries]
+        index = seen.any(dim=2).any(dim=0)[0].nonzero()[:, 0]
+        first, end = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 1)
+        keys = slice(first, end) if len(index) in (0, end - first) else index
+        chunks.append(Chunk(rows, queries, keys, seen[..., keys].contiguous()))
+    return chunks
+
+
+def _num_pairs(chunks: Sequence[Chunk]) -> int:
+    return sum(chunk.mask.numel() for chunk in chunks)
