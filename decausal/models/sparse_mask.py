@@ -104,7 +104,7 @@ def _is_plain(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """What PyTorch's CPU kernel gives, chunk by chunk; for backward it keeps the whole inputs and outputs, no copies."""
+    """What PyTorch's CPU kernel gives, chunk by chunk; backward keeps the whole inputs and outputs, and no copies."""
 
     @staticmethod
     def forward(
