@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from decausal.models.adapt import FACTS_FILE
 from decausal.models.checkpoint import ConversionFacts, read_facts
 from decausal.provenance import provenance
 from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.recording import CudaGraphs
 from decausal.sampling.settings import SamplerSettings
 
 BASELINE = "transformers"
@@ -51,11 +52,13 @@ class Case:
         facts: layout, block size and shift.
         settings: schedule.
         is_fused: whether commits share a pass with the next block's first step.
+        is_recorded: whether passes are CUDA graphs.
     """
 
     facts: ConversionFacts
     settings: SamplerSettings
     is_fused: bool = True
+    is_recorded: bool = False
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Workload:
     prompts: Tensor
     num_new: int
     cases: dict[str, Case]
+    engines: dict[tuple[str, int], BlockEngine] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -129,16 +133,24 @@ class Workload:
             ids=ids[:, prompts.shape[1] :].tolist(),
         )
 
-    def engine(self, case: Case, batch_size: int) -> Run:
+    def engine_of(self, name: str, batch_size: int) -> BlockEngine:
+        """The engine of a case, which later rounds use again, with the graphs that the first has recorded."""
+        case, size = self.cases[name], self.cases[name].facts.block_size or 1
+        if (name, batch_size) not in self.engines:
+            self.engines[name, batch_size] = BlockEngine(
+                self.model,
+                case.facts,
+                max_rows=batch_size,
+                max_length=-(-(self.prompts.shape[1] + self.num_new) // size) * size,
+                is_fused=case.is_fused,
+                record=CudaGraphs() if case.is_recorded else None,
+            )
+        return self.engines[name, batch_size]
+
+    def engine(self, name: str, batch_size: int) -> Run:
         """The same prompts by the block engine; rows never end, so that all cases write as much."""
-        size = case.facts.block_size or 1
-        engine = BlockEngine(
-            self.model,
-            case.facts,
-            max_rows=batch_size,
-            max_length=-(-(self.prompts.shape[1] + self.num_new) // size) * size,
-            is_fused=case.is_fused,
-        )
+        case, engine = self.cases[name], self.engine_of(name, batch_size)
+        size = engine.block_size
         for prompt in self.prompts[:batch_size].tolist():
             engine.submit(Request(prompt, case.settings))
         start = self.clock()
@@ -176,8 +188,10 @@ class _Ticks(LogitsProcessor):
         return scores
 
 
-def cases_of(facts: ConversionFacts, num_new: int, threshold: float | None) -> dict[str, Case]:
-    """The engine as an autoregressive model, and the block model with fewer and fewer steps per block."""
+def cases_of(facts: ConversionFacts, num_new: int, threshold: float | None, has_graphs: bool) -> dict[str, Case]:
+    """The engine as an autoregressive model, and the block model with fewer and fewer steps per block; on a GPU each
+    also with CUDA graphs.
+    """
 
     def settings(**schedule: Any) -> SamplerSettings:
         return SamplerSettings(max_new_tokens=num_new, **schedule)
@@ -192,6 +206,8 @@ def cases_of(facts: ConversionFacts, num_new: int, threshold: float | None) -> d
     cases[f"block {facts.block_size}, {facts.block_size} steps, unfused"] = Case(facts, whole, is_fused=False)
     if threshold is not None:
         cases[f"block {facts.block_size}, threshold {threshold}"] = Case(facts, settings(threshold=threshold))
+    if has_graphs:
+        cases |= {f"{name}, graphs": replace(case, is_recorded=True) for name, case in cases.items() if case.is_fused}
     return cases
 
 
@@ -224,7 +240,7 @@ def _take_turns(work: Workload, batch_size: int, rounds: int, seed: int) -> dict
     for turn in range(1 + rounds):
         for name in order.sample(list(runs), len(runs)):
             is_ours = name in work.cases
-            run = work.engine(work.cases[name], batch_size) if is_ours else work.transformers(batch_size)
+            run = work.engine(name, batch_size) if is_ours else work.transformers(batch_size)
             if turn > 0:  # the first round warms up
                 runs[name].append(run)
     return runs
@@ -282,7 +298,8 @@ def workload(args: argparse.Namespace, name: str) -> Workload:
     else:
         generator = torch.Generator().manual_seed(args.seed)
         prompts = torch.randint(facts.mask_token_id, (num_rows, args.prompt_length), generator=generator)
-    return Workload(model, prompts.to(device), args.new_tokens, cases_of(facts, args.new_tokens, args.threshold))
+    cases = cases_of(facts, args.new_tokens, args.threshold, has_graphs=device.type == "cuda")
+    return Workload(model, prompts.to(device), args.new_tokens, cases)
 
 
 def _prompts(tokenizer: Any, data: str, num_rows: int, length: int, num_new: int) -> Tensor:

@@ -55,18 +55,28 @@ class BatchEngine:
         max_rows: Rows in one forward pass.
         max_length: Longest row, prompt and answer together. None: the model's context, at most 4096. A block model
             takes memory for `max_rows` of them at once.
+        cuda_graphs: See `engine_for`.
 
     Raises:
         UserError: No row fits, or rows longer than the model's context are wanted.
     """
 
-    def __init__(self, converted: Converted, *, max_rows: int = BATCH_SIZE, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        converted: Converted,
+        *,
+        max_rows: int = BATCH_SIZE,
+        max_length: int | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
         self.converted, self.max_rows = converted, max_rows
         self.defaults = settings_for(converted.facts)
         self._ends = end_token_ids(converted)
-        self._engine = engine_for(converted, max_rows=max_rows, max_length=longest_row(converted, max_length))
+        self._engine = engine_for(
+            converted, max_rows=max_rows, max_length=longest_row(converted, max_length), cuda_graphs=cuda_graphs
+        )
 
     def run(self, prompts: Iterable[str], *, chat: bool = False, **options: Any) -> Iterator[Generation]:
         """Continues prompts and yields the answers in their order; prompts are taken as places become free.

@@ -49,6 +49,7 @@ def run_file(
     *,
     chat: bool = False,
     max_rows: int = BATCH_SIZE,
+    cuda_graphs: bool = False,
     max_length: int | None = None,
     on_error: str = "stop",
     on_progress: OnProgress | None = None,
@@ -68,6 +69,7 @@ def run_file(
         answers: The file to write.
         chat: See `generate`.
         max_rows: Rows in one forward pass.
+        cuda_graphs: See `engine_for`.
         max_length: Longest row; see `BatchEngine`.
         on_error: A line that cannot be answered: "stop" writes what stands before it and raises, "record" answers it
             by {"id", "error"}.
@@ -82,7 +84,7 @@ def run_file(
     source, target = Path(prompts), Path(answers)
     defaults = settings_for(converted.facts, **options)
     num_lines = _count_lines(source)
-    engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length)
+    engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
     num_errors = num_tokens = 0
     with _continued(target, _job_facts(converted, defaults, chat)) as (file, num_written):
         if num_written > num_lines:

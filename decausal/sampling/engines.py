@@ -6,15 +6,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
+from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.jobs import BlockJobs
+from decausal.sampling.blocks.recording import CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Engine, Job, Progress
 
 
-def engine_for(converted: Converted, *, max_rows: int, max_length: int, is_autoregressive: bool = False) -> Engine:
+def engine_for(
+    converted: Converted,
+    *,
+    max_rows: int,
+    max_length: int,
+    is_autoregressive: bool = False,
+    cuda_graphs: bool = False,
+) -> Engine:
     """Returns an engine for the model's layout; the same jobs give the same answers as `generate` and `infill`.
 
     Rows that are to be speculated share no pass with rows that are denoised: where both are there, a step is one pass
@@ -25,11 +34,18 @@ def engine_for(converted: Converted, *, max_rows: int, max_length: int, is_autor
         max_rows: Rows in one forward pass.
         max_length: Longest row, given and written tokens together.
         is_autoregressive: Write a causal model's rows from left to right, one token with every pass, with a cache.
+        cuda_graphs: Record the passes of block models, and replay them; on a GPU.
+
+    Raises:
+        UserError: Graphs of a model that reads whole rows, or without a GPU.
     """
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
         ends = end_token_ids(converted)
-        denoising = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends)
+        record = CudaGraphs() if cuda_graphs else None
+        denoising = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends, record=record)
+    elif cuda_graphs:
+        raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
         denoising = RowEngine(converted, max_rows=max_rows, max_length=max_length)
     return _BySettings(denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length))

@@ -138,9 +138,11 @@ class DiffusionModel:
         """Says how probable each token of a text is; see `decausal.sampling.editing.edit.confidences`."""
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
-    def engine(self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None) -> BatchEngine:
+    def engine(
+        self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None, cuda_graphs: bool = False
+    ) -> BatchEngine:
         """Makes an engine for any number of prompts; see `decausal.sampling.batch.BatchEngine`."""
-        return BatchEngine(self._converted, max_rows=max_rows, max_length=max_length)
+        return BatchEngine(self._converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
 
     def run_file(
         self,
@@ -150,6 +152,7 @@ class DiffusionModel:
         chat: bool = False,
         max_rows: int = BATCH_SIZE,
         max_length: int | None = None,
+        cuda_graphs: bool = False,
         on_error: str = "stop",
         on_progress: OnProgress | None = None,
         **options: Any,
@@ -162,6 +165,7 @@ class DiffusionModel:
             chat=chat,
             max_rows=max_rows,
             max_length=max_length,
+            cuda_graphs=cuda_graphs,
             on_error=on_error,
             on_progress=on_progress,
             **options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -168,6 +169,19 @@ class RowSettings(TokenSettings):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         taken = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **taken)
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """All that the host knows: rows of the same kinds are computed by the same operations."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if not isinstance(value, Tensor))
+
+    def take(self, other: RowSettings) -> None:
+        """Writes settings of the same kinds over these, in place."""
+        for field in dataclasses.fields(self):
+            held = getattr(self, field.name)
+            if isinstance(held, Tensor):
+                held.copy_(getattr(other, field.name))
 
     def has_remask(self, *kinds: bool | str) -> Bool[Tensor, "n"]:
         """Which rows remask in one of these ways."""

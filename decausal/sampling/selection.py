@@ -165,7 +165,7 @@ def _within_entropy(now: _State) -> Int[Tensor, "A"]:
     # Summed up to the one before: a sum less its last member may be off by an ulp, which a bound of 0 does not forgive.
     before = entropy.cumsum(1).roll(1, dims=1)
     is_within = (before <= now.settings.entropy_bound[:, None]) & entropy.isfinite()
-    is_within[:, 0] = True
+    is_within[:, 0].fill_(True)
     return is_within.sum(1)
 
 

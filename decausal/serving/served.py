@@ -83,7 +83,13 @@ def served(
         )
 
     def make_engine() -> Engine:
-        engine = engine_for(converted, max_rows=settings.max_rows, max_length=longest, is_autoregressive=is_source)
+        engine = engine_for(
+            converted,
+            max_rows=settings.max_rows,
+            max_length=longest,
+            is_autoregressive=is_source,
+            cuda_graphs=settings.cuda_graphs,
+        )
         if converted.facts.layout != "bidirectional":
             return engine
         return SearchingEngine(engine, converted, settings.max_rows)

@@ -25,6 +25,7 @@ class ServeSettings:
         timeout: Seconds that one request may take, the wait included.
         api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
         model_name: The name under which clients find the model. None: that of its directory.
+        cuda_graphs: Record the passes of a block model as CUDA graphs.
         max_body_bytes: Longest body of a request.
 
     Raises:
@@ -39,6 +40,7 @@ class ServeSettings:
     timeout: float = 300.0
     api_key: str | None = None
     model_name: str | None = None
+    cuda_graphs: bool = False
     max_body_bytes: int = 4 * 2**20
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     parser.add_argument("--max_rows", "--batch_size", type=int, help="rows written together (16)")
     parser.add_argument("--max_length", type=int, help="longest row (the model's context, at most 4096)")
+    parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
     flags = parser.parse_args(arguments)
@@ -31,6 +32,7 @@ def run(arguments: list[str]) -> int:
 
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
+    options["cuda_graphs"] = flags.cuda_graphs
     with _progress() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)
     notes = [f"{result.num_lines} answers in {flags.answers}"]

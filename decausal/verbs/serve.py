@@ -24,9 +24,20 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--timeout", type=float, help="seconds that one request may take, the wait included (300)")
     parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
     parser.add_argument("--model_name", help="the name that clients know (the directory's)")
+    parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
     flags = parser.parse_args(arguments)
-    names = ("host", "port", "max_rows", "max_queue", "max_total_tokens", "timeout", "api_key", "model_name")
+    names = (
+        "host",
+        "port",
+        "max_rows",
+        "max_queue",
+        "max_total_tokens",
+        "timeout",
+        "api_key",
+        "model_name",
+        "cuda_graphs",
+    )
     from_environment = {"api_key": os.environ["DECAUSAL_API_KEY"]} if os.environ.get("DECAUSAL_API_KEY") else {}
     settings = ServeSettings(**from_environment | given(flags, *names))
     missing = [name for name in EXTRA if find_spec(name) is None]

@@ -35,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_case_writes_as_much_and_the_autoregressive_one_the_same(decode: ModuleType, directory: Path) -> None:
     work = decode.workload(decode._arguments([*OPTIONS, "--model", str(directory)]), str(directory))
     stock = work.transformers(3)
-    runs = {name: work.engine(case, 3) for name, case in work.cases.items()}
+    runs = {name: work.engine(name, 3) for name in work.cases}
     assert runs["engine, AR"].ids == stock.ids
     for run in runs.values():
         assert [len(ids) for ids in run.ids] == [11] * 3

@@ -18,6 +18,7 @@ from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
 from decausal.sampling.settings import SamplerSettings
 from tests.families import SLIDING_WINDOW
 from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, decode, sharp_model
+from tests.sampling.tape import Tapes
 
 MODEL = sharp_model()
 END = 3
@@ -290,3 +291,46 @@ def test_the_whole_blocks_of_a_row_hold_every_state_that_it_visited(
         assert by_step == seen[ticket]
         assert len(by_step) == row.num_forwards == 1 + max(row.row_step_of_token[-1:] + row.row_step_of_token)
         assert VOCAB_SIZE - 1 not in row.ids
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    **layouts,
+    rows=st.lists(requests(), min_size=1, max_size=5),
+    max_rows=st.integers(1, 4),
+    max_length=st.sampled_from([None, 64]),
+)
+def test_passes_that_are_recorded_and_replayed_write_what_others_write(
+    block_size: int, shift: int, causal_context: bool, rows: list[Request], max_rows: int, max_length: int | None
+) -> None:
+    facts, tapes = block_facts(block_size, shift, causal_context), Tapes()
+    sizes = {"max_rows": max_rows, "max_length": max_length}
+    found, expected = (run(engine_of(facts, **sizes, record=record), rows) for record in (tapes, None))
+    assert [told(row) for row in found] == [told(row) for row in expected]
+    assert [row.num_forwards for row in found] == [row.num_forwards for row in expected]
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_passes_of_other_families_can_be_recorded(family: str) -> None:
+    model, facts, tapes = FAMILY_MODELS[family], block_facts(4, 1), Tapes()
+    own = SamplerSettings(max_new_tokens=21, threshold=0.6)
+    rows = [Request([7, 5, 9, 11, 4, 8][:length], own) for length in (1, 4, 6)]
+    found, expected = (run(engine_of(facts, model, max_length=32, record=record), rows) for record in (tapes, None))
+    assert [told(row) for row in found] == [told(row) for row in expected]
+    assert 0 < tapes.num_recorded < tapes.num_replayed
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_recorded_passes_serve_other_rows_and_settings_of_the_same_kinds(block_size: int) -> None:
+    facts, tapes = block_facts(block_size, 1), Tapes()
+    options = {"max_length": 32, "end_token_ids": ()}
+    engine = engine_of(facts, **options, record=tapes)
+    num_recorded = []
+    for number in (1, 2, 3):
+        own = SamplerSettings(max_new_tokens=12, num_steps=number, temperature=float(number))
+        rows = [Request([7, 5, 9, 11 + number], own, seed=index) for index in range(3)]
+        expected = run(engine_of(facts, **options), rows)
+        assert [told(row) for row in run(engine, rows)] == [told(row) for row in expected]
+        num_recorded.append(tapes.num_recorded)
+    # Two steps a block need passes over two blocks and over one; one step a block, or one token, of one kind only.
+    assert num_recorded == ([1, 1, 1] if block_size == 1 else [1, 2, 2])

@@ -12,12 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.checkpoint import ConversionFacts
+from decausal.objectives.tokens import Head
+from decausal.sampling.blocks.recording import RecordedPasses, Recorder
 from decausal.sampling.blocks.requests import ActiveRow, Finished, Request, StepEvent
 from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.blocks.windows import Reader
@@ -44,6 +49,8 @@ class BlockEngine:
         end_token_ids: tokens that end a row.
         tokenizer: needed for stop texts alone.
         is_fused: False commits each block in a pass of its own: one pass more per block, the same tokens.
+        record: what records passes that are run again and again, `CudaGraphs()` on a GPU. The weights then stay where
+            they are in memory; they may change in place.
 
     Raises:
         UserError: a bidirectional layout; a model that takes no such cache; no room for a block.
@@ -64,6 +71,7 @@ class BlockEngine:
         end_token_ids: Sequence[int] = (),
         tokenizer: Any = None,
         is_fused: bool = True,
+        record: Recorder | None = None,
     ) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
@@ -84,6 +92,10 @@ class BlockEngine:
         self._active: list[ActiveRow] = []
         self._settings: RowSettings | None = None
         self._next_ticket = 0
+        self._states: Float[Tensor, "b K D"] | None = None
+        self._recorded: RecordedPasses | None = None
+        if record is not None:
+            self._recorded = RecordedPasses(self._reader, self._head, record)
 
     @property
     def block_size(self) -> int:
@@ -147,12 +159,18 @@ class BlockEngine:
             return []
         if not self.is_fused and not self._reader.is_autoregressive:
             self._commit()
-        states = self._reader.predict([row.window for row in active])
+        windows = [row.window for row in active]
+        if self._recorded is not None and self._recorded.takes(windows):
+            self._states, told = self._recorded.run(windows, self._settings)
+        else:
+            self._states = self._reader.predict(windows)
+            num_candidates = sum(row.num_candidates for row in active)
+            told = self._rows.keep(len(active), num_candidates, self._states, self._head(), self._settings)
         self._set_committed()
-        head = head_of(self.model)._replace(banned=self.facts.mask_token_id)
-        num_candidates = sum(row.num_candidates for row in active)
-        told = self._rows.keep(len(active), num_candidates, states, head, self._settings)
-        return self._take_note(told, wants_events)
+        return self._take_note(told.tolist(), wants_events)
+
+    def _head(self) -> Head:
+        return head_of(self.model)._replace(banned=self.facts.mask_token_id)
 
     def _commit(self) -> None:
         """Passes of their own for finished blocks."""
@@ -205,6 +223,8 @@ class BlockEngine:
             length = max(longest, min(self.capacity, self._cache.max_length + GROWTH))
             self._cache.grow(length)
             self._rows.grow(length)
+            if self._recorded is not None:
+                self._recorded.forget()
         self._rows.admit([self._new_row(place, row) for place, row in new])
         for _, row in new:
             row.is_new = False

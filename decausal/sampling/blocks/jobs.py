@@ -15,6 +15,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.recording import Recorder
 from decausal.sampling.blocks.requests import Request, StepEvent
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
@@ -28,10 +29,17 @@ class BlockJobs:
         max_rows: Rows in one forward pass.
         max_length: Longest row; whole blocks of it are used.
         end_token_ids: Jobs end at these or at none.
+        record: What records passes, see `BlockEngine`.
     """
 
     def __init__(
-        self, converted: Converted, *, max_rows: int, max_length: int, end_token_ids: Sequence[int] = ()
+        self,
+        converted: Converted,
+        *,
+        max_rows: int,
+        max_length: int,
+        end_token_ids: Sequence[int] = (),
+        record: Recorder | None = None,
     ) -> None:
         converted.model.eval()
         self._engine = _Watched(
@@ -41,6 +49,7 @@ class BlockJobs:
             max_length=max_length,
             end_token_ids=end_token_ids,
             tokenizer=converted.tokenizer,
+            record=record,
         )
         self._jobs: dict[int, Job] = {}
         self._num_passes: dict[int, int] = {}
@@ -122,7 +131,6 @@ class _Watched(BlockEngine):
         super().__init__(*arguments, **options)
         self.watched: dict[int, int] = {}
         self.log_probs: dict[int, list[TokenLogProbs]] = {}
-        self._reader = _Remembering(self._reader)
 
     def _take_note(self, told: list[list[int]], wants_events: bool) -> list[StepEvent]:
         places = {row.ticket: place for place, row in enumerate(self._active) if row.ticket in self.watched}
@@ -140,19 +148,4 @@ class _Watched(BlockEngine):
 
     def _states_of(self, place: int, event: StepEvent) -> Float[Tensor, "n D"]:
         offsets = [position % self.block_size for position in event.positions]
-        return self._reader.states[place, offsets]
-
-
-class _Remembering:
-    """A reader that keeps the states it gave last."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-        self.is_autoregressive = reader.is_autoregressive
-        self.commit = reader.commit
-        self.states: Tensor | None = None
-
-    def predict(self, windows: list[range]) -> Float[Tensor, "b K D"]:
-        """As the reader does."""
-        self.states = self._reader.predict(windows)
-        return self.states
+        return self._states[place, offsets]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +87,14 @@ class BlockRows:
         for tensor in self._tensors():
             tensor[target] = tensor[source]
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is written inside is undone."""
+        saved = [(tensor, tensor.clone()) for tensor in self._tensors()]
+        yield
+        for tensor, before in saved:
+            tensor.copy_(before)
+
     def _tensors(self) -> list[Tensor]:
         fixed = ("offsets", "ends", "_places")
         return [value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in fixed]
@@ -116,16 +126,17 @@ class BlockRows:
     def keep(
         self,
         num_rows: int,
-        num_candidates: int,
+        num_candidates: int | None,
         states: Float[Tensor, "b K D"],
         head: Head,
         settings: RowSettings,
-    ) -> list[list[int]]:
-        """One step: draws candidates, keeps the best, and tells the host.
+    ) -> Int[Tensor, "b told"]:
+        """One step: draws candidates, keeps the best, and says what is to be told to the host.
 
         Args:
             num_rows: rows in use.
-            num_candidates: masked positions in them that may be kept, which the host knows from the step before.
+            num_candidates: masked positions in them that may be kept, which the host knows from the step before. None:
+                every position is scored, whether it may be kept or not, so that nothing has the shape of that number.
             states: the state that predicts each position of the block.
             head: the model's head, the mask token banned.
             settings: one per row.
@@ -151,11 +162,11 @@ class BlockRows:
         is_wanted = is_candidate & (self._positions(here) < self.limit[here, None])
         step += 1
         told = [block_ids, kept_in, is_candidate.sum(1, keepdim=True), is_wanted.any(1, keepdim=True)]
-        return torch.cat(told, dim=1).tolist()
+        return torch.cat(told, dim=1)
 
     def _keep_single(
         self, num_rows: int, states: Float[Tensor, "b 1 D"], head: Head, settings: RowSettings
-    ) -> list[list[int]]:
+    ) -> Int[Tensor, "b told"]:
         """`keep` where a block is one token: each is kept, and no score decides anything."""
         here = slice(0, num_rows)
         numbers = None
@@ -163,7 +174,7 @@ class BlockRows:
             numbers = uniform_numbers(self.seed[here], 0, self.start[here])
         tokens, _ = candidates(states[:, 0], head, settings, numbers, is_scored=False)
         self.block_ids[here] = tokens[:, None]
-        return [[token, 0, 0, 0] for token in tokens.tolist()]
+        return torch.nn.functional.pad(tokens[:, None], (0, 3))
 
     def next_blocks(self, num_rows: int, is_done: list[bool]) -> None:
         """Rows whose block is done go on to the next one, all of it masked."""
@@ -196,7 +207,7 @@ class BlockRows:
     def _candidates(
         self,
         num_rows: int,
-        num_candidates: int,
+        num_candidates: int | None,
         states: Float[Tensor, "b K D"],
         head: Head,
         settings: RowSettings,
@@ -204,9 +215,9 @@ class BlockRows:
         """A token and its score, -inf where there is no candidate."""
         size, shape = self.block_size, (num_rows, self.block_size)
         flat = states.flatten(0, 1)
-        is_everywhere = num_candidates == len(flat)
+        is_everywhere = num_candidates in (None, len(flat))
         if is_everywhere:
-            index = self._places[:num_candidates]
+            index = self._places[: len(flat)]
         else:
             index = torch.nonzero_static(self.is_candidate[:num_rows].view(-1), size=num_candidates).squeeze(1)
             flat = flat[index]
@@ -215,6 +226,8 @@ class BlockRows:
         if not settings.is_greedy:
             numbers = uniform_numbers(self.seed[row], self.step[row], self.start[row] + index % size)
         tokens, scores = candidates(flat, head, settings.at(row), numbers)
+        if num_candidates is None:
+            scores = scores.masked_fill(~self.is_candidate[:num_rows].view(-1), -torch.inf)
         if is_everywhere:
             return tokens.view(shape), scores.view(shape)
         all_tokens = tokens.new_zeros(num_rows * size).index_copy_(0, index, tokens)

@@ -64,13 +64,32 @@ class Reader:
         """Reads the windows of rows 0 to b - 1 and returns the state that predicts each position of their blocks."""
         if self.is_autoregressive:
             self._read([range(window.start, window.stop - 1) for window in windows], tail=0)
-            return self.rows.clean_state[: len(windows), None]
-        states = self._read(windows, tail=self.layout.block_size)
+            return self._predicting(None, len(windows))
+        return self._predicting(self._read(windows, tail=self.layout.block_size), len(windows))
+
+    def predict_fixed(self, num_rows: int, width: int, num_keys: int) -> Float[Tensor, "b K D"]:
+        """`predict` in a shape that does not depend on the rows: tensors alone say what each of them reads.
+
+        Args:
+            num_rows: rows 0 to b - 1; their windows have at most `width` tokens.
+            width: tokens that are read of each row, those before its window into the scratch slot.
+            num_keys: slots among which all windows end.
+        """
+        tail = 0 if self.is_autoregressive else self.layout.block_size
+        offsets = torch.arange(tail - width, tail, device=self.rows.device)  # made anew: nothing else may let go of it
+        states = self._read_rows(slice(0, num_rows), offsets, tail, num_keys, is_ragged=True, sees_everything=False)
+        return self._predicting(states, num_rows)
+
+    def _predicting(self, states: Float[Tensor, "b K D"] | None, num_rows: int) -> Float[Tensor, "b K D"]:
+        """The states that predict a block, from the states of its own positions."""
         if self.shift == 0:
             return states
-        if self.rows.clean_state is None:  # all rows are in their first block, whose first token is given
+        before = self.rows.clean_state
+        if states is None:
+            return before[:num_rows, None]
+        if before is None:  # all rows are in their first block, whose first token is given
             return torch.cat([states[:, :1], states[:, :-1]], dim=1)
-        return torch.cat([self.rows.clean_state[: len(windows), None], states[:, :-1]], dim=1)
+        return torch.cat([before[:num_rows, None], states[:, :-1]], dim=1)
 
     def _read(self, windows: list[range], tail: int) -> Float[Tensor, "b tail D"] | None:
         """Returns the states of the last `tail` positions of each window; the state before them goes to the rows."""
@@ -107,18 +126,33 @@ class Reader:
     def _read_batch(
         self, windows: list[range], index: slice | Int[Tensor, "b"], tail: int
     ) -> Float[Tensor, "b tail D"] | None:
-        rows, width = self.rows, max(map(len, windows))
-        start = rows.start[index][:, None]
+        width, num_keys = max(map(len, windows)), max(window.stop for window in windows)
+        is_ragged = any(len(window) != width for window in windows)
+        sees_everything = self._sees_everything(windows, width, tail)
         offsets = self._offsets(tail - width, tail)
+        return self._read_rows(index, offsets, tail, num_keys, is_ragged=is_ragged, sees_everything=sees_everything)
+
+    def _read_rows(
+        self,
+        index: slice | Int[Tensor, "b"],
+        offsets: Int[Tensor, "q"],
+        tail: int,
+        num_keys: int,
+        *,
+        is_ragged: bool,
+        sees_everything: bool,
+    ) -> Float[Tensor, "b tail D"] | None:
+        """One pass over tokens at `offsets` from the blocks' first; those before a row's window are padding."""
+        rows, width = self.rows, len(offsets)
+        start = rows.start[index][:, None]
         slots = positions = start + offsets
-        num_keys = max(window.stop for window in windows)
         committed = None
-        if any(len(window) != width for window in windows):
+        if is_ragged:
             committed = rows.committed[index][:, None]
             slots = torch.where(positions >= committed, positions, self.cache.scratch_slot)
             positions = positions.clamp(min=0)
         is_visible = num_keys
-        if not self._sees_everything(windows, width, tail):
+        if not sees_everything:
             last = self._last_visible(positions, start, offsets, tail)
             is_visible = visible_by_layer(self.config, positions, last, num_keys)
         input_ids = self._input_ids(index, positions, width, tail)

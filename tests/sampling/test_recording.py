@@ -1,0 +1,95 @@
+"""Recorded passes: what they may hold, which rows they are for, and what refuses to be recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from decausal.diffusion.layout import Layout
+from decausal.errors import UserError
+from decausal.models.backbone import head_of
+from decausal.models.block_cache import BlockCache, decoding
+from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.recording import CudaGraphs
+from decausal.sampling.blocks.rows import BlockRows
+from decausal.sampling.blocks.windows import Reader
+from decausal.sampling.engines import engine_for
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.settings import SamplerSettings
+from tests.families import FAMILIES
+from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, sharp_model
+from tests.sampling.tape import Tapes
+from tests.sampling.tiny_models import converted
+
+KINDS = [
+    {"num_steps": 2},
+    {"threshold": 0.9, "confidence": "margin"},
+    {"entropy_bound": 1.0},
+    {"num_steps": 2, "temperature": 1.0, "top_k": 5, "confidence": "entropy"},
+    {"threshold": 0.5, "temperature": 1.0, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_pass_is_computed_on_one_device_alone(kind: dict[str, Any], shift: int, block_size: int) -> None:
+    """On the device of no numbers every look at one, and every tensor from elsewhere, is an error."""
+    model = FAMILIES["qwen3"](vocab_size=VOCAB_SIZE).eval().to("meta")
+    device = torch.device("meta")
+    rows = BlockRows(4, 64, block_size, MASK, (3,), device)
+    rows.clean_state = torch.zeros(4, model.config.hidden_size, device=device)
+    reader = Reader(model, Layout("block", block_size), shift, BlockCache(model.config, 4, 64), rows)
+    settings = RowSettings.of([SamplerSettings(**kind)] * 4, device)
+    head = head_of(model)._replace(banned=MASK)
+    for width in [1] if reader.is_autoregressive else [block_size, 2 * block_size]:
+        with decoding(model):
+            told = rows.keep(4, None, reader.predict_fixed(4, width, 64), head, settings)
+        assert told.shape == (4, 2 * block_size + 2)
+
+
+def test_a_cache_that_grows_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decausal.sampling.blocks.engine.GROWTH", 0)
+    tapes = Tapes()
+    engine = BlockEngine(sharp_model(), block_facts(4), max_rows=1, record=tapes)
+
+    def run(length: int) -> int:
+        list(engine.run([Request([7, 5, 9, 11, 4, 8, 6][:length], SamplerSettings(max_new_tokens=6, num_steps=2))]))
+        return tapes.num_recorded
+
+    run(2)  # the first row gives the cache its length
+    before = run(2)
+    assert run(2) == before > 0
+    run(7)  # longer
+    assert run(2) > before
+
+
+def test_graphs_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="need a GPU"):
+        engine_for(converted(layout="block", block_size=4), max_rows=1, max_length=32, cuda_graphs=True)
+
+
+def test_graphs_of_a_model_that_reads_whole_rows_are_refused() -> None:
+    with pytest.raises(UserError, match="layout 'block'"):
+        engine_for(converted(), max_rows=1, max_length=32, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_graphs_write_what_passes_without_them_write(block_size: int, shift: int) -> None:
+    model = sharp_model().cuda()
+    rows = [
+        Request([7, 5, 9, 11, 4, 8][:length], SamplerSettings(max_new_tokens=20, **kind), seed=length)
+        for length, kind in enumerate(KINDS, start=1)
+    ]
+    for options in ({"max_length": 32}, {"max_length": None}):
+        written = []
+        for record in (CudaGraphs(), None):
+            engine = BlockEngine(model, block_facts(block_size, shift), max_rows=3, record=record, **options)
+            written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(rows)})
+        assert written[0] == written[1]
