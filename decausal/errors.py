@@ -17,3 +17,9 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the accepted word most like `word`, or ``""`` when none is close."""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -23,6 +23,7 @@ from decausal.data.corpus import Split, stdlib_documents
 from decausal.data.tasks.example import Example
 from decausal.data.tasks.stream import examples, named
 from decausal.errors import UserError, nearest
+from decausal.hub import LOG_IN, is_offline, refuse_unknown_dataset
 
 Data = str | Path | Sequence[str | Path]
 
@@ -88,15 +89,30 @@ class HubDataset:
     @cached_property
     def table(self) -> datasets.Dataset:
         """The memory-mapped table of records."""
+        if not _is_offline():
+            self._refuse_unknown()
         with _quiet_unless_watched():
             try:
                 return datasets.load_dataset(self.name, self.config, split=self.split)
             except Exception as error:  # the hub, the network and each builder fail in types of their own
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise UserError(
-                    f"cannot load data set '{self}' from the hub ({reason}); no file or directory has that name either"
-                    f"{nearest(self.name, _siblings(self.name))}"
-                ) from None
+                reason = " ".join(str(error).split()).partition(" Example of usage")[0][:300] or type(error).__name__
+                raise UserError(f"cannot load data set '{self}' from the hub ({reason}){self._hint(reason)}") from None
+
+    def _refuse_unknown(self) -> None:
+        try:
+            refuse_unknown_dataset(self.name)
+        except UserError as error:
+            raise UserError(f"{error}{nearest(self.name, _siblings(self.name))}") from None
+
+    def _hint(self, reason: str) -> str:
+        if _is_offline():
+            return (
+                "; HF_HUB_OFFLINE is set, so it must have been downloaded before; no file or directory has that name "
+                f"either{nearest(self.name, _siblings(self.name))}"
+            )
+        if "gated" in reason:
+            return f"; {LOG_IN}"
+        return f"; write {self.name}:CONFIG" if "Config name is missing" in reason else ""
 
     def fingerprint(self) -> str:
         """Returns a string that changes when the data set does."""
@@ -236,6 +252,10 @@ def _visible_paths(root: Path) -> Iterator[Path]:
 def _siblings(path: str | Path) -> list[str]:
     parent = Path(path).parent
     return [*(os.listdir(parent) if parent.is_dir() else ()), *STDLIB, *TASK_DATA]
+
+
+def _is_offline() -> bool:
+    return is_offline() or datasets.config.HF_HUB_OFFLINE  # which HF_DATASETS_OFFLINE sets alone, too
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from decausal.data.encode import SpecialTokens
 from decausal.data.tasks import Example, examples, is_right
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
-from decausal.models.adapt import FACTS_FILE, load_source
-from decausal.models.checkpoint import Converted, load_converted
+from decausal.models.adapt import load_source
+from decausal.models.checkpoint import Converted, is_converted, load_converted
 from decausal.sampling.generate import generate
 
 BATCH_SIZE = 64
@@ -174,7 +174,7 @@ def evaluate_tasks_of(
     if num_examples < 1:
         raise UserError(f"--num_examples {num_examples}: must be at least 1")
     problems = list(islice(examples(names, "heldout"), num_examples * len(named(names))))
-    if (Path(model_name_or_path) / FACTS_FILE).exists():
+    if is_converted(model_name_or_path):
         return evaluate_tasks(load_converted(model_name_or_path, device=device), problems, **options)
     model, tokenizer = load_source(model_name_or_path)
     return evaluate_tasks((model.to(device), tokenizer), problems, **options)

@@ -146,7 +146,7 @@ def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) ->
         stock = f"has the weights; the masks of the layout `{facts.layout}` are decausal's"
     return (
         "## Use\n\n```python\nimport decausal\n\n"
-        'model = decausal.load("DIR")  # this directory\n'
+        'model = decausal.load("DIR")  # this directory, or its id on the hub\n'
         'print(model.generate("Once upon a time", max_new_tokens=64).text)\n```\n\n'
         "```bash\ndecausal generate DIR 'Once upon a time'\n```\n\n"
         "The facts above are in `decausal.json`, so neither takes a flag for them. In plain transformers\n\n"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from decausal.errors import UserError
+from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
-from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS, first_line
+from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS
 from decausal.models.checkpoint import ConversionFacts, read_facts
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from decausal.errors import UserError
-from decausal.exchange import hub
+from decausal.errors import UserError, first_line
 from decausal.exchange.converted_files import end_token_ids
 from decausal.exchange.formats import PublicForm, block_size_of, form_of, mask_token_id_of
 from decausal.exchange.mask_token import add_mask_token
@@ -20,8 +19,9 @@ from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import expected_tensors
 from decausal.exchange.tensor_files import Stored, TensorFiles, refuse_other_tensors, write_tensor_files
 from decausal.exchange.tokenizer_files import read_json, read_tokenizer
-from decausal.models.adapt import FACTS_FILE, first_line
-from decausal.models.checkpoint import ConversionFacts, write_facts
+from decausal.hub import fetch, is_hub_id
+from decausal.models.adapt import FACTS_FILE
+from decausal.models.checkpoint import ConversionFacts, is_converted, write_facts
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -100,15 +100,13 @@ def import_checkpoint(
 
 def _located(name: str, revision: str | None) -> tuple[Path, str | None]:
     path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / FACTS_FILE).exists():
-            raise UserError(f"{name} is in decausal's form already (it holds {FACTS_FILE}); use it as it is")
-        return path, None
-    if path.exists():
+    if path.is_file():
         raise UserError(f"{name} is a file; give a checkpoint's directory or a hub id")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not path.exists() and not is_hub_id(name):
         raise UserError(f"directory {name} does not exist; give a checkpoint's directory or a hub id")
-    return hub.fetch(name, revision)
+    if is_converted(name, revision):
+        raise UserError(f"{name} is in decausal's form already (it holds {FACTS_FILE}); use it as it is")
+    return (path, None) if path.exists() else fetch(name, revision)
 
 
 def _facts(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from decausal.errors import UserError
-from decausal.models.adapt import first_line
+from decausal.errors import UserError, first_line
 
 
 @contextmanager

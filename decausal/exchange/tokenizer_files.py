@@ -16,8 +16,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from decausal.errors import UserError
-from decausal.models.adapt import LOADING_ERRORS, first_line
+from decausal.errors import UserError, first_line
+from decausal.models.adapt import LOADING_ERRORS
 
 _SETTINGS = "tokenizer_config.json"
 _READ = ("tokenizer.json", _SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")

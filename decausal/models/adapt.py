@@ -18,7 +18,8 @@ from transformers import (
 
 from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.diffusion.layout import Layout
-from decausal.errors import UserError
+from decausal.errors import UserError, first_line
+from decausal.hub import fetch, is_hub_id
 from decausal.models.architecture import attention_implementation, refusal
 
 BIDIRECTIONAL = Layout("bidirectional")
@@ -52,7 +53,7 @@ def load_source(
     Raises:
         UserError: when there is no such model, it cannot be read, or it is not a decoder-only causal language model.
     """
-    path = _located(model_name_or_path)
+    path, revision = _located(model_name_or_path, revision)
     config = _config(path, revision)
     reason = refusal(config)
     if reason is not None:
@@ -84,7 +85,16 @@ def source_config(model_name_or_path: str | Path, revision: str | None = None) -
     Raises:
         UserError: when there is no such model, or it cannot be read.
     """
-    return _config(_located(model_name_or_path), revision)
+    return _config(*_located(model_name_or_path, revision))
+
+
+def source_commit(model_name_or_path: str | Path, revision: str | None = None) -> str | None:
+    """Returns the commit that a source on the hub has now; None for one that is here.
+
+    Raises:
+        UserError: when there is no such model, or it is converted already.
+    """
+    return _located(model_name_or_path, revision)[1]
 
 
 def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
@@ -152,21 +162,27 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
             parameter[token_id] = trained.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
 
 
-def _located(model_name_or_path: str | Path) -> str:
+def _located(model_name_or_path: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """A directory and no commit, or an id on the hub and its commit, so that all files are of one commit."""
     name = str(model_name_or_path)
     if name in EMBEDDED_MODELS:
-        return str(embedded_model_path(name))
+        return str(embedded_model_path(name)), None
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / FACTS_FILE).exists():
-            raise UserError(f"{name} is already converted (it holds {FACTS_FILE}); give the autoregressive model")
-        return str(path)
+        _refuse_converted(name, path)
+        return str(path), None
     if path.exists():
         raise UserError(f"{name} is a file; give the model's directory, a hub id, or {ACCEPTED_EMBEDDED}")
-    is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-    if not is_hub_id:
+    if "/" in name and not is_hub_id(name):
         raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or {ACCEPTED_EMBEDDED}")
-    return name
+    path, commit = fetch(name, revision, ("config.json", FACTS_FILE), is_shown=False)
+    _refuse_converted(name, path)
+    return name, commit
+
+
+def _refuse_converted(name: str, path: Path) -> None:
+    if (path / FACTS_FILE).exists():
+        raise UserError(f"{name} is already converted (it holds {FACTS_FILE}); give the autoregressive model")
 
 
 def _config(path: str, revision: str | None) -> PretrainedConfig:
@@ -175,9 +191,7 @@ def _config(path: str, revision: str | None) -> PretrainedConfig:
     except LOADING_ERRORS as error:
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own (trust_remote_code), which is never run" if needs_code else first_line(error)
-        if Path(path).is_dir():
-            raise UserError(f"{path} holds no model that transformers can read: {reason}") from error
-        raise UserError(f"{path} is neither a directory nor a model that the hub gives: {reason}") from error
+        raise UserError(f"{path} holds no model that transformers can read: {reason}") from error
 
 
 def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -189,9 +203,3 @@ def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load the tokenizer of {path}: its vocabulary is missing (tokenizer.json)")
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type's name when it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

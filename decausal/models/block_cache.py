@@ -18,8 +18,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from decausal.diffusion.layout import Layout
-from decausal.errors import UserError
-from decausal.models.adapt import first_line
+from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward, stock_model
 

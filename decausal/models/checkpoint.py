@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.diffusion.layout import Layout
-from decausal.errors import UserError, nearest
-from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS, first_line
+from decausal.errors import UserError, first_line, nearest
+from decausal.hub import fetch, is_hub_id
+from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS
 from decausal.models.architecture import attention_implementation
 from decausal.models.mask_row import fold_mask_row
 
@@ -184,15 +185,36 @@ def _state_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def is_converted(model_name_or_path: str | Path, revision: str | None = None) -> bool:
+    """Whether a directory, or a repository on the hub, holds the facts of a conversion.
+
+    Raises:
+        UserError: the hub does not give what has the form of its ids.
+    """
+    path = Path(model_name_or_path).expanduser()
+    if not path.exists() and is_hub_id(str(model_name_or_path)):
+        path, _ = fetch(str(model_name_or_path), revision, ("config.json", FACTS_FILE), is_shown=False)
+    return (path / FACTS_FILE).is_file()
+
+
 def load_converted(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model_name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
 ) -> Converted:
     """Loads a converted model in eval mode, after checking that its facts and its files tell the same story.
 
+    Args:
+        model_name_or_path: a directory or a hub id.
+        dtype: type of the weights.
+        device: where they go.
+        revision: branch, tag or commit of a hub id.
+
     Raises:
-        UserError: when the directory is no converted model, or facts and weights disagree; names both.
+        UserError: when there is no converted model of that name, or facts and weights disagree; names both.
     """
-    path = Path(directory)
+    path = _directory(model_name_or_path, revision)
     facts = read_facts(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -211,6 +233,19 @@ def load_converted(
         raise UserError(f"{path} holds {FACTS_FILE} but its weights lack {min(info['missing_keys'])}")
     _refuse_disagreement(path, facts, model, tokenizer)
     return Converted(model.eval().to(device), tokenizer, facts)
+
+
+def _directory(model_name_or_path: str | Path, revision: str | None) -> Path:
+    name = str(model_name_or_path)
+    path = Path(name).expanduser()
+    if path.exists() or not is_hub_id(name):
+        return path
+    if not is_converted(name, revision):
+        raise UserError(
+            f"{name} on the hub is not a decausal checkpoint (it holds no {FACTS_FILE}); "
+            f"convert it first: decausal convert {name} --data DATA --output_dir OUT"
+        )
+    return fetch(name, revision)[0]
 
 
 def _refuse_disagreement(

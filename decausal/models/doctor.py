@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from decausal.diffusion.layout import Layout
-from decausal.errors import UserError
-from decausal.models.adapt import first_line
+from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows, reach, refusal
 from decausal.models.backbone import body_forward, decoder_layers, head_of, logits, stock_model
 from decausal.models.checkpoint import ConversionFacts

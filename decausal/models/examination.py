@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.table import Table
 
 from decausal.models.adapt import load_source, source_config
 from decausal.models.architecture import refusal
-from decausal.models.checkpoint import FACTS_FILE, load_converted
+from decausal.models.checkpoint import is_converted, load_converted
 from decausal.models.doctor import Probe, architecture_probe, examine, usable
 
 
 def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:
-    """Examines an AR model (a directory, a hub id or "tiny") or a converted one (a directory with decausal.json).
+    """Examines an AR model (a directory, a hub id or "tiny") or a converted one (what holds decausal.json).
 
     Raises:
         UserError: there is no such model or it cannot be read. An architecture that is refused is a finding, no error.
     """
-    if (Path(model_name_or_path) / FACTS_FILE).is_file():
-        converted = load_converted(model_name_or_path)
+    if is_converted(model_name_or_path, revision):
+        converted = load_converted(model_name_or_path, revision=revision)
         return examine(converted.model, converted.tokenizer, converted.facts)
     config = source_config(model_name_or_path, revision)
     if refusal(config) is not None:

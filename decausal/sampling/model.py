@@ -173,20 +173,25 @@ class DiffusionModel:
 
 
 def load(
-    directory: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    model_name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> DiffusionModel:
     """Loads a converted checkpoint, ready to sample.
 
     Args:
-        directory: What `decausal convert` wrote: weights, tokenizer and decausal.json.
+        model_name_or_path: What `decausal convert` wrote (weights, tokenizer and decausal.json): the directory, or its
+            id on the hub.
         device: None: CUDA where there is one, else the CPU.
         dtype: Of the weights. None: bfloat16 on CUDA, float32 on the CPU.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         UserError: No such checkpoint, or its facts and weights disagree.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    converted = load_converted(directory, dtype=dtype, device=device)
+    converted = load_converted(model_name_or_path, dtype, device, revision)
     converted.model.eval()
     return DiffusionModel(converted)

@@ -17,10 +17,10 @@ from decausal.data.rows import PackedRows
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
-from decausal.models.adapt import adapt, load_source, source_dtype
+from decausal.models.adapt import adapt, load_source, source_commit, source_dtype
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
-from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
+from decausal.models.checkpoint import ConversionFacts, read_facts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
@@ -86,7 +86,9 @@ def convert(
         checkpoint = checkpoint_to_resume(output_dir, resume)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, asdict(settings))
-        run = _prepare(settings, args, training, callbacks, measure)
+        began_with = None if checkpoint is None else read_facts(checkpoint).source_revision
+        commit = source_commit(settings.model_name_or_path, began_with or settings.revision)
+        run = _prepare(settings, commit, args, training, callbacks, measure)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)
@@ -98,23 +100,25 @@ class _Run:
     trainer: ConversionTrainer
     tokenizer: PreTrainedTokenizerBase
     facts: ConversionFacts
+    save_dtype: torch.dtype
 
 
 def _prepare(
     settings: ConversionSettings,
+    commit: str | None,
     args: TrainingArguments,
     training: dict[str, Any],
     callbacks: list[TrainerCallback] | None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> _Run:
     layout = Layout(settings.layout, settings.block_size, settings.causal_context)
-    model, tokenizer = _source(settings, layout, args)
+    model, tokenizer = _source(settings, commit, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(settings, model, tokenizer, args)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
     facts = ConversionFacts(
         source=settings.model_name_or_path,
-        source_revision=getattr(model.config, "_commit_hash", None),
+        source_revision=commit,
         layout=settings.layout,
         block_size=settings.block_size,
         causal_context=settings.causal_context,
@@ -145,16 +149,16 @@ def _prepare(
         measure=measure,
         callbacks=callbacks,
     )
-    return _Run(trainer, tokenizer, facts)
+    return _Run(trainer, tokenizer, facts, _save_dtype(settings, commit))
 
 
 def _source(
-    settings: ConversionSettings, layout: Layout, args: TrainingArguments
+    settings: ConversionSettings, commit: str | None, layout: Layout, args: TrainingArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     wants_flex = settings.attn_implementation == FLEX
     model, tokenizer = load_source(
         settings.model_name_or_path,
-        revision=settings.revision,
+        revision=commit,
         attn_implementation=None if wants_flex else settings.attn_implementation,
     )
     refuse_if_unusable(model, tokenizer)
@@ -314,13 +318,17 @@ def _measure_on(
     return measure
 
 
+def _save_dtype(settings: ConversionSettings, commit: str | None) -> torch.dtype:
+    """Found before training: at its end the source may be out of reach."""
+    if settings.save_dtype == "source":
+        return source_dtype(settings.model_name_or_path, commit)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.save_dtype]
+
+
 def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     """Writes the final model; the checkpoints beside it keep the fp32 master weights for resuming."""
     trainer = run.trainer
     trainer.teacher = None
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "source": None}[settings.save_dtype]
-    if dtype is None:
-        dtype = source_dtype(settings.model_name_or_path, settings.revision)
     state_dict = trainer.whole_state_dict()
     student = trainer.trained_model()
     if settings.lora_r:
@@ -331,6 +339,6 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     output_dir = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         with disk_errors(output_dir):
-            save_converted(output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=dtype)
+            save_converted(output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=run.save_dtype)
     trainer.accelerator.wait_for_everyone()
     return student

@@ -17,7 +17,7 @@ the same command."""
 
 def run(arguments: list[str]) -> int:
     parser = VerbParser("batch", DESCRIPTION)
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("prompts", help="the jsonl file to read")
     parser.add_argument("answers", help="the jsonl file to write")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")

@@ -12,7 +12,7 @@ from decausal.verbs.sampling import add_sampling_flags, sampler_options
 
 def run(arguments: list[str]) -> int:
     parser = VerbParser("chat", "Talk to a converted model whose tokenizer has a chat template. /help lists commands.")
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--system", help="the system's message")
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="longest answer, in tokens (128)")
     parser.add_argument("--max_length", type=int, help="longest conversation (the model's context, at most 4096)")

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
 
 def _parser() -> VerbParser:
     parser = VerbParser("edit", "Rewrite what fits a text least, or a marked part of it, and show the difference.")
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("text", nargs="?", help="the text; unset: --file, or standard input")
     parser.add_argument("--file", help="a file in UTF-8 that holds the text; it is not changed")
     parser.add_argument("--num_tokens", type=int, help="how many tokens to rewrite in a round")

@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
 
 def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
     parser.add_argument("--text_field", default="text")
     parser.add_argument("--max_length", type=int, default=512, help="tokens in a row (512)")

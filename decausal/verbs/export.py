@@ -17,9 +17,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     flags = parser.parse_args(arguments)
     from decausal.exchange.card import ModelCard, read_evaluation
-    from decausal.exchange.hub import checked_repo_id, push
+    from decausal.exchange.hub import push
     from decausal.exchange.plain import export_plain
     from decausal.exchange.sdar import export_sdar
+    from decausal.hub import checked_repo_id
 
     if flags.push_to_hub is not None:
         checked_repo_id(flags.push_to_hub)

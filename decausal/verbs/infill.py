@@ -16,7 +16,7 @@ DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and 
 
 def run(arguments: list[str]) -> int:
     parser = VerbParser("infill", DESCRIPTION)
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--prefix", help="text before the gap")
     parser.add_argument("--suffix", help="text after the gap")
     parser.add_argument("--length", type=int, help="tokens in the gap; unset: several lengths are tried and ranked")

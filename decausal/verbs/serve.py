@@ -15,7 +15,7 @@ EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 def run(arguments: list[str]) -> int:
     parser = VerbParser("serve", "Answer OpenAI's clients, and show a page to play on, from a converted model.")
-    parser.add_argument("directory", help="what `decausal convert` wrote")
+    parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this machine alone; 0.0.0.0: everybody)")
     parser.add_argument("--port", type=int, help="0 takes a free one (8000)")
     parser.add_argument("--max_rows", type=int, help="rows written together (16)")

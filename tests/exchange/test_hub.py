@@ -54,7 +54,7 @@ def test_a_directory_is_uploaded_whole_to_a_repository_that_may_exist(tmp_path):
     [
         (http_error(403), "403 from the hub; check login"),
         (http_error(500), "500 from the hub; it is whole"),
-        (LocalTokenNotFoundError("no token"), "not logged in; run `hf auth login`"),
+        (LocalTokenNotFoundError("no token"), "not logged in; log in with `hf auth login`"),
         (ConnectionError("no network"), "no network"),
     ],
 )

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.exchange import hub
 from decausal.exchange.importing import import_checkpoint
 from decausal.models.backbone import logits
 from decausal.models.checkpoint import load_converted
@@ -391,21 +390,6 @@ def test_a_directory_that_does_not_exist_and_a_file_are_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(tmp_path / "file")
-
-
-def test_a_hub_id_is_fetched_without_code_and_its_commit_is_recorded(tmp_path, monkeypatch):
-    publish(tmp_path / "0123abc", "Dream")
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(tmp_path / "0123abc")
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    facts = import_checkpoint("Dream-org/Dream-v0-Base-7B", tmp_path / "out", revision="main").facts
-    assert (facts.source, facts.source_revision) == ("Dream-org/Dream-v0-Base-7B", "0123abc")
-    assert (asked["repo_id"], asked["revision"]) == ("Dream-org/Dream-v0-Base-7B", "main")
-    assert not any(pattern.endswith((".py", ".bin", ".pt")) or pattern == "*" for pattern in asked["allow_patterns"])
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path):

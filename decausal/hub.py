@@ -1,0 +1,130 @@
+"""From the Hugging Face hub: what a name there stands for, and what is said when the hub does not give it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, httpx, tqdm, validate_repo_id
+
+from decausal.errors import UserError, first_line
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")  # never code
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+CONNECT = "check the connection, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+
+
+class _NoBar(tqdm):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"disable": True})
+
+
+def is_offline() -> bool:
+    """Whether the user forbids to ask the hub (HF_HUB_OFFLINE)."""
+    return constants.HF_HUB_OFFLINE
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here may be one on the hub: owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def fetch(
+    repo_id: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, *, is_shown: bool = True
+) -> tuple[Path, str]:
+    """Brings files of a model repository here: by default weights, configuration and tokenizer, and none of its code.
+
+    Args:
+        repo_id: owner/name.
+        revision: branch, tag or commit; None: the main branch.
+        files: patterns of their names.
+        is_shown: with progress bars, where those are on.
+
+    Returns:
+        The directory in the hub's cache, and the commit. Where the hub may not be asked, of what is there from before.
+
+    Raises:
+        UserError: there is no such repository, it may not be read, it holds no such file, or it is out of reach.
+    """
+    checked_repo_id(repo_id)
+    with hub_errors(f"{repo_id} is neither a directory nor a model that the hub gives", CONNECT):
+        if not is_offline():
+            names = _file_names(repo_id, "model", revision)
+            if not list(filter_repo_objects(names, allow_patterns=list(files))):
+                raise UserError(f"{repo_id} on the hub is no model that can be read: it holds no {files[0]}")
+        bars = None if is_shown else _NoBar
+        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), tqdm_class=bars))
+    return path, path.name
+
+
+def refuse_unknown_dataset(name: str) -> None:
+    """Asks the hub for a data set: `datasets` would try for long where the hub cannot be reached.
+
+    Raises:
+        UserError: there is none, it may not be read, or the hub cannot be reached.
+    """
+    checked_repo_id(name)
+    with hub_errors(f"'{name}' is neither a file, a directory nor a data set that the hub gives", CONNECT):
+        _file_names(name, "dataset", None)
+
+
+def _file_names(repo_id: str, kind: str, revision: str | None) -> list[str]:
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=timeout)
+    return [file.rfilename for file in info.siblings or ()]
+
+
+def checked_repo_id(repo_id: str) -> str:
+    """Returns `repo_id`.
+
+    Raises:
+        UserError: the hub would not take it.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' is no hub id: {first_line(error)}; write owner/name") from error
+    return repo_id
+
+
+@contextmanager
+def hub_errors(what: str, hint: str) -> Iterator[None]:
+    """Tells in one line what the hub, or the way to it, has refused.
+
+    Args:
+        what: could not be done.
+        hint: what to do about a failure that lies with neither name nor rights.
+    """
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"{what}: not logged in; {LOG_IN}") from error
+    except GatedRepoError as error:
+        raise UserError(f"{what}: it is gated; ask for access on its page, then {LOG_IN}") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{what}: it has none of that name, or a private one; check the name, or {LOG_IN}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{what}: it has no such revision; give a branch, tag or commit") from error
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) in (401, 403):
+            hint = f"check login and rights: {LOG_IN}"
+        raise UserError(f"{what}: {first_line(error)}; {hint}") from error
+    except LocalEntryNotFoundError as error:
+        reason = "it was not downloaded whole before, and HF_HUB_OFFLINE is set; unset it" if is_offline() else hint
+        raise UserError(f"{what}: {reason}") from error
+    except httpx.TransportError as error:
+        raise UserError(f"{what}: {constants.ENDPOINT} cannot be reached ({first_line(error)}); {hint}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {first_line(error)}; {hint}") from error
