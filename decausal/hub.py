@@ -17,9 +17,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, httpx, tqdm, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, tqdm, validate_repo_id
 
 from decausal.errors import UserError, first_line
+
+try:  # what the hub's client speaks HTTP with
+    from huggingface_hub.utils import httpx
+except ImportError:  # before huggingface_hub 1.31
+    import httpx
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")  # never code
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decausal.errors import UserError
-from decausal.models.adapt import first_line
+from decausal.errors import UserError, first_line
 from decausal.objectives.tokens import Head
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
