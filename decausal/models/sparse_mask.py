@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
@@ -157,27 +159,29 @@ def _added(mask: Bool[Tensor, "b 1 q n"], dtype: torch.dtype) -> Float[Tensor, "
 
 def _chunks(mask: Bool[Tensor, "B 1 q n"]) -> list[Chunk]:
     """Chunks of all rows together, or of each row alone, which may hold other documents; none where neither pays."""
-    together = _chunks_of(mask, slice(0, len(mask)))
-    apart = [chunk for row in range(len(mask)) for chunk in _chunks_of(mask, slice(row, row + 1))]
+    num_rows, num_queries = mask.shape[0], mask.shape[2]
+    starts = range(0, num_queries, CHUNK)
+    is_read = np.logical_or.reduceat(mask[:, 0].numpy(), starts, axis=1)
+    together, apart = [slice(0, num_rows)], [slice(row, row + 1) for row in range(num_rows)]
     best: list[Chunk] = []
-    num_pairs = mask.numel()
-    for chunks in (together, apart):
-        if _num_pairs(chunks) <= WORTHWHILE * num_pairs:
-            best, num_pairs = chunks, _num_pairs(chunks)
+    least = mask.numel()
+    for groups in (together, apart):
+        parts = [
+            (rows, slice(start, min(start + CHUNK, num_queries)), is_read[rows, number].any(axis=0).nonzero()[0])
+            for rows in groups
+            for number, start in enumerate(starts)
+        ]
+        num_pairs = sum(_size(rows) * _size(queries) * len(keys) for rows, queries, keys in parts)
+        if num_pairs <= WORTHWHILE * least:
+            best, least = [_chunk(mask, *part) for part in parts], num_pairs
     return best
 
 
-def _chunks_of(mask: Bool[Tensor, "B 1 q n"], rows: slice) -> list[Chunk]:
-    chunks = []
-    for start in range(0, mask.shape[2], CHUNK):
-        queries = slice(start, min(start + CHUNK, mask.shape[2]))
-        seen = mask[rows, :, queries]
-        index = seen.any(dim=2).any(dim=0)[0].nonzero()[:, 0]
-        first, end = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 1)
-        keys = slice(first, end) if len(index) in (0, end - first) else index
-        chunks.append(Chunk(rows, queries, keys, seen[..., keys].contiguous()))
-    return chunks
+def _size(part: slice) -> int:
+    return part.stop - part.start
 
 
-def _num_pairs(chunks: Sequence[Chunk]) -> int:
-    return sum(chunk.mask.numel() for chunk in chunks)
+def _chunk(mask: Bool[Tensor, "B 1 q n"], rows: slice, queries: slice, index: NDArray[np.intp]) -> Chunk:
+    first, end = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 1)
+    keys = slice(first, end) if len(index) in (0, end - first) else torch.from_numpy(index)
+    return Chunk(rows, queries, keys, mask[rows, :, queries][..., keys].contiguous())
