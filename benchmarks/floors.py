@@ -39,7 +39,10 @@ class ModelShape:
         )
 
     def body(self, length: int, *, is_causal: bool) -> float:
-        """One forward pass of the body: 2N, and 4 T H of attention (scores and values), half of it where causal."""
+        """One forward pass of the body: 2N, and 4 T H of attention (scores and values), half of it where causal.
+
+        T is the length of a document: tokens read no other.
+        """
         attention = 4 * length * self.attention_width
         return 2 * self.body_weights + (attention / 2 if is_causal else attention)
 

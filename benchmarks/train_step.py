@@ -181,8 +181,9 @@ def _floor(work: Workload, name: str, batches: list[Batch]) -> float:
     shape, case = ModelShape.of(work.arms.student), CASES[name]
     num_targets = sum(len(batch["target_ids"]) for batch in batches)
     target_share = num_targets / sum(batch["noised_ids"].numel() for batch in batches)
-    plain = shape.plain_step(work.length, target_share)
-    return shape.aligned_step(work.length, target_share, case.views) / plain if case.is_aligned else 1.0
+    length = work.length // work.documents  # a token reads its own document
+    plain = shape.plain_step(length, target_share)
+    return shape.aligned_step(length, target_share, case.views) / plain if case.is_aligned else 1.0
 
 
 def _compare(results: dict[str, dict[str, Any]], name: str, floor: float) -> None:
