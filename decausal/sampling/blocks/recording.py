@@ -60,7 +60,8 @@ class CudaGraphs:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # Of this thread alone: other ones, with engines of their own, may ask the device for memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 function()
         except RuntimeError as error:
             raise UserError(
