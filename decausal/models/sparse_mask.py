@@ -85,7 +85,8 @@ class SparseMask(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function is scaled_dot_product_attention and _is_plain(*args, **kwargs):
-                return _ChunkedAttention.apply(*args[:3], kwargs["attn_mask"].chunks, kwargs.get("scale"))
+                states = map(_autocast, args[:3])
+                return _ChunkedAttention.apply(*states, kwargs["attn_mask"].chunks, kwargs.get("scale"))
             return function(*args, **kwargs)
 
 
@@ -103,6 +104,13 @@ def _is_plain(
     """Whether PyTorch's CPU kernel computes this call, and the mask says all there is to say."""
     is_same_shape = query.shape[-1] == value.shape[-1] and query.shape[1] == key.shape[1]
     return isinstance(attn_mask, SparseMask) and dropout_p == 0.0 and is_same_shape and query.device.type == "cpu"
+
+
+def _autocast(states: Tensor) -> Tensor:
+    """In the type that autocast would give attention, which it finds by the name of the function."""
+    if not torch.is_autocast_enabled("cpu") or states.dtype == torch.float64:
+        return states
+    return states.to(torch.get_autocast_dtype("cpu"))
 
 
 class _ChunkedAttention(torch.autograd.Function):

@@ -58,6 +58,16 @@ def test_any_mask_gives_what_the_dense_one_gives(num_rows, length, share, seed):
             torch.testing.assert_close(found, expected)
 
 
+def test_autocast_gives_it_the_type_that_it_gives_the_dense_one():
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
+    query, key, value = random_states(1, 32, torch.float32)
+    states = [query, key, value.bfloat16()]  # rotated in fp32, projected in bf16
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = attention(SparseMask.of(mask), states), attention(mask, states)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)  # and of the same type
+
+
 def documents_of(kind: str) -> tuple[Layout, Tensor]:
     return {
         "causal": (CAUSAL, packed([[32], [32]])),
