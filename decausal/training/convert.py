@@ -38,7 +38,7 @@ from decausal.training.run_directory import (
 from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
-from decausal.training.sharding import is_sharded, uses_fsdp
+from decausal.training.sharding import is_sharded, refuse_partitioned, uses_fsdp
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.trainer import ConversionTrainer
 
@@ -80,6 +80,7 @@ def convert(
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
     args = training_arguments(_with_evaluation(training, settings.eval_data is not None or measure is not None))
+    refuse_partitioned(args)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:

@@ -23,7 +23,6 @@ from decausal.training.rollouts import Decoding
 from decausal.training.run import rows_per_step, run_length
 from decausal.training.schedule import steps
 from decausal.training.settings import ConversionSettings
-from decausal.training.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ def rows_of_run(
     if settings.rows == "corpus":
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
         return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator)
-    if is_sharded(args):
-        raise UserError("--rows rollout does not go with FSDP or DeepSpeed yet: every process decodes on whole weights")
     prompts = _prompts(settings, tokenizer, args.seed)
     first_row, end_row = _course(args, settings, len(prompts))
     on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from decausal.errors import UserError
+
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Returns whether FSDP or DeepSpeed is asked for, by flags or by accelerate's configuration."""
@@ -29,18 +31,32 @@ def _is_switched_on(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"  # how `accelerate launch` tells of its configuration
 
 
+def refuse_partitioned(args: TrainingArguments) -> None:
+    """Raises UserError under DeepSpeed ZeRO-3, where transformers loads no model as a whole and probes find nothing."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise UserError("--deepspeed: ZeRO-3 is not accepted; give ZeRO-1 or 2, or FSDP2, which shards weights, too")
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """All of a model's weights are whole inside, for calls that do not go through the model's own forward.
 
+    Between beginning and end processes need not keep step: passes of the model exchange nothing.
+
     Only inside of that forward (`model(inside=...)`): FSDP2 decides by the first forward which module is the root.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = {group for module in sharded if (group := module._get_fsdp_state()._fsdp_param_group) is not None}
+    after_forward = {group: group.post_forward_mesh_info for group in groups}  # FSDP2 only lets it be set
     for module in sharded:
         module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
+        for group, mesh in after_forward.items():
+            group.post_forward_mesh_info = mesh
         for module in sharded:
             module.reshard()
 

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ LOG_NAMES = {
     "logits": "kl_loss",
     "causal_logits": "causal_kl_loss",
 }
+Result = TypeVar("Result")
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -96,6 +97,8 @@ class ConversionTrainer(Trainer):
         self.on_policy: OnPolicyRows | None = getattr(stream, "on_policy", None)
         if self.on_policy is not None:
             self.on_policy.roll_out = self._roll_out
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+                raise UserError("--rows rollout needs FSDP2: give fsdp_version 2 in the configuration, not 1")
         install_training_forward(stock_model(model), supervision)
         if teacher is not None:
             teacher.model.to(args.device)
@@ -157,8 +160,19 @@ class ConversionTrainer(Trainer):
         return loss * self.accelerator.num_processes
 
     def _roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
-        with self.accelerator.autocast():
-            return self.decoding.roll_out(self.model, tasks)
+        def roll_out() -> list[Rollout]:
+            with self.accelerator.autocast(), gathered(self.model):
+                return self.decoding.roll_out(self.model, tasks)
+
+        return self._inside(roll_out)
+
+    def _inside(self, function: Callable[[], Result]) -> Result:
+        """Calls a function where it can use weights that FSDP has sharded."""
+        if not self.is_fsdp_enabled:
+            return function()
+        results = []  # FSDP would look for tensors in what its forward returns
+        self.model_wrapped(inside=lambda: results.append(function()))
+        return results[0]
 
     def _weights(self, step: int) -> dict[str, float]:
         """The losses of this step; a teacher that none of them will ask again is let go."""
@@ -266,15 +280,11 @@ class ConversionTrainer(Trainer):
         return metrics
 
     def _measured(self) -> dict[str, float]:
-        student = stock_model(self.model)
-        if not self.is_fsdp_enabled:
-            return self.measure(student)
-
         def measure() -> dict[str, float]:
             with gathered(self.model):
-                return self.measure(student)
+                return self.measure(stock_model(self.model))
 
-        return self.model_wrapped(inside=measure)
+        return self._inside(measure)
 
     # Checkpoints
 
@@ -348,8 +358,11 @@ class ConversionTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # whose checkpoints hold the row by itself
             load_mask_row(self.model, Path(resume_from_checkpoint))
-        if self.on_policy is not None:
-            self.on_policy.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.on_policy is not None:
+            self.on_policy.load(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -43,6 +43,8 @@ NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_se
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"}
 ALIGNED = {"align_weight": 10.0, "views": 2, "complementary_masks": True}
 
+ONE_BY_ONE = {"rollout_batch_size": 1, "rollout_threshold": 0.9}
+
 
 def launch(launcher: Sequence[object], lines: list[list[object]], folder: Path) -> str:
     """Runs several command lines in the processes that a launcher starts, and returns what they printed."""
@@ -63,6 +65,12 @@ def line(source: Path, text: Path, output_dir: Path, options: dict[str, Any]) ->
 def history(run_directory: Path) -> list[dict[str, float]]:
     states = json.loads((checkpoints(run_directory)[-1] / "trainer_state.json").read_text())
     return [{n: v for n, v in entry.items() if n not in NOT_COMPARED} for entry in states["log_history"]]
+
+
+def num_passes(checkpoint: Path, process: int) -> int:
+    """Passes of the model that a process has made for the rollouts in hand, where it makes them one by one."""
+    rollouts = torch.load(checkpoint / f"rollouts-{process}-of-2.pt", weights_only=True)["rollouts"]
+    return sum(rollout["num_forwards"] for rollout in rollouts.values())
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -104,20 +112,28 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     conversions = {
         "aligned": (tied, LENGTH | adam | ALIGNED | measured | {"freeze_embeddings": True}),
         "blocks": (untied, LENGTH | adam | BLOCKS | {"align_weight": 1.0}),
+        "rollouts": (tied, LENGTH | adam | ON_POLICY | {"rollout_prompts": 8, "rollout_updates": 2} | ONE_BY_ONE),
     }
     lines = []
     for name, (source, options) in conversions.items():
         run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
         lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
-    from_half = {"resume_from_checkpoint": tmp_path / "aligned-2" / "checkpoint-2", "gradient_accumulation_steps": 2}
-    lines.append(line(tied, text, tmp_path / "resumed", conversions["aligned"][1] | from_half))
+    resumed = ("aligned", "rollouts")
+    for name in resumed:
+        source, options = conversions[name]
+        from_half = {"resume_from_checkpoint": tmp_path / f"{name}-2" / "checkpoint-2"}
+        options = options | from_half | {"gradient_accumulation_steps": 2}
+        lines.append(line(source, text, tmp_path / f"{name}-resumed", options))
     printed = launch((*ACCELERATE, tmp_path / "fsdp.yaml"), lines, tmp_path)
     assert "sharded" in printed
     for name in conversions:
         assert_same_run(tmp_path / f"{name}-2", tmp_path / name)
         assert not any(path.name.startswith("pytorch_model") for path in (tmp_path / f"{name}-2").iterdir())
-    assert_same(weights(tmp_path / "resumed"), weights(tmp_path / "aligned-2"))
-    assert history(tmp_path / "resumed") == history(tmp_path / "aligned-2")
+    for name in resumed:
+        assert_same(weights(tmp_path / f"{name}-resumed"), weights(tmp_path / f"{name}-2"))
+        assert history(tmp_path / f"{name}-resumed") == history(tmp_path / f"{name}-2")
+    passes = [num_passes(tmp_path / "rollouts-2" / "checkpoint-2", process) for process in range(2)]
+    assert passes[0] != passes[1]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned-2")
     for name, tensor in decausal.load(tmp_path / "aligned-2").model.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor), name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import decausal
@@ -315,13 +317,27 @@ def test_several_gpus_in_one_process_do_not_cut_batches_apart(tmp_path, monkeypa
     assert training_arguments({"output_dir": str(tmp_path), "use_cpu": True}).n_gpu == 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"lora_r": 2}, {"layout": "block", "block_size": 4, "rows": "rollout", "kl_weight": 1.0}], ids=str
-)
-def test_what_does_not_go_with_fsdp_is_refused_also_where_accelerate_asks_for_it(
-    tmp_path, source, text, monkeypatch, options
-):
+def test_adapters_are_refused_under_fsdp_also_where_accelerate_asks_for_it(tmp_path, source, text, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="does not go with FSDP"):
+        run(source, text, tmp_path / "out", lora_r=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rollouts_are_refused_under_fsdp1(tmp_path, source, text, monkeypatch):
+    plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False, state_dict_type="FULL_STATE_DICT")
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    options = {"layout": "block", "block_size": 4, "rows": "rollout", "kl_weight": 1.0}
+    with pytest.raises(UserError, match="--rows rollout needs FSDP2"):
         run(source, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_3_is_refused_before_a_model_is_loaded(tmp_path, text, monkeypatch):
+    plugin = SimpleNamespace(zero_stage=3)
+    monkeypatch.setattr(
+        TrainingArguments, "deepspeed_plugin", property(lambda _: plugin, lambda *_: None), raising=False
+    )
+    with pytest.raises(UserError, match="ZeRO-3 is not accepted"):
+        run(tmp_path / "nowhere", text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
