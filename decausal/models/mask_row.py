@@ -65,11 +65,11 @@ def fold_mask_row(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, 
     return folded | dict.fromkeys(matrix_names, matrix)
 
 
-def save_mask_row(model: nn.Module, checkpoint: Path) -> None:
-    """Writes the row beside an adapter's weights, whose files hold nothing of the embedding matrix."""
-    embedding = stock_model(model).get_input_embeddings()
-    if hasattr(embedding, MASK_ROW) and model is not stock_model(model):
-        save_file({MASK_ROW: embedding.mask_row.detach().cpu()}, checkpoint / MASK_ROW_FILE)
+def save_mask_row(state_dict: dict[str, Tensor], checkpoint: Path) -> None:
+    """Writes the row, if there is one, beside an adapter's weights, whose files hold nothing of the embeddings."""
+    for name, tensor in state_dict.items():
+        if name.rpartition(".")[2] == MASK_ROW:
+            save_file({MASK_ROW: tensor.detach().cpu()}, checkpoint / MASK_ROW_FILE)
 
 
 def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:

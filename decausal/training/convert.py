@@ -38,7 +38,7 @@ from decausal.training.run_directory import (
 from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
-from decausal.training.sharding import is_sharded, refuse_partitioned, uses_fsdp
+from decausal.training.sharding import refuse_partitioned
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.trainer import ConversionTrainer
 
@@ -191,8 +191,7 @@ def _teacher(
     name = settings.teacher_model_name_or_path
     if name is not None:
         return Teacher(_other_model(settings, name, model, tokenizer).to(dtype))
-    # A sharded student runs inside of its wrapper's forward alone, so not with its adapters off.
-    return None if settings.lora_r and not is_sharded(args) else Teacher(copy.deepcopy(model).to(dtype))
+    return None if settings.lora_r else Teacher(copy.deepcopy(model).to(dtype))
 
 
 def _other_model(
@@ -219,8 +218,6 @@ def _student(
     if settings.compile_layers:
         for layer in decoder_layers(model):
             layer.compile()
-    if settings.lora_r and uses_fsdp(args):
-        raise UserError("--lora_r does not go with FSDP yet: give --lora_r 0, or train adapters without sharding")
     set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model
     if settings.freeze_embeddings or settings.lora_r:
@@ -330,12 +327,10 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     """Writes the final model; the checkpoints beside it keep the fp32 master weights for resuming."""
     trainer = run.trainer
     trainer.teacher = None
-    state_dict = trainer.whole_state_dict()
     student = trainer.trained_model()
     if settings.lora_r:
         student = student.merge_and_unload()
-        state_dict = student.state_dict()
-    state_dict = fold_mask_row(student, state_dict)
+    state_dict = fold_mask_row(student, trainer.whole_state_dict(student))
     settle_mask_row(student)
     output_dir = Path(trainer.args.output_dir)
     if trainer.args.should_save:

@@ -18,6 +18,7 @@ from decausal.objectives.hidden import alignment_at
 from decausal.objectives.logits import States, TopK, chunked_divergence
 from decausal.objectives.tokens import chunked_cross_entropy
 from decausal.training.schedule import WeightSchedule
+from decausal.training.sharding import gather_head
 
 # In the order of a batch's denominators.
 TERMS = ("tokens", "alignment", "logits", "causal_logits")
@@ -105,10 +106,11 @@ def install_training_forward(model: PreTrainedModel, supervision: Supervision) -
         inside: Callable[[], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if training_batch is None and inside is None:
+            return stock_forward(*args, **kwargs)
+        gather_head(model)
         if inside is not None:
             return inside()
-        if training_batch is None:
-            return stock_forward(*args, **kwargs)
         return loss_sums(model, training_batch, supervision, terms)
 
     model.forward = forward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,23 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from decausal.errors import UserError
-
-
-def is_sharded(args: TrainingArguments) -> bool:
-    """Returns whether FSDP or DeepSpeed is asked for, by flags or by accelerate's configuration."""
-    return uses_fsdp(args) or bool(args.deepspeed) or _is_switched_on("ACCELERATE_USE_DEEPSPEED")
-
-
-def uses_fsdp(args: TrainingArguments) -> bool:
-    """Returns whether FSDP is asked for, by flags or by accelerate's configuration."""
-    return bool(args.fsdp) or _is_switched_on("ACCELERATE_USE_FSDP")
-
-
-def _is_switched_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() == "true"  # how `accelerate launch` tells of its configuration
 
 
 def refuse_partitioned(args: TrainingArguments) -> None:
@@ -46,7 +31,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Only inside of that forward (`model(inside=...)`): FSDP2 decides by the first forward which module is the root.
     """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = _units(model)
     groups = {group for module in sharded if (group := module._get_fsdp_state()._fsdp_param_group) is not None}
     after_forward = {group: group.post_forward_mesh_info for group in groups}  # FSDP2 only lets it be set
     for module in sharded:
@@ -59,6 +44,23 @@ def gathered(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for module in sharded:
             module.reshard()
+
+
+def gather_head(model: PreTrainedModel) -> None:
+    """Makes the head's weights whole where FSDP2 has made a unit of it: ours are read without a call of its forward."""
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Leaves a model with shares alone: FSDP2 keeps some weights whole until the next backward pass."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def are_finite(model: nn.Module) -> Bool[Tensor, ""]:

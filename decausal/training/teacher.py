@@ -65,8 +65,8 @@ class Teacher:
             if len(gathered) == len(wanted):
                 raise _AllGathered
 
-        hooks = [
-            blocks[layer].register_forward_pre_hook(_gather_input(gather, layer), with_kwargs=True)
+        hooks = [  # before FSDP's, which would begin the layer that the pass perhaps ends at
+            blocks[layer].register_forward_pre_hook(_gather_input(gather, layer), prepend=True, with_kwargs=True)
             for layer in positions
             if layer < len(blocks)
         ]
@@ -122,6 +122,7 @@ class AdapterTeacher(Teacher):
     def _frozen(self) -> Iterator[None]:
         """Adapters and dropout off."""
         training = [module for module in self.model.modules() if module.training]
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.model.eval()
         try:
             with self.model.disable_adapter():
@@ -129,6 +130,8 @@ class AdapterTeacher(Teacher):
         finally:
             for module in training:
                 module.training = True
+            for weight in trained:  # under FSDP PEFT releases whole weights perhaps, and leaves the shares frozen
+                weight.requires_grad_(True)
 
 
 def refuse_other_vocabulary(

@@ -25,8 +25,8 @@ from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
-from decausal.training.sharding import are_finite, gathered, tie
-from decausal.training.teacher import Teacher
+from decausal.training.sharding import are_finite, gathered, reshard, tie
+from decausal.training.teacher import AdapterTeacher, Teacher
 
 LOG_NAMES = {
     "tokens": "token_loss",
@@ -195,15 +195,19 @@ class ConversionTrainer(Trainer):
         if not wanted and not next_tokens:
             return {}
         wanted_states = wanted + [(-1, index) for _, index in next_tokens]
-        with self.accelerator.autocast():
-            states = self.teacher.read(
-                batch["clean_ids"], wanted_states, batch.get("document_ids"), batch.get("position_ids")
-            )
-            answers: dict[str, Any] = {
-                answer: self._distribution(hidden)
-                for (answer, _), hidden in zip(next_tokens, states[len(wanted) :], strict=True)
-            }
-        return answers | ({"teacher_states": states[: len(wanted)]} if wanted else {})
+
+        def ask() -> dict[str, Any]:
+            with self.accelerator.autocast():
+                states = self.teacher.read(
+                    batch["clean_ids"], wanted_states, batch.get("document_ids"), batch.get("position_ids")
+                )
+                answers: dict[str, Any] = {
+                    answer: self._distribution(hidden)
+                    for (answer, _), hidden in zip(next_tokens, states[len(wanted) :], strict=True)
+                }
+            return answers | ({"teacher_states": states[: len(wanted)]} if wanted else {})
+
+        return self._inside(ask) if isinstance(self.teacher, AdapterTeacher) else ask()
 
     def _distribution(self, hidden: Tensor) -> TopK | States:
         return self.teacher.distribution(
@@ -331,28 +335,32 @@ class ConversionTrainer(Trainer):
         best = self.state.best_model_checkpoint
         return [old for old in checkpoints(Path(self.args.output_dir))[:-limit] if str(old) != best]
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
-        """Returns all weights, gathered from wherever sharding has put them."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return tie(self.model, self.accelerator.get_state_dict(self.model_wrapped))
-        return self.model.state_dict()
+    def whole_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Returns all weights of the student, as `trained_model` returned it, gathered from wherever FSDP has put them.
+
+        Of several processes the first gets them.
+        """
+        return tie(model, self.accelerator.get_state_dict(model)) if self.is_fsdp_enabled else model.state_dict()
 
     def trained_model(self) -> torch.nn.Module:
-        """Returns the student without any wrapper of ours or accelerate's, in eval mode; adapters are still on it."""
+        """Returns the student without any wrapper of ours or accelerate's, in eval mode; adapters are still on it.
+
+        Under FSDP its weights are shares of each process.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        reshard(model)
         remove_training_forward(stock_model(model))
         return model.eval()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else tie(self.model, state_dict)
-        state_dict = fold_mask_row(self.model, state_dict)
         if stock_model(self.model) is self.model:
-            super()._save(directory, state_dict=state_dict)
+            super()._save(directory, state_dict=fold_mask_row(self.model, state_dict))
         elif self.args.should_save:
             # PEFT would add the embeddings wherever a mask token was added; the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
-            save_mask_row(self.model, Path(directory))
+            save_mask_row(state_dict, Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

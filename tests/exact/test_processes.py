@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -19,9 +22,11 @@ from transformers import AutoModelForCausalLM
 import decausal
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
+from decausal.models.backbone import decoder_layers
 from decausal.training.losses import Supervision, install_training_forward
 from decausal.training.run_directory import checkpoints
-from tests.exact.test_on_policy_runs import ON_POLICY
+from decausal.training.teacher import AdapterTeacher
+from tests.exact.test_on_policy_runs import ON_POLICY, WARM
 from tests.runs import (
     ROOT,
     T,
@@ -112,13 +117,14 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     conversions = {
         "aligned": (tied, LENGTH | adam | ALIGNED | measured | {"freeze_embeddings": True}),
         "blocks": (untied, LENGTH | adam | BLOCKS | {"align_weight": 1.0}),
+        "adapters": (untied, LENGTH | adam | measured | ON_POLICY | WARM | {"lora_r": 2, "align_layers": "lower"}),
         "rollouts": (tied, LENGTH | adam | ON_POLICY | {"rollout_prompts": 8, "rollout_updates": 2} | ONE_BY_ONE),
     }
     lines = []
     for name, (source, options) in conversions.items():
         run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
         lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
-    resumed = ("aligned", "rollouts")
+    resumed = ("aligned", "adapters", "rollouts")
     for name in resumed:
         source, options = conversions[name]
         from_half = {"resume_from_checkpoint": tmp_path / f"{name}-2" / "checkpoint-2"}
@@ -132,11 +138,14 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     for name in resumed:
         assert_same(weights(tmp_path / f"{name}-resumed"), weights(tmp_path / f"{name}-2"))
         assert history(tmp_path / f"{name}-resumed") == history(tmp_path / f"{name}-2")
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-2").state_dict()
+        for weight, tensor in decausal.load(tmp_path / f"{name}-2").model.state_dict().items():
+            assert torch.equal(stock[weight], tensor), weight
+    for file in ("adapter_model.safetensors", "mask_row.safetensors"):
+        found, expected = (load_file(tmp_path / run / "checkpoint-2" / file) for run in ("adapters-2", "adapters"))
+        assert_same(found, expected, atol=1e-6)
     passes = [num_passes(tmp_path / "rollouts-2" / "checkpoint-2", process) for process in range(2)]
     assert passes[0] != passes[1]
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned-2")
-    for name, tensor in decausal.load(tmp_path / "aligned-2").model.state_dict().items():
-        assert torch.equal(stock.state_dict()[name], tensor), name
 
 
 def _compare_sharded_with_whole(rank: int, rendezvous: str) -> None:
@@ -162,12 +171,41 @@ def _compare_sharded_with_whole(rank: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-def test_head_and_losses_are_right_where_their_weights_are_sharded(tmp_path: Path) -> None:
-    """FSDP2 gathers a module's weights for its own forward only, and the tied head is used inside of it."""
+def _compare_adapters_off(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising())
+    for reshards in (True, False):
+        model, mask_token_id = adapted("llama")
+        batch = Collator(mask_token_id, 1)([stream[0]])
+        rows = batch["clean_ids"], batch["teacher_index"], (0, 1), batch["document_ids"], batch["position_ids"]
+        student = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        for module in (*decoder_layers(student), model.lm_head, student):
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshards)
+        install_training_forward(model, Supervision(Layout("bidirectional"), mask_token_id))
+        found: list[torch.Tensor] = []
+        ask = partial(AdapterTeacher(student).states, *rows)
+        for inside in (lambda ask=ask, found=found: found.extend(ask()), None):  # a step with the teacher, one without
+            student.zero_grad()
+            if inside is not None:
+                student(inside=inside)
+            student(training_batch=batch)["tokens"].backward()
+            adapters = [weight for name, weight in student.named_parameters() if "lora" in name]
+            assert all(weight.requires_grad and weight.grad is not None for weight in adapters)
+        for states, of_teacher in zip(found, teacher_of("llama").states(*rows), strict=True):
+            torch.testing.assert_close(states, of_teacher)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compare", [_compare_sharded_with_whole, _compare_adapters_off])
+def test_heads_losses_and_adapters_are_right_where_weights_are_sharded(
+    tmp_path: Path, compare: Callable[[int, str], None]
+) -> None:
+    """FSDP2 gathers a module's weights for its own forward only, and the head is used inside of the model's."""
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")
     arguments = str(tmp_path / "rendezvous")
-    processes = [fork.Process(target=_compare_sharded_with_whole, args=(rank, arguments)) for rank in range(2)]
+    processes = [fork.Process(target=compare, args=(rank, arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -317,13 +317,6 @@ def test_several_gpus_in_one_process_do_not_cut_batches_apart(tmp_path, monkeypa
     assert training_arguments({"output_dir": str(tmp_path), "use_cpu": True}).n_gpu == 1
 
 
-def test_adapters_are_refused_under_fsdp_also_where_accelerate_asks_for_it(tmp_path, source, text, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="does not go with FSDP"):
-        run(source, text, tmp_path / "out", lora_r=2)
-    assert not (tmp_path / "out").exists()
-
-
 def test_rollouts_are_refused_under_fsdp1(tmp_path, source, text, monkeypatch):
     plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False, state_dict_type="FULL_STATE_DICT")
     monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
