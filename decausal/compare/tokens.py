@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from decausal.training.losses import StepLoss
+
 
 class TokenCounts(NamedTuple):
     """Tokens that a run has trained on so far. A token that is trained on twice counts twice.
@@ -69,5 +71,5 @@ class TokenMeter:
         self.counts = TokenCounts(*(before + more for before, more in zip(self.counts, counts, strict=True)))
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("training_batch") is not None:
-            self.add(counts_of(kwargs["training_batch"]))
+        if isinstance(kwargs.get("inside"), StepLoss):
+            self.add(counts_of(kwargs["inside"].batch))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -88,30 +89,62 @@ class Supervision:
         return any(not schedule.is_over(step) for name, schedule in self.schedules.items() if name != "tokens")
 
 
-def install_training_forward(model: PreTrainedModel, supervision: Supervision) -> None:
-    """Makes `model(training_batch=batch, terms=names)` return loss sums; every other call stays the stock forward.
+class StepLoss:
+    """The weighted loss of a training batch, called inside of the student's forward: `model(inside=StepLoss(...))`.
 
-    But `model(inside=function)`, which calls the function where the wrappers below have done their part.
+    Under mixed precision FSDP casts what goes into that forward and what comes out of it. This is no dataclass and no
+    mapping, in which it would find the batch's weights and states; and sums are divided and weighed before they leave.
 
-    The losses run inside the module's own forward because sharding and data-parallel wrappers only see that: a head
+    Args:
+        model: the stock student.
+        batch: see `loss_sums`.
+        supervision: what to compare with.
+        weights: of each term that counts.
+        counts: what the sum of each term in `TERMS` is divided by.
+
+    Attributes:
+        means: each term's mean, detached, once it was called.
+        value: what it returned, detached, as it was before it went through FSDP.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, Any],
+        supervision: Supervision,
+        weights: dict[str, float],
+        counts: Float[Tensor, "4"],
+    ) -> None:
+        self.model, self.batch, self.supervision, self.weights, self.counts = model, batch, supervision, weights, counts
+        self.means: dict[str, Tensor] = {}
+        self.value: Tensor | None = None
+
+    def __call__(self) -> Float[Tensor, ""]:
+        sums = loss_sums(self.model, self.batch, self.supervision, tuple(self.weights))
+        loss = torch.zeros((), device=self.counts.device)
+        for name, count in zip(TERMS, self.counts.unbind(), strict=True):
+            if name in self.weights:
+                mean = sums[name] / count
+                self.means[name] = mean.detach()
+                loss = loss + self.weights[name] * mean
+        self.value = loss.detach()
+        return loss
+
+
+def install_training_forward(model: PreTrainedModel) -> None:
+    """Makes `model(inside=function)` call the function, and return what it returns; every other call stays as it was.
+
+    Losses run inside of the module's own forward because sharding and data-parallel wrappers only see that: a head
     applied outside of it would find its weights sharded away. The model stays the stock class, and so does what is
     saved of it.
     """
     stock_forward = model.forward
 
-    def forward(
-        *args: Any,
-        training_batch: dict[str, Any] | None = None,
-        terms: Collection[str] = ("tokens",),
-        inside: Callable[[], Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if training_batch is None and inside is None:
+    def forward(*args: Any, inside: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if inside is None:
             return stock_forward(*args, **kwargs)
         gather_head(model)
-        if inside is not None:
-            return inside()
-        return loss_sums(model, training_batch, supervision, terms)
+        return inside()
 
     model.forward = forward
 

@@ -20,7 +20,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
 from decausal.objectives.logits import States, TopK
-from decausal.training.losses import TERMS, Supervision, install_training_forward, remove_training_forward
+from decausal.training.losses import StepLoss, Supervision, install_training_forward, remove_training_forward
 from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
@@ -99,7 +99,7 @@ class ConversionTrainer(Trainer):
             self.on_policy.roll_out = self._roll_out
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise UserError("--rows rollout needs FSDP2: give fsdp_version 2 in the configuration, not 1")
-        install_training_forward(stock_model(model), supervision)
+        install_training_forward(stock_model(model))
         if teacher is not None:
             teacher.model.to(args.device)
 
@@ -147,15 +147,12 @@ class ConversionTrainer(Trainer):
         if step < self.supervision.anneal_steps:
             batch["future_order"] = self._order_of_futures(batch["clean_ids"])
             batch["future_fraction"] = step / self.supervision.anneal_steps
-        sums = model(training_batch=batch, terms=tuple(weights))
-
-        loss = torch.zeros((), device=num_items_in_batch.device)
-        for name, count in zip(TERMS, num_items_in_batch.unbind(), strict=True):
-            if name in weights:
-                mean = sums[name] / count
-                self._record(LOG_NAMES[name], mean)
-                loss = loss + weights[name] * mean
-        self._watch_for_bad_loss(loss, step)
+        step_loss = StepLoss(stock_model(self.model), batch, self.supervision, weights, num_items_in_batch)
+        loss = model(inside=step_loss)
+        for name, mean in step_loss.means.items():
+            self._record(LOG_NAMES[name], mean)
+        self._watch_for_bad_loss(step_loss.value, step)
+        loss = step_loss.value + (loss - loss.detach())  # FSDP has perhaps rounded the value, but not the gradient
         # Data parallelism averages gradients over processes; the sum over them is what the global mean needs.
         return loss * self.accelerator.num_processes
 

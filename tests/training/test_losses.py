@@ -117,12 +117,12 @@ def test_a_step_on_a_device_never_waits_for_it(tmp_path, family, layout):
 
 
 def test_installing_the_training_forward_leaves_the_stock_one_for_other_calls():
-    model, mask_token_id = adapted("qwen3")
+    model, _ = adapted("qwen3")
     ids = torch.arange(12).reshape(2, 6)
     expected = model(ids).logits
-    install_training_forward(model, Supervision(BIDIRECTIONAL, mask_token_id))
+    install_training_forward(model)
     assert torch.equal(model(ids).logits, expected)
-    assert set(model(training_batch=a_batch(mask_token_id))) >= {"tokens"}
+    assert model(inside=lambda: "anything") == "anything"
     remove_training_forward(model)
     assert "forward" not in vars(model)
     assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
