@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from decausal.errors import UserError
+from decausal.models.backbone import decoder_layers
 
 
 def refuse_partitioned(args: TrainingArguments) -> None:
@@ -44,6 +45,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for module in sharded:
             module.reshard()
+
+
+def shard_layers(model: PreTrainedModel) -> None:
+    """Shards the decoder layers of a frozen model over all processes; embeddings, last norm and head stay whole.
+
+    Each pass of its body gathers one layer after the other. The head is there at any time: losses use it as they go.
+    """
+    body, layers = model.base_model, decoder_layers(model)
+    whole = set(body.parameters()) - set(layers.parameters())
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True)
+    fully_shard(body, ignored_params=whole)
 
 
 def gather_head(model: PreTrainedModel) -> None:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models.backbone import body_forward, decoder_layers, head_of
+from decausal.models.backbone import body_forward, decoder_layers, head_of, stock_model
 from decausal.objectives.logits import States, TopK, top_k_log_probs
 
 CAUSAL = Layout("causal")
@@ -52,7 +53,7 @@ class Teacher:
 
         Layer -1 is the last state, from which `distribution` makes next-token distributions.
         """
-        blocks = decoder_layers(self.model)
+        body, blocks = stock_model(self.model).base_model, decoder_layers(self.model)
         wanted = [(layer % (len(blocks) + 1), index) for layer, index in wanted]
         positions: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for order, (layer, index) in enumerate(wanted):
@@ -62,7 +63,7 @@ class Teacher:
         def gather(layer: int, hidden: Tensor) -> None:
             rows = hidden.flatten(0, 1)
             gathered.update((order, rows.index_select(0, index)) for order, index in positions[layer])
-            if len(gathered) == len(wanted):
+            if len(gathered) == len(wanted) and not isinstance(body, FSDPModule):
                 raise _AllGathered
 
         hooks = [  # before FSDP's, which would begin the layer that the pass perhaps ends at

@@ -25,7 +25,7 @@ from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
-from decausal.training.sharding import are_finite, gathered, reshard, tie
+from decausal.training.sharding import are_finite, gathered, reshard, shard_layers, tie
 from decausal.training.teacher import AdapterTeacher, Teacher
 
 LOG_NAMES = {
@@ -100,7 +100,9 @@ class ConversionTrainer(Trainer):
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise UserError("--rows rollout needs FSDP2: give fsdp_version 2 in the configuration, not 1")
         install_training_forward(stock_model(model))
-        if teacher is not None:
+        if teacher is not None and not isinstance(teacher, AdapterTeacher):
+            if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+                shard_layers(teacher.model)
             teacher.model.to(args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

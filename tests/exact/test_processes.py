@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import decausal
@@ -25,8 +26,10 @@ from decausal.diffusion.layout import Layout
 from decausal.models.backbone import decoder_layers
 from decausal.training.losses import StepLoss, Supervision, install_training_forward
 from decausal.training.run_directory import checkpoints
+from decausal.training.sharding import shard_layers
 from decausal.training.teacher import AdapterTeacher
 from tests.exact.test_on_policy_runs import ON_POLICY, WARM
+from tests.families import VOCAB_SIZE
 from tests.runs import (
     ROOT,
     T,
@@ -206,8 +209,28 @@ def _compare_adapters_off(rank: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("compare", [_compare_sharded_with_whole, _compare_adapters_off])
-def test_heads_losses_and_adapters_are_right_where_weights_are_sharded(
+def _compare_teachers(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    rows = torch.arange(2 * T).view(2, T) % VOCAB_SIZE, torch.tensor([0, 5, T + 3])
+    for family in ("qwen3", "llama"):
+        whole, sharded = teacher_of(family), teacher_of(family)
+        shard_layers(sharded.model)
+        for weight in decoder_layers(sharded.model).parameters():
+            assert weight.to_local().numel() < weight.numel()
+        for layers in ((0,), (0, 1, 2), (1,)):
+            found, expected = (teacher.states(*rows, layers) for teacher in (sharded, whole))
+            assert all(map(torch.equal, found, expected))
+            assert all(isinstance(weight, DTensor) for weight in decoder_layers(sharded.model).parameters())
+        found, expected = (
+            teacher.distribution(states[-1], 3, banned=0, vocabulary_size=VOCAB_SIZE)
+            for teacher, states in ((sharded, found), (whole, expected))
+        )
+        assert torch.equal(found.log_probs, expected.log_probs)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compare", [_compare_sharded_with_whole, _compare_adapters_off, _compare_teachers])
+def test_heads_losses_adapters_and_teachers_are_right_where_weights_are_sharded(
     tmp_path: Path, compare: Callable[[int, str], None]
 ) -> None:
     """FSDP2 gathers a module's weights for its own forward only, and the head is used inside of the model's."""
