@@ -363,8 +363,7 @@ class ConversionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # whose checkpoints hold the row by itself
-            load_mask_row(self.model, Path(resume_from_checkpoint))
+        self._load_mask_row(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -373,7 +372,11 @@ class ConversionTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_mask_row(self.model, Path(str(self.state.best_model_checkpoint)))
+        self._load_mask_row(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_mask_row(self, checkpoint: Path) -> None:
+        if not self.is_fsdp_enabled:  # whose checkpoints hold the row by itself
+            load_mask_row(self.model, checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The mask row is no weight of the source's, and tied weights are saved once: that these lack is right."""

@@ -51,6 +51,7 @@ NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_se
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"}
 ALIGNED = {"align_weight": 10.0, "views": 2, "complementary_masks": True}
 
+WORST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nelbo_per_token", "greater_is_better": True}
 ONE_BY_ONE = {"rollout_batch_size": 1, "rollout_threshold": 0.9}
 
 
@@ -119,7 +120,10 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     measured = {"eval_data": str(text), "eval_rows": 2, "eval_steps": 2}
     conversions = {
         "aligned": (tied, LENGTH | adam | ALIGNED | measured | {"freeze_embeddings": True}),
-        "blocks": (untied, LENGTH | adam | BLOCKS | {"align_weight": 1.0}),
+        "blocks": (
+            untied,
+            LENGTH | adam | BLOCKS | measured | {"align_weight": 1.0, "freeze_embeddings": True} | WORST,
+        ),
         "adapters": (untied, LENGTH | adam | measured | ON_POLICY | WARM | {"lora_r": 2, "align_layers": "lower"}),
         "rollouts": (tied, LENGTH | adam | ON_POLICY | {"rollout_prompts": 8, "rollout_updates": 2} | ONE_BY_ONE),
     }
