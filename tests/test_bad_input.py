@@ -130,10 +130,10 @@ def test_a_model_without_its_tokenizer(refused, files, tmp_path):
     assert "cannot load the tokenizer" in refused(model=model)
 
 
-def test_a_model_that_is_converted_already(refused, files, tmp_path):
+def test_a_converted_model_whose_facts_are_broken(refused, files, tmp_path):
     model = shutil.copytree(files / "model", tmp_path / "done")
     (model / "decausal.json").write_text("{}")
-    assert "is already converted" in refused(model=model)
+    assert "lacks 'schema_version'" in refused(model=model)
 
 
 # Data

@@ -181,7 +181,25 @@ def test_training_arguments_are_read_as_transformers_users_write_them(name, give
 )
 def test_bad_flags_are_told_by_name(flags, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        resolve(ConversionSettings, {}, flags)
+        resolve(ConversionSettings, {}, flags)[0].with_facts()
+
+
+def test_facts_that_are_left_open_come_from_the_model_and_what_is_given_wins():
+    block = {"layout": "block", "block_size": 4, "causal_context": True, "shift": 0, "sampler": {"threshold": 0.5}}
+
+    def facts(**given):
+        completed = ConversionSettings(**given).with_facts(**block)
+        return {name: getattr(completed, name) for name in block}
+
+    assert facts() == block
+    assert facts(block_size=8, shift=1) == block | {"block_size": 8, "shift": 1}
+    assert facts(causal_context=False, sampler={"threshold": 0.9}) == block | {
+        "causal_context": False,
+        "sampler": {"threshold": 0.9},
+    }
+    other = {"layout": "bidirectional", "block_size": None, "causal_context": False, "sampler": None}
+    assert facts(layout="bidirectional") == block | other  # what belongs to a layout goes with it
+    assert asdict(ConversionSettings().with_facts()) == asdict(ConversionSettings()) | other | {"shift": 1}
 
 
 def test_an_unknown_key_of_a_recipe_names_the_recipe_and_the_nearest_key():
@@ -235,6 +253,7 @@ def test_the_recipes_that_the_documents_promise_are_there():
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves(name):
     conversion, training = resolve(ConversionSettings, read_recipe(name), [])
+    conversion = conversion.with_facts()
     assert conversion.layout in ("bidirectional", "block")
     assert set(training) <= set(training_hints())
 
@@ -243,6 +262,10 @@ def test_recipes_are_the_methods_they_are_named_after():
     conversions = {name: resolve(ConversionSettings, read_recipe(name), [])[0] for name in recipe_names()}
     assert conversions["mdm"].align_weight == 0
     assert conversions["repr-align"].align_weight > 0
+    assert {conversions["fine-tune"].layout, conversions["fine-tune"].block_size, conversions["fine-tune"].shift} == {
+        None
+    }
+    assert conversions["fine-tune"].align_weight == conversions["fine-tune"].kl_weight == 0
     assert (conversions["diffullama"].weighting, conversions["diffullama"].shift) == ("inverse_t", 1)
     assert conversions["diffullama"].anneal_steps > 0
     blocks = {name: conversions[name] for name in ("bd3lm", "sdar", "fast-dllm-v2")}

@@ -118,7 +118,7 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     return ArmRun(
         arm,
         seed,
-        conversion,
+        conversion.with_facts(),
         {"per_device_train_batch_size": 8}
         | training
         | {

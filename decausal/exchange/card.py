@@ -57,7 +57,7 @@ class ModelCard:
             _how_to_load(facts, form, commands or {}),
             _table("Sampler", "Default settings, stored with the weights.", _sampler(facts)),
             self._evaluation(),
-            _table("Training", "The recipe as resolved.", _recipe(facts)),
+            *_stages(facts),
         ]
         return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -68,9 +68,10 @@ class ModelCard:
         if names_base_model(facts):
             front["base_model"] = facts.source
             front["base_model_relation"] = "finetune"
-        datasets = [name.partition(":")[0] for name in _as_list(facts.recipe.get("data")) if is_hub_id(name)]
+        data = [name for recipe in (*facts.earlier_stages, facts.recipe) for name in _as_list(recipe.get("data"))]
+        datasets = [name.partition(":")[0] for name in data if is_hub_id(name)]
         if datasets:
-            front["datasets"] = datasets
+            front["datasets"] = list(dict.fromkeys(datasets))
         front["tags"] = ["diffusion-language-model", "masked-diffusion", "decausal", f"layout-{facts.layout}"]
         return front
 
@@ -163,8 +164,13 @@ def _sampler(facts: ConversionFacts) -> dict[str, str]:
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 
-def _recipe(facts: ConversionFacts) -> dict[str, str]:
-    return {name: _shown(value) for name, value in facts.recipe.items() if value is not None}
+def _stages(facts: ConversionFacts) -> list[str]:
+    tables = []
+    for number, recipe in enumerate([*facts.earlier_stages, facts.recipe], start=1):
+        title = f"Training, stage {number}" if facts.earlier_stages else "Training"
+        values = {name: _shown(value) for name, value in recipe.items() if value is not None}
+        tables.append(_table(title, "The recipe as resolved.", values))
+    return tables
 
 
 def _table(title: str, introduction: str, rows: dict[str, str]) -> str:

@@ -51,7 +51,8 @@ def without_paths_in(arguments: Sequence[str]) -> str:
 
 def facts_to_hand_on(facts: ConversionFacts) -> ConversionFacts:
     """The facts as an exported model carries them: where source and data lay on this machine is nobody's business."""
-    return replace(facts, source=without_paths(facts.source), recipe=without_paths(facts.recipe))
+    names = ("source", "recipe", "earlier_stages")
+    return replace(facts, **{name: without_paths(getattr(facts, name)) for name in names})
 
 
 def _last_part(text: str) -> str:

@@ -80,25 +80,25 @@ def load_source(
 
 
 def source_config(model_name_or_path: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Returns a source's configuration without loading its weights.
+    """Returns the configuration of a source, or of a converted model, without loading its weights.
 
     Raises:
         UserError: when there is no such model, or it cannot be read.
     """
-    return _config(*_located(model_name_or_path, revision))
+    return _config(*_located(model_name_or_path, revision, may_be_converted=True))
 
 
 def source_commit(model_name_or_path: str | Path, revision: str | None = None) -> str | None:
-    """Returns the commit that a source on the hub has now; None for one that is here.
+    """Returns the commit that a source, or a converted model, on the hub has now; None for one that is here.
 
     Raises:
-        UserError: when there is no such model, or it is converted already.
+        UserError: when there is no such model.
     """
-    return _located(model_name_or_path, revision)[1]
+    return _located(model_name_or_path, revision, may_be_converted=True)[1]
 
 
 def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
-    """Returns the type in which the source's weights are stored, as its configuration says; float32 if it does not."""
+    """Returns the type in which a model's weights are stored, as its configuration says; float32 if it does not."""
     return getattr(source_config(model_name_or_path, revision), "dtype", None) or torch.float32
 
 
@@ -162,21 +162,25 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
             parameter[token_id] = trained.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
 
 
-def _located(model_name_or_path: str | Path, revision: str | None) -> tuple[str, str | None]:
+def _located(
+    model_name_or_path: str | Path, revision: str | None, *, may_be_converted: bool = False
+) -> tuple[str, str | None]:
     """A directory and no commit, or an id on the hub and its commit, so that all files are of one commit."""
     name = str(model_name_or_path)
     if name in EMBEDDED_MODELS:
         return str(embedded_model_path(name)), None
     path = Path(name).expanduser()
     if path.is_dir():
-        _refuse_converted(name, path)
+        if not may_be_converted:
+            _refuse_converted(name, path)
         return str(path), None
     if path.exists():
         raise UserError(f"{name} is a file; give the model's directory, a hub id, or {ACCEPTED_EMBEDDED}")
     if "/" in name and not is_hub_id(name):
         raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or {ACCEPTED_EMBEDDED}")
     path, commit = fetch(name, revision, ("config.json", FACTS_FILE), is_shown=False)
-    _refuse_converted(name, path)
+    if not may_be_converted:
+        _refuse_converted(name, path)
     return name, commit
 
 

@@ -42,7 +42,8 @@ class ConversionFacts:
         shift: 1 where the state at i - 1 predicts token i, 0 where the state at i does.
         mask_token_id: the id that stands for a token not yet known.
         noise_schedule: "linear": a token is masked with probability t.
-        recipe: the recipe as resolved.
+        recipe: the recipe as resolved; its revision is the commit of the model that the run began with.
+        earlier_stages: recipes of the runs that the weights went through before that one, oldest first.
         decausal_version: version that converted the model.
         sampler: default settings of the sampler.
         schema_version: version of this record.
@@ -59,6 +60,7 @@ class ConversionFacts:
     recipe: dict[str, Any] = field(default_factory=dict)
     decausal_version: str = field(default_factory=_installed_version)
     sampler: dict[str, Any] = field(default_factory=dict)
+    earlier_stages: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -191,10 +193,25 @@ def is_converted(model_name_or_path: str | Path, revision: str | None = None) ->
     Raises:
         UserError: the hub does not give what has the form of its ids.
     """
+    return (_described(model_name_or_path, revision) / FACTS_FILE).is_file()
+
+
+def facts_of(model_name_or_path: str | Path, revision: str | None = None) -> ConversionFacts | None:
+    """Reads the facts of a converted model, a directory or a repository on the hub; None where it is not converted.
+
+    Raises:
+        UserError: as `read_facts`, and when the hub does not give what has the form of its ids.
+    """
+    path = _described(model_name_or_path, revision)
+    return read_facts(path) if (path / FACTS_FILE).is_file() else None
+
+
+def _described(model_name_or_path: str | Path, revision: str | None) -> Path:
+    """A directory that holds what is told of a model, though not always its weights."""
     path = Path(model_name_or_path).expanduser()
     if not path.exists() and is_hub_id(str(model_name_or_path)):
         path, _ = fetch(str(model_name_or_path), revision, ("config.json", FACTS_FILE), is_shown=False)
-    return (path / FACTS_FILE).is_file()
+    return path
 
 
 def load_converted(
@@ -202,6 +219,7 @@ def load_converted(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    attn_implementation: str | None = None,
 ) -> Converted:
     """Loads a converted model in eval mode, after checking that its facts and its files tell the same story.
 
@@ -210,6 +228,7 @@ def load_converted(
         dtype: type of the weights.
         device: where they go.
         revision: branch, tag or commit of a hub id.
+        attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
 
     Raises:
         UserError: when there is no converted model of that name, or facts and weights disagree; names both.
@@ -223,7 +242,7 @@ def load_converted(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_implementation(config),
+            attn_implementation=attn_implementation or attention_implementation(config),
             trust_remote_code=False,
             output_loading_info=True,
         )

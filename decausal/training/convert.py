@@ -17,10 +17,10 @@ from decausal.data.rows import PackedRows
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
-from decausal.models.adapt import adapt, load_source, source_commit, source_dtype
+from decausal.models.adapt import adapt, load_source, source_dtype
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
-from decausal.models.checkpoint import ConversionFacts, read_facts, save_converted, write_facts
+from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
@@ -32,13 +32,13 @@ from decausal.training.run_directory import (
     checkpoint_to_resume,
     claimed,
     disk_errors,
-    refuse_other_settings,
     wants_resume,
 )
 from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
+from decausal.training.start import Start, find_start
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.trainer import ConversionTrainer
 
@@ -61,7 +61,7 @@ def convert(
     callbacks: list[TrainerCallback] | None = None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
 ) -> Conversion:
-    """Converts an AR model into a diffusion model, resumably.
+    """Converts an AR model into a diffusion model, or trains a converted one on, resumably.
 
     Args:
         settings: the point on the grid, model and data.
@@ -85,11 +85,8 @@ def convert(
     resume = args.resume_from_checkpoint
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
         checkpoint = checkpoint_to_resume(output_dir, resume)
-        if checkpoint is not None:
-            refuse_other_settings(checkpoint, asdict(settings))
-        began_with = None if checkpoint is None else read_facts(checkpoint).source_revision
-        commit = source_commit(settings.model_name_or_path, began_with or settings.revision)
-        run = _prepare(settings, commit, args, training, callbacks, measure)
+        settings, start = find_start(settings, output_dir, checkpoint)
+        run = _prepare(settings, start, args, training, callbacks, measure)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)
@@ -106,27 +103,27 @@ class _Run:
 
 def _prepare(
     settings: ConversionSettings,
-    commit: str | None,
+    start: Start,
     args: TrainingArguments,
     training: dict[str, Any],
     callbacks: list[TrainerCallback] | None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> _Run:
     layout = Layout(settings.layout, settings.block_size, settings.causal_context)
-    model, tokenizer = _source(settings, commit, layout, args)
+    model, tokenizer = _source(settings, start, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
-    teacher = _teacher(settings, model, tokenizer, args)
+    teacher = _teacher(settings, start, model, tokenizer, args)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
+    recipe = asdict(settings) | training | {"revision": start.commit}
     facts = ConversionFacts(
-        source=settings.model_name_or_path,
-        source_revision=commit,
         layout=settings.layout,
         block_size=settings.block_size,
         causal_context=settings.causal_context,
         shift=settings.shift,
         mask_token_id=mask_token_id,
-        recipe={name: value for name, value in (asdict(settings) | training).items() if name != "output_dir"},
+        recipe={name: value for name, value in recipe.items() if name != "output_dir"},
         sampler=settings.sampler or {},
+        **start.history(),
     )
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     if measure is None and settings.eval_data is not None:
@@ -150,19 +147,15 @@ def _prepare(
         measure=measure,
         callbacks=callbacks,
     )
-    return _Run(trainer, tokenizer, facts, _save_dtype(settings, commit))
+    return _Run(trainer, tokenizer, facts, _save_dtype(settings, start.commit))
 
 
 def _source(
-    settings: ConversionSettings, commit: str | None, layout: Layout, args: TrainingArguments
+    settings: ConversionSettings, start: Start, layout: Layout, args: TrainingArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     wants_flex = settings.attn_implementation == FLEX
-    model, tokenizer = load_source(
-        settings.model_name_or_path,
-        revision=commit,
-        attn_implementation=None if wants_flex else settings.attn_implementation,
-    )
-    refuse_if_unusable(model, tokenizer)
+    model, tokenizer = start.load(None if wants_flex else settings.attn_implementation, settings.mask_token)
+    refuse_if_unusable(model, tokenizer, start.facts)
     if wants_flex:
         use_flex_attention(model.to(args.device), layout)
     return model, tokenizer
@@ -179,7 +172,11 @@ def _needs_teacher(settings: ConversionSettings) -> bool:
 
 
 def _teacher(
-    settings: ConversionSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+    settings: ConversionSettings,
+    start: Start,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
 ) -> Teacher | None:
     """The model to compare with, if it is not the student without its adapters; called before the model is adapted."""
     if not _needs_teacher(settings):
@@ -188,16 +185,17 @@ def _teacher(
     if settings.kl_top_k is not None and settings.kl_top_k > num_tokens:
         raise UserError(f"--kl_top_k {settings.kl_top_k}: the vocabulary has {num_tokens} tokens; give at most that")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    name = settings.teacher_model_name_or_path
-    if name is not None:
-        return Teacher(_other_model(settings, name, model, tokenizer).to(dtype))
+    if settings.teacher_model_name_or_path is not None or start.facts is not None:
+        return Teacher(_other_model(settings, start, model, tokenizer).to(dtype))
     return None if settings.lora_r else Teacher(copy.deepcopy(model).to(dtype))
 
 
 def _other_model(
-    settings: ConversionSettings, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    settings: ConversionSettings, start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    other, other_tokenizer = load_source(name)
+    named = settings.teacher_model_name_or_path
+    other, other_tokenizer = start.load_ar_source() if named is None else load_source(named)
+    name = named or start.history()["source"]
     refuse_other_vocabulary(other_tokenizer, tokenizer, name, settings.model_name_or_path)
     refuse_longer_rows(settings.max_length, other.config)
     shapes = [(config.num_hidden_layers, config.hidden_size) for config in (other.config, model.config)]

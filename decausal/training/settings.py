@@ -5,7 +5,7 @@ Light on purpose: the command line reads these classes to print its help.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from decausal.errors import UserError
@@ -49,7 +49,9 @@ def _check_step(name: str, value: int | float | None) -> None:
 class ConversionSettings:
     """One conversion: a point on the grid of layout, shift, rows and supervision, and the data it is trained on."""
 
-    model_name_or_path: str = _setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
+    model_name_or_path: str = _setting(
+        "tiny", "AR model, or a converted one to train on: a directory, a hub id, or 'tiny', the embedded one"
+    )
     revision: str | None = _setting(None, "the hub model's revision")
     attn_implementation: str | None = _setting(
         None, "sdpa, eager or, on a GPU, flex_attention; unset: what the model needs"
@@ -66,14 +68,22 @@ class ConversionSettings:
     data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
     max_length: int = _setting(512, "tokens in a packed row")
 
-    layout: Literal["causal", "bidirectional", "block"] = _setting(
-        "bidirectional", "who attends to whom after conversion; block: both ways inside blocks, causal over them"
+    layout: Literal["causal", "bidirectional", "block"] | None = _setting(
+        None,
+        "who attends to whom after conversion; block: both ways inside blocks, causal over them; unset: as a converted "
+        "model has it, else bidirectional",
     )
-    block_size: int | None = _setting(None, "tokens per block, for layout block")
-    causal_context: bool = _setting(
-        False, "layout block: finished tokens read each other causally, as the AR model did"
+    block_size: int | None = _setting(None, "tokens per block, for layout block; unset: as a converted model has it")
+    causal_context: bool | None = _setting(
+        None,
+        "layout block: finished tokens read each other causally, as the AR model did; unset: as a converted model has "
+        "it, else false",
     )
-    shift: Literal[0, 1] = _setting(1, "1: the state before a token predicts it, as in the AR model; 0: its own does")
+    shift: Literal[0, 1] | None = _setting(
+        None,
+        "1: the state before a token predicts it, as in the AR model; 0: its own does; unset: as a converted model has "
+        "it, else 1",
+    )
     mask_token: str | None = _setting(None, "mask token; unset: the tokenizer's, else a spare or added row")
     anneal_steps: int = _setting(0, "steps over which attention opens from causal to the layout; 0 starts open")
 
@@ -99,7 +109,7 @@ class ConversionSettings:
     align_distance: Literal["cosine", "l2"] = _setting("cosine", "1 - cosine, or mean squared difference")
 
     teacher_model_name_or_path: str | None = _setting(
-        None, "AR model to compare with, of the same tokenizer; unset: the model that is converted"
+        None, "AR model to compare with, of the same tokenizer; unset: the one that is, or was, converted"
     )
     kl_weight: float = _setting(0.0, "weight of the divergence from the AR model's next-token distribution; 0 is off")
     kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
@@ -169,19 +179,36 @@ class ConversionSettings:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
         if self.complementary_masks and self.views != 2:
             raise UserError(f"--complementary_masks needs --views 2, not {self.views}: the two masks share one row")
-        self._check_blocks()
         self._check_distillation()
         self._check_rollouts()
-        self._check_sampler()
+        if self.layout is not None:  # else it is MODEL's to say, and `with_facts` checks
+            self._check_layout()
+
+    def with_facts(
+        self,
+        layout: str = "bidirectional",
+        block_size: int | None = None,
+        causal_context: bool = False,
+        shift: int = 1,
+        sampler: dict | None = None,
+    ) -> ConversionSettings:
+        """Returns the settings with each fact that they leave open as given here: by default, as for an AR model.
+
+        What belongs to a layout goes only to settings of the same layout.
+
+        Raises:
+            UserError: the settings do not go with these facts.
+        """
+        if self.layout not in (None, layout):
+            layout, block_size, causal_context, sampler = self.layout, None, False, None
+        facts = {"layout": layout, "block_size": block_size, "causal_context": causal_context, "shift": shift}
+        facts["sampler"] = sampler or None
+        return replace(self, **{name: value for name, value in facts.items() if getattr(self, name) is None})
 
     def _check_distillation(self) -> None:
         _inside_unit(self, "jsd_beta")
         if self.kl_tail_bucket and self.kl_top_k is None:
             raise UserError("--kl_tail_bucket needs --kl_top_k: over all tokens there is no tail")
-        if self.causal_kl_weight and self.layout != "block":
-            raise UserError(
-                f"--causal_kl_weight is for --layout block, not {self.layout}: only its rows hold finished tokens"
-            )
 
     def _check_rollouts(self) -> None:
         _at_least(self, rollout_prompts=1, rollout_updates=1, states_per_rollout=1)
@@ -193,10 +220,18 @@ class ConversionSettings:
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"--{name} {value}: must be above 0 and at most 1")
         _check_step("warm_start_steps", self.warm_start_steps)
-        if self.rows == "rollout" and self.layout != "block":
-            raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
         if self.rows == "corpus" and self.warm_start_steps:
             raise UserError("--warm_start_steps is for --rows rollout: it says when rollouts begin")
+
+    def _check_layout(self) -> None:
+        self._check_blocks()
+        if self.causal_kl_weight and self.layout != "block":
+            raise UserError(
+                f"--causal_kl_weight is for --layout block, not {self.layout}: only its rows hold finished tokens"
+            )
+        if self.rows == "rollout" and self.layout != "block":
+            raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
+        self._check_sampler()
 
     def _check_sampler(self) -> None:
         if self.sampler is None:

@@ -138,8 +138,13 @@ class AdapterTeacher(Teacher):
 def refuse_other_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str, student_name: str
 ) -> None:
-    """Raises UserError unless both tokenizers give every token the same id: else their predictions do not compare."""
+    """Raises UserError unless both tokenizers give every token the same id: else their predictions do not compare.
+
+    The teacher need not know the student's mask token, which is neither read by it nor a prediction.
+    """
     of_teacher, of_student = teacher.get_vocab(), student.get_vocab()
+    if student.mask_token not in of_teacher:
+        of_student.pop(student.mask_token, None)
     if of_teacher == of_student:
         return
     differing = [token for token, index in of_student.items() if of_teacher.get(token) != index]

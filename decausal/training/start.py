@@ -1,0 +1,131 @@
+"""What a run begins with: an AR model, or a converted one, whose facts are the defaults of a later stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.data.corpus import EMBEDDED_MODELS
+from decausal.errors import UserError
+from decausal.models.adapt import load_source, source_commit
+from decausal.models.checkpoint import ConversionFacts, facts_of, load_converted, read_facts
+from decausal.training.run_directory import refuse_other_settings
+from decausal.training.settings import ConversionSettings
+
+FACTS = ("layout", "block_size", "causal_context", "shift")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a run begins with.
+
+    Attributes:
+        name: directory, hub id, or an embedded model's name.
+        commit: its commit on the hub, if it is there.
+        facts: those of a converted model; None for an AR model.
+    """
+
+    name: str
+    commit: str | None = None
+    facts: ConversionFacts | None = None
+
+    def load(
+        self, attn_implementation: str | None = None, mask_token: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Loads it in fp32.
+
+        Raises:
+            UserError: it cannot be loaded, or is converted and has another mask token than the one asked for.
+        """
+        if self.facts is None:
+            return load_source(self.name, revision=self.commit, attn_implementation=attn_implementation)
+        model, tokenizer, _ = load_converted(self.name, revision=self.commit, attn_implementation=attn_implementation)
+        if mask_token not in (None, tokenizer.mask_token):
+            raise UserError(
+                f"--mask_token {mask_token}: {self.name} was trained with {tokenizer.mask_token}; leave the flag out"
+            )
+        return model, tokenizer
+
+    def load_ar_source(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Loads the AR model that a converted one was made from, which teaches its later stages.
+
+        Raises:
+            UserError: it is not at hand.
+        """
+        assert self.facts is not None
+        source = self.facts.source
+        try:
+            return load_source(source, revision=self.facts.source_revision)
+        except UserError as error:
+            raise UserError(
+                f"{self.name} was made from {source}, which cannot be loaded to be the teacher ({error}): name an AR "
+                "model with --teacher_model_name_or_path, or train without one (--recipe fine-tune)"
+            ) from error
+
+    def history(self) -> dict[str, Any]:
+        """Where the run's weights come from, as fields of its `ConversionFacts`."""
+        if self.facts is None:
+            return {"source": self.name, "source_revision": self.commit}
+        return {
+            "source": self.facts.source,
+            "source_revision": self.facts.source_revision,
+            "earlier_stages": [*self.facts.earlier_stages, self.facts.recipe],
+        }
+
+
+def find_start(
+    settings: ConversionSettings, output_dir: Path, checkpoint: Path | None
+) -> tuple[ConversionSettings, Start]:
+    """Finds what a run begins with, and what its settings leave to that.
+
+    Args:
+        settings: as given.
+        output_dir: where the run writes.
+        checkpoint: of the same run, where it is resumed: the model is then of the commit that it began with.
+
+    Returns:
+        The settings with all facts, and the model.
+
+    Raises:
+        UserError: there is no such model, the settings do not go with it, or they are not those of `checkpoint`.
+    """
+    name, revision = settings.model_name_or_path, settings.revision
+    if checkpoint is not None:
+        resumed = read_facts(checkpoint)
+        settings = _completed(settings, resumed)
+        refuse_other_settings(checkpoint, asdict(settings))
+        revision = resumed.recipe.get("revision") or revision
+    commit = source_commit(name, revision)
+    start = Start(name, commit, None if name in EMBEDDED_MODELS else facts_of(name, commit))
+    path = Path(name).expanduser()
+    if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+        raise UserError(f"output_dir {output_dir} holds the model {name} that the run begins with; name another")
+    if start.facts is None:
+        return settings.with_facts(), start
+    if settings.anneal_steps and start.facts.layout != "causal":
+        raise UserError(
+            f"--anneal_steps {settings.anneal_steps} opens attention from causal, and that of {name} is open "
+            f"({start.facts.layout}); give --anneal_steps 0"
+        )
+    settings = _completed(settings, start.facts)
+    _tell_changes(settings, start)
+    return settings, start
+
+
+def _completed(settings: ConversionSettings, facts: ConversionFacts) -> ConversionSettings:
+    return settings.with_facts(*(getattr(facts, name) for name in FACTS), sampler=facts.sampler)
+
+
+def _tell_changes(settings: ConversionSettings, start: Start) -> None:
+    """A recipe states its facts, so a model may change its layout without a flag that says so."""
+    pairs = {name: (getattr(start.facts, name), getattr(settings, name)) for name in FACTS}
+    changes = [f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after]
+    if changes and os.environ.get("RANK", "0") == "0":
+        logger.warning("this stage changes what %s was trained for: %s", start.name, ", ".join(changes))
