@@ -141,6 +141,26 @@ def test_a_resumed_run_stays_with_the_commit_that_it_began_with(decausal, hub, t
     assert facts(out)["source_revision"] == commit
 
 
+def test_a_converted_model_of_the_hub_is_trained_on_at_the_commit_that_the_stage_began_with(
+    decausal, hub, converted, tmp_path
+):
+    first = hub.root / "models" / "owner" / "first"
+    shutil.copytree(converted, first, ignore=shutil.ignore_patterns("checkpoint-*"))
+    commit = hub.commit("models", "owner/first")
+    flags = ("--align_weight", "1", "--save_steps", "2")
+    out = convert(decausal, "owner/first", "owner/texts", tmp_path / "out", *flags)
+    whole, found = weights(out), facts(out)
+    assert (found["source"], found["source_revision"]) == (MODEL, hub.commit("models", MODEL))
+    assert (found["recipe"]["model_name_or_path"], found["recipe"]["revision"]) == ("owner/first", commit)
+    assert found["earlier_stages"] == [facts(converted)["recipe"]]
+    (first / "generation_config.json").write_text("{}")
+    assert hub.commit("models", "owner/first") != commit
+    again = ("--resume_from_checkpoint", str(out / "checkpoint-2"))
+    convert(decausal, "owner/first", "owner/texts", out, *flags, *again)
+    assert_same(weights(out), whole)
+    assert facts(out)["recipe"]["revision"] == commit
+
+
 def test_what_is_pushed_is_private_and_loads_by_its_id(decausal, hub, converted, logged_in, tmp_path):
     flags = ["--format", "hf", "--output_dir", tmp_path / "out", "--push_to_hub", "owner/mine", "--private"]
     ended = decausal("export", converted, *flags)
@@ -159,7 +179,8 @@ def test_what_is_pushed_is_private_and_loads_by_its_id(decausal, hub, converted,
     checked = decausal("doctor", "owner/mine")
     assert checked.code == 0, checked
     output_dir = ["--output_dir", tmp_path / "again"]
-    assert "already converted" in told(decausal("convert", "owner/mine", "--data", "owner/texts", *output_dir, *RUN))
+    teacher = ["--teacher_model_name_or_path", "owner/mine"]
+    assert "already converted" in told(decausal("convert", MODEL, "--data", "owner/texts", *teacher, *output_dir, *RUN))
     assert "decausal's form already" in told(decausal("import", "owner/mine", *output_dir))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line, nearest
 from decausal.hub import fetch, is_hub_id
@@ -208,6 +209,8 @@ def facts_of(model_name_or_path: str | Path, revision: str | None = None) -> Con
 
 def _described(model_name_or_path: str | Path, revision: str | None) -> Path:
     """A directory that holds what is told of a model, though not always its weights."""
+    if str(model_name_or_path) in EMBEDDED_MODELS:
+        return embedded_model_path(str(model_name_or_path))
     path = Path(model_name_or_path).expanduser()
     if not path.exists() and is_hub_id(str(model_name_or_path)):
         path, _ = fetch(str(model_name_or_path), revision, ("config.json", FACTS_FILE), is_shown=False)

@@ -195,7 +195,7 @@ def _other_model(
 ) -> PreTrainedModel:
     named = settings.teacher_model_name_or_path
     other, other_tokenizer = start.load_ar_source() if named is None else load_source(named)
-    name = named or start.history()["source"]
+    name = named or start.source
     refuse_other_vocabulary(other_tokenizer, tokenizer, name, settings.model_name_or_path)
     refuse_longer_rows(settings.max_length, other.config)
     shapes = [(config.num_hidden_layers, config.hidden_size) for config in (other.config, model.config)]

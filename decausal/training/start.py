@@ -36,6 +36,11 @@ class Start:
     commit: str | None = None
     facts: ConversionFacts | None = None
 
+    @property
+    def source(self) -> str:
+        """The AR model at the beginning of all stages."""
+        return self.name if self.facts is None else self.facts.source
+
     def load(
         self, attn_implementation: str | None = None, mask_token: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,21 +65,20 @@ class Start:
             UserError: it is not at hand.
         """
         assert self.facts is not None
-        source = self.facts.source
         try:
-            return load_source(source, revision=self.facts.source_revision)
+            return load_source(self.source, revision=self.facts.source_revision)
         except UserError as error:
             raise UserError(
-                f"{self.name} was made from {source}, which cannot be loaded to be the teacher ({error}): name an AR "
-                "model with --teacher_model_name_or_path, or train without one (--recipe fine-tune)"
+                f"{self.name} was made from {self.source}, which cannot be loaded to be the teacher ({error}): "
+                "name an AR model with --teacher_model_name_or_path, or train without one (--recipe fine-tune)"
             ) from error
 
     def history(self) -> dict[str, Any]:
         """Where the run's weights come from, as fields of its `ConversionFacts`."""
         if self.facts is None:
-            return {"source": self.name, "source_revision": self.commit}
+            return {"source": self.source, "source_revision": self.commit}
         return {
-            "source": self.facts.source,
+            "source": self.source,
             "source_revision": self.facts.source_revision,
             "earlier_stages": [*self.facts.earlier_stages, self.facts.recipe],
         }
@@ -103,9 +107,9 @@ def find_start(
         refuse_other_settings(checkpoint, asdict(settings))
         revision = resumed.recipe.get("revision") or revision
     commit = source_commit(name, revision)
-    start = Start(name, commit, None if name in EMBEDDED_MODELS else facts_of(name, commit))
+    start = Start(name, commit, facts_of(name, commit))
     path = Path(name).expanduser()
-    if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+    if name not in EMBEDDED_MODELS and path.resolve().is_relative_to(output_dir.resolve()):
         raise UserError(f"output_dir {output_dir} holds the model {name} that the run begins with; name another")
     if start.facts is None:
         return settings.with_facts(), start

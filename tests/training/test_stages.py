@@ -17,12 +17,14 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.exchange.card import ModelCard
 from decausal.exchange.handed_on import facts_to_hand_on
+from decausal.exchange.importing import import_checkpoint
 from decausal.models.adapt import load_source
 from decausal.models.backbone import body_forward
 from decausal.models.checkpoint import load_converted, read_facts, write_facts
 from decausal.training.run_directory import checkpoints
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.trainer import ConversionTrainer
+from tests.exchange.test_import import publish
 from tests.runs import ROOT, assert_same, logged, run, save_source, weights, write_text
 
 BLOCK = {"layout": "block", "block_size": 4, "causal_context": True, "shift": 0}
@@ -179,6 +181,15 @@ def test_without_its_source_a_stage_needs_a_teacher_named_or_none(root, orphan, 
     named = str(root / "source")
     run(orphan, text, tmp_path / "named", max_steps=1, align_weight=1.0, teacher_model_name_or_path=named)
     assert read_facts(tmp_path / "named").source == str(tmp_path / "gone")
+
+
+def test_an_imported_model_is_fine_tuned_and_needs_a_teacher_named(root, tmp_path):
+    publish(tmp_path / "public", "Dream")
+    import_checkpoint(tmp_path / "public", tmp_path / "imported")
+    conversion = run(tmp_path / "imported", root / "text.jsonl", tmp_path / "out", max_steps=1)
+    assert conversion.facts.earlier_stages == [{"imported_as": "Dream"}]
+    with pytest.raises(UserError, match=r"public, which cannot be loaded.*--teacher_model_name_or_path"):
+        run(tmp_path / "imported", root / "text.jsonl", tmp_path / "aligned", max_steps=1, align_weight=1.0)
 
 
 # What is refused
