@@ -181,6 +181,7 @@ class ConversionSettings:
             raise UserError(f"--complementary_masks needs --views 2, not {self.views}: the two masks share one row")
         self._check_distillation()
         self._check_rollouts()
+        self._check_sampler()
         if self.layout is not None:  # else it is MODEL's to say, and `with_facts` checks
             self._check_layout()
 
@@ -231,7 +232,6 @@ class ConversionSettings:
             )
         if self.rows == "rollout" and self.layout != "block":
             raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
-        self._check_sampler()
 
     def _check_sampler(self) -> None:
         if self.sampler is None:
@@ -240,7 +240,9 @@ class ConversionSettings:
         if unnamed:
             raise UserError(f"--sampler: {unnamed[0]!r} is no name of a setting; write {{name: value}}")
         try:
-            SamplerSettings().updated(**self.sampler).refuse_layout(self.layout)
+            sampler = SamplerSettings().updated(**self.sampler)
+            if self.layout is not None:
+                sampler.refuse_layout(self.layout)
         except UserError as error:
             raise UserError(f"--sampler: {error}") from error
 
