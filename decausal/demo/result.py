@@ -66,9 +66,8 @@ class DemoResult:
         prompt = shlex.quote(lines[-1] if lines else "def add(a, b):")
         options = "--max_new_tokens 32 --watch"
         commands = [f"decausal generate {directory} {prompt} {options}" for directory in reversed(directories)]
-        commands.append(
-            f"decausal infill {directories[-1]} --prefix 'def add(a, b):' --suffix 'return total' --length 12 --watch"
-        )
+        texts = r"--prefix 'def add(a, b):' --suffix $'\n    return total'"
+        commands.append(f"decausal infill {directories[-1]} {texts} --length 12 --watch")
         commands.append(f"decausal eval nll {directories[-1]} --data {shlex.quote(self.settings.eval_data)}")
         return commands
 

@@ -46,7 +46,7 @@ class DemoSettings:
     eval_every: int = _setting(20, "steps between two measurements")
     eval_rows: int = _setting(32, "held-out rows to measure on, the same each time")
     eval_samples: int = _setting(2, "mask patterns per held-out row, the same each time")
-    infill_tokens: int = _setting(40, "most tokens in the region of a held-out file that is filled in")
+    infill_tokens: int = _setting(20, "most tokens in the region of a held-out file that is filled in")
     infill_pause: float = _setting(0.1, "seconds to rest after each step of the infilling, in a terminal")
 
     def __post_init__(self) -> None:

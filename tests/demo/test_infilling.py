@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from decausal.data.corpus import embedded_model_path
 from decausal.demo.infilling import Gap, _pieces, choose_gap
+from decausal.sampling.rows import text_ids
 from tests.families import tiny_tokenizer
 
 CODE = "".join(f"def f{number}(a, b):\n    c = a + {number}\n    return c\n\n" for number in range(8))
@@ -24,10 +28,20 @@ def test_prefix_gap_and_suffix_are_consecutive_whole_lines_of_the_document(tmp_p
     gap = gap_in(tmp_path / "code.py", CODE, seed=seed)
     assert gap is not None
     assert gap.prefix + gap.text + gap.suffix in CODE
-    assert all(part.endswith("\n") for part in (gap.prefix, gap.text, gap.suffix))
-    assert gap.prefix.endswith(":\n")
+    assert gap.prefix.endswith(":")
+    assert all(part.startswith("\n") and not part.endswith("\n") for part in (gap.text, gap.suffix.rstrip("\n")))
     assert gap.num_tokens == len(tiny_tokenizer()(gap.text)["input_ids"])
     assert 20 <= gap.num_tokens <= 40
+
+
+def test_the_parts_have_the_tokens_that_the_whole_has(tmp_path: Path) -> None:
+    """With a tokenizer that joins a line break and the indentation behind it."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path("tiny"))
+    (tmp_path / "code.py").write_text(CODE)
+    for seed in range(4):
+        gap = choose_gap(str(tmp_path / "code.py"), tokenizer, most_tokens=20, context_length=None, seed=seed)
+        parts = [text_ids(tokenizer, part) for part in (gap.prefix, gap.text, gap.suffix)]
+        assert list(chain(*parts)) == text_ids(tokenizer, gap.prefix + gap.text + gap.suffix)
 
 
 def test_the_same_seed_chooses_the_same_gap_and_another_seed_another(tmp_path: Path) -> None:

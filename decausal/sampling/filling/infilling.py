@@ -75,8 +75,9 @@ def fill(
     Args:
         converted: Model, tokenizer and facts.
         texts: A text is a list: strings are given, an integer is a gap of so many tokens, None one of unknown length,
-            as in ``["def f(x):\\n    ", None, "\\n    return ", 4, "\\n"]``; see `gaps.parse_gaps`. Where a text begins
-            with a gap, its row starts from BOS or EOS.
+            as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see `gaps.parse_gaps`. A gap best begins before a
+            space or line break, which tokenizers join to what follows. Where a text begins with a gap, its row starts
+            from BOS or EOS.
         max_gap: The most tokens in a gap of unknown length; fewer where the model's context ends.
         length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
         batch_size: Rows in the model at once; it does not change what they become.
