@@ -100,8 +100,8 @@ def fill(model: DiffusionModel, gap: Gap, on_step: OnStep | None = None) -> Fill
 
 def _gaps(record: Record, tokenizer: Any, most_tokens: int, most_given: int) -> Iterator[Gap]:
     """Yields the gaps of a document: for each line, the longest that begins there and has lines around it."""
-    # Each with the break before it: tokenizers join a break to the indentation behind it. Where a text is cut between the
-    # two, it ends and goes on with tokens that the model has hardly ever seen there.
+    # Each with the break before it: tokenizers join a break to the indentation behind it. Where a text is cut between
+    # these, it ends and goes on with tokens that the model has hardly ever seen there.
     lines = re.split(r"(?=\n)", record["text"])
     counts = [len(ids) for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]]
     for start in range(1, len(lines)):
