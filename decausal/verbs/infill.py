@@ -12,6 +12,10 @@ from decausal.verbs.sampling import add_sampler_flags, check_recording, print_ge
 
 DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and --suffix, or any number of gaps in
 --text, where {gap} is a gap of unknown length, {gap:4} one of 4 tokens, and \{gap} these characters themselves."""
+NOTE = (
+    "note: a gap begins behind a space or line break, which most tokenizers join to what follows; it is filled better "
+    "where it begins before that ('Where to cut' in docs/sampling.md)"
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -20,7 +24,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--prefix", help="text before the gap")
     parser.add_argument("--suffix", help="text after the gap")
     parser.add_argument("--length", type=int, help="tokens in the gap; unset: several lengths are tried and ranked")
-    parser.add_argument("--text", help=r"text with gaps, as in 'def f(x): {gap} return {gap:4}'")
+    parser.add_argument("--text", help=r"text with gaps, as in 'def f(x):{gap} return{gap:4}'")
     parser.add_argument("--max_gap", "--max_length", type=int, help="most tokens of a gap of unknown length (32)")
     parser.add_argument("--length_search", choices=("candidates", "grow"), help="how lengths are found (candidates)")
     add_sampler_flags(parser)
@@ -34,10 +38,12 @@ def run(arguments: list[str]) -> int:
     if flags.text is not None and flags.length is not None:
         raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
     check_recording(flags)
-    from decausal.sampling.filling.gaps import parse_gaps
+    from decausal.sampling.filling.gaps import follows_space, parse_gaps
     from decausal.sampling.model import load
 
     pieces = None if flags.text is None else parse_gaps(flags.text)
+    if follows_space(pieces or [flags.prefix, flags.length]):
+        print(NOTE, file=sys.stderr)
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
     with watching(model, flags.watch, flags.record) as on_step:
