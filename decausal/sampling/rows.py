@@ -16,6 +16,7 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.sampler import OnStep, denoise
+from decausal.sampling.borders import Allowed, AllowedTokens, Border
 from decausal.sampling.settings import SamplerSettings
 
 BATCH_SIZE = 16
@@ -29,11 +30,13 @@ class Row:
         given: Ids before, between and behind the gaps: one list more than there are gaps.
         gaps: Open positions of each gap.
         name: What error messages call it.
+        borders: Of each gap; none where no token crosses one.
     """
 
     given: tuple[list[int], ...]
     gaps: tuple[int, ...]
     name: str
+    borders: tuple[Border, ...] = ()
 
     @classmethod
     def opened(cls, ids: Sequence[int], positions: Sequence[int], name: str) -> Row:
@@ -151,6 +154,7 @@ def fill_rows(
     for start in range(0, len(rows), batch_size):
         batch = slice(start, start + batch_size)
         ids, is_open, document_ids = (part.to(device) for part in padded(rows[batch], converted.facts.mask_token_id))
+        allowed = allowed_in(converted, rows[batch], ids)
         denoised = denoise(
             converted.model,
             converted.facts,
@@ -160,6 +164,7 @@ def fill_rows(
             document_ids=document_ids,
             row_seeds=row_seeds[batch],
             end_token_ids=end_token_ids,
+            allowed=allowed,
             on_step=on_step,
         )
         columns = (denoised.ids, denoised.step_of_token, denoised.num_forwards, denoised.tokens_per_forward)
@@ -186,6 +191,19 @@ def padded(
             is_open[index, span.start : span.stop] = True
         document_ids[index, : row.length] = 0
     return ids, is_open, document_ids
+
+
+def allowed_in(converted: Converted, rows: Sequence[Row], ids: Int[Tensor, "B T"]) -> Allowed | None:
+    """Which tokens may stand at the borders of gaps; None where any may everywhere."""
+    if not any(border != Border() for row in rows for border in row.borders):
+        return None
+    vocabulary_size = len(converted.model.get_output_embeddings().weight)
+    table = AllowedTokens(converted.tokenizer, vocabulary_size, ids.device)
+    index = torch.full_like(ids, -1)
+    for number, row in enumerate(rows):
+        for position, which in table.numbers(row.spans(), row.borders).items():
+            index[number, position] = which
+    return Allowed(index, table.tokens)
 
 
 def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]:

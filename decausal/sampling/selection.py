@@ -25,6 +25,7 @@ def candidates(
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None = None,
     is_scored: bool = True,
     unguided: Float[Tensor, "n D"] | None = None,
+    only: tuple[Int[Tensor, "n"], Bool[Tensor, "S V"]] | None = None,
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     """A token for each position and its score, from the state that predicts it; logits exist a chunk at a time.
 
@@ -36,18 +37,19 @@ def candidates(
         kept: (tokens, is_kept): where kept, that token is scored instead of a new one.
         is_scored: False where all are kept anyway: then there are no scores.
         unguided: The states from rows without what was given, where some position has `guidance`.
+        only: (index, is_allowed): the row of `is_allowed` that holds for a position, -1 where any token may stand.
     """
     chunk_size = max(1, LOGITS_PER_CHUNK // len(head.weight))
     if len(states) <= chunk_size:
-        return _candidates(states, head, settings, numbers, kept, is_scored, unguided)
+        return _candidates(states, head, settings, numbers, kept, is_scored, unguided, only)
     chunks = []
     for here in torch.arange(len(states), device=states.device).split(chunk_size):
         own_numbers = None if numbers is None else numbers[here]
         own_kept = None if kept is None else (kept[0][here], kept[1][here])
         own_unguided = None if unguided is None else unguided[here]
-        chunks.append(
-            _candidates(states[here], head, settings.at(here), own_numbers, own_kept, is_scored, own_unguided)
-        )
+        own_only = None if only is None else (only[0][here], only[1])
+        own = (own_numbers, own_kept, is_scored, own_unguided, own_only)
+        chunks.append(_candidates(states[here], head, settings.at(here), *own))
     tokens, scores = zip(*chunks, strict=True)
     return torch.cat(tokens), torch.cat(scores) if is_scored else None
 
@@ -60,10 +62,15 @@ def _candidates(
     kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None,
     is_scored: bool,
     unguided: Float[Tensor, "n D"] | None,
+    only: tuple[Int[Tensor, "n"], Bool[Tensor, "S V"]] | None,
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
     values = logits(states, head)
     if unguided is not None:
         values = guided(values, logits(unguided, head), settings.guidance)
+    if only is not None:
+        index, is_allowed = only
+        bound = (index >= 0).nonzero().squeeze(1)
+        values[bound] = values[bound].masked_fill(~is_allowed[index[bound]], -torch.inf)
     tokens = settings.chosen(values, numbers)
     if kept is not None:
         tokens = torch.where(kept[1], kept[0], tokens)

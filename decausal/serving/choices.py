@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from decausal.sampling.borders import Border
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.rows import Row
 from decausal.serving.text import TextStream
@@ -61,7 +62,9 @@ class Choice:
     def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False) -> None:
         self.index, self.job = index, job
         self._tokenizer, self._has_events = tokenizer, has_events
-        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop)
+        borders = job.row.borders or (Border(),)
+        self._border = Border(borders[0].start, borders[-1].end)
+        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop, self._border)
         self._num_final, self._offset = 0, 0
         self.ended: Ended | None = None
         self._begin(job.row)
@@ -127,7 +130,7 @@ class Choice:
             return []
         told = []
         for place in range(first, stop):
-            text = self._piece(self._ids[place])
+            text = self._text(place)
             log_prob, top = self._log_probs.get(place, (None, []))
             told.append(
                 TokenLogProb(text, self._offset, log_prob, [(self._piece(token), value) for token, value in top])
@@ -138,13 +141,19 @@ class Choice:
     def _piece(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.decode([token])
 
+    def _text(self, place: int) -> str:
+        """What the token in a place adds to the text."""
+        text = self._piece(self._ids[place])
+        text = text.removeprefix(self._border.start) if place == 0 else text
+        return text.removesuffix(self._border.end) if place == len(self._ids) - 1 else text
+
     def _event(self, progress: Progress) -> dict[str, Any]:
         return {
             "index": self.index,
             "step": progress.step,
             "positions": [position - self._start for position in progress.positions],
             "is_revision": bool(progress.reopened),
-            "draft": [None if token is None else self._piece(token) for token in self._ids],
+            "draft": [None if token is None else self._text(place) for place, token in enumerate(self._ids)],
             "is_given": self._is_given,
             "confidence": [
                 None if token is None or confidence is None else round(confidence, 4)

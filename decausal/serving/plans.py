@@ -156,10 +156,14 @@ def _completion_texts(
     texts = []
     behind = ids_behind(converted.tokenizer, body.suffix) if body.suffix else []
     is_unknown = bool(behind) and body.max_tokens is None
-    for (ids, _), name in zip(prompts, named("prompt", prompts), strict=True):
+    for (ids, prompt), name in zip(prompts, named("prompt", prompts), strict=True):
         full_name = f"{name} with its suffix" if behind else name
         num_new = _num_new(len(ids) + len(behind), body.max_tokens, settings, max_total_tokens, full_name)
-        texts.append(GappedText((ids, behind), (None if is_unknown else num_new,), full_name, settings.seed))
+        lengths = (None if is_unknown else num_new,)
+        if behind:
+            texts.append(GappedText.of(converted, [prompt, body.suffix], lengths, full_name, settings.seed))
+        else:
+            texts.append(GappedText((ids, behind), lengths, full_name, settings.seed))
     return texts, [text for _, text in prompts]
 
 
@@ -204,10 +208,8 @@ def _text_of_parts(
             f"{MAX_UNKNOWN_GAPS}: give the lengths of some",
             "decausal.parts",
         )
-    first = _accepted(lambda: prompt_ids(converted, given[0]))
-    ids = (first, *(ids_behind(converted.tokenizer, text) for text in given[1:]))
-    text = GappedText(ids, tuple(lengths), "the text", settings.seed)
-    _num_new(sum(map(len, ids)), sum(text.started(1)), settings, max_total_tokens, "the text")
+    text = _accepted(lambda: GappedText.of(converted, given, lengths, "the text", settings.seed))
+    _num_new(sum(map(len, text.given)), sum(text.started(1)), settings, max_total_tokens, "the text")
     return text
 
 

@@ -13,6 +13,7 @@ from decausal.exchange.handed_on import without_paths
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.borders import Vocabulary
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.searching import SearchingEngine
 from decausal.sampling.jobs import Engine
@@ -94,6 +95,8 @@ def served(
             return engine
         return SearchingEngine(engine, converted, settings.max_rows)
 
+    if converted.facts.layout == "bidirectional":
+        Vocabulary.of(converted.tokenizer)  # else the first request with a gap would wait for it
     worker = Worker(
         make_engine,
         name=name,

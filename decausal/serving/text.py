@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from decausal.sampling.borders import Border
 from decausal.sampling.rows import text_after
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -22,9 +23,14 @@ class TextStream:
         tokenizer: Decodes.
         before: Ids in front of the text.
         stops: Strings that end the text.
+        border: Characters of the tokens that are not of the text, at its beginning and its end.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = (), border: Border | None = None
+    ) -> None:
+        self._border = border or Border()
+        self._to_skip = self._border.start
         self._tokenizer, self._before, self._stops = tokenizer, list(before), tuple(stops)
         self._ids = list(before[-CONTEXT:])
         self._window, self._read = 0, len(self._ids)
@@ -46,15 +52,21 @@ class TextStream:
 
         The end of the text is where the first stop string begins.
         """
-        whole = cut(text_after(self._tokenizer, self._before, list(ids)), self._stops)
+        text = text_after(self._tokenizer, self._before, list(ids)).removeprefix(self._border.start)
+        whole = cut(text, self._stops)
+        if len(whole) == len(text):
+            whole = text.removesuffix(self._border.end)
         rest = whole[len(self.sent) :] if whole.startswith(self.sent) else ""
         self.sent += rest
         return rest
 
     def _send(self, text: str) -> str:
+        if text and self._to_skip:
+            text, self._to_skip = text.removeprefix(self._to_skip), ""
         shown = cut(text, self._stops)
         if len(shown) == len(text):
-            shown = text[: len(text) - possible_stop(text, self._stops)]
+            held = max(possible_stop(text, self._stops), len(self._border.end))
+            shown = text[: max(0, len(text) - held)]
         self._held = text[len(shown) :]
         self.sent += shown
         return shown

@@ -12,10 +12,6 @@ from decausal.verbs.sampling import add_sampler_flags, check_recording, print_ge
 
 DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and --suffix, or any number of gaps in
 --text, where {gap} is a gap of unknown length, {gap:4} one of 4 tokens, and \{gap} these characters themselves."""
-NOTE = (
-    "note: a gap begins behind a space or line break, which most tokenizers join to what follows; it is filled better "
-    "where it begins before that ('Where to cut' in docs/sampling.md)"
-)
 
 
 def run(arguments: list[str]) -> int:
@@ -38,12 +34,10 @@ def run(arguments: list[str]) -> int:
     if flags.text is not None and flags.length is not None:
         raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
     check_recording(flags)
-    from decausal.sampling.filling.gaps import follows_space, parse_gaps
+    from decausal.sampling.filling.gaps import parse_gaps
     from decausal.sampling.model import load
 
     pieces = None if flags.text is None else parse_gaps(flags.text)
-    if follows_space(pieces or [flags.prefix, flags.length]):
-        print(NOTE, file=sys.stderr)
     model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
     with watching(model, flags.watch, flags.record) as on_step:

@@ -57,8 +57,8 @@ def test_filling_one_gap_is_infilling(qwen: Converted, sampler: dict[str, Any]) 
 
 @pytest.mark.parametrize("sampler", SETTINGS.values(), ids=SETTINGS.keys())
 def test_many_gaps_are_denoised_as_the_open_positions_of_one_row(qwen: Converted, sampler: dict[str, Any]) -> None:
-    filling = fill(qwen, TEXT, **sampler)
-    pieces = [text_ids(qwen.tokenizer, text) for text in ("def f(", "):\n    return ", "\n")]
+    filling = fill(qwen, ["def f(", 3, "):\n    return", 2, "\n"], **sampler)
+    pieces = [text_ids(qwen.tokenizer, text) for text in ("def f(", "):\n    return", "\n")]
     ids = [*pieces[0], *[0] * 3, *pieces[1], *[0] * 2, *pieces[2]]
     starts = [len(pieces[0]), len(pieces[0]) + 3 + len(pieces[1])]
     opened = [*range(starts[0], starts[0] + 3), *range(starts[1], starts[1] + 2)]

@@ -19,6 +19,7 @@ from decausal.objectives.tokens import Head
 from decausal.sampling.bidirectional.decode_windows import Window, current_window
 from decausal.sampling.bidirectional.remasking import opened_at_random
 from decausal.sampling.bidirectional.window_cache import Reading, WindowReader
+from decausal.sampling.borders import Allowed
 from decausal.sampling.candidates import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.selection import best, candidates, num_to_keep
@@ -42,6 +43,7 @@ class OpenRows:
         places: A number of its own for each row, for as long as it is denoised.
         settings: One per row.
         is_whole: Every row is one document without padding: the model needs no explicit mask.
+        allowed: Which tokens some positions may get; None: any, everywhere.
     """
 
     ids: Int[Tensor, "A T"]
@@ -53,6 +55,7 @@ class OpenRows:
     places: Int[Tensor, "A"]
     settings: RowSettings
     is_whole: bool
+    allowed: Allowed | None = None
 
 
 class Step(NamedTuple):
@@ -175,7 +178,10 @@ class Denoiser:
         kept = None
         if "p2" in settings.remasks:
             kept = (rows.ids.flatten()[index], ~rows.is_masked.flatten()[index])
-        tokens, scores = candidates(states, self.head, settings.at(row), numbers, kept, unguided=unguided)
+        only = None
+        if rows.allowed is not None:
+            only = (rows.allowed.index.flatten()[index], rows.allowed.tokens)
+        tokens, scores = candidates(states, self.head, settings.at(row), numbers, kept, unguided=unguided, only=only)
         all_tokens = rows.ids.flatten().index_copy(0, index, tokens)
         all_scores = scores.new_full((rows.ids.numel(),), -torch.inf).index_copy(0, index, scores)
         return all_tokens.view_as(rows.ids), all_scores.view_as(rows.ids)

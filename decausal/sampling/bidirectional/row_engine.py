@@ -14,6 +14,7 @@ from torch import Tensor
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
+from decausal.sampling.borders import Allowed, AllowedTokens, Border
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
@@ -67,6 +68,8 @@ class RowEngine:
         self._is_open = torch.zeros(shape, dtype=torch.bool, device=device)
         self._is_masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self._document_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self._allowed = AllowedTokens(self._tokenizer, len(model.get_output_embeddings().weight), device)
+        self._allowed_index = torch.full(shape, -1, device=device)
         self._seeds = torch.zeros(max_rows, dtype=torch.long, device=device)
         self._steps = torch.zeros(max_rows, dtype=torch.long, device=device)
 
@@ -129,6 +132,9 @@ class RowEngine:
         self._is_masked[place] = self._is_open[place]
         self._document_ids[place] = -1
         self._document_ids[place, : row.length] = 0
+        self._allowed_index[place] = -1
+        for position, which in self._allowed.numbers(spans, row.borders).items():
+            self._allowed_index[place, position] = which
         self._seeds[place] = job.seed
         self._steps[place] = 0
         self._denoiser.forget(place)
@@ -150,6 +156,7 @@ class RowEngine:
     def _forward(self, places: list[int], rows: list[_Running]) -> _Step:
         lengths = [running.job.row.length for running in rows]
         index, length = torch.tensor(places, device=self._ids.device), max(lengths)
+        has_borders = any(border != Border() for running in rows for border in running.job.row.borders)
         open_rows = OpenRows(
             ids=self._ids[index, :length],
             is_open=self._is_open[index, :length],
@@ -160,6 +167,7 @@ class RowEngine:
             places=index,
             settings=self._settings(rows),
             is_whole=min(lengths) == length,
+            allowed=Allowed(self._allowed_index[index, :length], self._allowed.tokens) if has_borders else None,
         )
         step = self._denoiser.advance(open_rows)
         self._ids[index, :length] = open_rows.ids

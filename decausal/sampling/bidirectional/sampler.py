@@ -18,6 +18,7 @@ from decausal.diffusion.shift import predictable
 from decausal.errors import UserError
 from decausal.models.checkpoint import ConversionFacts
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
+from decausal.sampling.borders import Allowed
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 
@@ -61,6 +62,7 @@ def denoise(
     document_ids: Int[Tensor, "B T"] | None = None,
     row_seeds: Int[Tensor, "B"] | None = None,
     end_token_ids: Sequence[int] = (),
+    allowed: Allowed | None = None,
     on_step: OnStep | None = None,
 ) -> Denoised:
     """Replaces the open positions of each row by tokens, most confident first unless `settings.order` says otherwise.
@@ -79,6 +81,7 @@ def denoise(
             None: no padding, one document per row.
         row_seeds: One seed per row. None: row i has `settings.seed + i`.
         end_token_ids: A row is finished once one of these is kept and everything open before it is kept too.
+        allowed: Which tokens some open positions may get; None: any, everywhere.
         on_step: See `OnStep`. Rows that finished earlier are shown as they ended.
 
     Raises:
@@ -100,6 +103,7 @@ def denoise(
             places=torch.arange(num_rows, device=ids.device),
             settings=RowSettings.of([settings] * num_rows, ids.device),
             is_whole=False,
+            allowed=allowed,
         ),
         step_of_token=torch.full_like(ids, -1),
         num_forwards=torch.zeros_like(ids[:, 0]),
@@ -141,6 +145,7 @@ class _Batch:
             places=active,
             settings=rows.settings.rows(active),
             is_whole=bool((document_ids == document_ids[:, :1]).all()),
+            allowed=None if rows.allowed is None else rows.allowed.rows(active, length),
         )
 
     def take(self, rows: OpenRows, step: Step, is_cut: Bool[Tensor, "A T"] | None, number: int) -> None:

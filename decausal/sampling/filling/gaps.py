@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 from decausal.errors import UserError
 
@@ -42,14 +41,6 @@ def parse_gaps(template: str) -> list[Piece]:
     if len(pieces) == 1:
         raise UserError("the text has no gap: write {gap}, or {gap:4} for a gap of 4 tokens, where text is missing")
     return [piece for piece in pieces if piece != ""]
-
-
-def follows_space(pieces: Sequence[Piece]) -> bool:
-    """Whether a gap begins behind a space or line break, which most tokenizers join to what they find behind it."""
-    return any(
-        isinstance(before, str) and before[-1:].isspace() and not isinstance(behind, str)
-        for before, behind in pairwise(pieces)
-    )
 
 
 def _length(mark: str, length: str | None) -> int | None:

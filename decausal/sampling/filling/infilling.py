@@ -19,9 +19,7 @@ from decausal.sampling.rows import (
     Filled,
     Row,
     fill_rows,
-    ids_behind,
     named,
-    prompt_ids,
     text_after,
 )
 from decausal.sampling.settings import SamplerSettings
@@ -37,7 +35,7 @@ class Filling:
     Attributes:
         texts: The new text of each gap, special tokens left out.
         full_text: The whole: what was given is in it as it was given.
-        ids: The new tokens of each gap.
+        ids: The new tokens of each gap; the first and last may also hold given characters, see `borders`.
         step_of_token: For each of `ids` the step, from 0, in which it was kept.
         lengths: The tokens of each gap.
         num_forwards: Passes of single rows through the model: this text's own, and those of all candidates for its
@@ -75,9 +73,8 @@ def fill(
     Args:
         converted: Model, tokenizer and facts.
         texts: A text is a list: strings are given, an integer is a gap of so many tokens, None one of unknown length,
-            as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see `gaps.parse_gaps`. A gap best begins before a
-            space or line break, which tokenizers join to what follows. Where a text begins with a gap, its row starts
-            from BOS or EOS.
+            as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see `gaps.parse_gaps`. Where a text begins with a
+            gap, its row starts from BOS or EOS.
         max_gap: The most tokens in a gap of unknown length; fewer where the model's context ends.
         length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
         batch_size: Rows in the model at once; it does not change what they become.
@@ -198,9 +195,7 @@ def _gapped(converted: Converted, given: list[str], lengths: list[int | None], n
             f"{name} ends with a gap of unknown length: nothing behind it tells where it ends; give its length, or use "
             "generate"
         )
-    before = prompt_ids(converted, given[0])
-    behind = [ids_behind(converted.tokenizer, text) for text in given[1:]]
-    return GappedText((before, *behind), tuple(lengths), name, seed)
+    return GappedText.of(converted, given, lengths, name, seed)
 
 
 def _search(
@@ -223,7 +218,8 @@ def _filling(converted: Converted, given: list[str], row: Row, filled: Filled, s
     spans = row.spans()
     ids = [filled.ids[span.start : span.stop] for span in spans]
     texts = [
-        text_after(converted.tokenizer, filled.ids[: span.start], new) for span, new in zip(spans, ids, strict=True)
+        border.inside(text_after(converted.tokenizer, filled.ids[: span.start], new))
+        for span, new, border in zip(spans, ids, row.borders, strict=True)
     ]
     num_forwards = filled.num_forwards + search.num_forwards
     return Filling(

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.sampling.rows import Row, fill_rows
+from decausal.sampling.borders import Border, split_at_borders
+from decausal.sampling.rows import Row, fill_rows, ids_behind, prompt_ids
 from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
 
@@ -43,15 +44,30 @@ class GappedText:
         lengths: Of each gap; None where it is unknown.
         name: What error messages call it.
         seed: What it draws from.
+        borders: Of each gap; none where no token crosses one.
     """
 
     given: tuple[list[int], ...]
     lengths: tuple[int | None, ...]
     name: str
     seed: int
+    borders: tuple[Border, ...] = ()
+
+    @classmethod
+    def of(
+        cls, converted: Converted, given: Sequence[str], lengths: Sequence[int | None], name: str, seed: int
+    ) -> GappedText:
+        """Encodes texts, so that their tokens, and those of the gaps, are as in a whole text.
+
+        Raises:
+            UserError: There is nothing to start a row from, see `prompt_ids`.
+        """
+        texts, borders = split_at_borders(converted.tokenizer, given, lengths)
+        before, behind = prompt_ids(converted, texts[0]), [ids_behind(converted.tokenizer, text) for text in texts[1:]]
+        return cls((before, *behind), tuple(lengths), name, seed, borders)
 
     def row(self, lengths: Sequence[int]) -> Row:
-        return Row(self.given, tuple(lengths), self.name)
+        return Row(self.given, tuple(lengths), self.name, self.borders)
 
     def started(self, length: int) -> tuple[int, ...]:
         """The lengths, with `length` where they are unknown."""
@@ -286,4 +302,7 @@ def _resized(text: GappedText, filling: _Scored, gap: int, change: int) -> _Prop
     opened = range(max(first - 1, span.start), min(first + size + 1, span.stop))
     lengths = (*filling.lengths[:gap], filling.lengths[gap] + change, *filling.lengths[gap + 1 :])
     given = (filling.ids[: opened.start], filling.ids[opened.stop :])
-    return _Proposal(lengths, Row(given, (len(opened) + change,), text.name))
+    border = text.borders[gap] if text.borders else Border()
+    start = border.start if opened.start == span.start else ""
+    end = border.end if opened.stop == span.stop else ""
+    return _Proposal(lengths, Row(given, (len(opened) + change,), text.name, (Border(start, end),)))

@@ -10,7 +10,6 @@ const SCHEDULES = {
   entropy_bound: { name: "Nats", value: 1, step: 0.1, min: 0, max: "" },
 };
 const EXAMPLES = {
-  // Gaps begin before a space or break: tokenizers join these to what follows.
   fill: "class Point:\n    def __init__(self, x, y):[[8]]\n        self.y = y\n",
   several: "def read(path):\n    with open([[4]]) as file:\n        return[[6]]\n\n\nclass Reader:\n    def[[8]]\n        pass\n",
   continue: "def __init__(self, name, value=None):",

@@ -1,0 +1,151 @@
+"""Where given text meets a gap: tokens that cross the border.
+
+Most tokenizers join a space, or a line break with its indentation, to what stands behind it. A text that is cut between
+the two ends in a token that nothing ever followed in training, and the gap is filled badly (docs/log.md). So these
+characters are left out of the given tokens, and the gap's first token must begin with them, or its last end with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+_INDENTATION = re.compile(r"[ \t]+(?=\S)")
+
+
+class Border(NamedTuple):
+    """Given characters inside of a gap's tokens.
+
+    Attributes:
+        start: What its first token begins with.
+        end: What its last token ends with.
+    """
+
+    start: str = ""
+    end: str = ""
+
+    def inside(self, text: str) -> str:
+        """What is new in the text of the gap's tokens."""
+        return text.removeprefix(self.start).removesuffix(self.end)
+
+
+def split_at_borders(
+    tokenizer: Any, given: Sequence[str], lengths: Sequence[int | None]
+) -> tuple[list[str], tuple[Border, ...]]:
+    """Returns the given texts without the characters that tokens across a border hold, and these.
+
+    Args:
+        tokenizer: The model's.
+        given: Texts before, between and behind the gaps.
+        lengths: Of the gaps; None where it is unknown.
+    """
+    texts, borders = list(given), []
+    vocabulary = Vocabulary.of(tokenizer)
+    for gap, length in enumerate(lengths):
+        border = vocabulary.border(texts[gap], texts[gap + 1], 1 if length is None else length)
+        texts[gap] = texts[gap].removesuffix(border.start)
+        texts[gap + 1] = texts[gap + 1].removeprefix(border.end)
+        borders.append(border)
+    return texts, tuple(borders)
+
+
+class Vocabulary:
+    """The text of every token as it reads behind other text; special tokens have none."""
+
+    _known: ClassVar[WeakKeyDictionary[Any, Vocabulary]] = WeakKeyDictionary()
+
+    def __init__(self, tokenizer: Any) -> None:
+        anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        pairs = [[*anchor, token] for token in range(len(tokenizer))]
+        before, *whole = tokenizer.batch_decode([anchor, *pairs], skip_special_tokens=True)
+        self.texts = [text.removeprefix(before) for text in whole]
+        self._lengths: dict[Border, int] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Vocabulary:
+        """The vocabulary of a tokenizer, read once."""
+        known = cls._known.get(tokenizer)
+        if known is None or len(known.texts) != len(tokenizer):
+            known = cls._known[tokenizer] = cls(tokenizer)
+        return known
+
+    def border(self, before: str, behind: str, length: int) -> Border:
+        """The characters beside a gap of so many tokens, at least, that this tokenizer joins to others."""
+        start = before[-1:] if len(before) > 1 and before[-1].isspace() else ""
+        indentation = _INDENTATION.match(behind)
+        end = indentation[0][:-1] if indentation else ""
+        if self._longest(Border(start=start)) <= len(start):
+            start = ""
+        if self._longest(Border(end=end)) <= len(end):
+            end = ""
+        if length == 1 and not self._longest(Border(start, end)):
+            return Border()
+        return Border(start, end)
+
+    def _longest(self, border: Border) -> int:
+        """Characters of the longest token that fits; 0: there is none."""
+        if border not in self._lengths:
+            self._lengths[border] = max((len(text) for text in self.texts if _fits(text, border)), default=0)
+        return self._lengths[border]
+
+
+def _fits(text: str, border: Border) -> bool:
+    is_long_enough = len(text) >= len(border.start) + len(border.end)
+    return is_long_enough and text.startswith(border.start) and text.endswith(border.end)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which tokens the positions of rows may get.
+
+    Attributes:
+        index: Row of `tokens`; -1 where any token may stand.
+        tokens: True where one may.
+    """
+
+    index: Int[Tensor, "A T"]
+    tokens: Bool[Tensor, "S V"]
+
+    def rows(self, index: Int[Tensor, "m"], length: int) -> Allowed:
+        """Of some rows, the first columns."""
+        return Allowed(self.index[index, :length], self.tokens)
+
+
+class AllowedTokens:
+    """Sets of tokens by what they begin and end with, made when they are first asked for.
+
+    Args:
+        tokenizer: The model's.
+        vocabulary_size: Rows of its head.
+        device: Where the sets are used.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary_size: int, device: torch.device) -> None:
+        self._tokenizer, self._size = tokenizer, vocabulary_size
+        self._numbers: dict[Border, int] = {}
+        self.tokens: Bool[Tensor, "S V"] = torch.zeros(0, vocabulary_size, dtype=torch.bool, device=device)
+
+    def numbers(self, spans: Sequence[range], borders: Sequence[Border]) -> dict[int, int]:
+        """By position, which set the tokens at the borders of a row's gaps are of."""
+        wanted: dict[int, Border] = {}
+        for span, border in zip(spans, borders, strict=False):
+            wanted[span.start] = Border(start=border.start)
+            last = wanted.get(span.stop - 1, Border())
+            wanted[span.stop - 1] = last._replace(end=border.end)
+        return {position: self._number(border) for position, border in wanted.items() if border != Border()}
+
+    def _number(self, border: Border) -> int:
+        if border not in self._numbers:
+            fits = [_fits(text, border) for text in Vocabulary.of(self._tokenizer).texts][: self._size]
+            new = torch.zeros(1, self._size, dtype=torch.bool, device=self.tokens.device)
+            new[0, : len(fits)] = torch.tensor(fits, device=self.tokens.device)
+            self.tokens = torch.cat([self.tokens, new])
+            self._numbers[border] = len(self._numbers)
+        return self._numbers[border]
