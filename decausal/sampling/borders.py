@@ -97,8 +97,11 @@ class Vocabulary:
 
 
 def _fits(text: str, border: Border) -> bool:
-    is_long_enough = len(text) >= len(border.start) + len(border.end)
-    return is_long_enough and text.startswith(border.start) and text.endswith(border.end)
+    """Whether a token may stand at a border. At its end it adds nothing to an indentation that is given."""
+    if len(text) < len(border.start) + len(border.end):
+        return False
+    is_deeper = border.end != "" and text.removesuffix(border.end).endswith((" ", "\t"))
+    return text.startswith(border.start) and text.endswith(border.end) and not is_deeper
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_one_token_that_must_hold_both_sides_and_cannot_is_left_alone() -> None:
     assert vocabulary.border("a ", "   b", 2) == Border(" ", "  ")
     assert vocabulary.border("a ", "   b", 1) == Border()
     vocabulary = Vocabulary(CHARACTERS)
-    vocabulary.texts = [" x", "\n  ", " ", "    "]
+    vocabulary.texts = [" x", "\n  ", " ", " \n  "]
     assert vocabulary.border("a ", "   b", 1) == Border(" ", "  ")
 
 
@@ -68,8 +68,8 @@ def test_allowed_tokens_are_those_that_fit() -> None:
     texts = [*Vocabulary.of(CODE).texts, "", "", ""]
     rules = {
         4: lambda text: text.startswith("\n"),
-        6: lambda text: text.endswith(" "),
-        9: lambda text: len(text) > 2 and text.startswith(" ") and text.endswith("  "),
+        6: lambda text: text.endswith(" ") and not text[:-1].endswith((" ", "\t")),
+        9: lambda text: len(text) > 3 and text[0] == " " and text.endswith("  ") and text[-3] not in " \t",
     }
     for position, fits in rules.items():
         assert table.tokens[numbers[position]].tolist() == [fits(text) for text in texts]
