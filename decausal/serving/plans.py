@@ -156,11 +156,12 @@ def _completion_texts(
     texts = []
     behind = ids_behind(converted.tokenizer, body.suffix) if body.suffix else []
     is_unknown = bool(behind) and body.max_tokens is None
+    is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
     for (ids, prompt), name in zip(prompts, named("prompt", prompts), strict=True):
         full_name = f"{name} with its suffix" if behind else name
         num_new = _num_new(len(ids) + len(behind), body.max_tokens, settings, max_total_tokens, full_name)
         lengths = (None if is_unknown else num_new,)
-        if behind:
+        if behind and is_text:  # ids stay as they were sent
             texts.append(GappedText.of(converted, [prompt, body.suffix], lengths, full_name, settings.seed))
         else:
             texts.append(GappedText((ids, behind), lengths, full_name, settings.seed))

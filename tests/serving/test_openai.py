@@ -12,8 +12,10 @@ import openai
 import pytest
 
 from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.filling.infilling import fill, infill
 from decausal.sampling.generate import generate
+from decausal.sampling.rows import Row, fill_rows, text_after
 from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
@@ -75,6 +77,15 @@ def test_a_suffix_makes_a_gap_that_is_filled_as_infill_fills_it(model: Converted
     assert found.choices[0].text == wanted.text
     assert found.choices[0].finish_reason == "stop"
     assert found.usage.completion_tokens == 6
+
+
+def test_a_prompt_of_ids_before_a_suffix_stays_as_it_was_sent(model: Converted, client: openai.OpenAI) -> None:
+    ids = model.tokenizer("x = ", add_special_tokens=False)["input_ids"]
+    found = client.completions.create(model="tiny", prompt=ids, suffix="\ny = 2", max_tokens=6, seed=4)
+    behind = model.tokenizer("\ny = 2", add_special_tokens=False)["input_ids"]
+    settings = settings_for(model.facts, seed=4)
+    (filled,) = fill_rows(model, [Row((ids, behind), (6,), "the prompt")], settings)
+    assert found.choices[0].text == text_after(model.tokenizer, ids, filled.ids[len(ids) : len(ids) + 6])
 
 
 def test_a_suffix_without_a_length_is_filled_as_infill_finds_it(model: Converted, client: openai.OpenAI) -> None:
