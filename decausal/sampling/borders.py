@@ -66,7 +66,8 @@ class Vocabulary:
         pairs = [[*anchor, token] for token in range(len(tokenizer))]
         before, *whole = tokenizer.batch_decode([anchor, *pairs], skip_special_tokens=True)
         self.texts = [text.removeprefix(before) for text in whole]
-        self._lengths: dict[Border, int] = {}
+        self._lengths = torch.tensor([len(text) for text in self.texts])
+        self._fitting: dict[Border, Bool[Tensor, "V"]] = {}
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
@@ -81,19 +82,26 @@ class Vocabulary:
         start = before[-1:] if len(before) > 1 and before[-1].isspace() else ""
         indentation = _INDENTATION.match(behind)
         end = indentation[0][:-1] if indentation else ""
-        if self._longest(Border(start=start)) <= len(start):
+        if not self._joins(Border(start=start)):
             start = ""
-        if self._longest(Border(end=end)) <= len(end):
+        if not self._joins(Border(end=end)):
             end = ""
-        if length == 1 and not self._longest(Border(start, end)):
+        if length == 1 and not self.fitting(Border(start, end)).any():
             return Border()
         return Border(start, end)
 
-    def _longest(self, border: Border) -> int:
-        """Characters of the longest token that fits; 0: there is none."""
-        if border not in self._lengths:
-            self._lengths[border] = max((len(text) for text in self.texts if _fits(text, border)), default=0)
-        return self._lengths[border]
+    def _joins(self, border: Border) -> bool:
+        """Whether some token holds these characters and more."""
+        num_given = len(border.start) + len(border.end)
+        if num_given >= self._lengths.max():  # however long an indentation a client sends, nothing is kept of it
+            return False
+        return bool((self._lengths[self.fitting(border)] > num_given).any())
+
+    def fitting(self, border: Border) -> Bool[Tensor, "V"]:
+        """Which tokens may stand at a border."""
+        if border not in self._fitting:
+            self._fitting[border] = torch.tensor([_fits(text, border) for text in self.texts])
+        return self._fitting[border]
 
 
 def _fits(text: str, border: Border) -> bool:
@@ -131,7 +139,7 @@ class AllowedTokens:
     """
 
     def __init__(self, tokenizer: Any, vocabulary_size: int, device: torch.device) -> None:
-        self._tokenizer, self._size = tokenizer, vocabulary_size
+        self._tokenizer = tokenizer
         self._numbers: dict[Border, int] = {}
         self.tokens: Bool[Tensor, "S V"] = torch.zeros(0, vocabulary_size, dtype=torch.bool, device=device)
 
@@ -146,9 +154,8 @@ class AllowedTokens:
 
     def _number(self, border: Border) -> int:
         if border not in self._numbers:
-            fits = [_fits(text, border) for text in Vocabulary.of(self._tokenizer).texts][: self._size]
-            new = torch.zeros(1, self._size, dtype=torch.bool, device=self.tokens.device)
-            new[0, : len(fits)] = torch.tensor(fits, device=self.tokens.device)
-            self.tokens = torch.cat([self.tokens, new])
+            fitting = Vocabulary.of(self._tokenizer).fitting(border)[: self.tokens.shape[1]]
+            new = torch.nn.functional.pad(fitting, (0, self.tokens.shape[1] - len(fitting)))
+            self.tokens = torch.cat([self.tokens, new[None].to(self.tokens.device)])
             self._numbers[border] = len(self._numbers)
         return self._numbers[border]

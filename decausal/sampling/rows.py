@@ -58,6 +58,11 @@ class Row:
     def length(self) -> int:
         return sum(map(len, self.given)) + sum(self.gaps)
 
+    @property
+    def has_borders(self) -> bool:
+        """Whether a token of some gap holds given characters."""
+        return any(border != Border() for border in self.borders)
+
     def spans(self) -> list[range]:
         """The positions of each gap."""
         sizes = [len(self.given[0]), *chain(*zip(self.gaps, map(len, self.given[1:]), strict=True))]
@@ -195,7 +200,7 @@ def padded(
 
 def allowed_in(converted: Converted, rows: Sequence[Row], ids: Int[Tensor, "B T"]) -> Allowed | None:
     """Which tokens may stand at the borders of gaps; None where any may everywhere."""
-    if not any(border != Border() for row in rows for border in row.borders):
+    if not any(row.has_borders for row in rows):
         return None
     vocabulary_size = len(converted.model.get_output_embeddings().weight)
     table = AllowedTokens(converted.tokenizer, vocabulary_size, ids.device)

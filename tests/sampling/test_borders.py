@@ -51,14 +51,31 @@ def test_a_tokenizer_that_joins_nothing_has_no_borders() -> None:
     assert split_at_borders(CHARACTERS, ["add 12 ", "    =7"], [3])[1] == (Border(),)
 
 
+class Tokens(list):
+    """A tokenizer of these tokens, as far as a vocabulary asks it."""
+
+    __hash__ = object.__hash__
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["".join(self[token] for token in row) for row in rows]
+
+
 def test_one_token_that_must_hold_both_sides_and_cannot_is_left_alone() -> None:
-    vocabulary = Vocabulary(CHARACTERS)
-    vocabulary.texts = [" x", "\n  ", " "]
+    vocabulary = Vocabulary(Tokens([" x", "\n  ", " "]))
     assert vocabulary.border("a ", "   b", 2) == Border(" ", "  ")
     assert vocabulary.border("a ", "   b", 1) == Border()
-    vocabulary = Vocabulary(CHARACTERS)
-    vocabulary.texts = [" x", "\n  ", " ", " \n  "]
+    vocabulary = Vocabulary(Tokens([" x", "\n  ", " ", " \n  "]))
     assert vocabulary.border("a ", "   b", 1) == Border(" ", "  ")
+
+
+def test_long_indentations_leave_nothing_behind() -> None:
+    vocabulary = Vocabulary(Tokens([" x", "\n  "]))
+    for length in range(4, 20):
+        assert vocabulary.border("a", " " * length + "b", 2) == Border()
+    assert len(vocabulary._fitting) <= 2
 
 
 def test_allowed_tokens_are_those_that_fit() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
-from decausal.sampling.borders import Allowed, AllowedTokens, Border
+from decausal.sampling.borders import Allowed, AllowedTokens
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
@@ -156,7 +156,7 @@ class RowEngine:
     def _forward(self, places: list[int], rows: list[_Running]) -> _Step:
         lengths = [running.job.row.length for running in rows]
         index, length = torch.tensor(places, device=self._ids.device), max(lengths)
-        has_borders = any(border != Border() for running in rows for border in running.job.row.borders)
+        has_borders = any(running.job.row.has_borders for running in rows)
         open_rows = OpenRows(
             ids=self._ids[index, :length],
             is_open=self._is_open[index, :length],
