@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.command_line import CommandLine, Ended
-from tests.exchange.test_import import publish
+from tests.exchange.public_forms import publish
 from tests.local_hub import TOKEN, LocalHub, local_hub
 from tests.runs import assert_same, save_source, weights, write_text
 

@@ -24,7 +24,7 @@ from decausal.models.checkpoint import load_converted, read_facts, write_facts
 from decausal.training.run_directory import checkpoints
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.trainer import ConversionTrainer
-from tests.exchange.test_import import publish
+from tests.exchange.public_forms import publish
 from tests.runs import ROOT, assert_same, logged, run, save_source, weights, write_text
 
 BLOCK = {"layout": "block", "block_size": 4, "causal_context": True, "shift": 0}
