@@ -35,7 +35,7 @@ from decausal.data.documents import read_documents
 from decausal.diffusion.shift import predicting_index
 from decausal.models.backbone import body_forward
 from decausal.models.checkpoint import Converted
-from decausal.objectives.tokens import logits
+from decausal.objectives.head import logits
 from decausal.provenance import provenance
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows
 from decausal.sampling.row_settings import RowSettings

@@ -32,7 +32,8 @@ from torch.nn import functional
 
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
 from decausal.models.backbone import decoder_layers
-from decausal.objectives.tokens import Head, chunked_cross_entropy
+from decausal.objectives.head import Head
+from decausal.objectives.tokens import chunked_cross_entropy
 from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write_nowhere()
         return 128 + signal.SIGPIPE
     except UserError as error:
+        if os.environ.get("DECAUSAL_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
         print(f"decausal: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

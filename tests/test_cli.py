@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from decausal.cli import VERBS, main
+from decausal.training.run import argument_errors
 from decausal.training.settings import ConversionSettings
 from tests.runs import environment, save_source, write_text
 
@@ -152,3 +153,19 @@ def test_progress_bars_are_for_terminals(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
         assert training_arguments({"output_dir": str(tmp_path)}).disable_tqdm is not is_terminal
     assert training_arguments({"output_dir": str(tmp_path), "disable_tqdm": False}).disable_tqdm is False
+
+
+def test_a_traceback_is_printed_where_it_is_asked_for(monkeypatch, capsys):
+    assert main(["nothing"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("DECAUSAL_TRACEBACK", "1")
+    assert main(["nothing"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.splitlines()[-1].startswith("decausal: error: unknown verb")
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, AttributeError])
+def test_an_error_that_is_about_no_argument_keeps_its_traceback(error):
+    with pytest.raises(error), argument_errors():
+        raise error("a fault of ours")

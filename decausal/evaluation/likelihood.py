@@ -42,7 +42,7 @@ from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
-from decausal.objectives.tokens import Head
+from decausal.objectives.head import Head
 
 CAUSAL = Layout("causal")
 

@@ -19,7 +19,8 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.backbone import body_forward, stock_model
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives.tokens import Head, chunked_cross_entropy
+from decausal.objectives.head import Head
+from decausal.objectives.tokens import chunked_cross_entropy
 
 Item = TypeVar("Item")
 

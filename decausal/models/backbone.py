@@ -16,8 +16,8 @@ from decausal.errors import UserError
 from decausal.models.architecture import layer_windows
 from decausal.models.row_attention import FLEX, RowAttention
 from decausal.models.sparse_mask import SparseMask
-from decausal.objectives import tokens
-from decausal.objectives.tokens import Head
+from decausal.objectives import head as output_head
+from decausal.objectives.head import Head
 
 # Families whose stock body turns bidirectional by `is_causal=False` alone, as tests/models/test_doctor.py measures for
 # each. All others get an explicit mask, which is slower but leaves nothing to the model.
@@ -229,5 +229,5 @@ def logits(
 ) -> Float[Tensor, "B T V"]:
     """Logits at every position, in fp32: body and head. For tests and short rows; training never builds these."""
     hidden = body_forward(model, input_ids, layout, document_ids=document_ids, position_ids=position_ids)
-    flat = tokens.logits(hidden.last_hidden_state.flatten(0, 1), head_of(model))
+    flat = output_head.logits(hidden.last_hidden_state.flatten(0, 1), head_of(model))
     return flat.unflatten(0, input_ids.shape)

@@ -17,7 +17,7 @@ from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows, reach, refusal
 from decausal.models.backbone import body_forward, decoder_layers, head_of, logits, stock_model
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives import tokens
+from decausal.objectives import head as output_head
 
 CAUSAL, BIDIRECTIONAL, BLOCKWISE = Layout("causal"), Layout("bidirectional"), Layout("block", 4)
 PROBE_LENGTH = 12
@@ -131,7 +131,9 @@ def _head_is_read(model: nn.Module) -> tuple[bool, float]:
     with _configured(stock, is_causal=True):
         states = stock.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
         expected = stock(input_ids=ids, use_cache=False, return_dict=True).logits
-    return _agree(tokens.logits(states.flatten(0, 1), head_of(model)).unflatten(0, ids.shape), expected, stock.dtype)
+    return _agree(
+        output_head.logits(states.flatten(0, 1), head_of(model)).unflatten(0, ids.shape), expected, stock.dtype
+    )
 
 
 def _causal_is_the_source(model: nn.Module) -> tuple[bool, float]:

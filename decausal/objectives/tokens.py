@@ -19,14 +19,11 @@ from decausal.objectives.head import (
     Head,
     autocast_off,
     default_chunk_size,
-    logits,
     logits_and_slope,
     matmul_dtype_of,
     scaled_gradient,
     softmax_dtype_of,
 )
-
-__all__ = ["Head", "TokenLoss", "chunked_cross_entropy", "default_chunk_size", "logits"]
 
 
 class TokenLoss(NamedTuple):

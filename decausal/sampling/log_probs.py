@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decausal.objectives.tokens import Head, logits
+from decausal.objectives.head import Head, logits
 from decausal.sampling.jobs import TokenLogProbs
 
 LOWEST_LOG_PROB = -9999.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from decausal.diffusion.shift import predicting_index
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import Converted
-from decausal.objectives.tokens import Head, logits
+from decausal.objectives.head import Head, logits
 
 ROWS_AT_ONCE = 16
 STATES_PER_CHUNK = 2048

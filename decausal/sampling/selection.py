@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.objectives.tokens import Head, logits
+from decausal.objectives.head import Head, logits
 from decausal.sampling.row_settings import RowSettings, TokenSettings
 from decausal.sampling.settings import SCHEDULES
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from decausal.errors import UserError
+from decausal.errors import UserError, first_line
 
 # What every run of ours differs in from transformers' defaults, and why.
 _ALWAYS = {
@@ -56,17 +56,26 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
 
 
 @contextmanager
-def argument_errors() -> Iterator[None]:
+def argument_errors(*others: type[Exception]) -> Iterator[None]:
     """Turns what transformers raises for arguments that it does not take into one line.
 
+    Only errors that speak of a value or of a missing package are about arguments. Anything else is a fault of a
+    program, and passes with its traceback.
+
+    Args:
+        others: more kinds of error that can only be about arguments, in a call that does nothing but read some.
+
     Raises:
-        UserError: instead of the errors that transformers raises while it reads arguments.
+        UserError: for a ValueError, an ImportError or one of `others`.
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"training arguments: {lines[0]}") from error
+    except (ValueError, ImportError, *others) as error:
+        raise UserError(f"training arguments: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # as the integrations of --report_to say it
+            raise
+        raise UserError(f"training arguments: {first_line(error)}") from error
 
 
 def rows_per_step(args: TrainingArguments) -> int:

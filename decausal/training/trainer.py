@@ -110,7 +110,7 @@ class ConversionTrainer(Trainer):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with argument_errors():
+        with argument_errors(TypeError):  # of a scheduler's own arguments
             return super().create_scheduler(*args, **kwargs)
 
     # Rows and losses

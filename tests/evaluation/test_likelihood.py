@@ -16,7 +16,7 @@ from decausal.evaluation.passes import predicted_tokens
 from decausal.evaluation.results import beside, nelbo_difference
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import ConversionFacts, save_converted
-from decausal.objectives import tokens
+from decausal.objectives import head as output_head
 from tests.evaluation.rows import alone, converted, packed_row
 from tests.families import FAMILIES, tiny_tokenizer
 
@@ -33,7 +33,7 @@ def _token_log_probs(model, facts, row):
     def log_probs(is_masked):
         noised_ids = clean_ids.expand_as(is_masked).masked_fill(is_masked, facts.mask_token_id)
         hidden = body_forward(model, noised_ids, facts.attention).last_hidden_state
-        logits = tokens.logits(hidden.flatten(0, 1), head).unflatten(0, is_masked.shape)
+        logits = output_head.logits(hidden.flatten(0, 1), head).unflatten(0, is_masked.shape)
         of_tokens = logits.log_softmax(-1).roll(facts.shift, dims=1)
         return of_tokens[:, torch.arange(length), clean_ids]
 

@@ -13,7 +13,7 @@ from decausal.data.block_collator import BlockCollator
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives.tokens import logits
+from decausal.objectives.head import logits
 from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.rollout_states import relative_steps, rows_of, states_of

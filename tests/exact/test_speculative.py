@@ -16,7 +16,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
 from decausal.models.checkpoint import ConversionFacts, Converted
-from decausal.objectives import tokens
+from decausal.objectives import head as output_head
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.blocks.speculative_rows import probabilities
 from decausal.sampling.jobs import Job, run
@@ -65,7 +65,7 @@ def greedy(model, prompt, max_new_tokens, ends=()):
     with torch.no_grad():
         while len(ids) < len(prompt) + max_new_tokens:
             state = body_forward(model, torch.tensor([ids]), CAUSAL).last_hidden_state[:, -1]
-            ids.append(int(tokens.logits(state, head).argmax()))
+            ids.append(int(output_head.logits(state, head).argmax()))
             if ids[-1] in ends:
                 break
     return ids[len(prompt) :]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decausal.objectives.tokens import Head, chunked_cross_entropy, logits
+from decausal.objectives.head import Head, logits
+from decausal.objectives.tokens import chunked_cross_entropy
 
 N, V, D = 23, 41, 6
 

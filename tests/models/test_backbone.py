@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decausal.diffusion.layout import Layout, future_order
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, decoder_layers, head_of, logits
-from decausal.objectives import tokens
+from decausal.objectives import head as output_head
 from tests.families import FAMILIES, OTHER_FAMILIES
 
 CAUSAL, BIDIRECTIONAL, BLOCKWISE = Layout("causal"), Layout("bidirectional"), Layout("block", 4)
@@ -25,7 +25,7 @@ def test_the_last_of_l_plus_one_states_is_what_the_head_reads(family: str) -> No
     output = body_forward(model, IDS, CAUSAL, output_hidden_states=True)
     assert len(output.hidden_states) == len(decoder_layers(model)) + 1
     assert output.hidden_states[-1] is output.last_hidden_state
-    found = tokens.logits(output.hidden_states[-1][0], head_of(model))
+    found = output_head.logits(output.hidden_states[-1][0], head_of(model))
     torch.testing.assert_close(found, model(IDS).logits[0], rtol=1e-6, atol=1e-6)
 
 

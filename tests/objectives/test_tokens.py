@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decausal.objectives.tokens import Head, chunked_cross_entropy, default_chunk_size, logits
+from decausal.objectives.head import Head, default_chunk_size, logits
+from decausal.objectives.tokens import chunked_cross_entropy
 
 
 class TensorLedger(TorchDispatchMode):

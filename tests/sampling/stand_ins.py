@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives.tokens import Head
+from decausal.objectives.head import Head
 from decausal.sampling.bidirectional import denoiser, window_cache
 
 

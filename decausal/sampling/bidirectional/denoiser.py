@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts
-from decausal.objectives.tokens import Head
+from decausal.objectives.head import Head
 from decausal.sampling.bidirectional.decode_windows import Window, current_window
 from decausal.sampling.bidirectional.remasking import opened_at_random
 from decausal.sampling.bidirectional.window_cache import Reading, WindowReader

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decausal.errors import UserError, first_line
-from decausal.objectives.tokens import Head
+from decausal.objectives.head import Head
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
 

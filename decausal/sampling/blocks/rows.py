@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.objectives.tokens import Head
+from decausal.objectives.head import Head
 from decausal.sampling.candidates import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.selection import best, candidates, num_to_keep
