@@ -106,6 +106,7 @@ def _in_block_order(
     query_stream: Int[Tensor, "..."] | None,
     key_stream: Int[Tensor, "..."] | None,
 ) -> Bool[Tensor, "..."]:
+    assert layout.block_size is not None
     query_block, key_block = query_position // layout.block_size, key_position // layout.block_size
     clean_reads_clean = key_position <= query_position if layout.causal_context else key_block <= query_block
     if query_stream is None:
@@ -156,7 +157,7 @@ def attention_mask(
         query_stream,
         key_stream,
     )
-    if future_order is not None:
+    if future_order is not None and future_fraction is not None:
         length = document_ids.shape[1]
         is_open = future_order[:length, :length] < future_fraction
         is_visible = is_visible & ((key_position <= query_position) | is_open)

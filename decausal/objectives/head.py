@@ -73,7 +73,7 @@ class Gradients(NamedTuple):
         return cls(
             torch.zeros_like(hidden) if needs[0] else None,
             torch.zeros_like(weight, dtype=sum_dtype) if needs[1] else None,
-            torch.zeros_like(bias, dtype=sum_dtype) if needs[2] else None,
+            torch.zeros_like(bias, dtype=sum_dtype) if bias is not None and needs[2] else None,
         )
 
     def add(self, rows: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:

@@ -43,7 +43,8 @@ def alignment(
     Source: REPR-ALIGN (arXiv 2605.06885), there a mean over positions and layers; here a sum, for the caller to divide
     by a global count.
     """
-    return _Alignment.apply(student, None, teacher, weights, _checked(distance))
+    total: Tensor = _Alignment.apply(student, None, teacher, weights, _checked(distance))
+    return total
 
 
 def alignment_at(
@@ -58,7 +59,8 @@ def alignment_at(
     Raises:
         UserError: for an unknown distance.
     """
-    return _Alignment.apply(student, student_index, teacher_rows, weights, _checked(distance))
+    total: Tensor = _Alignment.apply(student, student_index, teacher_rows, weights, _checked(distance))
+    return total
 
 
 def _checked(distance: str) -> str:
@@ -74,6 +76,7 @@ class _Alignment(torch.autograd.Function):
         ctx: Any, student: Tensor, index: Tensor | None, teacher: Tensor, weights: Tensor | None, distance: str
     ) -> Tensor:
         rows, dtype = _rows(student, index), torch.promote_types(student.dtype, torch.float32)
+        row_distances: Tensor
         scalars: tuple[Tensor, ...] = ()
         if distance == "cosine":
             student_inverse, teacher_inverse = _inverse_norm(rows, dtype), _inverse_norm(teacher, dtype)
@@ -84,7 +87,7 @@ class _Alignment(torch.autograd.Function):
             row_distances = (rows.to(dtype) - teacher).square().mean(dim=-1)
         ctx.distance = distance
         ctx.save_for_backward(student, index, teacher, weights, *scalars)
-        return row_distances.sum() if weights is None else (row_distances * weights).sum()
+        return (row_distances if weights is None else row_distances * weights).sum()
 
     @staticmethod
     @once_differentiable
