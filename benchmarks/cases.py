@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from decausal.data.stream import Batch
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward
-from decausal.training.losses import Supervision, loss_sums
+from decausal.training.losses import Supervision, loss_sums, weighted_loss
+from decausal.training.questions import Vocabulary, ask
 from decausal.training.teacher import CAUSAL, Teacher
+from decausal.training.terms import AlignmentTerm, TokenTerm
 
 ALIGNMENT_WEIGHT = 10.0
 BIDIRECTIONAL = Layout("bidirectional")
@@ -28,6 +30,7 @@ class Arms:
     student: PreTrainedModel
     teacher: Teacher
     supervision: Supervision
+    alignment: AlignmentTerm
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,15 @@ class Case:
 
 def plain(arms: Arms, batch: Batch) -> Tensor:
     """The denoising step."""
-    return loss_sums(arms.student, batch, arms.supervision)["tokens"] / batch["denominators"][0]
+    return loss_sums(arms.student, batch, arms.supervision)[TokenTerm()] / batch["counts"]["tokens"]
 
 
 def aligned(arms: Arms, batch: Batch) -> Tensor:
     """The REPR-ALIGN step."""
-    states = arms.teacher.states(
-        batch["clean_ids"],
-        batch["teacher_index"],
-        arms.supervision.aligned_layers,
-        batch.get("document_ids"),
-        batch.get("position_ids"),
-    )
-    sums = loss_sums(arms.student, batch | {"teacher_states": states}, arms.supervision, ("tokens", "alignment"))
-    num_token_terms, num_aligned = batch["denominators"][:2].unbind()
-    return sums["tokens"] / num_token_terms + ALIGNMENT_WEIGHT * sums["alignment"] / num_aligned
+    weights = {TokenTerm(): 1.0, arms.alignment: ALIGNMENT_WEIGHT}
+    vocabulary = Vocabulary(arms.student.config.vocab_size, arms.supervision.mask_token_id)
+    answers = ask(arms.teacher, arms.alignment.questions, batch, vocabulary)
+    return weighted_loss(arms.student, batch, arms.supervision, weights, batch["counts"], answers)[0]
 
 
 def naive_plain(arms: Arms, batch: Batch) -> Tensor:

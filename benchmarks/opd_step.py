@@ -37,11 +37,13 @@ from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import ConversionFacts
 from decausal.provenance import provenance
 from decausal.sampling.settings import SamplerSettings
-from decausal.training.losses import Distillation, Supervision, loss_sums
+from decausal.training.losses import Supervision, loss_sums
 from decausal.training.memory import keep_freed_memory
 from decausal.training.on_policy import OnPolicyRows, RolloutPlan
+from decausal.training.questions import Answers, Question, Vocabulary, ask
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.teacher import CAUSAL, Teacher
+from decausal.training.terms import DivergenceTerm, Term, TokenTerm
 
 FLOP_TARGET = 1.15
 WARMUP_ROUNDS = 1
@@ -54,7 +56,9 @@ class Workload:
     student: Any
     teacher: Teacher
     supervision: Supervision
+    term: DivergenceTerm
     rows: OnPolicyRows
+    decoding: Decoding
     device: torch.device
     is_bf16: bool
     batch_size: int
@@ -89,15 +93,12 @@ class Workload:
             end_row=2**40,
             rows_per_batch=args.prompts,
         )
-        supervision = Supervision(layout, mask_token_id, distillation=Distillation(top_k=args.top_k))
-        work = cls(student.train(), teacher, supervision, rows, device, args.bf16, args.prompts)
+        supervision, term = Supervision(layout, mask_token_id), DivergenceTerm(top_k=args.top_k)
+        return cls(student.train(), teacher, supervision, term, rows, decoding, device, args.bf16, args.prompts)
 
-        def roll_out(tasks: Sequence[Task]) -> list[Rollout]:
-            with work.autocast():
-                return decoding.roll_out(work.student, tasks)
-
-        rows.roll_out = roll_out
-        return work
+    def roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
+        with self.autocast():
+            return self.decoding.roll_out(self.student, tasks)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16)
@@ -105,29 +106,19 @@ class Workload:
     def batch(self, number: int) -> Batch:
         """Rolls out the batch of that number."""
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        return {name: part.to(self.device) for name, part in self.rows.batch(list(positions), number).items()}
+        batch = self.rows.batch(list(positions), number, self.roll_out)
+        return {name: part.to(self.device) for name, part in batch.items() if name != "counts"}
 
-    def ask(self, batch: Batch) -> Batch:
+    def ask(self, batch: Batch) -> Answers:
         """What the teacher says."""
+        vocabulary = Vocabulary(self.student.config.vocab_size, self.supervision.mask_token_id)
         with self.autocast():
-            (states,) = self.teacher.read(
-                batch["clean_ids"],
-                [(-1, batch["next_token_index"])],
-                batch.get("document_ids"),
-                batch.get("position_ids"),
-            )
-            answer = self.teacher.distribution(
-                states,
-                self.supervision.distillation.top_k,
-                banned=self.supervision.mask_token_id,
-                vocabulary_size=self.student.config.vocab_size,
-            )
-        return batch | {"teacher_next": answer}
+            return ask(self.teacher, self.term.questions, batch, vocabulary)
 
-    def train(self, batch: Batch, term: str) -> None:
+    def train(self, batch: Batch, term: Term, answers: Answers) -> None:
         """Forward and backward of the student."""
         with self.autocast():
-            loss = loss_sums(self.student, batch, self.supervision, (term,))[term]
+            loss = loss_sums(self.student, batch, self.supervision, (term,), answers)[term]
         loss.backward()
         self.student.zero_grad()
 
@@ -175,9 +166,9 @@ def measure_step(work: Workload, rounds: int) -> dict[str, Any]:
     batch: Batch = {}
     for turn in range(WARMUP_ROUNDS + rounds):
         rolled_out, batch = work.seconds(lambda turn=turn: work.batch(turn))
-        asked, answered = work.seconds(lambda batch=batch: work.ask(batch))
-        trained, _ = work.seconds(lambda batch=answered: work.train(batch, "logits"))
-        plain, _ = work.seconds(lambda batch=batch: work.train(batch, "tokens"))
+        asked, answers = work.seconds(lambda batch=batch: work.ask(batch))
+        trained, _ = work.seconds(lambda batch=batch, answers=answers: work.train(batch, work.term, answers))
+        plain, _ = work.seconds(lambda batch=batch: work.train(batch, TokenTerm(), {}))
         if turn >= WARMUP_ROUNDS:
             for name, value in zip(times, (rolled_out, asked, trained, plain), strict=True):
                 times[name].append(value)
@@ -201,10 +192,11 @@ def measure_operations(work: Workload, number: int) -> dict[str, Any]:
     batch: dict[str, Tensor] = {}
     rollout = count_operations(lambda: batch.update(work.batch(number)))
     rollouts = list(work.rows._rollouts.values())
-    teacher = count_operations(lambda: batch.update(work.ask(batch)))
-    student = count_operations(lambda: work.train(batch, "logits"))
+    answers: dict[Question, Any] = {}
+    teacher = count_operations(lambda: answers.update(work.ask(batch)))
+    student = count_operations(lambda: work.train(batch, work.term, answers))
     shape = ModelShape.of(work.student)
-    floors = training_floor(shape, rollouts, batch, work.rows.plan, work.supervision.distillation.top_k)
+    floors = training_floor(shape, rollouts, batch, work.rows.plan, work.term.top_k)
     counted = {"rollout": rollout, "teacher": teacher, "student": student}
     floors = {"rollout": decode_floor(shape, rollouts, work.rows.plan.block_size)} | floors
     return {
@@ -218,7 +210,7 @@ def measure_operations(work: Workload, number: int) -> dict[str, Any]:
 
 def measure_memory(work: Workload, batch: Batch) -> dict[str, float]:
     """Returns the peak bytes of teacher and student, and of the naive form."""
-    ours = peak_bytes(lambda: work.train(work.ask(batch), "logits"), work.device)
+    ours = peak_bytes(lambda: work.train(batch, work.term, work.ask(batch)), work.device)
     naive = peak_bytes(lambda: work.naive(batch), work.device)
     return {"ours": ours, "naive": naive, "ratio": ours / naive}
 

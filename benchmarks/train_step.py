@@ -38,6 +38,7 @@ from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.teacher import Teacher
+from decausal.training.terms import AlignmentTerm
 
 WARMUP_ROUNDS = 2
 NUM_BATCHES = 4
@@ -80,12 +81,11 @@ class Workload:
         teacher = Teacher(copy.deepcopy(student).to(torch.bfloat16 if args.bf16 else torch.float32))
         student.config.is_causal = False
         all_layers = tuple(range(len(decoder_layers(student)) + 1))
-        supervision = Supervision(BIDIRECTIONAL, student.config.vocab_size - 1, aligned_layers=all_layers)
+        supervision = Supervision(BIDIRECTIONAL, student.config.vocab_size - 1)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
         size = (args.batch_size or shape.batch_size, args.length or shape.length)
-        return cls(
-            Arms(student.train(), teacher, supervision), optimizer, device, args.bf16, *size, args.documents, args.seed
-        )
+        arms = Arms(student.train(), teacher, supervision, AlignmentTerm(all_layers))
+        return cls(arms, optimizer, device, args.bf16, *size, args.documents, args.seed)
 
     def make_batch(self, views: int, number: int) -> Batch:
         """Returns the run's batch of that number, on the CPU, through the library's stream and collator."""
@@ -100,11 +100,11 @@ class Workload:
         return TrainingStream(rows, 2**20, seed=self.seed, shift=1, noising=noising)
 
     def batches(self, views: int) -> list[Batch]:
-        """Returns the first batches as a step gets them: on the device, denominators in fp32."""
+        """Returns the first batches as a step gets them: on the device, counts in fp32."""
         batches = [self.make_batch(views, number) for number in range(NUM_BATCHES)]
         return [
-            {name: tensor.to(self.device) for name, tensor in batch.items()}
-            | {"denominators": batch["denominators"].to(self.device, torch.float32)}
+            {name: tensor.to(self.device) for name, tensor in batch.items() if name != "counts"}
+            | {"counts": {name: count.to(self.device, torch.float32) for name, count in batch["counts"].items()}}
             for batch in batches
         ]
 

@@ -21,10 +21,12 @@ from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
 from decausal.training.convert import Conversion, convert
-from decausal.training.losses import Supervision
+from decausal.training.losses import Supervision, Weighted
 from decausal.training.run import run_length, training_arguments
+from decausal.training.schedule import WeightSchedule
 from decausal.training.settings import ConversionSettings
 from decausal.training.teacher import Teacher
+from decausal.training.terms import AlignmentTerm, TokenTerm
 from decausal.training.trainer import ConversionTrainer
 from tests.families import FAMILIES, MAX_LENGTH, VOCAB_SIZE, tiny_tokenizer
 
@@ -164,7 +166,7 @@ def make_trainer(
     noising: Noising | None = None,
     weighting: str = "none",
     aligned_positions: str = "targets",
-    supervision: dict[str, Any] | None = None,
+    supervision: dict[str, Any] | None = None,  # papl, anneal_steps, and the schedule of an alignment
     changes: dict[str, Any] | None = None,
     **training: Any,
 ) -> ConversionTrainer:
@@ -172,10 +174,12 @@ def make_trainer(
     values = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no"}
     args = training_arguments(TRAINING | values | training | {"output_dir": str(output_dir)})
     model, mask_token_id = adapted(family, dtype, **(changes or {}))
-    options = {"layout": layout, "mask_token_id": mask_token_id} | (supervision or {})
-    is_aligned = options.get("alignment") is not None
+    options = dict(supervision or {})
+    losses = [Weighted(TokenTerm(options.pop("papl", 0.0)), WeightSchedule(1.0))]
+    is_aligned = "alignment" in options
     if is_aligned:
-        options.setdefault("aligned_layers", tuple(range(model.config.num_hidden_layers + 1)))
+        layers = tuple(range(model.config.num_hidden_layers + 1))
+        losses.append(Weighted(AlignmentTerm(layers), options.pop("alignment")))
     return ConversionTrainer(
         model,
         args,
@@ -187,7 +191,7 @@ def make_trainer(
             if layout.kind == "block"
             else Collator(mask_token_id, shift, weighting, aligned_positions)
         ),
-        supervision=Supervision(**options),
+        supervision=Supervision(layout, mask_token_id, tuple(losses), **options),
         teacher=teacher_of(family, dtype, **(changes or {})) if is_aligned else None,
     )
 

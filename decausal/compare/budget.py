@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.settings import DEFAULT_TOKENS, CompareSettings
-from decausal.compare.tokens import TokenCounts
 from decausal.data.rows import PackedRows, load_rows
+from decausal.training.token_counts import TokenCounts
 
 MEAN_NOISE_LEVEL = 0.5
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from decausal.compare.budget import Budget
 from decausal.compare.records import Measurement, RunRecord, Score
-from decausal.compare.tokens import TokenCounts, TokenMeter
 from decausal.reporting.clock import Clock
+from decausal.training.token_counts import TokenCounts, TokenMeter
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Recorder(TrainerCallback):
         start_scores: what it would measure before any step.
         record: where measurements go.
         tell: hears of it.
+
+    Attributes:
+        meter: for the trainer to count tokens with.
     """
 
     def __init__(
@@ -95,12 +98,11 @@ class Recorder(TrainerCallback):
         self._step = state.global_step
         kept = [found for found in self.record.read() if found.step <= self._step] if self._step else []
         self.measurements = kept or [Measurement(0, 0.0, 0.0, TokenCounts(), self.start_scores)]
-        self.meter.counts, self.clock.passed = self.measurements[-1].tokens, self.measurements[-1].seconds
+        self.meter.start_from(self.measurements[-1].tokens)
+        self.clock.passed = self.measurements[-1].seconds
         self.record.begin(self.measurements)
         for measurement in self.measurements:
             self.tell(Event(self.name, "measured", measurement.step, measurement.progress, measurement=measurement))
-        self.meter.attach(kwargs["model"])
-        self.meter.attach_to_rollouts(getattr(kwargs.get("train_dataloader"), "dataset", None))
         self.clock.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

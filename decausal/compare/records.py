@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.compare.settings import Schedule
-from decausal.compare.tokens import TokenCounts
+from decausal.training.token_counts import TokenCounts
 
 MEASUREMENTS = "measurements.jsonl"
 FINAL = "final.json"

@@ -26,6 +26,7 @@ from decausal.models.checkpoint import load_converted
 from decausal.reporting.clock import Clock
 from decausal.training.convert import convert
 from decausal.training.run_directory import RUN_FILE, checkpoints
+from decausal.training.token_counts import TokenMeter
 
 _MAY_DIFFER = {"output_dir", "overwrite", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "eval_rows"}
 _TRIAL_STEPS = 30
@@ -119,7 +120,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
             record,
             tell,
         )
-        model = _convert(planned, recorder, recorder.measure, is_resumed=not overwrite)
+        model = _convert(planned, recorder, recorder.measure, recorder.meter, is_resumed=not overwrite)
         for checkpoint in checkpoints(directory):
             shutil.rmtree(checkpoint)
         measurements = recorder.measurements
@@ -146,7 +147,7 @@ def tried_steps(run: ArmRun, budget: Budget) -> int:
     with tempfile.TemporaryDirectory(prefix="decausal-trial-") as folder:
         trial = replace(run, training=run.training | {"output_dir": str(Path(folder, "run"))})
         watch = _Trial(budget.amount * 60 * _TRIAL_SHARE)
-        _convert(Planned(trial, 10 * _TRIAL_STEPS, budget), watch, None, is_resumed=False)
+        _convert(Planned(trial, 10 * _TRIAL_STEPS, budget), watch, None, None, is_resumed=False)
     return steps_for_minutes(budget, watch.num_steps, watch.clock.seconds)
 
 
@@ -170,6 +171,7 @@ def _convert(
     planned: Planned,
     callback: TrainerCallback,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+    meter: TokenMeter | None,
     *,
     is_resumed: bool,
 ) -> PreTrainedModel:
@@ -179,7 +181,7 @@ def _convert(
     training = planned.training | ({"resume_from_checkpoint": "true"} if is_begun else {})
     # transformers prints each log line; who watches the comparison sees what is in them
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return convert(conversion, training, callbacks=[callback], measure=measure).model
+        return convert(conversion, training, callbacks=[callback], measure=measure, meter=meter).model
 
 
 def _final_scores(planned: Planned, measure: Measure, model: PreTrainedModel | None) -> list[Score]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from decausal.data.stream import AlignedPositions, Batch, Items, KlMean, Targets, TargetTerms, Weighting
+from decausal.data.counts import counted
+from decausal.data.stream import AlignedPositions, Batch, Items, KlMean, Targets, Weighting, targets_of
 from decausal.diffusion.doubled import Doubled, block_starts, double, needs_copy
 from decausal.diffusion.layout import Layout
 from decausal.diffusion.shift import predictable
@@ -26,14 +26,14 @@ class BlockCollator:
         aligned_index, teacher_index [m]: the aligned states, in [B*S] and in [B*T];
         causal_index, causal_teacher_index [c]: in [B*S] and in [B*T], clean states that have read what precedes a
         predictable token and nothing more: any token where the context is causal, else those that begin a block;
-        denominators [4]: what the losses are means over (tokens, alignment, logits, causal logits).
+        counts: as in `Collator`.
 
     Attributes:
         mask_token_id: stands for masked tokens.
         shift: 0 or 1, see `Doubled.predicting_place`.
         layout: a block layout.
         context_length: positions that the model has, None for no limit.
-        weighting, kl_mean: see `TargetTerms`.
+        weighting, kl_mean: see `targets_of`.
         aligned_positions: "targets": the states that predict targets. "visible": those of tokens that are not masked,
             clean stream included; "all": those of masked ones too. Only the last two need copies of all blocks that
             hold a predictable token; else a view holds no more blocks than its targets ask for.
@@ -51,14 +51,14 @@ class BlockCollator:
         stacked = Items.stack(items)
         targets = Targets.where(stacked.is_masked & stacked.is_predictable[:, None])
         rows = self._doubled(stacked)
-        terms, (num_token_terms, num_logit_terms) = TargetTerms(self.weighting, self.kl_mean)(stacked, targets)
+        of_targets = targets_of(stacked, targets, self.weighting, self.kl_mean)
         target_index = rows.predicting_place(targets.view + 1, targets.token_index, self.shift)
         aligned_index = self._aligned_index(rows, target_index)
         causal_target = self._causal_targets(stacked, rows)
-        denominators = [num_token_terms, float(len(aligned_index)), num_logit_terms, float(len(causal_target))]
+        counts = counted(aligned=len(aligned_index), finished=len(causal_target))
         return (
             stacked.clean_rows()
-            | terms
+            | of_targets
             | {
                 "student_ids": rows.ids,
                 "student_document_ids": rows.document_ids,
@@ -69,7 +69,7 @@ class BlockCollator:
                 "teacher_index": rows.source_index.reshape(-1)[aligned_index],
                 "causal_index": rows.place_of(0, causal_target - 1),
                 "causal_teacher_index": causal_target - 1,
-                "denominators": torch.tensor(denominators, dtype=torch.float64),
+                "counts": of_targets["counts"] | counts,
             }
         )
 

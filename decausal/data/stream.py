@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from decausal.data.counts import counted
 from decausal.diffusion.layout import block_numbers, is_packed, positions_in_documents
 from decausal.diffusion.noise import draw_noise
 from decausal.diffusion.shift import predictable, predicting_index
@@ -24,7 +25,7 @@ from decausal.diffusion.shift import predictable, predicting_index
 Weighting = Literal["none", "inverse_t"]
 AlignedPositions = Literal["targets", "visible", "all"]
 KlMean = Literal["token", "sequence"]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors by name, and `counts`, a dict of scalars by `Count`
 
 
 @runtime_checkable
@@ -145,45 +146,50 @@ class Targets(NamedTuple):
         return Targets(view_index, row * length + view_index % length, view)
 
 
-@dataclass(frozen=True)
-class TargetTerms:
-    """What the token loss and the teacher's next-token distributions ask of each target, whatever the layout.
+def targets_of(items: Items, targets: Targets, weighting: Weighting, kl_mean: KlMean) -> Batch:
+    """Returns what losses ask of each target, whatever the layout.
 
-    Attributes:
+    Args:
+        items: rows.
+        targets: their targets.
         weighting: "none": a target's token loss weighs 1. "inverse_t": it weighs 1/t, and the mean is over all
             predictable tokens.
         kl_mean: "token": a target's divergence weighs 1. "sequence": means per sequence (a document in one view), then
             over sequences.
+
+    Returns:
+        `target_ids`, `target_weight`, `next_token_index` and `logit_weight` [n], as `Collator` describes them, and in
+        `counts` what does not depend on the layout.
     """
+    target_weight = torch.ones(len(targets.view_index))
+    num_token_terms = len(targets.view_index)
+    if weighting == "inverse_t":
+        target_weight = 1.0 / items.level.reshape(-1)[targets.view_index]
+        num_token_terms = items.is_masked.shape[1] * int(items.is_predictable.sum())
+    # No state of the teacher's predicts a document's first token: it names its own, at weight 0.
+    is_next = predictable(items.document_ids, shift=1).reshape(-1)[targets.token_index]
+    logit_weight = is_next.double()
+    if kl_mean == "sequence":
+        logit_weight = logit_weight / _num_in_sequence(items, targets, is_next)
+    return {
+        "target_ids": items.clean_ids.reshape(-1)[targets.token_index],
+        "target_weight": target_weight,
+        "next_token_index": targets.token_index - is_next.long(),
+        "logit_weight": logit_weight.float(),
+        "counts": counted(
+            clean=int((items.document_ids >= 0).sum()),
+            supervised=len(targets.view_index),
+            tokens=num_token_terms,
+            next_tokens=float(logit_weight.sum()),
+        ),
+    }
 
-    weighting: Weighting = "none"
-    kl_mean: KlMean = "token"
 
-    def __call__(self, items: Items, targets: Targets) -> tuple[Batch, list[float]]:
-        """Returns `target_ids`, `target_weight`, `next_token_index` and `logit_weight`, and their two denominators."""
-        target_weight = torch.ones(len(targets.view_index))
-        num_token_terms = float(len(targets.view_index))
-        if self.weighting == "inverse_t":
-            target_weight = 1.0 / items.level.reshape(-1)[targets.view_index]
-            num_token_terms = float(items.is_masked.shape[1] * int(items.is_predictable.sum()))
-        # No state of the teacher's predicts a document's first token: it names its own, at weight 0.
-        is_next = predictable(items.document_ids, shift=1).reshape(-1)[targets.token_index]
-        logit_weight = is_next.double()
-        if self.kl_mean == "sequence":
-            logit_weight = logit_weight / self._num_in_sequence(items, targets, is_next)
-        terms = {
-            "target_ids": items.clean_ids.reshape(-1)[targets.token_index],
-            "target_weight": target_weight,
-            "next_token_index": targets.token_index - is_next.long(),
-            "logit_weight": logit_weight.float(),
-        }
-        return terms, [num_token_terms, float(logit_weight.sum())]
-
-    def _num_in_sequence(self, items: Items, targets: Targets, is_next: Bool[Tensor, "n"]) -> Float[Tensor, "n"]:
-        length = items.is_masked.shape[2]
-        sequence = block_numbers(items.document_ids, length).clamp(min=0).reshape(-1)[targets.token_index]
-        sequence = (targets.view_index // length) * length + sequence  # at most `length` documents in a row
-        return torch.bincount(sequence, weights=is_next.double()).clamp(min=1)[sequence]
+def _num_in_sequence(items: Items, targets: Targets, is_next: Bool[Tensor, "n"]) -> Float[Tensor, "n"]:
+    length = items.is_masked.shape[2]
+    sequence = block_numbers(items.document_ids, length).clamp(min=0).reshape(-1)[targets.token_index]
+    sequence = (targets.view_index // length) * length + sequence  # at most `length` documents in a row
+    return torch.bincount(sequence, weights=is_next.double()).clamp(min=1)[sequence]
 
 
 @dataclass(frozen=True)
@@ -198,8 +204,8 @@ class Collator:
         aligned_index, teacher_index [m]: the aligned states, in [B*K*T] and in [B*T];
         next_token_index [n]: flat index into [B*T] of the causal teacher's state that predicts the same target;
         logit_weight [n]: weight of a target's divergence from the teacher's distribution;
-        denominators [4]: what the losses are means over (tokens, alignment, logits, causal logits). Summed over the
-        whole global batch.
+        counts: what the losses are means over, and what is trained on: scalars by `Count`, for the caller to sum over
+        the whole global batch.
     """
 
     mask_token_id: int
@@ -214,20 +220,17 @@ class Collator:
         num_rows, views, length = stacked.is_masked.shape
         view_clean_ids = stacked.clean_ids[:, None].expand(num_rows, views, length)
         targets = Targets.where(stacked.is_predictable[:, None] if self.predict_all else stacked.is_masked)
-        terms, (num_token_terms, num_logit_terms) = TargetTerms(
-            "none" if self.predict_all else self.weighting, self.kl_mean
-        )(stacked, targets)
+        of_targets = targets_of(stacked, targets, "none" if self.predict_all else self.weighting, self.kl_mean)
         aligned_index = self._aligned_index(targets.view_index, stacked.is_masked, stacked.document_ids)
-        denominators = [num_token_terms, float(len(aligned_index)), num_logit_terms, 0.0]
         return (
             stacked.clean_rows()
-            | terms
+            | of_targets
             | {
                 "noised_ids": torch.where(stacked.is_masked, self.mask_token_id, view_clean_ids).reshape(-1, length),
                 "target_index": predicting_index(targets.view_index, self.shift),
                 "aligned_index": aligned_index,
                 "teacher_index": aligned_index // (views * length) * length + aligned_index % length,
-                "denominators": torch.tensor(denominators, dtype=torch.float64),
+                "counts": of_targets["counts"] | counted(aligned=len(aligned_index)),
             }
         )
 

@@ -25,7 +25,7 @@ from decausal.models.doctor import refuse_if_unusable
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX
-from decausal.training.losses import Distillation, Supervision
+from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
 from decausal.training.run import training_arguments
 from decausal.training.run_directory import (
@@ -40,6 +40,8 @@ from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
+from decausal.training.terms import TERMS
+from decausal.training.token_counts import TokenMeter
 from decausal.training.trainer import ConversionTrainer
 
 
@@ -60,6 +62,7 @@ def convert(
     *,
     callbacks: list[TrainerCallback] | None = None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    meter: TokenMeter | None = None,
 ) -> Conversion:
     """Converts an AR model into a diffusion model, or trains a converted one on, resumably.
 
@@ -68,6 +71,7 @@ def convert(
         training: fields of `transformers.TrainingArguments`; needs `output_dir`.
         callbacks: of `transformers.Trainer`.
         measure: replaces the measurement on `eval_data`: called with the student each `eval_steps`.
+        meter: counts the tokens that are trained on.
 
     Returns:
         The student, its facts and the log; `output_dir` holds the model, loadable by `decausal.load` and by plain
@@ -86,7 +90,7 @@ def convert(
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
         checkpoint = checkpoint_to_resume(output_dir, resume)
         settings, start = find_start(settings, output_dir, checkpoint)
-        run = _prepare(settings, start, args, training, callbacks, measure)
+        run = _prepare(settings, start, args, training, callbacks, measure, meter)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)
@@ -108,6 +112,7 @@ def _prepare(
     training: dict[str, Any],
     callbacks: list[TrainerCallback] | None,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+    meter: TokenMeter | None,
 ) -> _Run:
     layout = Layout(settings.layout, settings.block_size, settings.causal_context)
     model, tokenizer = _source(settings, start, layout, args)
@@ -130,6 +135,7 @@ def _prepare(
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _measure_on(held_out, settings, tokenizer, facts)
     student = _student(settings, model, mask_token_id, args)
+    supervision = _supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
     def finish_checkpoint(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
@@ -141,10 +147,11 @@ def _prepare(
         stream=rows.stream,
         collator=rows.collator,
         decoding=rows.decoding,
-        supervision=_supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps),
-        teacher=AdapterTeacher(student) if teacher is None and _needs_teacher(settings) else teacher,
+        supervision=supervision,
+        teacher=AdapterTeacher(student) if teacher is None and _needs_teacher(settings, model) else teacher,
         finish_checkpoint=finish_checkpoint,
         measure=measure,
+        meter=meter,
         callbacks=callbacks,
     )
     return _Run(trainer, tokenizer, facts, _save_dtype(settings, start.commit))
@@ -167,8 +174,11 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
     return training
 
 
-def _needs_teacher(settings: ConversionSettings) -> bool:
-    return bool(settings.align_weight or settings.kl_weight or settings.causal_kl_weight)
+def _needs_teacher(settings: ConversionSettings, model: PreTrainedModel) -> bool:
+    """Whether a loss that is in use asks the AR model."""
+    num_layers = len(decoder_layers(model))
+    used = (term for term in TERMS if getattr(settings, f"{term.setting}_weight"))
+    return any(term.of(settings, num_layers).questions for term in used)
 
 
 def _teacher(
@@ -179,7 +189,7 @@ def _teacher(
     args: TrainingArguments,
 ) -> Teacher | None:
     """The model to compare with, if it is not the student without its adapters; called before the model is adapted."""
-    if not _needs_teacher(settings):
+    if not _needs_teacher(settings, model):
         return None
     num_tokens = len(tokenizer) - (tokenizer.mask_token is not None)
     if settings.kl_top_k is not None and settings.kl_top_k > num_tokens:
@@ -246,58 +256,16 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.M
 def _supervision(
     settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
 ) -> Supervision:
-    return Supervision(
-        layout,
-        mask_token_id,
-        tokens=_schedule(settings, "token", num_steps) or WeightSchedule(0.0),
-        alignment=_schedule(settings, "align", num_steps),
-        papl=settings.papl,
-        aligned_layers=aligned_layers(settings.align_layers, num_layers),
-        distance=settings.align_distance,
-        logits=_schedule(settings, "kl", num_steps),
-        causal_logits=_schedule(settings, "causal_kl", num_steps),
-        distillation=Distillation(
-            settings.kl_divergence, settings.jsd_beta, settings.kl_top_k, settings.kl_tail_bucket
-        ),
-        anneal_steps=settings.anneal_steps,
-    )
+    losses = (Weighted(term.of(settings, num_layers), _schedule(settings, term.setting, num_steps)) for term in TERMS)
+    return Supervision(layout, mask_token_id, tuple(losses), settings.anneal_steps)
 
 
-def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule | None:
-    """The schedule that the settings `{loss}_weight`, `{loss}_schedule`, ... describe; None for a weight of 0."""
+def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule:
+    """The schedule that the settings `{loss}_weight`, `{loss}_schedule`, ... describe."""
     weight, shape, start, stop = (
         getattr(settings, f"{loss}_{name}") for name in ("weight", "schedule", "start_step", "stop_step")
     )
-    if not weight:
-        return None
     return WeightSchedule(weight, shape, steps(stop, num_steps), num_steps, steps(start, num_steps))
-
-
-def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """Returns the indices into the L + 1 hidden states that `choice` names: all, a third, or indices.
-
-    Raises:
-        UserError: an unknown word or an index that the model has not.
-    """
-    states = tuple(range(num_layers + 1))
-    third = len(states) / 3
-    thirds = {
-        "all": states,
-        "lower": states[: round(third)],
-        "middle": states[round(third) : round(2 * third)],
-        "upper": states[round(2 * third) :],
-    }
-    if isinstance(choice, str):
-        if choice.isdigit():
-            choice = (int(choice),)
-        elif choice not in thirds:
-            raise UserError(f"--align_layers {choice}: give {', '.join(thirds)}, or indices from 0 to {num_layers}")
-        else:
-            return thirds[choice]
-    outside = [layer for layer in choice if layer not in states]
-    if outside or not choice:
-        raise UserError(f"--align_layers: the model has states 0 to {num_layers}, not {outside}")
-    return tuple(sorted(set(choice)))
 
 
 def _measure_on(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from decausal.data.block_collator import BlockCollator
+from decausal.data.counts import counted
 from decausal.data.prompts import Prompts
 from decausal.data.stream import Batch, TrainingStream
 from decausal.errors import UserError
@@ -25,6 +26,7 @@ from decausal.training.rollout_states import StateChoice, relative_steps, rows_o
 from decausal.training.rollouts import Rollout, Task
 
 POSITIONS = "rollout_positions"
+RollOut = Callable[[Sequence[Task]], list[Rollout]]
 _ORDER, _SEEDS = 0x0DE2, 0x5EED
 
 
@@ -93,7 +95,6 @@ class OnPolicyRows:
         rows_per_batch: rows of a micro-batch.
         process: index of this process, which rolls out the rows that it trains on.
         num_processes: number of processes.
-        roll_out: makes rollouts with the model as it is now; the trainer sets it.
     """
 
     prompts: Prompts
@@ -105,7 +106,6 @@ class OnPolicyRows:
     rows_per_batch: int
     process: int = 0
     num_processes: int = 1
-    roll_out: Callable[[Sequence[Task]], list[Rollout]] = field(default=lambda tasks: [])
     tally: Tally = field(default_factory=Tally)
     _batch: int = -1
     _made_at: int = 0
@@ -113,17 +113,19 @@ class OnPolicyRows:
     _epoch: int = -1
     _order: Any = None
 
-    def batch(self, positions: Sequence[int], step: int) -> Batch:
+    def batch(self, positions: Sequence[int], step: int, roll_out: RollOut) -> Batch:
         """Returns the training batch of the rows at `positions`, on the CPU.
 
         Args:
             positions: training rows, counted from the start of the run; all of one rollout batch.
             step: the optimizer step that they are trained in.
+            roll_out: makes rollouts with the model as it is now.
         """
+        generated_before = self.tally.tokens
         number = (positions[0] - self.first_row) // self.plan.rows
         indices = [(position - self.first_row) % self.plan.rows % self.plan.prompts for position in positions]
         if number != self._batch or not self._rollouts.keys() >= set(indices):
-            self._roll_out_batch(number, step)
+            self._roll_out_batch(number, step, roll_out)
         rollouts, states = [], []
         for position, index in zip(positions, indices, strict=True):
             rollout = self._rollouts[index]
@@ -135,9 +137,11 @@ class OnPolicyRows:
             states.append(states_of(rollout, self.plan.block_size, relative))
         self.tally.batches += 1
         self.tally.staleness += step - self._made_at
-        return self.collator(rows_of(rollouts, states))
+        batch = self.collator(rows_of(rollouts, states))
+        generated = counted(generated=self.tally.tokens - generated_before)
+        return batch | {"counts": batch["counts"] | generated}
 
-    def _roll_out_batch(self, number: int, step: int) -> None:
+    def _roll_out_batch(self, number: int, step: int, roll_out: RollOut) -> None:
         """Makes this process's rollouts of a rollout batch, as far as the run will train on them.
 
         A batch in hand is completed: a run that is continued beyond its first end may lack some.
@@ -151,7 +155,7 @@ class OnPolicyRows:
             for index in range(min(self.plan.prompts, left))
             if index // self.rows_per_batch % self.num_processes == self.process and index not in self._rollouts
         ]
-        rollouts = self.roll_out([self._task(number, index) for index in missing])
+        rollouts = roll_out([self._task(number, index) for index in missing])
         self._rollouts |= zip(missing, rollouts, strict=True)
         self.tally.rollouts += len(rollouts)
         self.tally.tokens += sum(rollout.end - rollout.prompt_length for rollout in rollouts)

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from decausal.errors import UserError
 from decausal.sampling.settings import SamplerSettings
 
-LOSSES = ("token", "align", "kl", "causal_kl")
-
 
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
@@ -167,11 +165,11 @@ class ConversionSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
-        _at_least(self, align_weight=0, token_weight=0, lora_dropout=0)
-        _at_least(self, kl_weight=0, causal_kl_weight=0, kl_top_k=1)
-        for loss in LOSSES:
+        _at_least(self, lora_dropout=0, kl_top_k=1)
+        for loss in losses():
+            _at_least(self, **{f"{loss}_weight": 0})
             _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")
-        if not any(getattr(self, f"{loss}_weight") for loss in LOSSES):
+        if not any(getattr(self, f"{loss}_weight") for loss in losses()):
             raise UserError("--token_weight 0 leaves nothing to train on; give another loss a weight")
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
@@ -264,6 +262,12 @@ class ConversionSettings:
             raise UserError(f"--causal_context is for --layout block, not {self.layout}; leave it out")
         if self.noise_per == "block":
             raise UserError(f"--noise_per block is for --layout block, not {self.layout}; give document")
+
+
+def losses() -> tuple[str, ...]:
+    """Returns the prefixes of the losses' settings: those that have a weight."""
+    names = ConversionSettings.__dataclass_fields__
+    return tuple(name.removesuffix("_weight") for name in names if name.endswith("_weight"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,22 +20,24 @@ from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
-from decausal.objectives.logits import States, TopK
-from decausal.training.losses import StepLoss, Supervision, install_training_forward, remove_training_forward
-from decausal.training.on_policy import POSITIONS, OnPolicyRows, OnPolicyStream
+from decausal.training.losses import (
+    Supervision,
+    install_training_forward,
+    remove_training_forward,
+    weighted_loss,
+)
+from decausal.training.on_policy import POSITIONS, OnPolicyStream
+from decausal.training.questions import Question, Vocabulary, ask
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
 from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
 from decausal.training.sharding import are_finite, gathered, reshard, shard_layers, tie
 from decausal.training.teacher import AdapterTeacher, Teacher
+from decausal.training.terms import Term
+from decausal.training.token_counts import TokenMeter
 
-LOG_NAMES = {
-    "tokens": "token_loss",
-    "alignment": "alignment_loss",
-    "logits": "kl_loss",
-    "causal_logits": "causal_kl_loss",
-}
 Result = TypeVar("Result")
+Counts = dict[str, Tensor]  # scalars, by the values of `decausal.data.counts.Count`
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -58,6 +61,7 @@ class ConversionTrainer(Trainer):
         finish_checkpoint: called with each checkpoint's directory before it gets its name, to add what makes it
             loadable (tokenizer, facts).
         measure: called with the stock student wherever transformers would evaluate; returns what to log.
+        meter: counts the tokens that are trained on.
         more: passed on to `transformers.Trainer` (callbacks, optimizers).
 
     Raises:
@@ -76,6 +80,7 @@ class ConversionTrainer(Trainer):
         decoding: Decoding | None = None,
         finish_checkpoint: Callable[[Path], None] = lambda _: None,
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        meter: TokenMeter | None = None,
         **more: Any,
     ) -> None:
         eval_dataset = None if measure is None else []  # transformers asks for one; `measure` has its own
@@ -89,16 +94,15 @@ class ConversionTrainer(Trainer):
         self.decoding = decoding
         self.finish_checkpoint = finish_checkpoint
         self.measure = measure
+        self.meter = TokenMeter() if meter is None else meter
         self._sums: dict[str, Tensor] = {}
         self._num_summed: Counter[str] = Counter()
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self._future_order: Tensor | None = None
-        self.on_policy: OnPolicyRows | None = getattr(stream, "on_policy", None)
-        if self.on_policy is not None:
-            self.on_policy.roll_out = self._roll_out
-            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-                raise UserError("--rows rollout needs FSDP2: give fsdp_version 2 in the configuration, not 1")
+        self.on_policy = stream.on_policy if isinstance(stream, OnPolicyStream) else None
+        if self.on_policy is not None and self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise UserError("--rows rollout needs FSDP2: give fsdp_version 2 in the configuration, not 1")
         install_training_forward(stock_model(model))
         if teacher is not None and not isinstance(teacher, AdapterTeacher):
             if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
@@ -113,50 +117,58 @@ class ConversionTrainer(Trainer):
         with argument_errors(TypeError):  # of a scheduler's own arguments
             return super().create_scheduler(*args, **kwargs)
 
-    # Rows and losses
+    # A step: rows, teacher, student, loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Sums the denominators of the accumulated batches, over all processes too: [4], one for each term.
-
-        On-policy rows become batches here, just before the step that trains on them and by the weights that it changes.
-        """
-        for number, batch in enumerate(batch_samples):
-            if POSITIONS in batch:
-                made = self.on_policy.batch(batch[POSITIONS].tolist(), self.state.global_step)
-                batch_samples[number] = self._prepare_inputs(made)
-        denominators = torch.stack([batch["denominators"] for batch in batch_samples]).sum(0)
-        denominators = denominators.to(device=device, dtype=torch.float32, non_blocking=True)
-        if self.args.world_size > 1:
-            denominators = self.accelerator.reduce(denominators, reduction="sum")
-        return denominators.clamp(min=1.0)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Counts]:
+        """Returns the batches that an optimizer step accumulates, and what their losses are means over."""
+        batches = [self._with_rows(batch) for batch in islice(epoch_iterator, num_batches)]
+        counts = self.global_counts(batches, device) if batches else {}
+        self.meter.add(counts)
+        return batches, counts
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Counts | None = None,
     ) -> Tensor:
         """Returns this micro-batch's share of the global mean loss."""
         if num_items_in_batch is None:
-            raise ValueError("the loss is a global mean: it needs the global batch's denominators")
+            raise ValueError("the loss is a global mean: it needs the global batch's counts")
         step = self.state.global_step
         weights = self._weights(step)
-        batch = inputs | self._ask_teacher(inputs, weights)
-        if step < self.supervision.anneal_steps:
-            batch["future_order"] = self._order_of_futures(batch["clean_ids"])
-            batch["future_fraction"] = step / self.supervision.anneal_steps
-        step_loss = StepLoss(stock_model(self.model), batch, self.supervision, weights, num_items_in_batch)
-        loss = model(inside=step_loss)
-        for name, mean in step_loss.means.items():
-            self._record(LOG_NAMES[name], mean)
-        self._watch_for_bad_loss(step_loss.value, step)
-        loss = step_loss.value + (loss - loss.detach())  # FSDP has perhaps rounded the value, but not the gradient
+        batch = self._with_future(inputs, step)
+        answers = self._ask_teacher(batch, weights)
+        means: dict[Term, Tensor] = {}  # as they are before FSDP rounds what its forward returns
+
+        def student_loss() -> Tensor:
+            loss, found = weighted_loss(
+                stock_model(self.model), batch, self.supervision, weights, num_items_in_batch, answers
+            )
+            means.update(found)
+            return loss
+
+        loss = model(inside=student_loss)
+        value = sum(weights[term] * mean for term, mean in means.items())
+        for term, mean in means.items():
+            self._record(term.log_name, mean)
+        self._watch_for_bad_loss(value, step)
+        loss = value + (loss - loss.detach())  # FSDP may have rounded this scalar, but not its gradient
         # Data parallelism averages gradients over processes; the sum over them is what the global mean needs.
         return loss * self.accelerator.num_processes
+
+    def _with_rows(self, batch: Batch) -> Batch:
+        """Makes a batch of on-policy rows now, by the weights that this step will change."""
+        if POSITIONS not in batch:
+            return batch
+        made = self.on_policy.batch(batch[POSITIONS].tolist(), self.state.global_step, self._roll_out)
+        return self._prepare_inputs(made)
 
     def _roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
         def roll_out() -> list[Rollout]:
@@ -165,6 +177,42 @@ class ConversionTrainer(Trainer):
 
         return self._inside(roll_out)
 
+    def global_counts(self, batches: Sequence[Batch], device: torch.device) -> Counts:
+        """Sums the counts of the accumulated batches over all processes."""
+        names = sorted(batches[0]["counts"])
+        totals = torch.stack([torch.stack([batch["counts"][name] for name in names]) for batch in batches]).sum(0)
+        totals = totals.to(device=device, dtype=torch.float32, non_blocking=True)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        return dict(zip(names, totals.unbind(), strict=True))
+
+    def _weights(self, step: int) -> dict[Term, float]:
+        """The losses of this step. A teacher that none of them will ask again is dropped, which frees its memory."""
+        if not self.supervision.needs_teacher(step):
+            self.teacher = None
+        return self.supervision.weights(step)
+
+    def _with_future(self, batch: Batch, step: int) -> Batch:
+        """Adds how far attention has opened, while it is annealed."""
+        if step >= self.supervision.anneal_steps:
+            return batch
+        if self._future_order is None:
+            clean_ids = batch["clean_ids"]
+            self._future_order = future_order(clean_ids.shape[1], self.args.seed, clean_ids.device)
+        return batch | {"future_order": self._future_order, "future_fraction": step / self.supervision.anneal_steps}
+
+    def _ask_teacher(self, batch: Batch, terms: Collection[Term]) -> dict[Question, Any]:
+        questions = [question for term in terms for question in term.questions]
+        head = stock_model(self.model).get_output_embeddings()
+        vocabulary = Vocabulary(head.weight.shape[0], self.supervision.mask_token_id)
+
+        def answers() -> dict[Question, Any]:
+            with self.accelerator.autocast():
+                return ask(self.teacher, questions, batch, vocabulary)
+
+        # Adapters are on the student's own weights, which FSDP has sharded.
+        return self._inside(answers) if questions and isinstance(self.teacher, AdapterTeacher) else answers()
+
     def _inside(self, function: Callable[[], Result]) -> Result:
         """Calls a function where it can use weights that FSDP has sharded."""
         if not self.is_fsdp_enabled:
@@ -172,54 +220,6 @@ class ConversionTrainer(Trainer):
         results = []  # FSDP would look for tensors in what its forward returns
         self.model_wrapped(inside=lambda: results.append(function()))
         return results[0]
-
-    def _weights(self, step: int) -> dict[str, float]:
-        """The losses of this step; a teacher that none of them will ask again is let go."""
-        if not self.supervision.needs_teacher(step):
-            self.teacher = None  # its memory is free from here on
-        return self.supervision.weights(step)
-
-    def _ask_teacher(self, batch: dict[str, Tensor], terms: Collection[str]) -> dict[str, Any]:
-        """What this step's losses compare with."""
-        layers = self.supervision.aligned_layers
-        wanted = [(layer, batch["teacher_index"]) for layer in layers] if "alignment" in terms else []
-        next_tokens = [
-            (answer, batch[index])
-            for term, answer, index in (
-                ("logits", "teacher_next", "next_token_index"),
-                ("causal_logits", "teacher_causal", "causal_teacher_index"),
-            )
-            if term in terms
-        ]
-        if not wanted and not next_tokens:
-            return {}
-        wanted_states = wanted + [(-1, index) for _, index in next_tokens]
-
-        def ask() -> dict[str, Any]:
-            with self.accelerator.autocast():
-                states = self.teacher.read(
-                    batch["clean_ids"], wanted_states, batch.get("document_ids"), batch.get("position_ids")
-                )
-                answers: dict[str, Any] = {
-                    answer: self._distribution(hidden)
-                    for (answer, _), hidden in zip(next_tokens, states[len(wanted) :], strict=True)
-                }
-            return answers | ({"teacher_states": states[: len(wanted)]} if wanted else {})
-
-        return self._inside(ask) if isinstance(self.teacher, AdapterTeacher) else ask()
-
-    def _distribution(self, hidden: Tensor) -> TopK | States:
-        return self.teacher.distribution(
-            hidden,
-            self.supervision.distillation.top_k,
-            banned=self.supervision.mask_token_id,
-            vocabulary_size=stock_model(self.model).get_output_embeddings().weight.shape[0],
-        )
-
-    def _order_of_futures(self, clean_ids: Tensor) -> Tensor:
-        if self._future_order is None:
-            self._future_order = future_order(clean_ids.shape[1], self.args.seed, clean_ids.device)
-        return self._future_order
 
     # Logs
 

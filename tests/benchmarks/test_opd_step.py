@@ -34,9 +34,9 @@ def test_matrix_products_of_teacher_and_student_are_those_of_their_floor(benchma
     work = benchmark.step.Workload.of(str(directory), Namespace(**ARGUMENTS, shift=shift, top_k=top_k))
     work.rows.prompts = Prompts.of([torch.arange(8, dtype=torch.int32).numpy()] * 2)
     batch = work.batch(0)
-    answered = {}
-    teacher = benchmark.floor.count_operations(lambda: answered.update(work.ask(batch)), with_attention=False)
-    student = benchmark.floor.count_operations(lambda: work.train(answered, "logits"), with_attention=False)
+    answers = {}
+    teacher = benchmark.floor.count_operations(lambda: answers.update(work.ask(batch)), with_attention=False)
+    student = benchmark.floor.count_operations(lambda: work.train(batch, work.term, answers), with_attention=False)
     shape = benchmark.step.ModelShape.of(work.student)
     shape = type(shape)(shape.body_weights, 0, shape.width, shape.vocab_size)
     floor = benchmark.floor.training_floor(shape, list(work.rows._rollouts.values()), batch, work.rows.plan, top_k)

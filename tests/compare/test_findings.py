@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from decausal.compare.findings import Curve, milestones, parallel_losses, reaching
 from decausal.compare.records import Measurement, Score
-from decausal.compare.tokens import TokenCounts
 from decausal.compare.training import RunResult
+from decausal.training.token_counts import TokenCounts
 
 
 def result(arm: str, seed: int, curve: list[tuple[int, float]], final: dict[float, str] | None = None) -> RunResult:

@@ -10,7 +10,7 @@ import pytest
 from decausal.cli import main
 from decausal.compare.budget import Budget
 from decausal.compare.settings import CompareSettings
-from decausal.compare.tokens import TokenCounts
+from decausal.training.token_counts import TokenCounts
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_target_indices_name_the_states_that_predict_the_masked_tokens(shift, vi
     assert torch.equal(token, is_masked.flatten().nonzero()[:, 0])
     assert torch.equal(batch["target_ids"], clean.flatten()[token])
     assert (batch["noised_ids"].flatten()[token] == MASK).all()
-    assert batch["denominators"].tolist()[:2] == [is_masked.sum(), is_masked.sum()]
+    assert batch["counts"]["tokens"] == batch["counts"]["aligned"] == is_masked.sum()
 
 
 @pytest.mark.parametrize("aligned_positions", ["targets", "visible", "all"])
@@ -129,7 +129,7 @@ def test_aligned_positions_are_those_named(aligned_positions):
     is_aligned[batch["aligned_index"]] = True
     expected = {"targets": torch.roll(is_masked.flatten(), -1), "visible": (is_real & ~is_masked).flatten()}
     assert torch.equal(is_aligned, expected.get(aligned_positions, is_real.flatten()))
-    assert batch["denominators"][1] == is_aligned.sum()
+    assert batch["counts"]["aligned"] == is_aligned.sum()
     aligned_clean = batch["clean_ids"].repeat_interleave(2, dim=0).flatten()[batch["aligned_index"]]
     assert torch.equal(batch["clean_ids"].flatten()[batch["teacher_index"]], aligned_clean)
 
@@ -179,7 +179,7 @@ def test_the_teachers_distribution_is_asked_for_where_it_predicts_the_target(shi
                 assert next(index) == row * T + column - has_previous
             sequences += len({documents[c] for c in targets if c != documents.index(documents[c])})
     expected = sequences if kl_mean == "sequence" else (batch["logit_weight"] > 0).sum()
-    assert batch["denominators"][2] == pytest.approx(float(expected))
+    assert batch["counts"]["next_tokens"] == pytest.approx(float(expected))
 
 
 def test_a_prompts_tokens_are_never_masked_and_never_targets():

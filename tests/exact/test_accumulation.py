@@ -98,7 +98,7 @@ def test_the_inverse_t_loss_is_a_mean_over_all_predictable_tokens(tmp_path):
     trainer = trained(tmp_path, 2, torch.float64, weighting="inverse_t")
     items = [trainer.train_dataset[position] for position in range(GLOBAL_BATCH)]
     batch = trainer.data_collator(items)
-    assert batch["denominators"][0] == sum(item["is_predictable"].sum() for item in items)
+    assert batch["counts"]["tokens"] == sum(item["is_predictable"].sum() for item in items)
     assert batch["target_weight"].shape == batch["target_ids"].shape
     level = torch.stack([item["level"] for item in items]).flatten()
     states = batch["target_index"] + 1  # shift 1

@@ -9,7 +9,9 @@ from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward
 from decausal.training.losses import Supervision, loss_sums
-from tests.families import FAMILIES
+from decausal.training.questions import Vocabulary, ask
+from decausal.training.terms import AlignmentTerm
+from tests.families import FAMILIES, VOCAB_SIZE
 from tests.runs import adapted, teacher_of, uneven_rows
 
 LAYERS = (0, 1, 2)
@@ -33,18 +35,16 @@ def test_a_causal_student_on_the_clean_row_is_at_distance_0_with_gradient_0(fami
     student, mask_token_id = adapted(family)
     batch = a_batch(mask_token_id, packed=packed, aligned_positions="all")
     batch["noised_ids"] = batch["clean_ids"].repeat_interleave(2, dim=0)
-    batch["teacher_states"] = teacher_of(family).states(
-        batch["clean_ids"], batch["teacher_index"], LAYERS, batch.get("document_ids"), batch.get("position_ids")
-    )
-    supervision = Supervision(Layout("causal"), mask_token_id, aligned_layers=LAYERS)
-    distance = loss_sums(student, batch, supervision, ["alignment"])["alignment"] / len(batch["aligned_index"])
+    supervision, term = Supervision(Layout("causal"), mask_token_id), AlignmentTerm(LAYERS)
+    answers = ask(teacher_of(family), term.questions, batch, Vocabulary(VOCAB_SIZE, mask_token_id))
+    distance = loss_sums(student, batch, supervision, [term], answers)[term] / len(batch["aligned_index"])
     assert distance.item() <= 1e-12
     distance.backward()
     largest = max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None)
     assert largest <= 1e-5
 
     batch["noised_ids"] = a_batch(mask_token_id, packed=packed)["noised_ids"]
-    assert loss_sums(student, batch, supervision, ["alignment"])["alignment"] / len(batch["aligned_index"]) > 1e-3
+    assert loss_sums(student, batch, supervision, [term], answers)[term] / len(batch["aligned_index"]) > 1e-3
 
 
 @every_family

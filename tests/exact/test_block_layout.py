@@ -17,6 +17,7 @@ from decausal.models.architecture import layer_windows
 from decausal.models.backbone import body_forward, decoder_layers, head_of
 from decausal.objectives.head import logits
 from decausal.training.losses import Supervision, loss_sums
+from decausal.training.terms import TokenTerm
 from tests.families import FAMILIES
 from tests.runs import MAX_LENGTH, adapted, uneven_rows
 
@@ -182,7 +183,7 @@ def test_the_loss_does_not_depend_on_which_blocks_are_held_beside_those_of_the_t
     losses = []
     for positions in ("targets", aligned_positions):
         _, batch = block_batch(layout, shift, mask_token_id, aligned_positions=positions)
-        losses.append(loss_sums(model, batch, Supervision(layout, mask_token_id))["tokens"])
+        losses.append(loss_sums(model, batch, Supervision(layout, mask_token_id))[TokenTerm()])
     torch.testing.assert_close(*losses)
 
 
@@ -195,7 +196,7 @@ def test_every_index_names_the_state_of_the_token_that_it_should():
             student_ids = batch["student_ids"].flatten()[batch["aligned_index"]]
             assert torch.equal(student_ids[student_ids != MASK], aligned_ids[student_ids != MASK])
             assert (student_ids == MASK).any() == (positions != "visible")
-            assert batch["denominators"][1] == len(batch["aligned_index"])
+            assert batch["counts"]["aligned"] == len(batch["aligned_index"])
         token = torch.cat(
             [row * length + mask.nonzero()[:, 0] for row, item in enumerate(items) for mask in item["is_masked"]]
         )
@@ -223,7 +224,7 @@ def test_causal_states_have_read_what_precedes_a_predictable_token_and_nothing_e
         document_ids=batch["document_ids"],
         position_ids=batch["position_ids"],
     ).last_hidden_state.flatten(0, 1)[batch["causal_teacher_index"]]
-    assert batch["denominators"][3] == len(states)
+    assert batch["counts"]["finished"] == len(states)
     if causal_context:
         torch.testing.assert_close(states, teacher)
     position = batch["position_ids"].flatten()[batch["causal_teacher_index"]] + 1
@@ -247,8 +248,8 @@ def test_blocks_of_one_token_with_shift_1_are_the_autoregressive_model(family):
     sums = loss_sums(model, batch, Supervision(layout, mask_token_id))
     ar_sums = loss_sums(model, ar_batch, Supervision(Layout("causal"), mask_token_id))
     assert len(batch["target_ids"]) == len(ar_batch["target_ids"])
-    torch.testing.assert_close(sums["tokens"], ar_sums["tokens"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums[TokenTerm()], ar_sums[TokenTerm()], rtol=1e-12, atol=0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients, ar_gradients = (torch.autograd.grad(s["tokens"], parameters) for s in (sums, ar_sums))
+    gradients, ar_gradients = (torch.autograd.grad(s[TokenTerm()], parameters) for s in (sums, ar_sums))
     for gradient, expected in zip(gradients, ar_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

@@ -10,38 +10,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decausal.data.block_collator import BlockCollator
-from decausal.data.stream import Collator, Noising, TrainingStream
+from decausal.data.stream import Batch, Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout, future_order
 from decausal.models.backbone import decoder_layers, stock_model
 from decausal.models.mask_row import freeze_embeddings
 from decausal.training.convert import _with_adapters
 from decausal.training.losses import Supervision, loss_sums
+from decausal.training.questions import Answers, Vocabulary, ask
 from decausal.training.settings import ConversionSettings
+from decausal.training.terms import AlignmentTerm, TokenTerm
+from tests.families import VOCAB_SIZE
 from tests.runs import BIDIRECTIONAL, T, adapted, teacher_of, uneven_rows
 
 FAMILIES_HERE = ["qwen3", "qwen3_moe", "gemma2", "gpt2", "mistral", "smollm3"]
-LAYERS = (0, 1, 2)
+TOKENS, ALIGNMENT = TokenTerm(papl=1.0), AlignmentTerm((0, 1, 2))
 
 
-def aligned_batch(family: str, mask_token_id: int, layout: Layout = BIDIRECTIONAL) -> dict[str, Tensor]:
-    """Two rows in two complementary views, with the teacher's states and half-open attention (but in blocks)."""
+def aligned_batch(family: str, mask_token_id: int, layout: Layout = BIDIRECTIONAL) -> tuple[Batch, Answers]:
+    """Two rows in two complementary views with half-open attention (but in blocks), and the teacher's states."""
     stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising(2, complementary=True))
     collator = BlockCollator(mask_token_id, 1, layout) if layout.kind == "block" else Collator(mask_token_id, 1)
     batch = collator([stream[2], stream[3]])
-    teacher = teacher_of(family)
-    batch["teacher_states"] = teacher.states(
-        batch["clean_ids"], batch["teacher_index"], LAYERS, batch["document_ids"], batch["position_ids"]
-    )
     batch["future_order"], batch["future_fraction"] = future_order(T, 0, "cpu"), 0.5
-    return batch
+    return batch, ask(teacher_of(family), ALIGNMENT.questions, batch, Vocabulary(VOCAB_SIZE, mask_token_id))
 
 
 def gradients(
-    model: nn.Module, batch: dict[str, Tensor], mask_token_id: int, layout: Layout = BIDIRECTIONAL
+    model: nn.Module, batch: tuple[Batch, Answers], mask_token_id: int, layout: Layout = BIDIRECTIONAL
 ) -> dict[str, Tensor]:
-    supervision = Supervision(layout, mask_token_id, papl=1.0, aligned_layers=LAYERS)
-    sums = loss_sums(model, batch, supervision, ("tokens", "alignment"))
-    (sums["tokens"] + 10 * sums["alignment"]).backward()
+    rows, answers = batch
+    sums = loss_sums(model, rows, Supervision(layout, mask_token_id), (TOKENS, ALIGNMENT), answers)
+    (sums[TOKENS] + 10 * sums[ALIGNMENT]).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
@@ -55,7 +54,7 @@ def count_layer_calls(model: PreTrainedModel) -> list[int]:
 
 
 def assert_equal_with_checkpointing(
-    model: nn.Module, batch: dict[str, Tensor], mask_token_id: int, layout: Layout = BIDIRECTIONAL
+    model: nn.Module, batch: tuple[Batch, Answers], mask_token_id: int, layout: Layout = BIDIRECTIONAL
 ) -> None:
     model.train()
     checkpointed = copy.deepcopy(model)

@@ -21,13 +21,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import decausal
+from decausal.data.counts import Count
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import decoder_layers
-from decausal.training.losses import StepLoss, Supervision, install_training_forward
+from decausal.training.losses import Supervision, install_training_forward, weighted_loss
+from decausal.training.questions import Vocabulary, ask
 from decausal.training.run_directory import checkpoints
 from decausal.training.sharding import shard_layers
 from decausal.training.teacher import AdapterTeacher
+from decausal.training.terms import AlignmentTerm, TokenTerm
 from tests.exact.test_on_policy_runs import ON_POLICY, WARM
 from tests.families import VOCAB_SIZE
 from tests.runs import (
@@ -162,23 +165,26 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     assert passes[0] != passes[1]
 
 
+ONES = {count.value: torch.ones(()) for count in Count}  # sums stay sums
+
+
 def _compare_sharded_with_whole(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     (sharded, mask_token_id), (whole, _) = adapted("qwen3"), adapted("qwen3")
     stream = TrainingStream(uneven_rows(), 8, seed=0, shift=1, noising=Noising(2, complementary=True))
     batch = Collator(mask_token_id, 1)([stream[0], stream[1]])
-    batch["teacher_states"] = teacher_of("qwen3").states(
-        batch["clean_ids"], batch["teacher_index"], (0, 1, 2), batch["document_ids"], batch["position_ids"]
-    )
-    supervision = Supervision(Layout("bidirectional"), mask_token_id, papl=1.0, aligned_layers=(0, 1, 2))
+    weights = {TokenTerm(papl=1.0): 1.0, AlignmentTerm((0, 1, 2)): 10.0}
+    questions = [question for term in weights for question in term.questions]
+    answers = ask(teacher_of("qwen3"), questions, batch, Vocabulary(VOCAB_SIZE, mask_token_id))
+    supervision = Supervision(Layout("bidirectional"), mask_token_id)
     mesh = init_device_mesh("cpu", (2,))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     for model in (sharded, whole):
         install_training_forward(model)
-        weights = {"tokens": 1.0, "alignment": 10.0}
-        model(inside=StepLoss(model, batch, supervision, weights, counts=torch.ones(4))).backward()
+        loss = partial(weighted_loss, model, batch, supervision, weights, ONES, answers)
+        model(inside=lambda loss=loss: loss()[0]).backward()
     for (name, parameter), expected in zip(sharded.named_parameters(), whole.parameters(), strict=True):
         assert parameter.grad.to_local().numel() < expected.numel(), name
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, atol=1e-4, rtol=1e-4, msg=name)
@@ -198,14 +204,14 @@ def _compare_adapters_off(rank: int, rendezvous: str) -> None:
             fully_shard(module, mesh=mesh, reshard_after_forward=reshards)
         install_training_forward(model)
         supervision = Supervision(Layout("bidirectional"), mask_token_id)
-        loss = partial(StepLoss, model, batch, supervision, {"tokens": 1.0}, torch.ones(4))
+        loss = partial(weighted_loss, model, batch, supervision, {TokenTerm(): 1.0}, ONES, {})
         found: list[torch.Tensor] = []
         ask = partial(AdapterTeacher(student).states, *rows)
         for inside in (lambda ask=ask, found=found: found.extend(ask()), None):  # a step with the teacher, one without
             student.zero_grad()
             if inside is not None:
                 student(inside=inside)
-            student(inside=loss()).backward()
+            student(inside=lambda loss=loss: loss()[0]).backward()
             adapters = [weight for name, weight in student.named_parameters() if "lora" in name]
             assert all(weight.requires_grad and weight.grad is not None for weight in adapters)
         for states, of_teacher in zip(found, teacher_of("llama").states(*rows), strict=True):

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 import decausal
 from decausal.errors import UserError
 from decausal.models.checkpoint import load_converted
-from decausal.training.convert import aligned_layers
 from decausal.training.run import training_arguments
 from decausal.training.run_directory import checkpoints
+from decausal.training.terms import aligned_layers
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import assert_same, logged, run, save_source, weights, write_text
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
@@ -15,6 +16,7 @@ from decausal.models.backbone import head_of, logits
 from decausal.models.mask_row import freeze_embeddings
 from decausal.training.losses import Supervision, install_training_forward, loss_sums, remove_training_forward
 from decausal.training.schedule import WeightSchedule
+from decausal.training.terms import TokenTerm
 from tests.runs import adapted, make_trainer, uneven_rows
 
 BIDIRECTIONAL = Layout("bidirectional")
@@ -31,7 +33,7 @@ def a_batch(mask_token_id: int, shift: int = 1, **collation) -> dict[str, Tensor
 def test_the_token_loss_is_the_naive_one_on_the_noised_rows(shift, weighting, papl):
     model, mask_token_id = adapted("qwen3", torch.float64)
     batch = a_batch(mask_token_id, shift, weighting=weighting)
-    supervision = Supervision(BIDIRECTIONAL, mask_token_id, papl=papl)
+    supervision, term = Supervision(BIDIRECTIONAL, mask_token_id), TokenTerm(papl)
     document_ids, position_ids = (batch[name].repeat_interleave(2, 0) for name in ("document_ids", "position_ids"))
     scores = logits(model, batch["noised_ids"], BIDIRECTIONAL, document_ids=document_ids, position_ids=position_ids)
     scores[..., mask_token_id] = -torch.inf
@@ -40,7 +42,7 @@ def test_the_token_loss_is_the_naive_one_on_the_noised_rows(shift, weighting, pa
     targets = batch["clean_ids"].repeat_interleave(2, 0)[is_target]
     nll = -states.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     weights = batch["target_weight"] + papl * torch.exp(-nll).detach()
-    found = loss_sums(model, batch, supervision)["tokens"]
+    found = loss_sums(model, batch, supervision, [term])[term]
     torch.testing.assert_close(found, (weights * nll).sum())
     parameters = [p for p in model.parameters() if p.requires_grad]
     for ours, naive in zip(
@@ -75,7 +77,7 @@ def test_head_and_loss_run_on_target_rows_only(is_frozen, num_products):
     batch = a_batch(mask_token_id)
     weight = head_of(model).weight
     with Products(len(weight)) as products:
-        loss_sums(model, batch, Supervision(BIDIRECTIONAL, mask_token_id))["tokens"].backward()
+        loss_sums(model, batch, Supervision(BIDIRECTIONAL, mask_token_id))[TokenTerm()].backward()
     assert products.count == num_products * len(batch["target_index"]) * weight.numel()
     assert len(batch["target_index"]) < batch["noised_ids"].numel() / 2
 
@@ -109,11 +111,11 @@ def test_a_step_on_a_device_never_waits_for_it(tmp_path, family, layout):
     trainer.model.to("meta").train()
     trainer.teacher.model.to("meta")
     batches = [trainer.data_collator([trainer.train_dataset[p], trainer.train_dataset[p + 1]]) for p in (0, 2)]
-    batches = [{name: tensor.to("meta") for name, tensor in batch.items()} for batch in batches]
+    batches = [tree_map(lambda tensor: tensor.to("meta"), batch) for batch in batches]
     with NoSync():
-        denominators = trainer._get_num_items_in_batch(batches, torch.device("meta"))
+        batches, counts = trainer.get_batch_samples(iter(batches), len(batches), torch.device("meta"))
         for batch in batches:
-            trainer.compute_loss(trainer.model, batch, num_items_in_batch=denominators).backward()
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts).backward()
 
 
 def test_installing_the_training_forward_leaves_the_stock_one_for_other_calls():
@@ -132,7 +134,7 @@ def test_a_micro_batch_without_a_target_has_loss_0_and_gradients_0():
     model, mask_token_id = adapted("qwen3")
     batch = a_batch(mask_token_id)
     batch |= {name: batch[name][:0] for name in ("target_index", "target_ids", "target_weight")}
-    loss = loss_sums(model, batch, Supervision(BIDIRECTIONAL, mask_token_id))["tokens"]
+    loss = loss_sums(model, batch, Supervision(BIDIRECTIONAL, mask_token_id))[TokenTerm()]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -1,0 +1,54 @@
+"""Training tokens, counted from the batches that the student reads and the rollouts that it writes, for any recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from decausal.data.counts import Count
+
+
+class TokenCounts(NamedTuple):
+    """Tokens that a run has trained on so far. A token that is trained on twice counts twice.
+
+    Attributes:
+        clean: tokens of the clean rows that training forwards read, prompts included, padding not.
+        supervised: targets of the loss: positions whose prediction is compared with something.
+        generated: tokens that rollouts have written, whether or not they were trained on.
+    """
+
+    clean: int = 0
+    supervised: int = 0
+    generated: int = 0
+
+    @property
+    def total(self) -> int:
+        """Clean tokens and generated ones."""
+        return self.clean + self.generated
+
+
+class TokenMeter:
+    """Adds up what a run is trained on, over all processes, where the batches are; reading it waits for the device."""
+
+    def __init__(self) -> None:
+        self._before = TokenCounts()
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, counts: Mapping[str, Tensor]) -> None:
+        """Adds the counts of one global batch."""
+        for name in (Count.CLEAN, Count.SUPERVISED, Count.GENERATED):
+            if name in counts:
+                number = counts[name].to(torch.int64)
+                self._sums[name] = self._sums[name] + number if name in self._sums else number
+
+    @property
+    def counts(self) -> TokenCounts:
+        sums = {name: int(total) for name, total in self._sums.items()}
+        return TokenCounts(*(before + sums.get(name, 0) for name, before in self._before._asdict().items()))
+
+    def start_from(self, counts: TokenCounts) -> None:
+        """Counts on from what an earlier part of the run has counted."""
+        self._before, self._sums = counts, {}
