@@ -24,7 +24,7 @@ from decausal.config import (
     training_hints,
 )
 from decausal.errors import UserError
-from decausal.training.settings import ConversionSettings, PretrainSettings
+from decausal.training.settings import ConversionSettings, PretrainSettings, losses
 from tests.runs import ROOT
 
 HINTS = get_type_hints(ConversionSettings)
@@ -50,7 +50,7 @@ def values_of(hint):
 # Settings whose values are refused in some combinations.
 BOUND_TOGETHER = {
     *("views", "complementary_masks", "layout", "block_size", "causal_context", "noise_per"),
-    *(f"{loss}_{end}_step" for loss in ("token", "align", "kl", "causal_kl") for end in ("start", "stop")),
+    *(f"{loss}_{end}_step" for loss in losses() for end in ("start", "stop")),
     *("kl_top_k", "kl_tail_bucket", "causal_kl_weight", "rows", "warm_start_steps"),
 }
 conversions = st.fixed_dictionaries(

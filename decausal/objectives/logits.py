@@ -29,7 +29,7 @@ from decausal.objectives.head import (
     softmax_dtype_of,
 )
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+KINDS = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 
 # Stands for log 0: finite, so that 0 * (log 0 - log 0) is 0 and not nan.
 _LOG_ZERO = -1e30
@@ -101,7 +101,8 @@ def chunked_divergence(
     """Weighted sum over rows of the divergence between the teacher's p and the student's q.
 
     ``forward_kl``: sum p (log p - log q). ``reverse_kl``: sum q (log q - log p). ``jsd``, with the mixture
-    m = beta p + (1 - beta) q: beta KL(p || m) + (1 - beta) KL(q || m).
+    m = beta p + (1 - beta) q: beta KL(p || m) + (1 - beta) KL(q || m). ``total_variation``: sum |p - q| / 2, between 0
+    and 1; a token drafted from q is accepted by p with probability 1 minus that.
 
     Sums run over the full vocabulary where the teacher comes as `States`. With a `TopK` they run over its tokens, not
     renormalised: then the forward KL is least where q is proportional to p on them, while the other two can fall below
@@ -125,7 +126,7 @@ def chunked_divergence(
         UserError: an unknown kind, or a beta that is not between 0 and 1.
 
     Source: forward KL on the student's own states, OPDLM (arXiv 2606.06712); generalised JSD, GKD (arXiv 2306.13649),
-    equation 1.
+    equation 1; acceptance, speculative decoding (arXiv 2211.17192), corollary 3.6.
     """
     if kind not in KINDS:
         raise UserError(f"divergence '{kind}' is not known{nearest(kind, KINDS)}; accepted: {', '.join(KINDS)}")
@@ -160,6 +161,11 @@ class _Divergence(NamedTuple):
             slope = torch.sub(log_q, log_p, out=log_p).mul_(q)
             value = slope.sum(dim=1)
             slope = slope if is_whole else slope.add_(q)
+            return value, slope, slope.sum(dim=1, keepdim=True)
+        if self.kind == "total_variation":
+            difference = torch.sub(q, log_p.exp_(), out=log_p)
+            value = difference.abs().sum(dim=1) / 2
+            slope = difference.sign_().mul_(q).div_(2)
             return value, slope, slope.sum(dim=1, keepdim=True)
         log_p_over_m, log_q_over_m = self._over_mixture(log_p, log_q)
         slope = log_q_over_m.mul_(q).mul_(1 - self.beta)

@@ -127,6 +127,15 @@ class ConversionSettings:
     causal_kl_start_step: int | float = _setting(0, "step from which it counts")
     causal_kl_stop_step: int | float | None = _setting(None, "step from which it is off")
 
+    tv_weight: float = _setting(
+        0.0,
+        "weight of the total variation distance (half the L1) to the AR model's next-token distribution, which is the "
+        "share of drafts that it would reject; 0 is off",
+    )
+    tv_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
+    tv_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
+    tv_stop_step: int | float | None = _setting(None, "step from which it is off")
+
     rows: Literal["corpus", "rollout"] = _setting(
         "corpus", "what is trained on: the data, noised, or what the model itself writes after the data's prompts"
     )

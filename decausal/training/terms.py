@@ -200,7 +200,34 @@ class FinishedDivergenceTerm(DivergenceTerm):
         return self._sum(reading, answers, "causal_index", None)
 
 
-TERMS: tuple[type[Term], ...] = (TokenTerm, AlignmentTerm, DivergenceTerm, FinishedDivergenceTerm)
+@dataclass(frozen=True)
+class TotalVariationTerm(Term):
+    """Half the L1 distance from the teacher's next-token distribution at targets.
+
+    1 minus its mean is the share of tokens that the teacher would accept, were they drafted from the student.
+    """
+
+    log_name = "tv_loss"
+    setting = "tv"
+    count = Count.NEXT_TOKENS
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return (NextTokens("next_token_index"),)
+
+    def sum(self, reading: Reading, answers: Answers) -> Float[Tensor, ""]:
+        rows, (question,) = reading.states_at("target_index"), self.questions
+        weights = reading.batch["logit_weight"]
+        return chunked_divergence(rows, reading.head, answers[question], weights, "total_variation").loss_sum
+
+
+TERMS: tuple[type[Term], ...] = (
+    TokenTerm,
+    AlignmentTerm,
+    DivergenceTerm,
+    FinishedDivergenceTerm,
+    TotalVariationTerm,
+)
 
 
 def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -57,6 +57,8 @@ def naive(hidden: Tensor, head: Head, teacher: States, kind: str, beta: float, k
         return (p * (p / q).log()).sum(1)
     if kind == "reverse_kl":
         return (q * (q / p).log()).sum(1)
+    if kind == "total_variation":
+        return (p - q).abs().sum(1) / 2
     mixture = beta * p + (1 - beta) * q
     return (beta * p * (p / mixture).log() + (1 - beta) * q * (q / mixture).log()).sum(1)
 
