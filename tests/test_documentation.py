@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from decausal.config import resolve
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
+from decausal.training.settings import ConversionSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import ROOT
 from tests.sampling.stand_ins import conversion_facts
@@ -39,3 +42,15 @@ def test_the_python_of_a_page_runs_from_its_top_to_its_end(
     for block in blocks:
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], page, "exec"), names)  # errors name the line of the page
+
+
+def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
+    text = (ROOT / "docs" / "extend.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "decausal").rglob("*.py"))
+    lines = {line.strip() for line in source.splitlines()}
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for line in "".join(blocks).splitlines():
+        assert not line or line.split("  #")[0].strip() in lines, line
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert resolve(ConversionSettings, yaml.safe_load(recipe), [])
