@@ -41,7 +41,7 @@ class TokenSettings:
         measure: Index into `CONFIDENCES`, or `BY_ENTROPY`.
         guidance: 0 where there is none.
         is_greedy: Every temperature is 0.
-        most_top_k: The largest of `top_k`.
+        most_top_k: The largest of `top_k`, rounded up to a power of two, so that few values occur; 0 where there is none.
         is_nucleus: Some `top_p` is below 1.
         is_guided: Some `guidance` is above 0.
         measures: The ones that occur.
@@ -153,7 +153,7 @@ class RowSettings(TokenSettings):
             remask=whole([REMASKS.index(row.remask) for row in rows]),
             remask_rate=real([(row.remask_rate or DEFAULT_REMASK_RATE) * row.is_remdm for row in rows]),
             is_greedy=all(row.temperature == 0 for row in rows),
-            most_top_k=max(top_k, default=0),
+            most_top_k=_rounded_up(max(top_k, default=0)),
             is_nucleus=any(p < 1 for p in top_p),
             has_windows=any(row.window is not None for row in rows),
             has_cache=any(row.cache != "none" for row in rows),
@@ -189,6 +189,11 @@ class RowSettings(TokenSettings):
         for kind in kinds:
             found = found | (self.remask == REMASKS.index(kind))
         return found
+
+
+def _rounded_up(number: int) -> int:
+    """The next power of two; 0 stays 0."""
+    return 1 << (number - 1).bit_length() if number else 0
 
 
 def _measure(settings: SamplerSettings) -> int:

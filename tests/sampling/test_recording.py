@@ -93,3 +93,48 @@ def test_graphs_write_what_passes_without_them_write(block_size: int, shift: int
             engine = BlockEngine(model, block_facts(block_size, shift), max_rows=3, record=record, **options)
             written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(rows)})
         assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_place_whose_row_filled_the_cache_is_computed_in_vain_without_harm(block_size: int, shift: int) -> None:
+    """Three rows are rounded up to four, so the fourth place's old row, which ended at the last slot, runs again."""
+    budgets = [20, 20, 20, 12]
+    written = []
+    for record in (Tapes(), None):
+        engine = BlockEngine(sharp_model(), block_facts(block_size, shift), max_rows=4, max_length=24, record=record)
+        requests = [
+            Request([7, 5, 9, 11] if budget == 20 else [4] * 12, SamplerSettings(max_new_tokens=budget, num_steps=1), seed)
+            for seed, budget in enumerate(budgets)
+        ]
+        written.append({row.ticket: row.ids for row in engine.run(requests)})
+    assert written[0] == written[1]
+    assert list(written[0])[0] == 3
+
+
+def test_no_number_that_clients_choose_makes_a_recording_of_its_own() -> None:
+    tapes = Tapes()
+    engine = BlockEngine(sharp_model(), block_facts(4), max_rows=1, max_length=16, record=tapes)
+    counts = []
+    for top_k in (9, *range(9, 17)):  # the first run only makes what recordings read
+        settings = SamplerSettings(max_new_tokens=6, num_steps=1, temperature=1.0, top_k=top_k)
+        list(engine.run([Request([7, 5], settings)]))
+        counts.append(tapes.num_recorded)
+    assert len(set(counts[1:])) == 1
+    assert counts[-1] > 0
+
+
+def test_recordings_are_bounded_and_the_one_not_used_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decausal.sampling.blocks.recording.MOST_RECORDINGS", 2)
+    tapes = Tapes()
+    engine = BlockEngine(sharp_model(), block_facts(1), max_rows=1, max_length=16, record=tapes)
+
+    def num_made(**kind: Any) -> int:
+        before = tapes.num_recorded
+        list(engine.run([Request([7, 5], SamplerSettings(max_new_tokens=6, **kind))]))
+        return tapes.num_recorded - before
+
+    drawn = {"temperature": 1.0}
+    assert [num_made(), num_made(**drawn), num_made()] == [1, 1, 0]
+    assert num_made(**drawn, top_k=2) == 1  # in place of those without top_k
+    assert [num_made(), num_made(**drawn)] == [0, 1]

@@ -21,6 +21,8 @@ from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
 
 FEWEST_KEYS = 128
+MOST_RECORDINGS = 64
+"""Recordings held at a time: clients choose settings, so their kinds must not fill the memory."""
 
 
 @runtime_checkable
@@ -112,9 +114,10 @@ class RecordedPasses:
         """
         shape = self._shape(windows)
         key = (shape, settings.kinds)
-        if key not in self._recordings:
-            self._recordings[key] = self._recorded(shape, settings)
-        recording = self._recordings[key]
+        recording = self._recordings.pop(key, None) or self._recorded(shape, settings)
+        self._recordings[key] = recording  # at the end: the first one is the one that was not used for longest
+        if len(self._recordings) > MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
         if recording.taken is not settings:
             recording.settings.take(_padded(settings, shape.num_rows))
             recording.taken = settings

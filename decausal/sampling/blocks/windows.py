@@ -149,8 +149,11 @@ class Reader:
         committed = None
         if is_ragged:
             committed = rows.committed[index][:, None]
-            slots = torch.where(positions >= committed, positions, self.cache.scratch_slot)
-            positions = positions.clamp(min=0)
+            # A place without a row may stand after its old row's last block, where the cache has no slots.
+            last_slot = self.cache.max_length - 1
+            is_read = (positions >= committed) & (positions <= last_slot)
+            slots = torch.where(is_read, positions, self.cache.scratch_slot)
+            positions = positions.clamp(min=0, max=last_slot)
         is_visible = num_keys
         if not sees_everything:
             last = self._last_visible(positions, start, offsets, tail)
