@@ -24,6 +24,7 @@ from decausal.evaluation.tasks import TaskScores, evaluate_tasks, longest_comple
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
 
 ROWS_TOGETHER = 16
@@ -51,7 +52,7 @@ class Measure(ABC):
         self._start = copy.deepcopy(self.source)
         self._mask_token_id = adapt(self._start, tokenizer, mask_token=run.conversion.mask_token)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         self.source.to(device)
         self._start.to(device)
         self._start_scores: dict[tuple[Any, ...], tuple[Score, ...]] = {}

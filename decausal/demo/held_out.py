@@ -18,6 +18,7 @@ from decausal.evaluation.results import ArLikelihood, Likelihood
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import ConversionFacts
+from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
 from decausal.training.settings import ConversionSettings
 
@@ -116,7 +117,7 @@ def prepare(
         mask_token_id=adapt(start, tokenizer, mask_token=conversion.mask_token),
     )
     rows = load_rows(eval_data, tokenizer, conversion.max_length, text_field=conversion.text_field)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     return HeldOut(
         rows=rows,
         num_rows=min(num_rows, len(rows)),

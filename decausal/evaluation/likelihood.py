@@ -42,6 +42,7 @@ from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
+from decausal.models.devices import best_device
 from decausal.objectives.head import Head
 
 CAUSAL = Layout("causal")
@@ -178,7 +179,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: no such checkpoint, data that cannot be read, or an option out of range.
     """
-    converted = load_converted(directory, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    converted = load_converted(directory, dtype, device or best_device())
     model, tokenizer, facts = converted
     refuse_longer_rows(max_length, model.config)
     rows = load_rows(data, tokenizer, max_length, text_field=text_field, split=split)

@@ -20,6 +20,7 @@ from decausal.data.tasks.stream import named
 from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import Converted, is_converted, load_converted
+from decausal.models.devices import best_device, decoding_dtype
 from decausal.sampling.generate import generate
 
 BATCH_SIZE = 64
@@ -156,7 +157,7 @@ def evaluate_tasks_of(
     names: Sequence[str] = (),
     num_examples: int = EXAMPLES_PER_TASK,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> TaskScores:
     """Measures the model in a directory, converted or AR, or of that name, on held-out examples.
@@ -165,7 +166,7 @@ def evaluate_tasks_of(
         model_name_or_path: what `decausal convert` wrote, or an AR model as `load_source` takes it.
         names: tasks; none: all.
         num_examples: of each task.
-        device: where the model runs.
+        device: where the model runs. None: CUDA where there is one, then in bfloat16, else the CPU.
         **options: see `evaluate_tasks`.
 
     Raises:
@@ -174,9 +175,11 @@ def evaluate_tasks_of(
     if num_examples < 1:
         raise UserError(f"--num_examples {num_examples}: must be at least 1")
     problems = list(islice(examples(names, "heldout"), num_examples * len(named(names))))
+    device = torch.device(device or best_device())
+    dtype = decoding_dtype(device)
     if is_converted(model_name_or_path):
-        return evaluate_tasks(load_converted(model_name_or_path, device=device), problems, **options)
-    model, tokenizer = load_source(model_name_or_path)
+        return evaluate_tasks(load_converted(model_name_or_path, dtype, device), problems, **options)
+    model, tokenizer = load_source(model_name_or_path, dtype=dtype)
     return evaluate_tasks((model.to(device), tokenizer), problems, **options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from decausal.models.checkpoint import Converted, load_converted
+from decausal.models.devices import best_device, decoding_dtype
 from decausal.sampling import batch_files
 from decausal.sampling import generate as generating
 from decausal.sampling.batch import BatchEngine
@@ -190,8 +191,8 @@ def load(
     Raises:
         UserError: No such checkpoint, or its facts and weights disagree.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    device = best_device() if device is None else torch.device(device)
+    dtype = dtype or decoding_dtype(device)
     converted = load_converted(model_name_or_path, dtype, device, revision)
     converted.model.eval()
     return DiffusionModel(converted)

@@ -41,7 +41,7 @@ class TokenSettings:
         measure: Index into `CONFIDENCES`, or `BY_ENTROPY`.
         guidance: 0 where there is none.
         is_greedy: Every temperature is 0.
-        most_top_k: The largest of `top_k`, rounded up to a power of two, so that few values occur; 0 where there is none.
+        most_top_k: The largest of `top_k`, rounded up to a power of two so that few values occur; 0 where none is set.
         is_nucleus: Some `top_p` is below 1.
         is_guided: Some `guidance` is above 0.
         measures: The ones that occur.

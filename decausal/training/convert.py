@@ -21,6 +21,7 @@ from decausal.models.adapt import adapt, load_source, source_dtype
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
+from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
@@ -224,8 +225,7 @@ def _student(
     if args.device.type == "cpu":
         keep_freed_memory()
     if settings.compile_layers:
-        for layer in decoder_layers(model):
-            layer.compile()
+        compile_layers(model)
     set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model
     if settings.freeze_embeddings or settings.lora_r:

@@ -21,7 +21,7 @@ from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks
-from decausal.models.backbone import decoder_layers
+from decausal.models.compiled import compile_layers
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
@@ -169,8 +169,7 @@ def _trainer(
     if args.device.type == "cpu":
         keep_freed_memory()
     if settings.compile_layers:
-        for layer in decoder_layers(model):
-            layer.compile()
+        compile_layers(model)
     num_samples = run_length(args, len(rows))
     return ConversionTrainer(
         model,

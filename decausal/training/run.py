@@ -40,6 +40,7 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     if not values.get("output_dir"):
         raise UserError("--output_dir is missing: name the directory that the run is to write to")
     _check_ranges(values)
+    _refuse_whole_model_compilation(values)
     has_accelerator = torch.accelerator.is_available()
     defaults = _DEFAULTS | {
         "use_cpu": not has_accelerator,  # transformers wants to be told that a machine has nothing but its CPU
@@ -88,6 +89,16 @@ def run_length(args: TrainingArguments, num_rows: int) -> int:
     if args.max_steps < 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * num_rows / rows_per_step(args)))
     return args.max_steps * rows_per_step(args)
+
+
+def _refuse_whole_model_compilation(values: dict[str, Any]) -> None:
+    """Each shape of a whole step would be a program of its own, and after a few of them nothing is compiled."""
+    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if values.get(name):
+            raise UserError(
+                f"--{name} {str(values[name]).lower()}: not for these training steps, which would be compiled anew "
+                "for every shape; give --compile_layers true, which compiles the decoder layers"
+            )
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

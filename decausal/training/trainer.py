@@ -19,6 +19,7 @@ from decausal.data.stream import Batch, TrainingStream
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
+from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
 from decausal.training.losses import (
     Supervision,
@@ -172,7 +173,7 @@ class ConversionTrainer(Trainer):
 
     def _roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
         def roll_out() -> list[Rollout]:
-            with self.accelerator.autocast(), gathered(self.model):
+            with self.accelerator.autocast(), gathered(self.model), uncompiled(self.model):
                 return self.decoding.roll_out(self.model, tasks)
 
         return self._inside(roll_out)
@@ -284,7 +285,7 @@ class ConversionTrainer(Trainer):
 
     def _measured(self) -> dict[str, float]:
         def measure() -> dict[str, float]:
-            with gathered(self.model):
+            with gathered(self.model), uncompiled(self.model):
                 return self.measure(stock_model(self.model))
 
         return self._inside(measure)

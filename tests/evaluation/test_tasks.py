@@ -215,3 +215,37 @@ def test_a_measure_that_there_is_not_is_answered_with_those_that_there_are(capsy
 def test_no_problems_are_refused() -> None:
     with pytest.raises(UserError, match="no examples to measure on"):
         evaluate_tasks((model(), TOKENIZER), [])
+
+
+@pytest.mark.parametrize("kind", ["converted", "source"])
+def test_a_model_runs_where_the_machine_is_fast_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Stops at the load: the device and type asked for are all that is looked at."""
+    loaded: list[tuple[Any, Any]] = []
+
+    class LoadedError(Exception):
+        pass
+
+    class Model:
+        def to(self, device: torch.device) -> None:
+            loaded[-1] = (device, loaded[-1][1])
+            raise LoadedError
+
+    def load_converted(_: str, dtype: torch.dtype, device: torch.device) -> None:
+        loaded.append((device, dtype))
+        raise LoadedError
+
+    def load_source(_: str, dtype: torch.dtype) -> tuple[Model, None]:
+        loaded.append((None, dtype))
+        return Model(), None
+
+    monkeypatch.setattr("decausal.evaluation.tasks.is_converted", lambda _: kind == "converted")
+    monkeypatch.setattr("decausal.evaluation.tasks.load_converted", load_converted)
+    monkeypatch.setattr("decausal.evaluation.tasks.load_source", load_source)
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        with pytest.raises(LoadedError):
+            evaluate_tasks_of("MODEL", num_examples=1)
+    assert loaded == [
+        (torch.device("cuda"), torch.bfloat16),
+        (torch.device("cpu"), torch.float32),
+    ]

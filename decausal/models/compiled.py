@@ -1,0 +1,38 @@
+"""Compiled decoder layers: compiled for training alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from decausal.models.backbone import decoder_layers
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each decoder layer; the first training step is slow, later ones are faster."""
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+@contextmanager
+def uncompiled(*models: nn.Module) -> Iterator[None]:
+    """Runs compiled layers as they are written.
+
+    Shapes change in every pass while a model decodes or is measured. Each would be compiled anew until Dynamo's few
+    programs are used up, and all training after that would run uncompiled without a word.
+    """
+    compiled = [
+        (module, module._compiled_call_impl)
+        for model in models
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    ]
+    for module, _ in compiled:
+        module._compiled_call_impl = None  # torch.compiler.set_stance would also stop FlexAttention's own program
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
