@@ -28,6 +28,7 @@ from decausal.training.losses import (
     weighted_loss,
 )
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
+from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
@@ -96,6 +97,7 @@ class ConversionTrainer(Trainer):
         self.finish_checkpoint = finish_checkpoint
         self.measure = measure
         self.meter = TokenMeter() if meter is None else meter
+        show_progress(self, self.meter)
         self._sums: dict[str, Tensor] = {}
         self._num_summed: Counter[str] = Counter()
         self._first_bad_step: Tensor | None = None
