@@ -124,7 +124,7 @@ class BatchEngine:
                     if progress.ended is not None:
                         index, prompt, job = running.pop(progress.ticket)
                         finished[index] = continuation(
-                            self.converted, prompt.text, job.row.given[0], progress.ended, job.settings.stop
+                            self.converted, prompt.text, job.row.given[0], progress.ended, job.settings
                         )
                 while num_told in finished:
                     answer = finished.pop(num_told)

@@ -14,6 +14,7 @@ def choose(
     temperature: float | Float[Tensor, "n"],
     top_k: int | Int[Tensor, "n"] | None = None,
     top_p: float | Float[Tensor, "n"] | None = None,
+    min_p: float | Float[Tensor, "n"] | None = None,
     most: int | None = None,
 ) -> Int[Tensor, "n"]:
     """Draws one token per row by inverting its cumulative distribution at `numbers`; temperature 0 takes the likeliest.
@@ -27,14 +28,16 @@ def choose(
         top_k: Keep the k most probable tokens. Per row: 0 where all are kept.
         top_p: Of those, keep the fewest most probable ones whose probabilities sum to at least this. Per row: at least
             1 where all are kept.
+        min_p: Before all that, and before the temperature, keep tokens at least this many times as probable as the
+            likeliest. Per row: 0 where all are kept.
         most: The largest of several `top_k`, which the host then need not ask the device for.
     """
     if isinstance(temperature, int | float):
         if temperature == 0:
             return logits.argmax(-1)
-        return _drawn(truncate(logits / temperature, top_k=top_k, top_p=top_p, most=most), numbers)
+        return _drawn(truncate(above(logits, min_p) / temperature, top_k=top_k, top_p=top_p, most=most), numbers)
     is_drawn = temperature > 0
-    tempered = logits / torch.where(is_drawn, temperature, 1.0)[:, None].to(logits.dtype)
+    tempered = above(logits, min_p) / torch.where(is_drawn, temperature, 1.0)[:, None].to(logits.dtype)
     return torch.where(
         is_drawn, _drawn(truncate(tempered, top_k=top_k, top_p=top_p, most=most), numbers), logits.argmax(-1)
     )
@@ -46,6 +49,14 @@ def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"]) -> Int[Ten
     # A parallel cumulative sum may be off by an ulp: asking for p > 0 keeps impossible tokens out whatever it returns.
     is_past = (cumulative > numbers[:, None] * cumulative[:, -1:]) & (probabilities > 0)
     return torch.where(is_past.any(-1), is_past.to(torch.uint8).argmax(-1), logits.argmax(-1))
+
+
+def above(logits: Float[Tensor, "n V"], min_p: float | Float[Tensor, "n"] | None) -> Float[Tensor, "n V"]:
+    """Sets to -inf what is less probable than `min_p` times the likeliest token. Source: arXiv 2407.01082."""
+    if min_p is None:
+        return logits
+    share = min_p[:, None] if isinstance(min_p, Tensor) else torch.tensor(min_p)
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + share.log(), -torch.inf)
 
 
 def truncate(

@@ -14,6 +14,7 @@ from decausal.sampling.blocks.recording import CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Engine, Job, Progress
+from decausal.sampling.stopping import refuse_stop_token_ids
 
 
 def engine_for(
@@ -48,7 +49,10 @@ def engine_for(
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
         denoising = RowEngine(converted, max_rows=max_rows, max_length=max_length)
-    return _BySettings(denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length))
+    vocab_size = converted.model.config.get_text_config().vocab_size
+    return _BySettings(
+        denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length), vocab_size
+    )
 
 
 class _BySettings:
@@ -57,8 +61,8 @@ class _BySettings:
     A ticket is twice that of the engine which holds the row, one more for the second.
     """
 
-    def __init__(self, denoising: Engine, make_speculative: Callable[[], Engine]) -> None:
-        self._denoising, self._make_speculative = denoising, make_speculative
+    def __init__(self, denoising: Engine, make_speculative: Callable[[], Engine], vocab_size: int) -> None:
+        self._denoising, self._make_speculative, self._vocab_size = denoising, make_speculative, vocab_size
 
     @cached_property
     def _speculative(self) -> Engine:
@@ -79,6 +83,7 @@ class _BySettings:
 
     def submit(self, job: Job) -> int:
         """Takes a row on and returns its ticket. Raises UserError for a row that cannot be written."""
+        refuse_stop_token_ids(job.settings, self._vocab_size)
         which = int(job.settings.speculative)
         engine = self._speculative if which else self._denoising
         return 2 * engine.submit(job) + which

@@ -14,7 +14,7 @@ from decausal.sampling.blocks.engine import Finished
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.jobs import Ended
 from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
-from decausal.sampling.stopping import cut_at_stop, tokens_to_stop
+from decausal.sampling.stopping import refuse_stop_token_ids, text_before_stop, tokens_to_stop
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def generate(
         UserError: A bad setting, a prompt that does not fit or holds the mask token, no chat template, no start token.
     """
     settings = settings_for(converted.facts, **options)
+    refuse_stop_token_ids(settings, converted.model.config.get_text_config().vocab_size)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     names = named("prompt", texts)
     ids = [prompt_ids(converted, text, chat) for text in texts]
@@ -76,17 +77,17 @@ def generate(
         if on_step is not None:
             raise UserError("speculative decoding has no steps of denoising to show; leave it out, or do not watch")
         written = continue_speculatively(converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size)
-        generations = [continuation(converted, *each, settings.stop) for each in zip(texts, ids, written, strict=True)]
+        generations = [continuation(converted, *each, settings) for each in zip(texts, ids, written, strict=True)]
     elif converted.facts.layout == "block":
         finished = continue_in_blocks(
             converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step
         )
-        generations = [_of_blocks(converted, *each, settings.stop) for each in zip(texts, ids, finished, strict=True)]
+        generations = [_of_blocks(converted, *each, settings) for each in zip(texts, ids, finished, strict=True)]
     else:
         rows = [Row((given, []), (settings.max_new_tokens,), name) for given, name in zip(ids, names, strict=True)]
         filled = fill_rows(converted, rows, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step)
         generations = [
-            _ended(converted, generation(converted, text, "", row, done), row, text, ends, settings.stop)
+            _ended(converted, generation(converted, text, "", row, done), row, text, ends, settings)
             for text, row, done in zip(texts, rows, filled, strict=True)
         ]
     return generations[0] if isinstance(prompts, str) else generations
@@ -108,9 +109,11 @@ def generation(converted: Converted, prefix: str, suffix: str, row: Row, filled:
     )
 
 
-def continuation(converted: Converted, prompt: str, given: list[int], ended: Ended, stop: Sequence[str]) -> Generation:
+def continuation(
+    converted: Converted, prompt: str, given: list[int], ended: Ended, settings: SamplerSettings
+) -> Generation:
     """Returns what an engine made of a prompt, as text."""
-    text = cut_at_stop(text_after(converted.tokenizer, given, ended.ids), stop)
+    text = text_before_stop(converted.tokenizer, given, ended.ids, settings)
     return Generation(
         text=text,
         full_text=prompt + text,
@@ -122,19 +125,21 @@ def continuation(converted: Converted, prompt: str, given: list[int], ended: End
     )
 
 
-def _of_blocks(converted: Converted, prompt: str, given: list[int], row: Finished, stop: Sequence[str]) -> Generation:
-    written = continuation(converted, prompt, given, row.ended, stop)
+def _of_blocks(
+    converted: Converted, prompt: str, given: list[int], row: Finished, settings: SamplerSettings
+) -> Generation:
+    written = continuation(converted, prompt, given, row.ended, settings)
     return replace(written, block_of_token=row.block_of_token)
 
 
 def _ended(
-    converted: Converted, whole: Generation, row: Row, prompt: str, ends: Sequence[int], stop: Sequence[str]
+    converted: Converted, whole: Generation, row: Row, prompt: str, ends: Sequence[int], settings: SamplerSettings
 ) -> Generation:
     """A bidirectional row with the reason why it ended, cut where a stop text is complete."""
-    num_new = tokens_to_stop(converted.tokenizer, row.given[0], whole.ids, 0, stop) if stop else None
+    num_new = tokens_to_stop(converted.tokenizer, row.given[0], whole.ids, 0, settings)
     if num_new is None:
         return replace(whole, finish_reason="end" if whole.ids and whole.ids[-1] in ends else "length")
-    text = cut_at_stop(whole.text, stop)
+    text = text_before_stop(converted.tokenizer, row.given[0], whole.ids, settings)
     return replace(
         whole,
         text=text,

@@ -38,11 +38,13 @@ class TokenSettings:
         temperature: 0 where the most probable token is taken.
         top_k: 0 where all tokens are kept.
         top_p: 1 where all tokens are kept.
+        min_p: 0 where all tokens are kept.
         measure: Index into `CONFIDENCES`, or `BY_ENTROPY`.
         guidance: 0 where there is none.
         is_greedy: Every temperature is 0.
         most_top_k: The largest of `top_k`, rounded up to a power of two so that few values occur; 0 where none is set.
         is_nucleus: Some `top_p` is below 1.
+        has_min_p: Some `min_p` is above 0.
         is_guided: Some `guidance` is above 0.
         measures: The ones that occur.
     """
@@ -50,11 +52,13 @@ class TokenSettings:
     temperature: Float[Tensor, "n"]
     top_k: Int[Tensor, "n"]
     top_p: Float[Tensor, "n"]
+    min_p: Float[Tensor, "n"]
     measure: Int[Tensor, "n"]
     guidance: Float[Tensor, "n"]
     is_greedy: bool
     most_top_k: int
     is_nucleus: bool
+    has_min_p: bool
     is_guided: bool
     measures: tuple[int, ...]
 
@@ -75,6 +79,7 @@ class TokenSettings:
             temperature=self.temperature,
             top_k=self.top_k if self.most_top_k else None,
             top_p=self.top_p if self.is_nucleus else None,
+            min_p=self.min_p if self.has_min_p else None,
             most=self.most_top_k,
         )
 
@@ -140,6 +145,7 @@ class RowSettings(TokenSettings):
             temperature=real([row.temperature for row in rows]),
             top_k=whole(top_k),
             top_p=real(top_p),
+            min_p=real([row.min_p or 0.0 for row in rows]),
             measure=whole(measures),
             order=whole([ORDERS.index(row.order) for row in rows]),
             schedule=whole([SCHEDULES.index(schedule) for schedule in schedules]),
@@ -155,6 +161,7 @@ class RowSettings(TokenSettings):
             is_greedy=all(row.temperature == 0 for row in rows),
             most_top_k=_rounded_up(max(top_k, default=0)),
             is_nucleus=any(p < 1 for p in top_p),
+            has_min_p=any(row.min_p for row in rows),
             has_windows=any(row.window is not None for row in rows),
             has_cache=any(row.cache != "none" for row in rows),
             is_guided=any(row.guidance > 0 for row in rows),

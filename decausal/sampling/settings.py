@@ -49,6 +49,8 @@ class SamplerSettings:
         temperature: 0 takes the most probable token. Positions are ordered by the untempered distribution throughout.
         top_k: Sample among the k most probable tokens.
         top_p: Sample among the fewest tokens whose probabilities sum to this.
+        min_p: Sample only among tokens at least this many times as probable as the likeliest one, by the untempered
+            distribution: a high temperature lets no other in. Applied before `top_k` and `top_p`.
         seed: Row i of a call draws from seed + i, so one row can be had again alone.
         order: Which candidates are kept first: "confidence" the surest; "random" any, drawn anew in each step;
             "left_to_right". The last two go with `num_steps` alone, since the other schedules speak of confidence.
@@ -71,9 +73,10 @@ class SamplerSettings:
             more steps than positions are more chances to correct. Source: ReMDM (arXiv 2503.00307), its schedules
             "cap" and "loop", with counts that are even in place of random ones.
         remask_rate: Of "remdm" and "remdm_loop"; there 0.02 where it is not given.
-        stop: Texts that end a row; the text stops before them. One string, or several.
+        stop: Texts that end a row; the text stops before them. One string, or several. They may hold special tokens.
+        stop_token_ids: Tokens that end a row, beside those that end the model's texts; the text stops before them.
         speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
-            pass verifies those drafted before. Temperature, top_k and top_p hold; schedules play no part. See
+            pass verifies those drafted before. Temperature, top_k, top_p and min_p hold; schedules play no part. See
             `decausal.sampling.blocks.speculative`.
 
     Raises:
@@ -88,6 +91,7 @@ class SamplerSettings:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
     order: str = "confidence"
     window: int | None = None
@@ -97,6 +101,7 @@ class SamplerSettings:
     remask: bool | str = False
     remask_rate: float | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     speculative: bool = False
 
     def __post_init__(self) -> None:
@@ -150,6 +155,11 @@ class SamplerSettings:
             )
         if self.cache_refresh is not None and self.cache == "none":
             raise UserError(f"cache_refresh={self.cache_refresh} needs cache='prefix' or cache='dual'; give one")
+
+    @property
+    def has_stops(self) -> bool:
+        """Texts or tokens end a row."""
+        return bool(self.stop or self.stop_token_ids)
 
     @property
     def is_remdm(self) -> bool:
@@ -251,6 +261,15 @@ def _as_texts(stop: Any) -> Any:
     return tuple(stop) if isinstance(stop, list) else stop
 
 
+def _as_token_ids(ids: Any) -> Any:
+    """One id or a list of them as a tuple; anything else is left for the check to refuse."""
+    if ids is None:
+        return ()
+    if _is_integer(ids):
+        return (int(ids),)
+    return tuple(ids) if isinstance(ids, list) else ids
+
+
 def _default(name: str) -> Any:
     return next(field.default for field in dataclasses.fields(SamplerSettings) if field.name == name)
 
@@ -264,15 +283,15 @@ def _as_remasking(remask: Any) -> Any:
     return {True: "p2", "none": False}.get(remask, remask) if isinstance(remask, bool | str) else remask
 
 
-_SETTLED = {"stop": _as_texts, "remask": _as_remasking}
+_SETTLED = {"stop": _as_texts, "stop_token_ids": _as_token_ids, "remask": _as_remasking}
 _DETAILS = {"cache": "cache_refresh", "remask": "remask_rate"}
 _WHY_NOT = {
     "block": "a block model is written block by block, each from the exact cache of those before it, and what is "
     "finished is never opened again",
     "causal": "a causal model does not see what is behind a token",
 }
-_REAL = ("threshold", "entropy_bound", "temperature", "top_p", "guidance", "remask_rate")
-_OPTIONAL = (*SCHEDULES, "top_k", "top_p", "window", "cache_refresh", "remask_rate")
+_REAL = ("threshold", "entropy_bound", "temperature", "top_p", "min_p", "guidance", "remask_rate")
+_OPTIONAL = (*SCHEDULES, "top_k", "top_p", "min_p", "window", "cache_refresh", "remask_rate")
 _RULES = {
     "max_new_tokens": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "num_steps": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
@@ -282,6 +301,7 @@ _RULES = {
     "temperature": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a number of at least 0"),
     "top_k": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "seed": (lambda value: _is_integer(value) and 0 <= value < 2**62, "an integer of at least 0 and below 2**62"),
     "order": (lambda value: value in ORDERS, f"one of {', '.join(ORDERS)}"),
     "window": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
@@ -296,6 +316,10 @@ _RULES = {
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "a text that is not empty, or several",
+    ),
+    "stop_token_ids": (
+        lambda value: isinstance(value, tuple) and all(_is_integer(token) and token >= 0 for token in value),
+        "a token id of at least 0, or several",
     ),
     "speculative": (lambda value: isinstance(value, bool), "True or False"),
 }

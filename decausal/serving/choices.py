@@ -8,6 +8,7 @@ from typing import Any
 from decausal.sampling.borders import Border
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.rows import Row
+from decausal.sampling.stopping import is_stop_token
 from decausal.serving.text import TextStream
 
 
@@ -64,7 +65,7 @@ class Choice:
         self._tokenizer, self._has_events = tokenizer, has_events
         borders = job.row.borders or (Border(),)
         self._border = Border(borders[0].start, borders[-1].end)
-        self._stream = TextStream(tokenizer, job.row.given[0], job.settings.stop, self._border)
+        self._stream = TextStream(tokenizer, job.row.given[0], job.settings, self._border)
         self._num_final, self._offset = 0, 0
         self.ended: Ended | None = None
         self._begin(job.row)
@@ -113,7 +114,7 @@ class Choice:
         ids = ended.ids if has_one_gap else [token for token in self._ids if token is not None]
         first, self._num_final = self._num_final, len(ids)
         text = self._stream.finish(ids)
-        if ended.reason == "end":
+        if ended.reason == "end" or (ids and is_stop_token(self._tokenizer, ids[-1], self.job.settings)):
             self._num_final -= 1  # the end token has no text
         is_whole = ended.reason != "length" or self.row.given[-1] or not has_one_gap
         reason = "stop" if is_whole else "length"

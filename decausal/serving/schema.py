@@ -176,7 +176,7 @@ class Message(BaseModel):
 SAMPLER_FIELDS = {
     name: hint
     for name, hint in get_type_hints(SamplerSettings).items()
-    if name not in ("max_new_tokens", "seed", "stop", "temperature", "top_p")
+    if name not in ("max_new_tokens", "seed", "stop", "stop_token_ids", "temperature", "top_p")
 }
 _SamplerBody = create_model(
     "_SamplerBody", **{name: (hint | None, Field(None, description="sampler")) for name, hint in SAMPLER_FIELDS.items()}
@@ -194,6 +194,7 @@ class _Body(_SamplerBody):
     temperature: float | None = None
     top_p: float | None = None
     stop: Stop = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     decausal: Extension | None = None
@@ -248,7 +249,7 @@ def parse(raw: bytes, kind: type[BodyType]) -> BodyType:
 
 def sampler_options(body: _Body) -> dict[str, Any]:
     """Returns the sampler's settings that a body gives, under our names or others'."""
-    named = {name: getattr(body, name) for name in (*SAMPLER_FIELDS, "temperature", "top_p")}
+    named = {name: getattr(body, name) for name in (*SAMPLER_FIELDS, "stop_token_ids", "temperature", "top_p")}
     aliased = {name: value for name, value in (body.model_extra or {}).items() if name in ALIASES}
     return {name: value for name, value in {**named, **aliased}.items() if value is not None}
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from decausal.sampling.borders import Border
-from decausal.sampling.rows import text_after
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import cut_at_stop, text_before_stop
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8
@@ -22,16 +23,16 @@ class TextStream:
     Args:
         tokenizer: Decodes.
         before: Ids in front of the text.
-        stops: Strings that end the text.
+        settings: What ends the text.
         border: Characters of the tokens that are not of the text, at its beginning and its end.
     """
 
     def __init__(
-        self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = (), border: Border | None = None
+        self, tokenizer: Any, before: Sequence[int], settings: SamplerSettings, border: Border | None = None
     ) -> None:
         self._border = border or Border()
         self._to_skip = self._border.start
-        self._tokenizer, self._before, self._stops = tokenizer, list(before), tuple(stops)
+        self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
         self._ids = list(before[-CONTEXT:])
         self._window, self._read = 0, len(self._ids)
         self._held = ""
@@ -50,12 +51,9 @@ class TextStream:
     def finish(self, ids: Sequence[int]) -> str:
         """Takes all new ids of the row that has ended; returns the rest of its text.
 
-        The end of the text is where the first stop string begins.
+        The end of the text is where the first stop begins.
         """
-        text = text_after(self._tokenizer, self._before, list(ids)).removeprefix(self._border.start)
-        whole = cut(text, self._stops)
-        if len(whole) == len(text):
-            whole = text.removesuffix(self._border.end)
+        whole = text_before_stop(self._tokenizer, self._before, ids, self._settings, self._border)
         rest = whole[len(self.sent) :] if whole.startswith(self.sent) else ""
         self.sent += rest
         return rest
@@ -63,9 +61,9 @@ class TextStream:
     def _send(self, text: str) -> str:
         if text and self._to_skip:
             text, self._to_skip = text.removeprefix(self._to_skip), ""
-        shown = cut(text, self._stops)
+        shown = cut_at_stop(text, self._settings.stop)
         if len(shown) == len(text):
-            held = max(possible_stop(text, self._stops), len(self._border.end))
+            held = max(possible_stop(text, self._settings.stop), len(self._border.end))
             shown = text[: max(0, len(text) - held)]
         self._held = text[len(shown) :]
         self.sent += shown
@@ -73,12 +71,6 @@ class TextStream:
 
     def _decode(self, start: int, stop: int) -> str:
         return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """Returns the text up to the first of the stop strings."""
-    places = [place for place in map(text.find, stops) if place >= 0]
-    return text[: min(places)] if places else text
 
 
 def possible_stop(text: str, stops: Sequence[str]) -> int:

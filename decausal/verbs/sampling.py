@@ -31,8 +31,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
+    parser.add_argument("--min_p", type=float, help="least probability, as a share of the likeliest token's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", help="a text that ends a row; may be repeated")
+    parser.add_argument(
+        "--stop_token_ids", type=int, action="append", metavar="ID", help="a token that ends a row; may be repeated"
+    )
     parser.add_argument(
         "--speculative", action="store_true", default=None, help="masks draft what the same weights verify causally"
     )
@@ -60,8 +64,10 @@ _OPTIONS = (
     "temperature",
     "top_k",
     "top_p",
+    "min_p",
     "seed",
     "stop",
+    "stop_token_ids",
     "order",
     "window",
     "cache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from decausal.sampling.candidates import choose, truncate, uniform_numbers
@@ -97,3 +98,19 @@ def test_numbers_depend_on_their_own_coordinates_alone() -> None:
     together = uniform_numbers(seeds, 8, positions)
     alone = torch.cat([uniform_numbers(seeds[i : i + 1], 8, positions[i : i + 1]) for i in range(3)])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 100.0])
+def test_min_p_keeps_what_is_near_the_likeliest_untempered_token_whatever_the_temperature(temperature: float) -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(3, -1)
+    for number in torch.linspace(0.01, 0.99, 25):
+        drawn = choose(
+            logits,
+            number.expand(3),
+            temperature=torch.full((3,), temperature),
+            min_p=torch.tensor([0.0, 0.29, 0.59]),
+        )
+        assert drawn[1] <= 2
+        assert drawn[2] <= 1
+        assert drawn[2] == choose(logits, number.expand(3), temperature=temperature, min_p=0.59)[0]
+        assert drawn[0] == choose(logits, number.expand(3), temperature=temperature)[0]

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from decausal.sampling.borders import Border
 from decausal.sampling.rows import text_after
-from decausal.serving.text import TextStream, cut, possible_stop
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import cut_at_stop
+from decausal.serving.text import TextStream, possible_stop
 from tests.families import EOS_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -25,21 +27,21 @@ def ids_of(text: str) -> list[int]:
 def test_the_pieces_of_a_stream_are_the_text_up_to_the_stop(before: str, text: str, data, stops: list[str]) -> None:
     assume(not any(one in other for one, other in permutations(stops, 2)))  # a row ends at the first that is whole
     start, ids = ids_of(before), ids_of(text)
-    stream, pieces, place = TextStream(TOKENIZER, start, stops), [], 0
+    stream, pieces, place = TextStream(TOKENIZER, start, SamplerSettings(stop=tuple(stops))), [], 0
     while place < len(ids):
         step = data.draw(st.integers(1, 4))
         pieces.append(stream.push(ids[place : place + step]))
         place += step
-        assert cut(text, stops).startswith("".join(pieces))
+        assert cut_at_stop(text, stops).startswith("".join(pieces))
     pieces.append(stream.finish(ids))
-    assert "".join(pieces) == cut(text, stops) == stream.sent
+    assert "".join(pieces) == cut_at_stop(text, stops) == stream.sent
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, EOS_ID), max_size=30), st.data())
 def test_bytes_that_are_no_text_stream_to_what_they_decode_to(ids: list[int], data) -> None:
     before = ids_of("x = ")
-    stream, pieces, place = TextStream(TOKENIZER, before), [], 0
+    stream, pieces, place = TextStream(TOKENIZER, before, SamplerSettings()), [], 0
     while place < len(ids):
         step = data.draw(st.integers(1, 4))
         pieces.append(stream.push(ids[place : place + step]))
@@ -50,19 +52,19 @@ def test_bytes_that_are_no_text_stream_to_what_they_decode_to(ids: list[int], da
 
 def test_a_character_is_never_sent_in_halves() -> None:
     ids = ids_of("a😀b")
-    stream = TextStream(TOKENIZER, [])
+    stream = TextStream(TOKENIZER, [], SamplerSettings())
     assert [stream.push([token]) for token in ids] == ["a", "", "", "", "😀", "b"]
 
 
 def test_what_may_become_a_stop_string_waits() -> None:
-    stream = TextStream(TOKENIZER, [], ["stop"])
+    stream = TextStream(TOKENIZER, [], SamplerSettings(stop=("stop",)))
     assert [stream.push([token]) for token in ids_of("a strsto")] == ["a", " ", "", "str", "", "", ""]
     assert stream.finish(ids_of("a strsto")) == "sto"
 
 
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
-    assert cut("abcdef", ["ef", "cd", "x"]) == "ab"
-    assert cut("abc", []) == "abc"
+    assert cut_at_stop("abcdef", ["ef", "cd", "x"]) == "ab"
+    assert cut_at_stop("abc", []) == "abc"
     assert possible_stop("abc", ["cde", "bcx"]) == 2
     assert possible_stop("abc", []) == 0
 
@@ -72,7 +74,7 @@ def test_the_first_of_several_stop_strings_ends_the_text() -> None:
 def test_a_stream_leaves_out_given_characters_inside_of_its_tokens(text: str, data: st.DataObject) -> None:
     border = Border("\n", "  ")
     ids = ids_of(border.start + text + border.end)
-    stream, pieces, place = TextStream(TOKENIZER, ids_of("a"), (), border), [], 0
+    stream, pieces, place = TextStream(TOKENIZER, ids_of("a"), SamplerSettings(), border), [], 0
     while place < len(ids):
         step = data.draw(st.integers(1, 4))
         pieces.append(stream.push(ids[place : place + step]))

@@ -236,15 +236,14 @@ class RowEngine:
         running.num_final = length
         if len(running.ids) == len(span):
             return self._cut(running, length, "length")
-        if settings.stop and not settings.remask and length > before:
+        if settings.has_stops and not settings.remask and length > before:
             stopped = self._length_at_stop(running, length)
             return None if stopped is None else self._cut(running, stopped, "stop")
         return None
 
     def _length_at_stop(self, running: _Running, length: int) -> int | None:
         final = [running.ids[position] for position in running.span[:length]]
-        stops = running.job.settings.stop
-        return tokens_to_stop(self._tokenizer, running.job.row.given[0], final, 0, stops) if stops else None
+        return tokens_to_stop(self._tokenizer, running.job.row.given[0], final, 0, running.job.settings)
 
     def _cut(self, running: _Running, length: int, reason: str) -> Ended:
         if reason != "stop" and (stopped := self._length_at_stop(running, length)) is not None:

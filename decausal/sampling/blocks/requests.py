@@ -173,12 +173,9 @@ class ActiveRow:
             if new[index] in ends:
                 num_new, reason = index + 1, "end"
                 break
-        stop = self.request.settings.stop
-        if stop:
-            num_to_stop = tokens_to_stop(tokenizer, self.request.prompt_ids, new[:num_new], already_new, stop)
-            if num_to_stop is not None:
-                return num_to_stop, "stop"
-        return num_new, reason
+        settings = self.request.settings
+        num_to_stop = tokens_to_stop(tokenizer, self.request.prompt_ids, new[:num_new], already_new, settings)
+        return (num_new, reason) if num_to_stop is None else (num_to_stop, "stop")
 
     def _finished(self, num_new: int, reason: str) -> Finished:
         size, tail = self.block_size, self.prompt_length % self.block_size

@@ -210,13 +210,13 @@ class _Running:
 
     def _extend(self, tokens: list[int], tokenizer: Any) -> str | None:
         """Returns why the row is over; None: it is not."""
-        (limit,), ends, stop = self.job.row.gaps, self.job.end_token_ids, self.job.settings.stop
+        (limit,), ends, settings = self.job.row.gaps, self.job.end_token_ids, self.job.settings
         first = len(self.ids)
         new = tokens[: limit - first]
         num_to_end = next((number for number, token in enumerate(new, start=1) if token in ends), None)
         self.ids += new[:num_to_end]
         reason = "end" if num_to_end else "length" if len(self.ids) == limit else None
-        num_to_stop = tokens_to_stop(tokenizer, self.prompt, self.ids, first, stop) if stop else None
+        num_to_stop = tokens_to_stop(tokenizer, self.prompt, self.ids, first, settings)
         if num_to_stop is not None:
             del self.ids[num_to_stop:]
             reason = "stop"

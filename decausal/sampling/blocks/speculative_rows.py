@@ -15,7 +15,7 @@ from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.head import Head, logits
-from decausal.sampling.candidates import choose, truncate, uniform_numbers
+from decausal.sampling.candidates import above, choose, truncate, uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 
 _DRAFT, _ACCEPT, _OWN, _NUM_PURPOSES = range(4)
@@ -213,7 +213,8 @@ def _missing(wanted: Float[Tensor, "b m V"], drafted: Float[Tensor, "b m V"]) ->
 def probabilities(values: Float[Tensor, "n V"], settings: RowSettings) -> Float[Tensor, "n V"]:
     """What a position's token is drawn from: tempered and truncated, or all on the likeliest where temperature is 0."""
     is_drawn = settings.temperature > 0
-    tempered = values / torch.where(is_drawn, settings.temperature, 1.0)[:, None].to(values.dtype)
+    kept = above(values, settings.min_p if settings.has_min_p else None)
+    tempered = kept / torch.where(is_drawn, settings.temperature, 1.0)[:, None].to(values.dtype)
     drawn = truncate(
         tempered,
         top_k=settings.top_k if settings.most_top_k else None,

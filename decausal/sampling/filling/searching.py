@@ -34,7 +34,7 @@ class SearchJob(Job):
 
     def candidate(self, row: Row) -> Job:
         """A row that is filled to be scored: whole, and nobody looks on."""
-        return Job(row, replace(self.settings, stop=()), self.seed)
+        return Job(row, replace(self.settings, stop=(), stop_token_ids=()), self.seed)
 
 
 @dataclass
