@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -169,3 +170,27 @@ def test_a_traceback_is_printed_where_it_is_asked_for(monkeypatch, capsys):
 def test_an_error_that_is_about_no_argument_keeps_its_traceback(error):
     with pytest.raises(error), argument_errors():
         raise error("a fault of ours")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["gsm8k", "DIR"], r"no measure or benchmark 'gsm8k' here.*--data DATA.*decausal batch.*--tasks"),
+        (["task", "DIR"], "did you mean 'decausal eval tasks'"),
+        (["perplexity", "DIR"], "did you mean 'decausal eval nll'"),
+        (["words", "DIR"], "decausal eval tasks MODEL --tasks words"),
+        (["."], "name the measure before the model: decausal eval nll . --data DATA"),
+        ([], "name what to measure: decausal eval nll DIR"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_measure_that_there_is_not_is_answered_by_what_to_type_instead(arguments, answer, capsys):
+    assert main(["eval", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert re.search(answer, errors)
+
+
+def test_help_for_eval_names_its_measures(capsys):
+    assert main(["eval", "--help"]) == 0
+    assert "decausal eval nll DIR --data DATA" in capsys.readouterr().out

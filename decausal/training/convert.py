@@ -36,6 +36,7 @@ from decausal.training.run_directory import (
     wants_resume,
 )
 from decausal.training.run_rows import corpus_rows, rows_of_run
+from decausal.training.samples import Samples, read_sample_prompts
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
@@ -84,7 +85,8 @@ def convert(
     """
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
-    args = training_arguments(_with_evaluation(training, settings.eval_data is not None or measure is not None))
+    is_measured = measure is not None or settings.eval_data is not None or settings.sample_prompts is not None
+    args = training_arguments(_with_evaluation(training, is_measured))
     refuse_partitioned(args)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
@@ -135,6 +137,9 @@ def _prepare(
     if measure is None and settings.eval_data is not None:
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _measure_on(held_out, settings, tokenizer, facts)
+    if settings.sample_prompts is not None:
+        samples = _samples(settings, model, tokenizer, facts, args)
+        measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
     student = _student(settings, model, mask_token_id, args)
     supervision = _supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
@@ -280,6 +285,32 @@ def _measure_on(
         }
 
     return measure
+
+
+def _samples(
+    settings: ConversionSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: ConversionFacts,
+    args: TrainingArguments,
+) -> Samples:
+    output_dir = Path(args.output_dir) if args.process_index == 0 else None
+    prompts = read_sample_prompts(settings.sample_prompts)
+    samples = Samples(prompts, tokenizer, facts, settings.sample_tokens, output_dir)
+    samples.refuse_unusable(model)
+    return samples
+
+
+def _with_samples(
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None, samples: Samples, step: Callable[[], int]
+) -> Callable[[PreTrainedModel], dict[str, float]]:
+    def measure_and_sample(model: PreTrainedModel) -> dict[str, float]:
+        found = {} if measure is None else measure(model)
+        with disk_errors(samples.output_dir or Path()):
+            samples.write(model, step())
+        return found
+
+    return measure_and_sample
 
 
 def _save_dtype(settings: ConversionSettings, commit: str | None) -> torch.dtype:

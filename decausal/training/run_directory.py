@@ -27,8 +27,9 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FOREIGN_DISK_ERROR = re.compile(r"os error \d+|No space left|File too large|PytorchStreamWriter|unexpected pos")
 _MAY_CHANGE = {
     *("data", "eval_data", "eval_rows", "overwrite", "attn_implementation", "compile_layers", "save_dtype"),
+    *("sample_prompts", "sample_tokens"),
     *("align_weight", "align_schedule", "align_stop_step", "anneal_steps", "rollout_batch_size"),
-    *(f"{loss}_{setting}" for loss in ("kl", "causal_kl") for setting in ("weight", "schedule", "stop_step")),
+    *(f"{loss}_{setting}" for loss in ("kl", "causal_kl", "tv") for setting in ("weight", "schedule", "stop_step")),
 }
 
 logger = logging.getLogger(__name__)

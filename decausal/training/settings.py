@@ -61,6 +61,10 @@ class ConversionSettings:
         None, "held-out data; its NELBO is logged every eval_steps and at the end"
     )
     eval_rows: int = _setting(64, "rows of eval_data to measure on")
+    sample_prompts: str | None = _setting(
+        None, "a file of prompts, one a line; what the model makes of them is shown and kept at each evaluation"
+    )
+    sample_tokens: int = _setting(64, "new tokens of each of these samples")
     text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
     dataset_split: str = _setting("train", "the split of a hub data set")
     data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
@@ -174,7 +178,7 @@ class ConversionSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
-        _at_least(self, lora_dropout=0, kl_top_k=1)
+        _at_least(self, lora_dropout=0, kl_top_k=1, sample_tokens=1)
         for loss in losses():
             _at_least(self, **{f"{loss}_weight": 0})
             _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")

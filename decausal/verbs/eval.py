@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, given, wants_help
 from decausal.verbs.sampling import add_sampling_flags, sampler_options
 
+NLL = "decausal eval nll DIR --data DATA"
+TASKS = "decausal eval tasks MODEL"
+# What people call the measures, and ours.
+MEASURES = {
+    **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), "nll"),
+    **dict.fromkeys(("tasks", "accuracy"), "tasks"),
+}
+
 
 def run(arguments: list[str]) -> int:
     measures = {"nll": _nll, "tasks": _tasks}
-    if not arguments or arguments[0] not in measures:
-        asked = f"'{arguments[0]}' is not known" if arguments and not wants_help(arguments) else "name what to measure"
-        raise UserError(f"eval: {asked}; there is: decausal eval nll DIR --data DATA, decausal eval tasks MODEL")
-    return measures[arguments[0]](arguments[1:])
+    if arguments and arguments[0] in measures:
+        return measures[arguments[0]](arguments[1:])
+    if wants_help(arguments):
+        print(f"usage: {NLL}\n       {TASKS}\n\nEach has its own --help.")
+        return 0
+    if not arguments:
+        raise UserError(f"eval: name what to measure: {NLL}, or {TASKS}")
+    raise UserError(f"eval: {_what_instead(arguments[0])}")
+
+
+def _what_instead(name: str) -> str:
+    """What to type instead of a measure that there is not: people name benchmarks, our tasks, or the model alone."""
+    from decausal.data.tasks import TASKS as NAMES
+
+    if name in NAMES:
+        return f"'{name}' is one of the tasks: decausal eval tasks MODEL --tasks {name}"
+    if Path(name).expanduser().exists():
+        return f"name the measure before the model: decausal eval nll {name} --data DATA, or decausal eval tasks {name}"
+    if near := get_close_matches(name.lower(), MEASURES, n=1, cutoff=0.6):
+        return f"'{name}' is not known; did you mean 'decausal eval {MEASURES[near[0]]}'?"
+    return (
+        f"there is no measure or benchmark '{name}' here. Likelihood of its texts: {NLL}, a file or its id on the hub. "
+        "Answers to its prompts, to score yourself: decausal batch DIR prompts.jsonl answers.jsonl, or decausal serve "
+        f"DIR for harnesses that speak OpenAI's API. Tasks of ours: {TASKS} --tasks {'+'.join(NAMES)}"
+    )
 
 
 def _nll(arguments: list[str]) -> int:

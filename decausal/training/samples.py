@@ -1,0 +1,163 @@
+"""What the model in training writes: a few continuations at each measurement, in the log and in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.errors import UserError
+from decausal.evaluation.passes import measuring
+from decausal.models.architecture import context_length
+from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.sampling.generate import generate
+from decausal.sampling.rows import prompt_ids
+
+SAMPLES_FILE = "samples.jsonl"
+MAX_PROMPTS = 32
+_SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A text to continue, or with `chat` a user's message to answer."""
+
+    text: str
+    chat: bool = False
+
+
+class Samples:
+    """Continues prompts with the model as it is.
+
+    Args:
+        prompts: what to continue.
+        tokenizer: the student's.
+        facts: how it decodes.
+        num_tokens: new tokens of each.
+        output_dir: where `samples.jsonl` is written; None: nowhere, and nothing is shown (other processes than the
+            first).
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[SamplePrompt],
+        tokenizer: PreTrainedTokenizerBase,
+        facts: ConversionFacts,
+        num_tokens: int,
+        output_dir: Path | None,
+    ) -> None:
+        self.prompts, self.tokenizer, self.facts = prompts, tokenizer, facts
+        self.num_tokens, self.output_dir = num_tokens, output_dir
+
+    def refuse_unusable(self, model: PreTrainedModel) -> None:
+        """Raises UserError for a prompt that could not be continued later, in the middle of the run."""
+        converted, context = Converted(model, self.tokenizer, self.facts), context_length(model.config)
+        for number, prompt in enumerate(self.prompts, 1):
+            try:
+                length = len(prompt_ids(converted, prompt.text, prompt.chat)) + self.num_tokens
+            except UserError as error:
+                raise UserError(f"--sample_prompts, prompt {number}: {error}") from error
+            if context is not None and length > context:
+                raise UserError(
+                    f"--sample_prompts, prompt {number}: with --sample_tokens {self.num_tokens} it makes {length} "
+                    f"tokens, and the model reads {context}; shorten one of them"
+                )
+
+    def write(self, model: PreTrainedModel, step: int) -> None:
+        """Continues each prompt, shows the texts and adds them to the file."""
+        converted = Converted(model, self.tokenizer, self.facts)
+        with measuring(model):
+            written = [
+                generate(converted, prompt.text, chat=prompt.chat, max_new_tokens=self.num_tokens)
+                for prompt in self.prompts
+            ]
+        if self.output_dir is None:
+            return
+        records = [
+            {"step": step, "prompt": prompt.text, "text": found.text, "finish_reason": found.finish_reason}
+            for prompt, found in zip(self.prompts, written, strict=True)
+        ]
+        for record in records:
+            tqdm.write(f"sample, step {step}: {_one_line(record['prompt'])} -> {_one_line(record['text'])}")
+        self._keep(records, step)
+
+    def _keep(self, records: list[dict[str, Any]], step: int) -> None:
+        """Writes the file whole; what a resumed run writes again replaces what it wrote before."""
+        assert self.output_dir is not None
+        path = self.output_dir / SAMPLES_FILE
+        kept = [record for record in read_samples(path) if record["step"] < step]
+        staged = path.with_name(f".{path.name}")
+        staged.write_text("".join(json.dumps(record) + "\n" for record in kept + records), encoding="utf-8")
+        os.replace(staged, path)
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Returns what `Samples` has written; nothing where there is no such file."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
+    """Reads prompts: one a line, or of a jsonl file records of `prompt`, or of `messages` with one user's message.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt or too many, or a record of another form.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"--sample_prompts {path}: {reason}") from error
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    prompts = list(_records(path, lines) if is_jsonl else (SamplePrompt(line) for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--sample_prompts {path}: it holds no prompt; write one a line")
+    if len(prompts) > MAX_PROMPTS:
+        raise UserError(
+            f"--sample_prompts {path}: it holds {len(prompts)} prompts, and each is continued at each evaluation; give "
+            f"at most {MAX_PROMPTS}, and more to decausal batch"
+        )
+    return prompts
+
+
+def _records(path: Path, lines: Sequence[str]) -> Iterator[SamplePrompt]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _parsed(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'--sample_prompts {path}: line {number} is neither {{"prompt": text}} nor '
+                '{"messages": [{"role": "user", "content": text}]}'
+            ) from error
+
+
+def _parsed(record: Any) -> SamplePrompt:
+    if "messages" not in record:
+        return SamplePrompt(_text(record["prompt"]))
+    (message,) = record["messages"]
+    if message["role"] != "user":
+        raise ValueError("the message is not the user's")
+    return SamplePrompt(_text(message["content"]), chat=True)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def _one_line(text: str) -> str:
+    """A text as it stands in a log: line ends visible, its end left out where it is long."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
