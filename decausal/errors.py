@@ -23,3 +23,16 @@ def first_line(error: Exception) -> str:
     """The first line of what an error says, or its type's name when it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def refuse_broken_text(text: str, where: str) -> None:
+    """Raises UserError for a text with half of a surrogate pair, which no UTF-8 text and no tokenizer can hold.
+
+    JSON writes such halves as "\\ud83d"; Python puts one in place of each byte of a command line that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        found = f"byte 0x{half - 0xDC00:02x} that is not UTF-8" if 0xDC80 <= half <= 0xDCFF else "half a surrogate pair"
+        raise UserError(f"{where}: {found} (character {error.start + 1}); mend or remove this text") from None

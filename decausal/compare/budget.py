@@ -80,8 +80,7 @@ def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows
         data,
         tokenizer,
         conversion.max_length,
-        text_field=conversion.text_field,
-        split=conversion.dataset_split,
+        reading=conversion.reading,
         data_fraction=conversion.data_fraction,
         seed=run.seed,
     )

@@ -189,7 +189,7 @@ class LikelihoodMeasure(Measure):
 
     def __init__(self, settings: CompareSettings, run: ArmRun) -> None:
         super().__init__(settings, run)
-        self._max_length, self._text_field = run.conversion.max_length, run.conversion.text_field
+        self._max_length, self._reading = run.conversion.max_length, run.conversion.reading
         _ = self.rows
 
     @property
@@ -211,7 +211,7 @@ class LikelihoodMeasure(Measure):
     @cached_property
     def rows(self) -> PackedRows:
         """All held-out rows."""
-        return load_rows(self.settings.measured_data, self.tokenizer, self._max_length, text_field=self._text_field)
+        return load_rows(self.settings.measured_data, self.tokenizer, self._max_length, reading=self._reading)
 
     def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score:
         found = evaluate_nll(

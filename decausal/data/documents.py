@@ -9,76 +9,77 @@ The text of a long file comes in pieces, each a record with "is_start" and "is_e
 
 from __future__ import annotations
 
-import json
-import re
-import zlib
-from collections.abc import Collection, Iterable, Iterator
-from gzip import BadGzipFile
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
+from collections.abc import Iterable, Iterator, Sequence
 
 from decausal.data.corpus import stdlib_documents
-from decausal.data.sources import Data, File, HubDataset, Source, Tasks, find_sources
+from decausal.data.files import File
+from decausal.data.formats import Located, kind, objects, text_pieces
+from decausal.data.forms import Form, Record, UnknownFormError, form_of
+from decausal.data.reading import Account, Reading
+from decausal.data.sources import Data, Source, Stdlib, Tasks, find_sources
+from decausal.data.tables import HubDataset, SavedDataset
 from decausal.errors import UserError
 
-Record = dict[str, Any]
-Located = tuple[str, Any]  # where an object was read, and the object
 
-PIECE_BYTES = 1 << 20
-PARQUET_BATCH_ROWS = 256
-ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*\{")
-
-
-def read_documents(data: Data, *, text_field: str = "text", split: str = "train") -> Iterator[Record]:
+def read_documents(data: Data, reading: Reading | None = None) -> Iterator[Record]:
     """Returns the documents that `data` names, read one at a time. Blank documents are left out.
 
     Args:
-        data: a file, a directory, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout",
-            examples of tasks ("tasks", "tasks-heldout", "tasks:sorting+lookup:5000@7"), or a list of these. A .jsonl,
-            .json or .parquet file holds records; any other text file is one document.
-        text_field: the record's field that holds a plain text.
-        split: which split of a hub data set.
+        data: see `decausal.data.sources.find_sources`. Files of JSON Lines, JSON arrays, CSV, Parquet and Arrow hold
+            records; any other text file is one document.
+        reading: which fields and split to read, and what a bad record does.
 
     Raises:
         UserError: nothing was found, a file cannot be read, or a record is malformed. Names the file and the line.
     """
-    return read_sources(find_sources(data, split), text_field)
+    reading = reading or Reading()
+    account = Account()
+    return read_sources(find_sources(data, reading.split, account), reading, account)
 
 
-def read_sources(sources: list[Source], text_field: str = "text") -> Iterator[Record]:
-    """Yields the documents of sources already found; see `read_documents`."""
-    num_blank = num_read = 0
+def read_sources(sources: list[Source], reading: Reading, account: Account) -> Iterator[Record]:
+    """Yields the documents of sources already found, and counts them in `account`; see `read_documents`."""
     for source in sources:
-        for record in _read(source, text_field):
-            if _is_blank(record):
-                num_blank += 1
-            else:
-                num_read += 1
-                yield record
-    if not num_read:
-        where = str(sources[0]) if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
-        why = f"all of its documents are empty ({num_blank})" if num_blank else "it has no documents"
-        raise UserError(f"no text in {where}: {why}")
+        account.sources.append(str(source))
+        try:
+            for record in _read(source, reading, account):
+                if _is_blank(record):
+                    account.num_blank += 1
+                else:
+                    account.num_records += record.get("is_start", True)
+                    yield record
+        except UnknownFormError as error:
+            if not (isinstance(source, File) and source.format == "csv" and not source.is_named):
+                account.take_bad(error, reading.on_bad_record)
+            else:  # tables of other things stand in many directories
+                account.sources.remove(str(source))
+                account.leave_out(source, "no column that is read")
+        except UserError as error:  # of the file, so that nothing more can be read of it
+            account.take_bad(error, reading.on_bad_record)
+    if not account.num_records:
+        raise UserError(_nothing_read(sources, account))
 
 
-def _read(source: Source, text_field: str) -> Iterator[Record]:
-    if isinstance(source, HubDataset):
-        rows = ((f"{source}, row {number}", row) for number, row in enumerate(source.table, start=1))
-        return _records(rows, text_field)
+def _nothing_read(sources: list[Source], account: Account) -> str:
+    where = str(sources[0]) if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+    why = "it has no documents"
+    if account.num_bad:
+        why = f"none of its records can be used ({account.num_bad} bad): {account.bad[0]}"
+    elif account.num_blank:
+        why = f"all of its documents are empty ({account.num_blank})"
+    return f"no text in {where}: {why}"
+
+
+def _read(source: Source, reading: Reading, account: Account) -> Iterator[Record]:
+    if isinstance(source, HubDataset | SavedDataset):
+        return _table_records(source, reading, account)
     if isinstance(source, Tasks):
         return _task_records(source)
-    if not isinstance(source, File):
+    if isinstance(source, Stdlib):
         return ({"origin": f"{source}/{path}", "text": text} for path, text in stdlib_documents(source.split))
-    if source.kind == ".parquet":
-        return _records(_parquet_rows(source, text_field), text_field)
-    if source.kind == ".jsonl":
-        return _records(_json_lines(source), text_field)
-    # In a directory of source code, a .json file is more often a document than a data set.
-    if source.kind == ".json" and (source.is_named or ARRAY_OF_OBJECTS.match(source.head())):
-        return _records(_json_array(source), text_field)
-    return _text_pieces(source)
+    if source.format in ("text", "binary"):
+        return text_pieces(source)
+    return _Records(reading, account).of_file(source)
 
 
 def _task_records(source: Tasks) -> Iterator[Record]:
@@ -91,150 +92,50 @@ def _task_records(source: Tasks) -> Iterator[Record]:
         }
 
 
-# Files to text
+def _table_records(source: HubDataset | SavedDataset, reading: Reading, account: Account) -> Iterator[Record]:
+    records = _Records(reading, account)
+    wanted = records.columns(source.table.column_names, f"{source}, row 1")
+    rows = source.table.select_columns(list(wanted))  # nothing else is decoded: images, audio
+    return records.of_rows((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _lines(file: File) -> Iterator[bytes]:
-    try:
-        with file.open() as opened:
-            yield from opened
-    except (BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file} is not a whole gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+class _Records:
+    """Makes records of the objects of one source; the first good one decides which form all of them have."""
 
+    def __init__(self, reading: Reading, account: Account) -> None:
+        self._reading, self._account = reading, account
+        self._form: Form | None = None
 
-def _decode(content: bytes, file: File, offset: int) -> str:
-    """Decodes UTF-8 that begins `offset` bytes into the file, without a byte-order mark."""
-    try:
-        return content.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8 text (byte {offset + error.start}); convert it to UTF-8 or leave it out"
-        ) from None
+    def of_file(self, file: File) -> Iterator[Record]:
+        """Yields the records of a file."""
+        return self.of_rows(objects(file, self.columns))
 
+    def columns(self, found: Sequence[str], origin: str) -> Sequence[str]:
+        """Decides on the form, for a table whose columns are known before its rows."""
+        return self._form_of(found, origin).columns(found)
 
-def _text_pieces(file: File) -> Iterator[Record]:
-    """Yields the file as one record, or, beyond `PIECE_BYTES`, as records of whole lines."""
-    offset = 0
-    pieces = _pieces(file)
-    piece = next(pieces, b"")
-    while piece:
-        following = next(pieces, b"")
-        record: Record = {"origin": str(file), "text": _decode(piece, file, offset)}
-        if offset or following:
-            record |= {"origin": f"{file}, byte {offset}", "is_start": not offset, "is_end": not following}
-        yield record
-        offset += len(piece)
-        piece = following
+    def of_rows(self, rows: Iterable[Located]) -> Iterator[Record]:
+        """Yields a record per object. Bad ones raise, or are counted and left out."""
+        for origin, row in rows:
+            try:
+                record = self._record(origin, row)
+            except UserError as error:
+                self._account.take_bad(error, self._reading.on_bad_record)
+            else:
+                yield record
 
+    def _record(self, origin: str, row: object) -> Record:
+        if isinstance(row, UserError):
+            raise row
+        if not isinstance(row, dict):
+            raise UserError(f'{origin}: {kind(row)} where an object such as {{"text": "..."}} is expected')
+        return self._form_of(row, origin).record(row, origin)
 
-def _pieces(file: File) -> Iterator[bytes]:
-    lines: list[bytes] = []
-    size = 0
-    for line in _lines(file):
-        if size and size + len(line) > PIECE_BYTES:
-            yield b"".join(lines)
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
-    yield b"".join(lines)
-
-
-# Files to objects
-
-
-def _json_lines(file: File) -> Iterator[Located]:
-    offset = 0
-    for number, line in enumerate(_lines(file), start=1):
-        text = _decode(line, file, offset)
-        offset += len(line)
-        if text.strip():
-            yield f"{file}:{number}", _parse_json(text, f"{file}:{number}", "each line holds one JSON object")
-
-
-def _json_array(file: File) -> Iterator[Located]:
-    text = _decode(b"".join(_lines(file)), file, 0)
-    if not text.strip():
-        return
-    objects = _parse_json(text, str(file), "the file holds one array of JSON objects")
-    if not isinstance(objects, list):
-        raise UserError(f"{file}: {_kind(objects)} where an array of records is expected: [{{...}}, {{...}}]")
-    yield from ((f"{file}, record {number}", object_) for number, object_ in enumerate(objects, start=1))
-
-
-def _parse_json(text: str, origin: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise UserError(f"{origin}: not JSON ({error.msg} at {where}); {expected}") from None
-
-
-def _parquet_rows(file: File, text_field: str) -> Iterator[Located]:
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
-            names = parquet.schema_arrow.names
-            columns = list(_content_fields(names, f"{file}, row 1", text_field))
-            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is not a whole parquet file ({' '.join(str(error).split())})") from None
-
-
-# Objects to records
-
-
-def _records(rows: Iterable[Located], text_field: str) -> Iterator[Record]:
-    """Yields a record per object. The first one decides which fields all of a source's objects must have."""
-    fields: tuple[str, ...] = ()
-    for origin, content in rows:
-        if not isinstance(content, dict):
-            raise UserError(f'{origin}: {_kind(content)} where an object such as {{"text": "..."}} is expected')
-        fields = fields or _content_fields(content, origin, text_field)
-        missing = [field for field in fields if field not in content]
-        if missing:
-            raise UserError(f"{origin}: no field '{missing[0]}', which earlier records have; found {_listed(content)}")
-        yield _record(content, fields, origin)
-
-
-def _content_fields(found: Collection[str], origin: str, text_field: str) -> tuple[str, ...]:
-    for fields in ((text_field,), ("messages",), ("prompt", "completion")):
-        if all(field in found for field in fields):
-            return fields
-    hint = "" if not found else "; --text_field names another field to read as text"
-    raise UserError(
-        f"{origin}: found {_listed(found)}, but a record has '{text_field}', or 'messages', "
-        f"or 'prompt' and 'completion'{hint}"
-    )
-
-
-def _record(content: dict[str, Any], fields: tuple[str, ...], origin: str) -> Record:
-    if fields == ("messages",):
-        return {"origin": origin, "messages": _messages(content["messages"], origin)}
-    for field in fields:
-        if not isinstance(content[field], str):
-            raise UserError(f"{origin}: field '{field}' holds {_kind(content[field])}, a string is expected")
-    if len(fields) == 1:
-        return {"origin": origin, "text": content[fields[0]]}
-    return {"origin": origin, **{field: content[field] for field in fields}}
-
-
-def _messages(messages: Any, origin: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list):
-        raise UserError(f"{origin}: field 'messages' holds {_kind(messages)}, a list of messages is expected")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f"{origin}: message {number} is {_kind(message)}, where {{role, content}} is expected")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UserError(f"{origin}: message {number} has no string '{key}'; found {_listed(message)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{origin}: no message has role 'assistant', so there is no answer to learn")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    def _form_of(self, found: Iterable[str], origin: str) -> Form:
+        if self._form is None:
+            self._form = form_of(list(found), origin, self._reading)
+            self._account.take_form(str(self._form))
+        return self._form
 
 
 def _is_blank(record: Record) -> bool:
@@ -242,12 +143,3 @@ def _is_blank(record: Record) -> bool:
     if "messages" in record:
         return not any(message["content"].strip() for message in record["messages"] if message["role"] == "assistant")
     return not record.get("text", record.get("completion", "")).strip()
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
-
-
-def _listed(fields: Iterable[str]) -> str:
-    return ", ".join(f"'{field}'" for field in fields) or "no fields"

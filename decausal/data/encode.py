@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.chat import encode_conversations
-from decausal.data.documents import Record
+from decausal.data.forms import Record
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " n"]
@@ -71,18 +71,47 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, *, append_eos: bo
 
 
 def encode_stream(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    on_bad: Callable[[UserError], None] | None = None,
 ) -> Iterator[Encoded]:
-    """Yields each record's tokens in order, encoding a bounded number of records at a time; see `encode_batch`."""
+    """Yields each record's tokens in order, encoding a bounded number of records at a time; see `encode_batch`.
+
+    `on_bad` is called with what is wrong with a record that cannot be encoded, which it raises or leaves out.
+    """
     batch: list[Record] = []
     num_characters = 0
     for record in records:
         batch.append(record)
         num_characters += len(record.get("text", ""))
         if len(batch) == BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
-            yield from encode_batch(batch, tokenizer, append_eos=append_eos)
+            yield from _encode_good(batch, tokenizer, append_eos, on_bad)
             batch, num_characters = [], 0
-    yield from encode_batch(batch, tokenizer, append_eos=append_eos)
+    yield from _encode_good(batch, tokenizer, append_eos, on_bad)
+
+
+def _encode_good(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+    on_bad: Callable[[UserError], None] | None,
+) -> list[Encoded]:
+    """Encodes records together; where one of them cannot be, each half of them for itself, down to that one."""
+    try:
+        return encode_batch(records, tokenizer, append_eos=append_eos)
+    except UserError as error:
+        if on_bad is None:
+            raise
+        if len(records) == 1:
+            if not str(error).startswith(records[0]["origin"]):
+                raise  # the tokenizer's fault, not the record's
+            on_bad(error)
+            return []
+    middle = len(records) // 2
+    halves = (records[:middle], records[middle:])
+    return [document for half in halves for document in _encode_good(half, tokenizer, append_eos, on_bad)]
 
 
 def encode_batch(

@@ -7,7 +7,8 @@ template's generation prompt; of a plain text, a prefix of each stretch of token
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import groupby, islice
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.chat import refuse_without_template, render
-from decausal.data.documents import Record, read_sources
+from decausal.data.documents import read_sources
 from decausal.data.encode import BATCH_RECORDS, Encoded, encode_stream
+from decausal.data.forms import Record
+from decausal.data.reading import Account, Reading, say
 from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
 from decausal.errors import UserError
@@ -53,15 +56,14 @@ def load_prompts(
     block_size: int,
     *,
     prompt_fraction: float = 0.5,
-    text_field: str = "text",
-    split: str = "train",
+    reading: Reading | None = None,
     data_fraction: float = 1.0,
     seed: int = 0,
 ) -> Prompts:
     """Returns the prompts of `data`, in the order of its documents. Prompts that leave no room are left out, and told.
 
     Args:
-        data, text_field, split, data_fraction, seed: see `decausal.data.rows.load_rows`.
+        data, reading, data_fraction, seed: see `decausal.data.rows.load_rows`.
         tokenizer: of the model that will read them.
         max_length: tokens of a prompt and its answer together.
         block_size: tokens that must be left for an answer at least.
@@ -71,14 +73,20 @@ def load_prompts(
         UserError: the data cannot be read or encoded, there is no prompt in it, or none leaves room for an answer.
     """
     longest = max_length - block_size
-    records = keep_fraction(read_sources(find_sources(data, split), text_field), data_fraction, seed)
+    reading, account = reading or Reading(), Account()
+    sources = find_sources(data, reading.split, account)
+    records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
+    on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
     kept: list[Ids] = []
     dropped_lengths: list[int] = []
-    for ids in prompts_of(records, tokenizer, max_length, longest, prompt_fraction):
+    for ids in prompts_of(records, tokenizer, max_length, longest, prompt_fraction, on_bad):
         if 1 <= len(ids) <= longest:
             kept.append(ids)
         else:
             dropped_lengths.append(len(ids))
+    if not kept and not dropped_lengths:
+        account.refuse_if_all_bad()
+    say(account.line(sum(map(len, kept))))
     _report_dropped(len(kept), dropped_lengths, max_length, block_size)
     return Prompts.of(kept)
 
@@ -103,14 +111,15 @@ def prompts_of(
     max_length: int,
     longest: int,
     prompt_fraction: float,
+    on_bad: Callable[[UserError], None] | None = None,
 ) -> Iterator[Ids]:
     """Yields the prompts of records, those without room for an answer included; see `load_prompts`."""
     for is_conversation, group in groupby(records, lambda record: "messages" in record):
         if is_conversation:
             while some := list(islice(group, BATCH_RECORDS)):
-                yield from _conversation_prompts(some, tokenizer)
+                yield from _conversation_prompts(some, tokenizer, on_bad)
         else:
-            for document in encode_stream(group, tokenizer):
+            for document in encode_stream(group, tokenizer, on_bad=on_bad):
                 yield from _document_prompts(document, max_length, longest, prompt_fraction)
 
 
@@ -125,15 +134,26 @@ def _document_prompts(document: Encoded, max_length: int, longest: int, prompt_f
             yield piece[: max(1, length)]
 
 
-def _conversation_prompts(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids]:
+def _conversation_prompts(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[UserError], None] | None
+) -> Iterator[Ids]:
     texts: list[str] = []
     for record in records:
-        refuse_without_template(tokenizer, record["origin"])
-        messages = record["messages"]
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        if last:  # an answer to nothing has no prompt
-            texts.append(render(messages[:last], tokenizer, record["origin"], add_generation_prompt=True))
-        else:
-            texts.append("")
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        yield np.array(ids, dtype=np.int32)
+        try:
+            texts.append(_conversation_prompt(record, tokenizer))
+        except UserError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+    if texts:
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.array(ids, dtype=np.int32)
+
+
+def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    refuse_without_template(tokenizer, record["origin"])
+    messages = record["messages"]
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    if not last:  # an answer to nothing has no prompt
+        return ""
+    return render(messages[:last], tokenizer, record["origin"], add_generation_prompt=True)

@@ -12,7 +12,8 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -26,12 +27,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.documents import Record, read_sources
-from decausal.data.encode import encode_stream
+from decausal.data.encode import Encoded, encode_stream
 from decausal.data.packing import Counts, Packer, Row
+from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 
-FORMAT_VERSION = 1  # raise it whenever the same data would make other rows
+FORMAT_VERSION = 2  # raise it whenever the same data would make other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CHUNK_ROWS = 256
@@ -45,6 +47,7 @@ class PackedRows:
         num_tokens: tokens in all rows, padding not counted.
         num_documents: documents in the rows.
         num_dropped: documents left out because they may not be cut and are longer than a row.
+        account: what was read, and what was left out.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,6 +55,7 @@ class PackedRows:
         self.directory = directory
         self.sequence_length: int = facts["sequence_length"]
         self.counts = Counts(**facts["counts"])
+        self.account = Account(**facts["account"])
         record = _record_type(self.sequence_length)
         self._records = np.memmap(directory / ROWS_FILE, dtype=record, mode="r", shape=(self.counts.num_rows,))
 
@@ -87,8 +91,7 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     *,
-    text_field: str = "text",
-    split: str = "train",
+    reading: Reading | None = None,
     cache_dir: str | Path | None = None,
     data_fraction: float = 1.0,
     seed: int = 0,
@@ -97,7 +100,7 @@ def load_rows(
     """Returns the packed rows of `data`, from the cache where these very rows have been built before.
 
     Args:
-        data, text_field, split: see `decausal.data.documents.read_documents`.
+        data, reading: see `decausal.data.documents.read_documents`.
         tokenizer: of the model that will read the rows.
         sequence_length: tokens per row, T, at least 2.
         cache_dir: where rows are kept; by default `decausal/rows` in the Hugging Face home directory.
@@ -105,6 +108,8 @@ def load_rows(
             a smaller share is a subset of a larger one. At least one document is kept.
         seed: chooses which documents `data_fraction` keeps.
         max_rows: stop after this many rows.
+
+    A line on standard error says what was read, and what was skipped and why.
 
     Raises:
         UserError: the data cannot be read or encoded, an option is out of its range, or the cache cannot be written.
@@ -115,18 +120,23 @@ def load_rows(
         raise UserError(f"--data_fraction {data_fraction}: must be above 0 and at most 1")
     if max_rows is not None and max_rows < 1:
         raise UserError(f"max_rows {max_rows}: must be at least 1")
-    sources = find_sources(data, split)
+    reading, account = reading or Reading(), Account()
+    sources = find_sources(data, reading.split, account)
     subset = (data_fraction, seed) if data_fraction < 1 else None
-    options = [FORMAT_VERSION, sequence_length, text_field, subset, max_rows]
+    options = [FORMAT_VERSION, sequence_length, astuple(reading), subset, max_rows]
     name = _fingerprint(sources, tokenizer, options)
     with _cache_errors(cache_dir):
         root = Path(cache_dir) if cache_dir else Path(HF_HOME, "decausal", "rows")
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):  # of several processes, one builds
             if not _is_whole(root / name):
-                records = keep_fraction(read_sources(sources, text_field), data_fraction, seed)
-                _build(root / name, records, tokenizer, sequence_length, max_rows)
+                records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
+                on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
+                encoded = encode_stream(records, tokenizer, on_bad=on_bad)
+                _build(root / name, encoded, account, tokenizer, sequence_length, max_rows)
     rows = PackedRows(root / name)
+    rows.account.left_out = account.left_out  # of today: files that are not read are no part of the cache's name
+    say(rows.account.line(rows.num_tokens))
     rows.counts.report_dropped(sequence_length)
     return rows
 
@@ -149,7 +159,8 @@ def keep_fraction(records: Iterable[Record], fraction: float, seed: int) -> Iter
 
 def _build(
     directory: Path,
-    records: Iterable[Record],
+    encoded: Iterable[Encoded],
+    account: Account,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     max_rows: int | None,
@@ -162,11 +173,16 @@ def _build(
         shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir()
     try:
-        rows = islice(packer.rows(encode_stream(records, tokenizer)), max_rows)
+        rows = islice(packer.rows(encoded), max_rows)
         _write(unfinished / ROWS_FILE, _watched(rows, packer.counts), sequence_length)
         if not packer.counts.num_rows:
             packer.counts.report_dropped(sequence_length)
-        facts = {"sequence_length": sequence_length, "counts": asdict(packer.counts)}
+            account.refuse_if_all_bad()
+        facts = {
+            "sequence_length": sequence_length,
+            "counts": asdict(packer.counts),
+            "account": asdict(account),
+        }
         (unfinished / FACTS_FILE).write_text(json.dumps(facts))
         unfinished.rename(directory)
     finally:

@@ -151,8 +151,7 @@ def _training_rows(conversion: ConversionSettings, seed: int, held_out: HeldOut)
         conversion.data,
         held_out.tokenizer,
         conversion.max_length,
-        text_field=conversion.text_field,
-        split=conversion.dataset_split,
+        reading=conversion.reading,
         data_fraction=conversion.data_fraction,
         seed=seed,
     )

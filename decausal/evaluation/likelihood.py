@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from decausal.data.reading import Reading
 from decausal.data.rows import load_rows
 from decausal.data.sources import Data
 from decausal.data.stream import Rows
@@ -154,8 +155,7 @@ def evaluate_checkpoint(
     directory: str | Path,
     data: Data,
     *,
-    text_field: str = "text",
-    split: str = "train",
+    reading: Reading | None = None,
     max_length: int = 512,
     num_rows: int | None = None,
     samples_per_row: int = 8,
@@ -169,7 +169,7 @@ def evaluate_checkpoint(
 
     Args:
         directory: what `decausal convert` wrote.
-        data, text_field, split: see `decausal.data.rows.load_rows`.
+        data, reading: see `decausal.data.rows.load_rows`.
         max_length: tokens per row, T: how much a token can read at most.
         num_rows, samples_per_row, batch_size, seed: see `evaluate_nll`.
         with_source: load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
@@ -182,7 +182,7 @@ def evaluate_checkpoint(
     converted = load_converted(directory, dtype, device or best_device())
     model, tokenizer, facts = converted
     refuse_longer_rows(max_length, model.config)
-    rows = load_rows(data, tokenizer, max_length, text_field=text_field, split=split)
+    rows = load_rows(data, tokenizer, max_length, reading=reading)
     with _shown_progress() as on_progress:
         likelihood = evaluate_nll(
             model,

@@ -83,7 +83,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         if checkpoint is not None:
             refuse_other_settings(checkpoint, asdict(settings))
         tokenizer = _tokenizer(settings, checkpoint)
-        rows = load_rows(settings.data, tokenizer, settings.max_length, text_field=settings.text_field)
+        rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
@@ -109,7 +109,7 @@ def _measure(
     if settings.eval_data is None:
         return None, None
     measured = copy.deepcopy(model).float()
-    rows = load_rows(settings.eval_data, tokenizer, settings.max_length, text_field=settings.text_field)
+    rows = load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.reading)
     problems = [
         example
         for source in find_sources(settings.eval_data)
@@ -131,7 +131,7 @@ def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTraine
 
 
 def _texts(settings: PretrainSettings) -> Iterator[str]:
-    for record in read_documents(settings.data, text_field=settings.text_field):
+    for record in read_documents(settings.data, settings.reading):
         if "messages" in record:
             raise UserError(
                 f"{record['origin']}: pretraining reads plain text, or prompts and completions; this is a conversation"

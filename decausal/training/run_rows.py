@@ -80,8 +80,7 @@ def corpus_rows(
         list(data) if isinstance(data, tuple) else data,
         tokenizer,
         settings.max_length,
-        text_field=settings.text_field,
-        split=settings.dataset_split,
+        reading=settings.reading,
         data_fraction=fraction,
         seed=seed,
     )
@@ -118,8 +117,7 @@ def _prompts(settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, s
         settings.max_length,
         settings.block_size,
         prompt_fraction=settings.prompt_fraction,
-        text_field=settings.text_field,
-        split=settings.dataset_split,
+        reading=settings.reading,
         data_fraction=settings.data_fraction,
         seed=seed,
     )

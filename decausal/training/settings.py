@@ -8,12 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from decausal.data.reading import Reading
 from decausal.errors import UserError
 from decausal.sampling.settings import SamplerSettings
 
 
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
+
+
+def _reading(settings: ConversionSettings | PretrainSettings) -> Reading:
+    return Reading(
+        text_field=settings.text_field,
+        prompt_field=settings.prompt_field,
+        completion_field=settings.completion_field,
+        split=settings.dataset_split,
+        on_bad_record=settings.on_bad_record,
+    )
 
 
 def _at_least(settings: Any, **least: int) -> None:
@@ -65,8 +76,11 @@ class ConversionSettings:
         None, "a file of prompts, one a line; what the model makes of them is shown and kept at each evaluation"
     )
     sample_tokens: int = _setting(64, "new tokens of each of these samples")
-    text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
-    dataset_split: str = _setting("train", "the split of a hub data set")
+    text_field: str = _setting("text", "the field of a record that holds its text")
+    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt, with completion_field")
+    completion_field: str = _setting("completion", "the field of a record that holds the answer to its prompt")
+    dataset_split: str = _setting("train", "the split of a data set: on the hub, or a directory that has splits")
+    on_bad_record: Literal["error", "skip"] = _setting("error", "what a record that cannot be used does")
     data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
     max_length: int = _setting(512, "tokens in a packed row")
 
@@ -184,6 +198,7 @@ class ConversionSettings:
             _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")
         if not any(getattr(self, f"{loss}_weight") for loss in losses()):
             raise UserError("--token_weight 0 leaves nothing to train on; give another loss a weight")
+        _reading(self)  # which checks itself
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
         if not self.lora_dropout < 1:
@@ -195,6 +210,11 @@ class ConversionSettings:
         self._check_sampler()
         if self.layout is not None:  # else it is MODEL's to say, and `with_facts` checks
             self._check_layout()
+
+    @property
+    def reading(self) -> Reading:
+        """How records are read."""
+        return _reading(self)
 
     def with_facts(
         self,
@@ -289,7 +309,11 @@ class PretrainSettings:
 
     data: str | tuple[str, ...] = _setting("stdlib", "as for convert")
     eval_data: str | tuple[str, ...] | None = _setting("stdlib-heldout", "text for the closing measurement")
-    text_field: str = _setting("text", "the field of a jsonl or parquet record that holds its text")
+    text_field: str = _setting("text", "the field of a record that holds its text")
+    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt, with completion_field")
+    completion_field: str = _setting("completion", "the field of a record that holds the answer to its prompt")
+    dataset_split: str = _setting("train", "the split of a data set: on the hub, or a directory that has splits")
+    on_bad_record: Literal["error", "skip"] = _setting("error", "what a record that cannot be used does")
     max_length: int = _setting(1024, "tokens in a packed row")
     max_position_embeddings: int | None = _setting(None, "the model's context, if not max_length")
     tokenizer: Literal["bpe", "characters"] = _setting(
@@ -305,6 +329,11 @@ class PretrainSettings:
     muon_learning_rate: float = _setting(5e-3, "peak rate of the weight matrices; learning_rate is for all the rest")
     compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
     overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
+
+    @property
+    def reading(self) -> Reading:
+        """How records are read."""
+        return _reading(self)
 
     @property
     def context(self) -> int:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from decausal.data.reading import ON_BAD_RECORD, Reading
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, given, wants_help
 from decausal.verbs.sampling import add_sampling_flags, sampler_options
@@ -53,7 +54,13 @@ def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
-    parser.add_argument("--text_field", default="text")
+    parser.add_argument("--text_field", default="text", help="the field of a record that holds its text (text)")
+    parser.add_argument("--prompt_field", default="prompt", help="the field that holds its prompt (prompt)")
+    parser.add_argument("--completion_field", default="completion", help="and the one with the answer (completion)")
+    parser.add_argument("--dataset_split", default="train", help="the split of a data set (train)")
+    parser.add_argument(
+        "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="what a bad record does (error)"
+    )
     parser.add_argument("--max_length", type=int, default=512, help="tokens in a row (512)")
     parser.add_argument("--num_rows", type=int, default=64, help="rows to measure on (64)")
     parser.add_argument("--samples_per_row", type=int, default=8, help="mask patterns per row (8)")
@@ -62,12 +69,19 @@ def _nll(arguments: list[str]) -> int:
     parser.add_argument("--no_source", action="store_true", help="leave out the AR source's own likelihood")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
+    reading = Reading(
+        text_field=flags.text_field,
+        prompt_field=flags.prompt_field,
+        completion_field=flags.completion_field,
+        split=flags.dataset_split,
+        on_bad_record=flags.on_bad_record,
+    )
     from decausal.evaluation.likelihood import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(
         flags.directory,
         flags.data,
-        text_field=flags.text_field,
+        reading=reading,
         max_length=flags.max_length,
         num_rows=flags.num_rows,
         samples_per_row=flags.samples_per_row,

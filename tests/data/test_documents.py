@@ -12,21 +12,23 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from decausal.data import documents
+from decausal.data import formats
 from decausal.data.corpus import stdlib_documents
 from decausal.data.documents import read_documents
+from decausal.data.reading import SKIP_HINT, Reading
 from decausal.errors import UserError
 
 CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
 
 
 def texts(data: Any, **options: Any) -> list[str]:
-    return [record["text"] for record in read_documents(data, **options)]
+    return [record["text"] for record in read_documents(data, Reading(**options))]
 
 
 def contents(data: Any, **options: Any) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if key != "origin"} for record in read_documents(data, **options)
+        {key: value for key, value in record.items() if key != "origin"}
+        for record in read_documents(data, Reading(**options))
     ]
 
 
@@ -37,10 +39,10 @@ def write_lines(path: Path, *records: Any) -> Path:
 
 def refusal(data: Any, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        list(read_documents(data, **options))
+        list(read_documents(data, Reading(**options)))
     message = str(caught.value)
     assert "\n" not in message
-    return message
+    return message.removesuffix(SKIP_HINT)
 
 
 def test_a_text_file_is_one_document_with_its_bytes_kept(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_long_file_join_to_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
+    monkeypatch.setattr(formats, "PIECE_BYTES", 50)
     text = "".join(f"ligne numéro {number}\n" for number in range(40))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     records = list(read_documents(tmp_path / "a.txt"))
@@ -153,7 +155,7 @@ def test_a_hub_data_set_is_asked_for_its_configuration_and_split(monkeypatch: py
         return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    records = list(read_documents("owner/name:config", split="test"))
+    records = list(read_documents("owner/name:config", Reading(split="test")))
     assert asked == [("owner/name", "config", "test")]
     assert records[1] == {"origin": "owner/name:config[test], row 2", "text": "two"}
 

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from decausal.data import reading
 from decausal.data import rows as rows_module
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode_stream
 from decausal.data.packing import pack
+from decausal.data.reading import Reading
 from decausal.data.rows import PackedRows, keep_fraction, load_rows
 from decausal.errors import UserError
 from tests.families import tiny_tokenizer
@@ -101,7 +103,13 @@ def test_the_same_data_and_options_are_built_once(corpus: Path, builds: list[Pat
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_rows": 3}, {"data_fraction": 0.5}, {"data_fraction": 0.5, "seed": 1}, {"text_field": "body"}]
+    "options",
+    [
+        {"max_rows": 3},
+        {"data_fraction": 0.5},
+        {"data_fraction": 0.5, "seed": 1},
+        {"reading": Reading(text_field="body")},
+    ],
 )
 def test_other_options_are_built_anew(corpus: Path, builds: list[Path], options: dict[str, Any]) -> None:
     corpus.write_text("".join(json.dumps({"text": f"the {i}", "body": f"a {i}"}) + "\n" for i in range(50)))
@@ -245,6 +253,13 @@ def test_a_cache_that_cannot_be_written_is_refused(corpus: Path) -> None:
         load(corpus)
 
 
-def test_without_a_terminal_nothing_is_printed(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load(corpus)
-    assert capfd.readouterr() == ("", "")
+def test_one_line_says_what_was_read_also_from_the_cache(
+    corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        monkeypatch.setattr(reading, "_SAID", set())
+        rows = load(corpus)
+        assert capfd.readouterr() == (
+            "",
+            f"decausal: read {corpus}: 200 records, {rows.num_tokens:,} tokens, as 'text'\n",
+        )

@@ -1,0 +1,210 @@
+"""What a directory holds: a saved data set, a copy of a hub data set with splits, or documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
+from datasets.utils.metadata import MetadataConfigs
+
+from decausal.data.files import File
+from decausal.data.reading import Account
+from decausal.data.tables import SavedDataset
+from decausal.errors import UserError, nearest
+
+Splits = dict[str, set[Path]]
+
+SAVED_SPLITS = "dataset_dict.json"
+SAVED_STATE = "state.json"
+DATASET_INFO = "dataset_info.json"
+CARD = "README.md"
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+DOCUMENTATION = re.compile(
+    r"(readme|licen[sc]e|copying|notice|citation|changelog|dataset_infos?)(\.\w+)?", re.IGNORECASE
+)
+CACHES = ("__pycache__",)
+
+
+def directory_sources(root: Path, config: str | None, split: str, account: Account) -> list[File | SavedDataset]:
+    """Returns what to read of a directory, in sorted order. The rest goes into `account`.
+
+    Args:
+        root: The directory.
+        config: Which of the configurations on its card, None for the default one.
+        split: Which split, where the directory has splits.
+        account: Takes what is left out, and why.
+
+    Raises:
+        UserError: There is no such split or configuration, or nothing to read.
+    """
+    if (root / SAVED_SPLITS).is_file():
+        return [SavedDataset(root / _one_of(_saved_splits(root), split, root))]
+    if (root / SAVED_STATE).is_file() and (root / DATASET_INFO).is_file():
+        _refuse_split(root, split)
+        return [SavedDataset(root)]
+    readable = list(documents_below(root, account))
+    if not readable:
+        raise UserError(f"directory {root} holds no text file (hidden and binary files are not read)")
+    configs = _card_configs(root)
+    tables = [file for file in readable if file.format != "text"]
+    if configs or config is not None:
+        return _of_split(readable, _splits_on_card(root, configs, config), split, root, account)
+    splits = _splits_by_name(root, _candidates(readable, tables))
+    if splits:
+        return _of_split(readable, splits, split, root, account)
+    _refuse_split(root, split)
+    return _without_documentation(readable, tables, root, account)
+
+
+def documents_below(root: Path, account: Account) -> Iterator[File]:
+    """Yields the files under a directory that can be read, sorted; hidden ones and `__pycache__` never."""
+    for path in sorted(_visible_paths(root)):
+        file = File(path, is_named=False)
+        if _is_readable(file, root, account):
+            yield file
+
+
+def _saved_splits(root: Path) -> list[str]:
+    try:
+        return list(json.loads((root / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{root / SAVED_SPLITS} does not list the splits; save the data set anew") from None
+
+
+def _one_of(splits: list[str], split: str, root: Path) -> str:
+    if split not in splits:
+        raise UserError(f"{root} has no split '{split}'; give --dataset_split {' or '.join(splits)}")
+    return split
+
+
+def _refuse_split(root: Path, split: str) -> None:
+    if split != "train":
+        raise UserError(f"{root} has no splits, by its files' names or a card, so --dataset_split {split} names none")
+
+
+def _visible_paths(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name not in CACHES]
+        paths = (Path(directory, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # not sockets, pipes or dangling links
+
+
+def _is_readable(file: File, root: Path, account: Account) -> bool:
+    if file.missing_library:
+        account.leave_out(_name(file, root), f"zstd needs pip install {file.missing_library}")
+    elif file.format == "binary":
+        account.leave_out(_name(file, root), "not text")
+    else:
+        return True
+    return False
+
+
+def _name(file: File, root: Path) -> str:
+    return str(file.path.relative_to(root))
+
+
+# Splits
+
+
+def _card_configs(root: Path) -> MetadataConfigs:
+    """Returns the configurations that the card names, by the rules of `datasets`."""
+    try:
+        card = FRONT_MATTER.match((root / CARD).read_text(encoding="utf-8"))
+        facts = yaml.safe_load(card.group(1)) if card else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return MetadataConfigs()
+    try:
+        return MetadataConfigs.from_dataset_card_data(facts) if isinstance(facts, dict) else MetadataConfigs()
+    except ValueError as error:
+        raise UserError(f"{root / CARD}: its 'configs' cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _splits_on_card(root: Path, configs: MetadataConfigs, config: str | None) -> Splits:
+    if config is not None and config not in configs:
+        named = f"there is {', '.join(configs)}" if configs else "its card names none"
+        raise UserError(f"{root} has no configuration '{config}'; {named}{nearest(config, configs)}")
+    try:
+        chosen = config or configs.get_default_config_name()
+    except ValueError as error:
+        raise UserError(f"{root / CARD}: {error}") from None
+    if chosen is None:
+        raise UserError(f"{root} has several configurations; write {root}:NAME, of {', '.join(configs)}")
+    given = configs[chosen].get("data_files")
+    if given is None:
+        return _resolved(root / configs[chosen].get("data_dir", ""))
+    return _files_by_split(root, sanitize_patterns(given))
+
+
+def _files_by_split(root: Path, patterns: Mapping[Any, list[str]]) -> Splits:
+    try:
+        found = DataFilesDict.from_patterns(patterns, base_path=str(root.absolute()))
+    except (FileNotFoundError, EmptyDatasetError) as error:
+        raise UserError(f"{root / CARD} names files that are not there ({' '.join(str(error).split())})") from None
+    return {str(split): {Path(path) for path in paths} for split, paths in found.items()}
+
+
+def _resolved(root: Path) -> Splits:
+    try:
+        return _files_by_split(root, get_data_patterns(str(root.absolute())))
+    except (FileNotFoundError, EmptyDatasetError):
+        return {}
+
+
+def _splits_by_name(root: Path, candidates: list[File]) -> Splits:
+    """Returns the files of each split by `datasets`' rules on names, where any name of a candidate tells one."""
+    if not candidates:
+        return {}
+    splits = _resolved(root)
+    paths = {file.path.absolute() for file in candidates}
+    splits = {split: found & paths for split, found in splits.items() if found & paths}
+    if list(splits) == ["train"] and splits["train"] == paths and not any(_says_train(path, root) for path in paths):
+        return {}  # no name tells a split: `datasets` calls all of it "train"
+    unnamed = paths.difference(*splits.values())
+    if splits and "train" not in splits and unnamed:
+        splits["train"] = unnamed
+    return splits
+
+
+def _says_train(path: Path, root: Path) -> bool:
+    return "train" in str(path.relative_to(root.absolute())).lower()
+
+
+def _candidates(files: list[File], tables: list[File]) -> list[File]:
+    """Returns the files whose names may tell splits: source code has none, though it has a test directory."""
+    documents = [file for file in files if file not in tables and not DOCUMENTATION.fullmatch(file.path.name)]
+    if tables:
+        return tables if len(documents) <= len(tables) else []
+    return documents if all(file.suffix == ".txt" for file in documents) else []
+
+
+def _of_split(files: list[File], splits: Splits, split: str, root: Path, account: Account) -> list[File]:
+    _one_of(list(splits), split, root)
+    kept: list[File] = []
+    for file in files:
+        path = file.path.absolute()
+        of = [name for name, paths in splits.items() if path in paths]
+        if split in of:
+            kept.append(file)
+        elif of:
+            account.leave_out(_name(file, root), f"split {of[0]}")
+        else:
+            account.leave_out(_name(file, root), "in no split")
+    if not kept:
+        raise UserError(f"{root}: split '{split}' has no file that can be read")
+    return kept
+
+
+def _without_documentation(files: list[File], tables: list[File], root: Path, account: Account) -> list[File]:
+    """Leaves out what describes a data set, where nothing else stands beside its tables."""
+    described = [file for file in files if DOCUMENTATION.fullmatch(file.path.name) and file not in tables]
+    if not tables or len(described) + len(tables) < len(files):
+        return files
+    for file in described:
+        account.leave_out(_name(file, root), "documentation")
+    return tables

@@ -1,0 +1,315 @@
+"""Files to texts and objects, read in bounded pieces: text, JSON Lines, JSON arrays, CSV, Parquet, Arrow.
+
+A reader of objects yields (where, object). What cannot be read stands there as the `UserError` that says why, so that
+a caller may go on to the next.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from decausal.data import files
+from decausal.data.files import ARROW_STREAM, File
+from decausal.errors import UserError
+
+Located = tuple[str, Any]
+Columns = Callable[[Sequence[str], str], Sequence[str]]
+"""Called with the names of a table's columns and where it was read: which of them to read."""
+
+PIECE_BYTES = 1 << 20
+BATCH_ROWS = 256
+WHITESPACE = re.compile(r"[ \t\r\n]*")
+
+
+# Text
+
+
+def text_pieces(file: File) -> Iterator[dict[str, Any]]:
+    """Yields the file as one record, or, beyond `PIECE_BYTES`, as records of whole lines (or parts of endless ones)."""
+    if file.format == "binary":
+        raise UserError(f"{file} is no text (it holds zero bytes); leave it out")
+    offset = 0
+    pieces = _pieces(file)
+    piece = next(pieces, b"")
+    while piece:
+        following = next(pieces, b"")
+        record: dict[str, Any] = {"origin": str(file), "text": _decode(piece, file, offset)}
+        if offset or following:
+            record |= {"origin": f"{file}, byte {offset}", "is_start": not offset, "is_end": not following}
+        yield record
+        offset += len(piece)
+        piece = following
+
+
+def _pieces(file: File) -> Iterator[bytes]:
+    lines: list[bytes] = []
+    size = 0
+    for line in file.lines(PIECE_BYTES):
+        if size and size + len(line) > PIECE_BYTES:
+            piece = b"".join(lines)
+            end = _whole_characters(piece)
+            yield piece[:end]
+            lines, size = [piece[end:]], len(piece) - end
+        lines.append(line)
+        size += len(line)
+    yield b"".join(lines)
+
+
+def _whole_characters(content: bytes) -> int:
+    """Returns how many bytes stand before a character that the end cuts in two."""
+    for back in range(1, min(4, len(content)) + 1):
+        byte = content[-back]
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(content) if back >= length else len(content) - back
+        if byte < 0x80:
+            break
+    return len(content)
+
+
+def _decode(content: bytes, file: File, offset: int) -> str:
+    """Decodes UTF-8 that begins `offset` bytes into the file, without a byte-order mark."""
+    try:
+        return content.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 text (byte {offset + error.start}); convert it to UTF-8 or leave it out"
+        ) from None
+
+
+# Objects
+
+
+def objects(file: File, columns: Columns) -> Iterator[Located]:
+    """Yields the objects of a file that holds records, whatever its format."""
+    if file.format == "parquet":
+        return _parquet_rows(file, columns)
+    if file.format == "arrow":
+        return _arrow_rows(file, columns)
+    if file.format == "csv":
+        return _csv_rows(file, columns)
+    return _json_array(file) if file.format == "json" else _json_lines(file)
+
+
+def _json_lines(file: File) -> Iterator[Located]:
+    for number, line in _decoded_lines(file):
+        origin = f"{file}:{number}"
+        if isinstance(line, UserError):
+            yield origin, line
+        elif line.strip():
+            yield origin, parse_json(line, origin, "each line holds one JSON object")
+
+
+def _decoded_lines(file: File) -> Iterator[tuple[int, str | UserError]]:
+    """Yields numbered lines; one too long, or that is not UTF-8, as an error."""
+    offset = number = 0
+    is_rest = False
+    for line in file.lines(files.MAX_RECORD_BYTES):
+        is_cut = len(line) == files.MAX_RECORD_BYTES and not line.endswith(b"\n")
+        number += not is_rest
+        if is_cut and not is_rest:
+            yield number, UserError(f"{file}:{number}: {_too_long()}")
+        elif not is_rest:
+            try:
+                yield number, _decode(line, file, offset)
+            except UserError as error:
+                yield number, error
+        offset += len(line)
+        is_rest = is_cut
+
+
+def parse_json(text: str, origin: str, expected: str) -> Any:
+    """Returns what a JSON text holds, or the error that says why it cannot be read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _json_error(error, text, origin, expected)
+
+
+def _json_error(
+    error: ValueError | RecursionError, text: str, origin: str, expected: str, lines_before: int = 0
+) -> UserError:
+    if isinstance(error, RecursionError):
+        return UserError(f"{origin}: the JSON is nested too deeply to be read")
+    if not isinstance(error, json.JSONDecodeError):  # Python's limit on the digits of an integer
+        return UserError(f"{origin}: the JSON holds a number with too many digits to be read")
+    line = error.lineno + lines_before
+    where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
+    return UserError(f"{origin}: not JSON ({error.msg} at {where}); {expected}")
+
+
+def _too_long() -> str:
+    return f"one record of more than {files.MAX_RECORD_BYTES >> 20} MiB; cut it into several"
+
+
+class _ArrayReader:
+    """The elements of one JSON array, decoded one by one from pieces of the file."""
+
+    expected = "the file holds one array of JSON objects"
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self._pieces = _pieces(file)
+        self._offset = 0
+        self._lines_before = 0
+        self._text = ""
+        self._place = 0
+
+    def __iter__(self) -> Iterator[Located]:
+        opening = self._next_mark()
+        if not opening:
+            return
+        if opening != "[":
+            raise self._no_array()
+        self._place += 1
+        number = 0
+        while self._next_mark() not in ("]", ""):
+            number += 1
+            yield f"{self.file}, record {number}", self._element()
+            if self._next_mark() == ",":
+                self._place += 1
+            elif self._next_mark() != "]":
+                raise self._error(json.JSONDecodeError("Expecting ',' delimiter", self._text, self._place))
+        if self._next_mark() != "]":
+            raise self._error(json.JSONDecodeError("Expecting value", self._text, self._place))
+
+    def _no_array(self) -> UserError:
+        while len(self._text) < files.MAX_RECORD_BYTES and self._more():
+            pass
+        found = parse_json(self._text, str(self.file), self.expected)
+        if isinstance(found, UserError):
+            return found
+        return UserError(f"{self.file}: {kind(found)} where an array of records is expected: [{{...}}, {{...}}]")
+
+    def _element(self) -> Any:
+        """Decodes the value at the place, reading on for as long as it may be whole further on."""
+        wanted = PIECE_BYTES
+        while True:
+            try:
+                value, self._place = json.JSONDecoder().raw_decode(self._text, self._place)
+                return value
+            except json.JSONDecodeError as error:
+                if len(self._text) - self._place > files.MAX_RECORD_BYTES:
+                    raise UserError(f"{self.file}: {_too_long()}") from None
+                if not self._more(wanted):
+                    raise self._error(error) from None
+                wanted *= 2  # a long value is decoded anew a few times, not once for each piece
+            except (ValueError, RecursionError) as error:
+                raise self._error(error) from None
+
+    def _error(self, error: ValueError | RecursionError) -> UserError:
+        return _json_error(error, self._text, str(self.file), self.expected, self._lines_before)
+
+    def _next_mark(self) -> str:
+        """Returns the next character that is no space, at the place; "" at the end."""
+        while True:
+            spaces = WHITESPACE.match(self._text, self._place)
+            self._place = spaces.end() if spaces else self._place
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._more():
+                return ""
+
+    def _more(self, at_least: int = 1) -> bool:
+        """Reads further pieces, and forgets what has been decoded. Returns whether there was anything."""
+        self._lines_before += self._text.count("\n", 0, self._place)
+        parts = [self._text[self._place :]]
+        self._place = 0
+        num_read = 0
+        while num_read < at_least and (piece := next(self._pieces, b"")):
+            parts.append(_decode(piece, self.file, self._offset))
+            self._offset += len(piece)
+            num_read += len(piece)
+        self._text = "".join(parts)
+        return num_read > 0
+
+
+def _json_array(file: File) -> Iterator[Located]:
+    return iter(_ArrayReader(file))
+
+
+def _csv_rows(file: File, columns: Columns) -> Iterator[Located]:
+    csv.field_size_limit(files.MAX_RECORD_BYTES)
+    rows = csv.reader(_csv_lines(file), delimiter=_delimiter(file), strict=True)
+    names: list[str] = []
+    try:
+        for number, row in enumerate(rows):
+            if not names:
+                names = row
+                columns(names, f"{file}, row 1")
+                continue
+            if not row:  # an empty line
+                continue
+            origin = f"{file}, row {number}"
+            if len(row) == len(names):
+                yield origin, dict(zip(names, row, strict=True))
+            else:
+                yield origin, UserError(f"{origin}: {len(row)} fields where the header has {len(names)}")
+    except csv.Error as error:
+        raise UserError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
+
+
+def _csv_lines(file: File) -> Iterator[str]:
+    for _, line in _decoded_lines(file):
+        if isinstance(line, UserError):
+            raise line  # a quoted field may span lines, so there is no telling where the next row begins
+        yield line
+
+
+def _delimiter(file: File) -> str:
+    if file.suffix == ".tsv":
+        return "\t"
+    header = file.head.split(b"\n")[0].decode("utf-8", errors="replace")
+    return max(",;\t", key=header.count)
+
+
+def _parquet_rows(file: File, columns: Columns) -> Iterator[Located]:
+    if file.compression:
+        raise UserError(f"{file}: a parquet file inside a {file.compression} file; decompress it")
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            wanted = list(columns(parquet.schema_arrow.names, f"{file}, row 1"))
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a whole parquet file ({' '.join(str(error).split())})") from None
+
+
+def _arrow_rows(file: File, columns: Columns) -> Iterator[Located]:
+    if file.compression:
+        raise UserError(f"{file}: an arrow file inside a {file.compression} file; decompress it")
+    number = 0
+    try:
+        with pyarrow.memory_map(str(file.path)) as mapped:
+            for batch in _arrow_batches(file, mapped):
+                wanted = list(columns(batch.schema.names, f"{file}, row 1"))
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    for row in batch.select(wanted).slice(start, BATCH_ROWS).to_pylist():
+                        number += 1
+                        yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a whole arrow file ({' '.join(str(error).split())})") from None
+
+
+def _arrow_batches(file: File, mapped: pyarrow.MemoryMappedFile) -> Iterator[pyarrow.RecordBatch]:
+    if file.head.startswith(ARROW_STREAM):
+        yield from pyarrow.ipc.open_stream(mapped)
+        return
+    reader = pyarrow.ipc.open_file(mapped)
+    yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+def kind(value: Any) -> str:
+    """Returns what JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

@@ -1,0 +1,126 @@
+"""How records are read, and the account of it: what was read, what was left out and why."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from decausal.errors import UserError
+
+OnBadRecord = Literal["error", "skip"]
+ON_BAD_RECORD: tuple[OnBadRecord, ...] = ("error", "skip")
+SKIP_HINT = "; --on_bad_record skip leaves such records out"
+_SAID: set[str] = set()
+NAMED = 3  # bad records and skipped files that are named; the others are counted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read, whatever the source.
+
+    Attributes:
+        text_field: The field that holds a plain text.
+        prompt_field, completion_field: The fields that hold a prompt and its completion.
+        split: Which split of a data set.
+        on_bad_record: "error": a record that cannot be used raises. "skip": it is left out and counted.
+    """
+
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    split: str = "train"
+    on_bad_record: OnBadRecord = "error"
+
+    def __post_init__(self) -> None:
+        if self.prompt_field == self.completion_field:
+            raise UserError(f"--prompt_field and --completion_field both name '{self.prompt_field}'; they must differ")
+
+    @property
+    def maps_fields(self) -> bool:
+        """Whether the user named the fields of prompts and completions."""
+        return (self.prompt_field, self.completion_field) != ("prompt", "completion")
+
+
+@dataclass
+class Account:
+    """What was read so far.
+
+    Attributes:
+        sources: What held records.
+        num_records: Documents read, blank and bad ones not counted.
+        forms: How records were read, such as "Alpaca ('instruction', 'output')".
+        left_out: Names of files that were not read, by the reason.
+        num_blank: Records without a text or an answer.
+        num_bad: Records that could not be used.
+        bad: What was wrong with the first of them.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    num_records: int = 0
+    forms: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    num_blank: int = 0
+    num_bad: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def leave_out(self, name: object, reason: str) -> None:
+        """Notes a file that is not read."""
+        self.left_out.setdefault(reason, []).append(str(name))
+
+    def take_form(self, form: str) -> None:
+        """Notes how records are read."""
+        if form not in self.forms:
+            self.forms.append(form)
+
+    def take_bad(self, error: UserError, on_bad_record: OnBadRecord) -> None:
+        """Counts a record that cannot be used, or raises.
+
+        Raises:
+            UserError: Bad records are errors.
+        """
+        if on_bad_record != "skip":
+            text = str(error)
+            raise UserError(text if text.endswith(SKIP_HINT) else text + SKIP_HINT) from None
+        self.num_bad += 1
+        if len(self.bad) < NAMED:
+            self.bad.append(str(error))
+
+    def refuse_if_all_bad(self) -> None:
+        """Raises UserError where there was nothing but bad records."""
+        if self.num_bad:
+            raise UserError(f"none of the records can be used ({self.num_bad:,} bad): {self.bad[0]}")
+
+    def line(self, num_tokens: int) -> str:
+        """Returns one line that says what was read, and what was skipped and why."""
+        where = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources):,} sources"
+        read = f"read {where}: {_counted(self.num_records, 'record')}, {_counted(num_tokens, 'token')}"
+        if self.forms:
+            read += f", as {' and '.join(self.forms)}"
+        return "; ".join([read, *self._skipped()])
+
+    def _skipped(self) -> list[str]:
+        parts = [f"skipped {_some(names)} ({reason})" for reason, names in self.left_out.items()]
+        if self.num_blank:
+            parts.append(f"skipped {_counted(self.num_blank, 'empty record')}")
+        if self.num_bad:
+            parts.append(f"skipped {_counted(self.num_bad, 'bad record')}: {_some(self.bad, self.num_bad, ' | ')}")
+        return parts
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error, once in a run of several processes and of several measurements."""
+    if os.environ.get("RANK", "0") == "0" and line not in _SAID:
+        _SAID.add(line)
+        print(f"decausal: {line}", file=sys.stderr)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: list[str], number: int | None = None, separator: str = ", ") -> str:
+    shown = names[:NAMED]
+    rest = (len(names) if number is None else number) - len(shown)
+    return separator.join(shown) + (f" and {rest:,} more" if rest else "")

@@ -1,0 +1,112 @@
+"""Tables of records that `datasets` reads: data sets on the hub, and directories that `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+
+from decausal.errors import UserError, nearest
+from decausal.hub import LOG_IN, is_offline, refuse_unknown_dataset
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set on the hub, downloaded to (and afterwards read from) the hub's own local cache.
+
+    Attributes:
+        name: "name" or "owner/name".
+        config: Which of its configurations, None for the only one.
+        split: Which of its splits.
+        siblings: What else `name` may have meant, for errors.
+    """
+
+    name: str
+    config: str | None
+    split: str
+    siblings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.config}[{self.split}]" if self.config else f"{self.name}[{self.split}]"
+
+    @cached_property
+    def table(self) -> datasets.Dataset:
+        """The memory-mapped table of records."""
+        if not _is_offline():
+            self._refuse_unknown()
+        with _quiet_unless_watched():
+            try:
+                return datasets.load_dataset(self.name, self.config, split=self.split)
+            except Exception as error:  # the hub, the network and each builder fail in types of their own
+                reason = " ".join(str(error).split()).partition(" Example of usage")[0][:300] or type(error).__name__
+                raise UserError(f"cannot load data set '{self}' from the hub ({reason}){self._hint(reason)}") from None
+
+    def _refuse_unknown(self) -> None:
+        try:
+            refuse_unknown_dataset(self.name)
+        except UserError as error:
+            raise UserError(f"{error}{nearest(self.name, self.siblings)}") from None
+
+    def _hint(self, reason: str) -> str:
+        if _is_offline():
+            return (
+                "; HF_HUB_OFFLINE is set, so it must have been downloaded before; no file or directory has that name "
+                f"either{nearest(self.name, self.siblings)}"
+            )
+        if "gated" in reason:
+            return f"; {LOG_IN}"
+        return f"; write {self.name}:CONFIG" if "Config name is missing" in reason else ""
+
+    def fingerprint(self) -> str:
+        """Returns a string that changes when the data set does."""
+        return f"{self} {self.table._fingerprint}"
+
+
+@dataclass(frozen=True)
+class SavedDataset:
+    """What `Dataset.save_to_disk` wrote: a directory of Arrow files and what describes them."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def table(self) -> datasets.Dataset:
+        """The memory-mapped table of records."""
+        try:
+            loaded = datasets.load_from_disk(str(self.path))
+        except Exception as error:  # a damaged file fails in many types
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"cannot load {self.path}, which save_to_disk wrote ({reason}); save it anew") from None
+        if not isinstance(loaded, datasets.Dataset):
+            raise UserError(f"{self.path} holds several splits: name the directory of one")
+        return loaded
+
+    def fingerprint(self) -> str:
+        """Returns a string that changes when a file does."""
+        files = sorted(path for path in self.path.iterdir() if path.is_file())
+        states = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+        return f"{self.path.absolute()} {' '.join(states)}"
+
+
+def _is_offline() -> bool:
+    return is_offline() or datasets.config.HF_HUB_OFFLINE  # which HF_DATASETS_OFFLINE sets alone, too
+
+
+@contextmanager
+def _quiet_unless_watched() -> Iterator[None]:
+    """Hides the progress bars of `datasets` where no terminal shows them."""
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
