@@ -198,7 +198,6 @@ class ConversionSettings:
             _check_steps(self, f"{loss}_start_step", f"{loss}_stop_step")
         if not any(getattr(self, f"{loss}_weight") for loss in losses()):
             raise UserError("--token_weight 0 leaves nothing to train on; give another loss a weight")
-        _reading(self)  # which checks itself
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"--data_fraction {self.data_fraction}: must be above 0 and at most 1")
         if not self.lora_dropout < 1:
