@@ -191,6 +191,8 @@ def _of_split(files: list[File], splits: Splits, split: str, root: Path, account
         of = [name for name, paths in splits.items() if path in paths]
         if split in of:
             kept.append(file)
+        elif DOCUMENTATION.fullmatch(file.path.name):
+            account.leave_out(_name(file, root), "documentation")
         elif of:
             account.leave_out(_name(file, root), f"split {of[0]}")
         else:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError, nearest, refuse_broken_text
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import BatchEngine, Wanted
 from decausal.sampling.defaults import settings_for
@@ -158,20 +158,11 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise UserError('a line must be an object, such as {"prompt": "def add(a, b):"}')
     if not isinstance(fields.get("prompt"), str):
         raise UserError(f"'prompt' must be a text, not {fields['prompt']!r}" if "prompt" in fields else "no 'prompt'")
-    if not _is_unicode(fields["prompt"]):
-        raise UserError("'prompt' holds half of a surrogate pair, which is no character: take it out")
+    refuse_broken_text(fields["prompt"], "'prompt'")
     accepted = {"prompt", "id", *SamplerSettings.__dataclass_fields__, *ALIASES}
     for name in fields.keys() - accepted:
         raise UserError(f"unknown field '{name}'{nearest(name, accepted)}")
     return fields
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _encoded(label: Any, answer: Generation | UserError) -> bytes:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decausal.data.encode import SpecialTokens
-from decausal.errors import UserError
+from decausal.errors import UserError, refuse_broken_text
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.sampler import OnStep, denoise
@@ -215,8 +215,9 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
     """The ids that begin a row; an empty text starts from the tokenizer's BOS or EOS token.
 
     Raises:
-        UserError: Chat without a template, or nothing to start from under shift 1.
+        UserError: Chat without a template, half a surrogate pair, or nothing to start from under shift 1.
     """
+    refuse_broken_text(text, "the prompt")
     tokenizer = converted.tokenizer
     if chat:
         if not tokenizer.chat_template:
@@ -240,7 +241,12 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text, without what the tokenizer puts around a document."""
+    """The ids of a text, without what the tokenizer puts around a document.
+
+    Raises:
+        UserError: The text holds half a surrogate pair.
+    """
+    refuse_broken_text(text, "the text")
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

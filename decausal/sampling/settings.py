@@ -7,7 +7,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError, nearest, refuse_broken_text
 
 CONFIDENCES = ("probability", "margin", "entropy")
 SCHEDULES = ("num_steps", "threshold", "entropy_bound")
@@ -256,6 +256,9 @@ def _as_texts(stop: Any) -> Any:
     """One text or a list of them as a tuple; anything else is left for the check to refuse."""
     if stop is None:
         return ()
+    for text in [stop] if isinstance(stop, str) else stop if isinstance(stop, list | tuple) else ():
+        if isinstance(text, str):
+            refuse_broken_text(text, "stop")
     if isinstance(stop, str):
         return (stop,)
     return tuple(stop) if isinstance(stop, list) else stop

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.flags import VerbParser, given, text_from
 from decausal.verbs.sampling import add_sampler_flags, check_recording, sampler_options, watching
 
 
@@ -55,14 +54,7 @@ def _span(written: str) -> tuple[int, int]:
 def _text(flags: argparse.Namespace) -> str:
     if flags.text is not None:
         return flags.text
-    try:
-        data = sys.stdin.buffer.read() if flags.file is None else Path(flags.file).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"edit: cannot read {flags.file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        where = "standard input" if flags.file is None else flags.file
-        raise UserError(f"edit: {where} is not UTF-8 at byte {error.start}: convert it first") from None
+    return text_from(flags.file, "edit")
 
 
 def _print(edit: Any, flags: argparse.Namespace) -> None:

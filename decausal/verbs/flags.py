@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from decausal.errors import UserError
@@ -22,6 +24,22 @@ class VerbParser(argparse.ArgumentParser):
 
 def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def text_from(file: str | None, verb: str) -> str:
+    """Reads a file, or else standard input, in UTF-8.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{verb}: cannot read {file or 'standard input'}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = file or "standard input"
+        raise UserError(f"{verb}: {where} is not UTF-8 at byte {error.start}: convert it first") from None
 
 
 def wants_help(arguments: list[str]) -> bool:

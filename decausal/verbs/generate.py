@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.flags import VerbParser, given, text_from
 from decausal.verbs.sampling import add_sampler_flags, check_recording, print_generations, sampler_options, watching
 
 
@@ -17,7 +15,7 @@ def run(arguments: list[str]) -> int:
     add_sampler_flags(parser)
     flags = parser.parse_args(arguments)
     check_recording(flags, len(flags.prompts))
-    prompts = flags.prompts or [sys.stdin.read()]
+    prompts = flags.prompts or [text_from(None, "generate")]
     from decausal.sampling.model import load
 
     model = load(flags.directory)

@@ -71,7 +71,8 @@ def test_a_copy_of_a_hub_data_set_gives_its_train_split_and_names_what_it_leaves
     texts, account = read(tmp_path)
     assert texts == ["one"]
     assert account.left_out == {
-        "in no split": ["LICENSE", "README.md", "data/notes.txt"],
+        "documentation": ["LICENSE", "README.md"],
+        "in no split": ["data/notes.txt"],
         "split test": ["data/test-00000-of-00001.jsonl"],
     }
     assert read(tmp_path, "test")[0] == ["two"]
@@ -94,7 +95,11 @@ configs:
     write(tmp_path, README_DOT_md=card, **{f"{name}_DOT_jsonl": lines(name) for name in "abc"})
     texts, account = read(tmp_path)
     assert texts == ["a"]
-    assert account.left_out == {"in no split": ["README.md", "c.jsonl"], "split held_out": ["b.jsonl"]}
+    assert account.left_out == {
+        "documentation": ["README.md"],
+        "in no split": ["c.jsonl"],
+        "split held_out": ["b.jsonl"],
+    }
     assert read(tmp_path, "held_out")[0] == ["b"]
     assert read(f"{tmp_path}:large")[0] == ["c"]
     with pytest.raises(UserError, match=r"has no configuration 'larg'; there is small, large; did you mean 'large'"):

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import processors
 
 from decausal.data.encode import SpecialTokens
-from decausal.errors import UserError
+from decausal.errors import UserError, refuse_broken_text
 from decausal.models.checkpoint import Converted
 from decausal.sampling.editing.changes import Change
 from decausal.sampling.rows import Row, named, prompt_ids, text_after
@@ -124,6 +124,7 @@ def encode_texts(converted: Converted, texts: Sequence[str]) -> list[EncodedText
     for name, text in zip(named("text", texts), texts, strict=True):
         if not text:
             raise UserError(f"{name} is empty: give text to edit")
+        refuse_broken_text(text, name)
         text_ids, offsets = encode(text)
         ids = [*start, *text_ids]
         Row((ids,), (), name).check(converted)
