@@ -21,6 +21,9 @@ class Pace:
     Args:
         meter: counts the run's tokens.
         clock: seconds.
+
+    Attributes:
+        first_step: the step that it began at.
     """
 
     def __init__(self, meter: TokenMeter, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -30,7 +33,7 @@ class Pace:
     def begin(self, step: int) -> None:
         """Starts at a step: 0, or that of the checkpoint that is resumed."""
         self._start = self._mark = self._clock()
-        self._first_step = step
+        self.first_step = step
         self._seconds = 0.0
         self._last = (self._meter.counts.total, 0.0)
 
@@ -52,7 +55,7 @@ class Pace:
 
     def seconds_left(self, step: int, num_steps: int) -> float:
         """Returns what the rest of the run takes, at the mean pace so far."""
-        return (self._clock() - self._start) / max(step - self._first_step, 1) * (num_steps - step)
+        return (self._clock() - self._start) / max(step - self.first_step, 1) * (num_steps - step)
 
 
 class _Shown(TrainerCallback):
@@ -83,7 +86,10 @@ class _Shown(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = {name: value for name, value in (kwargs.get("logs") or {}).items() if name != "total_flos"}
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs.keys() - {"epoch"}:
+            return
+        if "train_runtime" in logs:
+            self.show(f"trained {state.global_step - self.pace.first_step} steps in {duration(logs['train_runtime'])}")
             return
         if "loss" in logs:
             left = duration(self.pace.seconds_left(state.global_step, state.max_steps))

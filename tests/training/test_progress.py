@@ -46,5 +46,6 @@ def test_a_run_shows_each_log_with_tokens_per_second_and_the_time_left(tmp_path,
     shown = capsys.readouterr()
     lines = re.findall(r"step (\d)/4  loss .* token_loss .*  [\d,]+ tokens/s, [\d:]+ left", shown.out)
     assert lines == ["1", "2", "3", "4"]
+    assert re.search(r"^trained 4 steps in \d+:\d\d$", shown.out, re.MULTILINE)
     assert ("tokens/s" in shown.err) == is_bar
     assert "{'loss'" not in shown.out + shown.err
