@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from decausal.sampling.borders import Border
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.rows import Row
 from decausal.sampling.stopping import is_stop_token
+from decausal.sampling.token_texts import BROKEN, TokenTexts
 from decausal.serving.text import TextStream
 
 
@@ -17,16 +19,18 @@ class TokenLogProb:
     """One written token with its log-probability, and the likeliest ones in its place.
 
     Attributes:
-        text: As it decodes by itself.
+        text: As it decodes by itself; its bytes where these are no text.
+        bytes: What it stands for in UTF-8.
         offset: Characters of the answer before it.
         log_prob: When it was kept, of the untempered distribution; None for a given token.
-        top: Texts and log-probabilities.
+        top: Texts, bytes and log-probabilities.
     """
 
     text: str
+    bytes: bytes
     offset: int
     log_prob: float | None
-    top: list[tuple[str, float]]
+    top: list[tuple[str, bytes, float]]
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,11 @@ class Choice:
     def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False) -> None:
         self.index, self.job = index, job
         self._tokenizer, self._has_events = tokenizer, has_events
+        self._texts = TokenTexts(tokenizer, shows_special=True)
         borders = job.row.borders or (Border(),)
         self._border = Border(borders[0].start, borders[-1].end)
         self._stream = TextStream(tokenizer, job.row.given[0], job.settings, self._border)
-        self._num_final, self._offset = 0, 0
+        self._num_final = 0
         self.ended: Ended | None = None
         self._begin(job.row)
 
@@ -129,22 +134,32 @@ class Choice:
     def _told_log_probs(self, first: int, stop: int) -> list[TokenLogProb]:
         if self.job.num_top_log_probs is None:
             return []
+        # What is not final yet counts as open: where a character's tokens arrive one by one, they begin where it does.
+        is_over = self.ended is not None
+        pieces = self._pieces([*self._ids[:stop], *([] if is_over else [None])])
+        ends = [0, *accumulate(len(piece or "") for piece in pieces)]
         told = []
         for place in range(first, stop):
-            text = self._text(place)
             log_prob, top = self._log_probs.get(place, (None, []))
-            told.append(
-                TokenLogProb(text, self._offset, log_prob, [(self._piece(token), value) for token, value in top])
-            )
-            self._offset += len(text)
+            name, content = self._named(self._ids[place])
+            offset = ends[place]
+            if BROKEN not in self._texts.alone(self._ids[place]):
+                name = self._inside(place, name)
+                content, offset = name.encode(), ends[place + 1] - len(name)
+            found = [(*self._named(token), value) for token, value in top]
+            told.append(TokenLogProb(name, content, offset, log_prob, found))
         return told
 
-    def _piece(self, token: int | None) -> str:
-        return "" if token is None else self._tokenizer.decode([token])
+    def _named(self, token: int) -> tuple[str, bytes]:
+        return self._texts.name_of(token), self._texts.bytes_of(token)
 
-    def _text(self, place: int) -> str:
-        """What the token in a place adds to the text."""
-        text = self._piece(self._ids[place])
+    def _pieces(self, ids: list[int | None]) -> list[str | None]:
+        """What the token in each place adds to the text; None where a place is open."""
+        pieces = self._texts.of(ids)
+        return [piece and self._inside(place, piece) for place, piece in enumerate(pieces)]
+
+    def _inside(self, place: int, text: str) -> str:
+        """The text of a place's token without the given characters that it holds."""
         text = text.removeprefix(self._border.start) if place == 0 else text
         return text.removesuffix(self._border.end) if place == len(self._ids) - 1 else text
 
@@ -154,7 +169,7 @@ class Choice:
             "step": progress.step,
             "positions": [position - self._start for position in progress.positions],
             "is_revision": bool(progress.reopened),
-            "draft": [None if token is None else self._text(place) for place, token in enumerate(self._ids)],
+            "draft": self._pieces(self._ids),
             "is_given": self._is_given,
             "confidence": [
                 None if token is None or confidence is None else round(confidence, 4)

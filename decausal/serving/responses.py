@@ -92,8 +92,8 @@ def log_probs(plan: Plan, told: Sequence[TokenLogProb]) -> dict[str, Any]:
     if plan.kind == "chat":
         return {
             "content": [
-                _chat_log_prob(token.text, token.log_prob)
-                | {"top_logprobs": [_chat_log_prob(text, value) for text, value in token.top]}
+                _chat_log_prob(token.text, token.bytes, token.log_prob)
+                | {"top_logprobs": [_chat_log_prob(*alternative) for alternative in token.top]}
                 for token in told
             ],
             "refusal": None,
@@ -101,7 +101,9 @@ def log_probs(plan: Plan, told: Sequence[TokenLogProb]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in told],
         "token_logprobs": [token.log_prob for token in told],
-        "top_logprobs": [dict(token.top) for token in told] if plan.num_top_log_probs else None,
+        "top_logprobs": [{text: value for text, _, value in token.top} for token in told]
+        if plan.num_top_log_probs
+        else None,
         "text_offset": [token.offset for token in told],
     }
 
@@ -111,9 +113,9 @@ def sse(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _chat_log_prob(text: str, log_prob: float | None) -> dict[str, Any]:
+def _chat_log_prob(text: str, content: bytes, log_prob: float | None) -> dict[str, Any]:
     # What a token of given text inside the answer has, in a shape that clients can read.
-    return {"token": text, "logprob": 0.0 if log_prob is None else log_prob, "bytes": list(text.encode("utf-8"))}
+    return {"token": text, "logprob": 0.0 if log_prob is None else log_prob, "bytes": list(content)}
 
 
 def _whole_choice(plan: Plan, choice: Choice, deltas: list[Delta]) -> dict[str, Any]:

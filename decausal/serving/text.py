@@ -8,8 +8,8 @@ from typing import Any
 from decausal.sampling.borders import Border
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import cut_at_stop, text_before_stop
+from decausal.sampling.token_texts import BROKEN
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8
 """Tokens before the text that decoding sees: some tokenizers drop the space in front of a text's first word."""
 

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from decausal.models.checkpoint import Converted
+from decausal.sampling.token_texts import BROKEN
 from tests.serving.running import Running, converted, running
 
 SECONDS = 30_000
@@ -264,3 +265,38 @@ def _contrast(page: Page, selector: str) -> float:
             return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
         }"""
     )
+
+
+def test_right_to_left_text_stays_whole_while_it_is_written(visit: Visit) -> None:
+    page = visit.page
+    page.locator("#schedule").select_option("num_steps")
+    visit.write("مرحبا [[4]] طويل [[3]] סוף", **{"schedule-value": "3", "temperature": "3"})
+    assert page.locator("#text").evaluate("field => getComputedStyle(field).direction") == "rtl"
+    pane = page.locator("#pane-model")
+    assert pane.locator(".page").evaluate("pane => getComputedStyle(pane).direction") == "rtl"
+    for number in range(3):
+        page.locator("#pass").fill(str(number))
+        texts = pane.locator(".page > span").all_text_contents()
+        assert BROKEN not in "".join(texts)
+        assert "".join(pane.locator(".given").all_text_contents()).split() == ["مرحبا", "طويل", "סוף"]
+
+
+def test_a_single_pass_is_called_so(visit: Visit) -> None:
+    visit.page.locator("#schedule").select_option("num_steps")
+    visit.write("x = [[1]]\n", **{"schedule-value": "1"})
+    expect(visit.page.locator("#status")).to_contain_text("Done in 1 pass.")
+    expect(visit.page.locator("#pane-model .figures")).to_contain_text("1 token in 1 pass (1.00 a pass)")
+
+
+def test_a_gap_of_hundreds_of_digits_is_an_error(visit: Visit) -> None:
+    page = visit.page
+    page.locator("#text").fill(f"x = [[{'9' * 400}]]\n")
+    page.locator("#write").click()
+    expect(page.locator("#error")).to_contain_text("a gap of 999999999… (400 digits) tokens is not accepted")
+    expect(page.locator("#result")).to_be_hidden()
+
+
+@pytest.mark.parametrize("visit", [{"viewport": {"width": 390, "height": 740}, "has_touch": True}], indirect=True)
+def test_on_a_phone_the_result_is_brought_into_view(visit: Visit) -> None:
+    visit.write("x = [[6]]\n")
+    expect(visit.page.locator("#pane-model .page")).to_be_in_viewport(timeout=SECONDS)

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decausal.errors import UserError
+from decausal.sampling.token_texts import TokenTexts
 from decausal.sampling.watching.animation import Cell, Frame, write_gif, write_svg
-from decausal.sampling.watching.watch import decoded
 
 WRITERS = {".svg": write_svg, ".gif": write_gif}
 
@@ -42,7 +42,7 @@ class Recorder:
 
     Args:
         path: Ends in .svg or .gif.
-        tokenizer: Decodes single tokens.
+        tokenizer: Decodes.
         row: Which row of the batch.
         num_columns: Characters of a line.
 
@@ -54,7 +54,7 @@ class Recorder:
         self.path, self.tokenizer, self.row, self.num_columns = check_recording(path), tokenizer, row, num_columns
         self.frames: list[Frame] = []
         self._step_of_position: dict[int, int] = {}
-        self._texts: dict[int, str] = {}
+        self._texts = TokenTexts(tokenizer)
 
     def __enter__(self) -> Recorder:
         return self
@@ -86,12 +86,6 @@ class Recorder:
         self.frames.append(self._frame(tokens, opened))
 
     def _frame(self, tokens: list[int], opened: set[int]) -> Frame:
-        return tuple(
-            Cell(None if position in opened else self._text(token), self._step_of_position.get(position))
-            for position, token in enumerate(tokens)
-        )
-
-    def _text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = decoded(self.tokenizer, token)
-        return self._texts[token]
+        kept = [None if position in opened else token for position, token in enumerate(tokens)]
+        texts = self._texts.of(kept)
+        return tuple(Cell(text, self._step_of_position.get(position)) for position, text in enumerate(texts))

@@ -14,6 +14,8 @@ from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
+from decausal.sampling.token_texts import TokenTexts
+
 OPEN_POSITION = "░"
 COLOUR_STEPS = 24
 """Steps after which the colours begin again."""
@@ -31,7 +33,7 @@ class Watch:
         ...     model.infill(prefix, suffix, length=48, on_step=watch)
 
     Args:
-        tokenizer: Decodes single tokens.
+        tokenizer: Decodes.
         console: Where to draw; the standard output by default.
         row: Which row of the batch.
         pause: Seconds to rest after each step, so that a small model can be followed. Only in a terminal.
@@ -39,6 +41,7 @@ class Watch:
 
     def __init__(self, tokenizer: Any, console: Console | None = None, row: int = 0, pause: float = 0.0) -> None:
         self.tokenizer, self.console, self.row, self.pause = tokenizer, console or Console(), row, pause
+        self._texts = TokenTexts(tokenizer)
         self._step_of_position: dict[int, int] = {}
         self._num_open: int | None = None
         self._quarters_shown = 0
@@ -80,13 +83,12 @@ class Watch:
     def frame(self, ids: list[int], opened: set[int], new: set[int]) -> Text:
         """Draws a row."""
         text = Text()
-        for position, token in enumerate(ids):
-            if position in opened:
+        kept = [None if position in opened else token for position, token in enumerate(ids)]
+        for position, piece in enumerate(self._texts.of(kept)):
+            if piece is None:
                 text.append(OPEN_POSITION, Style(dim=True))
             else:
-                text.append(
-                    decoded(self.tokenizer, token), self._style(position, is_new=position in new and bool(opened))
-                )
+                text.append(piece, self._style(position, is_new=position in new and bool(opened)))
         return text
 
     def _style(self, position: int, is_new: bool) -> Style:
@@ -103,13 +105,6 @@ class Watch:
             self._quarters_shown = quarters
             title = f"after step {step + 1}: {num_kept} of {self._num_open} positions"
             self.console.print(title, frame.plain, sep="\n", markup=False, highlight=False, soft_wrap=True)
-
-
-def decoded(tokenizer: Any, token: int) -> str:
-    """One token's text, as it reads behind other text."""
-    # Read as the second of two: some tokenizers drop the space in front of a text's first word.
-    once, twice = (tokenizer.decode([token] * times, skip_special_tokens=True) for times in (1, 2))
-    return twice[len(once) :]
 
 
 def colour_of_step(step: int) -> tuple[int, int, int]:

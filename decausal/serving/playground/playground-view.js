@@ -1,6 +1,7 @@
 // Shows a row as it is written: one frame for every forward pass, tokens coloured by confidence or order.
 
 const shown = (piece) => JSON.stringify(piece).slice(1, -1);
+export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : noun.endsWith("s") ? "es" : "s"}`;
 
 export class Pane {
   constructor(element) {
@@ -51,6 +52,7 @@ export class Pane {
       span.className = `token-box ${piece === null ? "open" : "kept"}`;
       span.textContent = piece === null ? "··" : piece;
       if (piece === null) return [span];
+      if (piece === "" && isWaiting(frame.draft, i)) span.classList.add("part");
       if (piece.includes("\n")) span.classList.add("newline");
       if (isNow && frame.positions.includes(i) && !isEnd) span.classList.add("fresh");
       span.style.setProperty("--p", `${100 * Math.max(0, Math.min(1, frame.confidence[i] ?? 1))}%`);
@@ -62,7 +64,8 @@ export class Pane {
 
   #describe(frame, i) {
     const sure = frame.confidence[i] === null ? "" : `confidence ${frame.confidence[i].toFixed(2)}, `;
-    return `“${shown(frame.draft[i])}”: ${sure}kept in pass ${(frame.stepOf[i] ?? 0) + 1}`;
+    const piece = frame.draft[i] === "" ? "part of a character" : `“${shown(frame.draft[i])}”`;
+    return `${piece}: ${sure}kept in pass ${(frame.stepOf[i] ?? 0) + 1}`;
   }
 
   #tell(frame, pass) {
@@ -73,7 +76,7 @@ export class Pane {
     const isSearched = this.pieces.includes(null) && this.numForwards > 0;
     const search = isSearched ? `, ${this.numForwards} with all lengths that were tried` : "";
     const time = this.seconds === null ? "" : `, ${this.seconds.toFixed(1)} s`;
-    this.figures.textContent = `${written} tokens in ${passes} passes (${rate} a pass)${search}${time}`;
+    this.figures.textContent = `${count(written, "token")} in ${count(passes, "pass")} (${rate} a pass)${search}${time}`;
   }
 
   #walk(event) {
@@ -97,6 +100,12 @@ export class Pane {
     for (const span of this.page.querySelectorAll(".kept"))
       span.classList.toggle("chosen", Number(span.dataset.place) === this.chosen);
   }
+}
+
+// Whether the rest of the character that a token belongs to is still to come.
+function isWaiting(draft, i) {
+  const next = draft.slice(i).find((piece) => piece !== "");
+  return next === null || next === undefined;
 }
 
 function given(text) {

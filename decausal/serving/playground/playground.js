@@ -1,6 +1,6 @@
 // The page: reads the form, asks the server, and plays what comes back pass by pass.
 
-import { Pane } from "./playground-view.js";
+import { Pane, count } from "./playground-view.js";
 
 const $ = (id) => document.getElementById(id);
 const GAP = /\[\[(\d+|\?)\]\]/;
@@ -23,13 +23,21 @@ let timer = null;
 
 // What the text asks for: given texts and gaps in turn (null where a gap's length is unknown), or a prompt to continue.
 function readText(text) {
-  const pieces = text.split(GAP).map((piece, i) => (i % 2 ? (piece === "?" ? null : Number(piece)) : piece));
+  const pieces = text.split(GAP).map((piece, i) => (i % 2 ? gapLength(piece) : piece));
   const parts = pieces.filter((piece) => piece !== "");
   const tokens = Number($("max_tokens").value);
   if (pieces.length === 1) return { parts: null, pieces: [text, tokens, ""], isUnknown: false, numTokens: tokens };
   const isUnknown = pieces.includes(null);
   const numTokens = isUnknown ? tokens : pieces.reduce((sum, piece, i) => sum + (i % 2 ? piece : 0), 0);
   return { parts, pieces, isUnknown, numTokens };
+}
+
+function gapLength(digits) {
+  if (digits === "?") return null;
+  const length = Number(digits);
+  if (Number.isSafeInteger(length)) return length; // what is too long for a row the server refuses
+  const shown = `${digits.slice(0, 9)}… (${digits.length} digits)`;
+  throw new Error(`a gap of ${shown} tokens is not accepted: a row has at most ${models[0]?.max_model_len}`);
 }
 
 function settings() {
@@ -98,7 +106,13 @@ async function submit() {
   if (running) running.abort();
   pause();
   tellError(null);
-  const { parts, pieces, isUnknown, numTokens } = readText($("text").value);
+  let asked;
+  try {
+    asked = { ...readText($("text").value), sampler: settings() };
+  } catch (error) {
+    return tellError(error.message);
+  }
+  const { parts, pieces, isUnknown, numTokens, sampler } = asked;
   const [model, source] = [models.find((m) => !m.decausal.is_source), models.find((m) => m.decausal.is_source)];
   const withSource = Boolean(source) && $("with-source").checked;
   running = new AbortController();
@@ -108,18 +122,18 @@ async function submit() {
   $("pane-source").hidden = !withSource;
   panes.model.begin(pieces);
   panes.source.begin([pieces[0], numTokens, ""]);
-  const asked = settings();
+  bringIntoView($("result"));
   const gaps = parts ? { decausal: { events: true, parts } } : { prompt: pieces[0], max_tokens: numTokens, decausal: { events: true } };
-  const tasks = [write(panes.model, model?.id, { ...asked, ...gaps }, signal)];
+  const tasks = [write(panes.model, model?.id, { ...sampler, ...gaps }, signal)];
   if (withSource) {
-    const { temperature, top_p, seed } = asked;
+    const { temperature, top_p, seed } = sampler;
     const row = { prompt: pieces[0], max_tokens: numTokens, temperature, top_p, seed, decausal: { events: true } };
     tasks.push(write(panes.source, source.id, row, signal));
   }
   try {
     await Promise.all(tasks);
     const passes = panes.model.frames.length;
-    setBusy(false, `Done in ${passes} passes. The slider goes back through them.`);
+    setBusy(false, `Done in ${count(passes, "pass")}. The slider goes back through them.`);
   } catch (error) {
     if (signal !== running?.signal) return;
     running.abort();
@@ -128,6 +142,13 @@ async function submit() {
     if (!wasStopped) tellError(error.message);
     if (!panes.model.frames.length) $("result").hidden = true;
   }
+}
+
+// On a small screen what is written stands below the form.
+function bringIntoView(element) {
+  const { top } = element.getBoundingClientRect();
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (top > innerHeight * 0.75) element.scrollIntoView({ block: "start", behavior: isCalm ? "auto" : "smooth" });
 }
 
 const numPasses = () => Math.max(panes.model.frames.length, panes.source.frames.length);

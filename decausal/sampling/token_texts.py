@@ -1,0 +1,113 @@
+"""What each token of a row adds to its text, while some of the row is still open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+MOST_TOKENS = 4
+"""Tokens that one character can be spread over: UTF-8 has at most 4 bytes."""
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenTexts:
+    """Texts of tokens as they read behind other text; a character of several tokens is the last one's.
+
+    Args:
+        tokenizer: Decodes.
+        shows_special: Special tokens have their name as text, else none.
+    """
+
+    def __init__(self, tokenizer: Any, shows_special: bool = False) -> None:
+        self._tokenizer, self._skips_special = tokenizer, not shows_special
+        # Some tokenizers drop the space in front of a text's first word.
+        self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._before = self._decode([])
+        self._alone: dict[int, str] = {}
+
+    def of(self, ids: Sequence[int | None]) -> list[str | None]:
+        """The text of each token of a row; None of each open position.
+
+        A token beside an open position that begins or ends inside of a character has no text of that character yet.
+        """
+        texts: list[str | None] = []
+        is_after_open = False
+        while len(texts) < len(ids):
+            token = ids[len(texts)]
+            if token is None:
+                texts.append(None)
+                is_after_open = True
+            elif is_after_open and self._continues(token):
+                texts.append(self.alone(token).strip(BROKEN))
+                is_after_open = not texts[-1]
+            else:
+                texts += self._joined(ids[len(texts) : len(texts) + MOST_TOKENS])
+                is_after_open = False
+        return texts
+
+    def alone(self, token: int) -> str:
+        """The text of a token whatever stands around it."""
+        if token not in self._alone:
+            self._alone[token] = self._text([token])
+        return self._alone[token]
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if token not in self._added and name is not None:
+            if self._is_byte_level and all(character in self._byte_of for character in name):
+                return bytes(self._byte_of[character] for character in name)
+            if found := _BYTE.fullmatch(name):
+                return bytes([int(found[1], 16)])
+        return self.alone(token).encode()
+
+    def name_of(self, token: int) -> str:
+        """The text of a token; where its bytes are no text, these, as OpenAI writes them."""
+        text = self.alone(token)
+        if BROKEN not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes_of(token))
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return backend is not None and b"ByteLevel" in backend.decoder.__getstate__()
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        return {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def _continues(self, token: int) -> bool:
+        """Whether a token begins with the rest of a character."""
+        return self.alone(token).startswith(BROKEN) and self.bytes_of(token)[0] >> 6 == 0b10
+
+    def _joined(self, ids: Sequence[int | None]) -> list[str]:
+        """The texts of the first tokens, up to where a character ends, an open position comes or none can end."""
+        pieces: list[str] = []
+        shown = ""
+        for number, token in enumerate(ids, start=1):
+            if token is None:  # the rest of the character is still to come
+                return pieces
+            text = self.alone(token) if number == 1 else self._text(ids[:number])
+            is_whole = not text.endswith(BROKEN)
+            told = text if is_whole or number == len(ids) else text.rstrip(BROKEN)
+            pieces.append(told[len(shown) :])
+            shown = told
+            if is_whole:
+                return pieces
+        return pieces
+
+    def _text(self, ids: Sequence[int | None]) -> str:
+        return self._decode(ids).removeprefix(self._before)
+
+    def _decode(self, ids: Sequence[int | None]) -> str:
+        return self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=self._skips_special)
