@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -21,12 +22,8 @@ from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
-from decausal.training.losses import (
-    Supervision,
-    install_training_forward,
-    remove_training_forward,
-    weighted_loss,
-)
+from decausal.training.log_means import LogMeans
+from decausal.training.losses import Supervision, install_training_forward, remove_training_forward, weighted_loss
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
 from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
@@ -98,8 +95,7 @@ class ConversionTrainer(Trainer):
         self.measure = measure
         self.meter = TokenMeter() if meter is None else meter
         show_progress(self, self.meter)
-        self._sums: dict[str, Tensor] = {}
-        self._num_summed: Counter[str] = Counter()
+        self._means = LogMeans()
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self._future_order: Tensor | None = None
@@ -134,6 +130,10 @@ class ConversionTrainer(Trainer):
         self.meter.add(counts)
         return batches, counts
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Moves a batch as it is: under DeepSpeed transformers would round the targets' weights and counts to bf16."""
+        return send_to_device(inputs, self.args.device)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -160,7 +160,7 @@ class ConversionTrainer(Trainer):
         loss = model(inside=student_loss)
         value = sum(weights[term] * mean for term, mean in means.items())
         for term, mean in means.items():
-            self._record(term.log_name, mean)
+            self._means.add(term.log_name, mean)
         self._watch_for_bad_loss(value, step)
         loss = value + (loss - loss.detach())  # FSDP may have rounded this scalar, but not its gradient
         # Data parallelism averages gradients over processes; the sum over them is what the global mean needs.
@@ -226,11 +226,6 @@ class ConversionTrainer(Trainer):
 
     # Logs
 
-    def _record(self, name: str, value: Tensor) -> None:
-        total = self._sums.get(name)
-        self._sums[name] = value.detach().clone() if total is None else total + value.detach()
-        self._num_summed[name] += 1
-
     def _watch_for_bad_loss(self, loss: Tensor, step: int) -> None:
         """Remembers, on the device, the first step whose loss is not finite; read only where the host waits anyway."""
         if self._first_bad_step is None:
@@ -266,14 +261,11 @@ class ConversionTrainer(Trainer):
         """
         self._stop_if_bad()
         if "loss" in logs:
-            for name, value in self._sums.items():
-                num_steps = self._num_summed[name] / self.args.gradient_accumulation_steps
-                logs[name] = round(float(self.accelerator.reduce(value, reduction="sum")) / num_steps, 6)
-            self._sums.clear()
-            self._num_summed.clear()
+            sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
+            logs |= self._means.take(sum_over_processes, self.args.gradient_accumulation_steps)
             if self.on_policy is not None:
                 totals = torch.tensor(self.on_policy.take_totals(), device=self.args.device)
-                logs |= self.on_policy.means(self.accelerator.reduce(totals, reduction="sum").tolist())
+                logs |= self.on_policy.means(sum_over_processes(totals).tolist())
         num_rows = self.state.global_step / self.args.max_steps * len(self.train_dataset)
         self.state.epoch = round(self.train_dataset.epochs(num_rows), 4)
         super().log(logs, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,3 +139,15 @@ def test_a_micro_batch_without_a_target_has_loss_0_and_gradients_0():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_counts_and_weights_of_a_batch_are_not_rounded_on_their_way(tmp_path, monkeypatch):
+    """Under DeepSpeed transformers casts a batch's numbers to the model's type: 257 targets would be 256 in bf16."""
+    trainer = make_trainer(tmp_path, uneven_rows())
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    batch = {"target_weight": torch.tensor([1 / 3]), "counts": {"tokens": torch.tensor(257.0, dtype=torch.float64)}}
+    found = trainer._prepare_inputs(batch)
+    assert torch.equal(found["target_weight"], batch["target_weight"])
+    assert found["counts"]["tokens"] == 257
