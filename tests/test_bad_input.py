@@ -14,6 +14,7 @@ import transformers
 from transformers.utils import logging
 
 from decausal.cli import main
+from decausal.data import reading
 from tests.families import DECODER, EOS, VOCAB_SIZE, tiny_tokenizer
 from tests.runs import call, environment, save_source, write_text
 
@@ -168,6 +169,35 @@ def test_a_field_that_is_missing_is_named_with_those_that_are_there(refused, tmp
     assert f"{tmp_path}/other.jsonl:1" in told
     assert "body" in told
     assert "body" in refused("--text_field", "content", data=tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("verb", ["convert", "compare", "pretrain", "eval nll"])
+def test_half_a_surrogate_pair_in_data_is_one_line_in_every_verb(verb, files, tmp_path, capfd):
+    data = tmp_path / "half.jsonl"
+    data.write_text('{"text": "a whole line"}\n{"text": "bad \\ud83d"}\n')
+    given = ["--data", str(data), "--output_dir", str(tmp_path / "out")]
+    model = [str(files / "model")]
+    arguments = {
+        "convert": [*model, *given, *RUN],
+        "compare": [*model, *given, *RUN, "--recipes", "mdm", "--eval", "nll", "--eval_data", str(data)],
+        "pretrain": [*given, *RUN],
+        "eval nll": ["DIR", "--data", str(data), "--max_length", "24"],
+    }[verb]
+    if verb == "eval nll":
+        directory = tmp_path / "converted"
+        assert main(["convert", *model, "--data", str(files / "text.jsonl"), "--output_dir", str(directory), *RUN]) == 0
+        arguments[0] = str(directory)
+    capfd.readouterr()
+    assert main([*verb.split(), *arguments]) == 2
+    told = capfd.readouterr().err
+    assert_one_line(told)
+    assert f"{data}:2: half a surrogate pair (character 5)" in told
+    assert "--on_bad_record skip" in told
+    if verb in ("compare", "pretrain"):  # a whole run of them takes long, and they read as convert does
+        return
+    reading._SAID.clear()
+    assert main([*verb.split(), *arguments, "--on_bad_record", "skip"]) == 0
+    assert f"skipped 1 bad record: {data}:2: half a surrogate pair" in capfd.readouterr().err
 
 
 def test_a_document_of_nothing_but_special_tokens(refused, tmp_path):

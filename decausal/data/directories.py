@@ -13,7 +13,7 @@ import yaml
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 
-from decausal.data.files import File
+from decausal.data.files import BROKEN, File
 from decausal.data.reading import Account
 from decausal.data.tables import SavedDataset
 from decausal.errors import UserError, nearest
@@ -96,12 +96,10 @@ def _visible_paths(root: Path) -> Iterator[Path]:
 
 
 def _is_readable(file: File, root: Path, account: Account) -> bool:
-    if file.missing_library:
-        account.leave_out(_name(file, root), f"zstd needs pip install {file.missing_library}")
-    elif file.format == "binary":
-        account.leave_out(_name(file, root), "not text")
-    else:
+    if file.format != "binary":
         return True
+    is_broken = file.compression is not None and file.head == BROKEN
+    account.leave_out(_name(file, root), "cannot be decompressed" if is_broken else "not text")
     return False
 
 

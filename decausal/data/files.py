@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
+
+import pyarrow
 
 from decausal.errors import UserError
 
 Format = Literal["text", "binary", "jsonl", "json", "csv", "parquet", "arrow"]
 
 SNIFFED_BYTES = 8192
+BROKEN = b"\0"  # stands for the first bytes of what cannot be decompressed: like those of no text
 MAX_RECORD_BYTES = 1 << 26  # 64 MiB: what one record may take up
 COMPRESSIONS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0", "zstd": b"\x28\xb5\x2f\xfd"}
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -64,11 +66,6 @@ class File:
         if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
             suffixes.pop()
         return suffixes[-1] if suffixes else ""
-
-    @property
-    def missing_library(self) -> str | None:
-        """What must be installed to read it, if anything."""
-        return "zstandard" if self.compression == "zstd" and find_spec("zstandard") is None else None
 
     @cached_property
     def format(self) -> Format:
@@ -113,7 +110,7 @@ class File:
         except UserError:
             if self.is_named:
                 raise
-            return b"\0"
+            return BROKEN
 
     @contextmanager
     def open(self) -> Iterator[io.BufferedIOBase]:
@@ -122,17 +119,12 @@ class File:
         Raises:
             UserError: It cannot be read or decompressed, also while it is read.
         """
-        if self.missing_library:
-            raise UserError(f"{self} is compressed with zstd: pip install {self.missing_library}, or decompress it")
         with reading(self), self._opened() as opened:
             yield opened
 
     def _opened(self) -> io.BufferedIOBase:
         if self.compression == "zstd":
-            import zstandard  # no dependency: read only where it is installed
-
-            stream = zstandard.ZstdDecompressor().stream_reader(self.path.open("rb"), read_across_frames=True)
-            return io.BufferedReader(stream)
+            return io.BufferedReader(pyarrow.input_stream(str(self.path), compression="zstd"))
         openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
         return cast(io.BufferedIOBase, openers.get(self.compression or "", open)(self.path, "rb"))
 
@@ -156,10 +148,6 @@ def reading(file: File) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file} is not a whole {file.compression} file ({error})") from None
     except OSError as error:
-        if error.strerror is None:  # bz2's complaints
+        if error.strerror is None:  # what bz2 and pyarrow say of the content
             raise UserError(f"{file} is not a whole {file.compression} file ({error})") from None
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("zstandard", "zstd"):
-            raise UserError(f"{file} is not a whole zstd file ({error})") from None
-        raise

@@ -136,7 +136,8 @@ def load_rows(
                 _build(root / name, encoded, account, tokenizer, sequence_length, max_rows)
     rows = PackedRows(root / name)
     rows.account.left_out = account.left_out  # of today: files that are not read are no part of the cache's name
-    say(rows.account.line(rows.num_tokens))
+    kept = f"; kept {rows.num_documents:,} of them, by --data_fraction {data_fraction}" if subset else ""
+    say(rows.account.line(rows.num_tokens) + kept)
     rows.counts.report_dropped(sequence_length)
     return rows
 

@@ -9,6 +9,7 @@ import lzma
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 
 from decausal.data.documents import read_sources
@@ -192,30 +193,31 @@ def test_arrow_files_and_compressed_ones_are_read_beside_others(tmp_path: Path) 
     write(tmp_path, a_DOT_jsonl=lines("one"))
     (tmp_path / "b.jsonl.bz2").write_bytes(bz2.compress(lines("two").encode()))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines("three").encode()))
+    frames = [pyarrow.compress(lines(text).encode(), "zstd", asbytes=True) for text in ("zstd", "in frames")]
+    (tmp_path / "e.jsonl.zst").write_bytes(b"".join(frames))
     datasets.Dataset.from_list([{"text": "four"}, {"text": "five"}]).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "d.arrow")
     for left in (tmp_path / "saved").iterdir():
         left.unlink()
-    assert read(tmp_path)[0] == ["one", "two", "three", "four", "five"]
+    assert read(tmp_path)[0] == ["one", "two", "three", "four", "five", "zstd", "in frames"]
 
 
-def test_zstd_without_its_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decausal.data.files.find_spec", lambda _: None)
+COMPRESSIONS = {
+    "gz": (gzip.compress, "gzip"),
+    "bz2": (bz2.compress, "bzip2"),
+    "xz": (lzma.compress, "xz"),
+    "zst": (lambda content: pyarrow.compress(content, "zstd", asbytes=True), "zstd"),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_broken_compressed_file_is_refused_and_in_a_directory_named(tmp_path: Path, suffix: str) -> None:
+    compress, name = COMPRESSIONS[suffix]
     write(tmp_path, a_DOT_jsonl=lines("one"))
-    (tmp_path / "b.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
-    texts, account = read(tmp_path)
-    assert texts == ["one"]
-    assert account.left_out == {"zstd needs pip install zstandard": ["b.jsonl.zst"]}
-    with pytest.raises(UserError, match=r"compressed with zstd: pip install zstandard, or decompress it"):
-        read(tmp_path / "b.jsonl.zst")
-
-
-def test_a_broken_compressed_file_in_a_directory_is_named(tmp_path: Path) -> None:
-    write(tmp_path, a_DOT_jsonl=lines("one"))
-    (tmp_path / "b.jsonl.bz2").write_bytes(bz2.compress(lines("two").encode())[:20])
-    assert read(tmp_path)[1].left_out == {"not text": ["b.jsonl.bz2"]}
-    with pytest.raises(UserError, match=r"is not a whole bzip2 file"):
-        read(tmp_path / "b.jsonl.bz2")
+    (tmp_path / f"b.jsonl.{suffix}").write_bytes(compress(lines("two").encode())[:20])
+    assert read(tmp_path)[1].left_out == {"cannot be decompressed": [f"b.jsonl.{suffix}"]}
+    with pytest.raises(UserError, match=f"is not a whole {name} file"):
+        read(tmp_path / f"b.jsonl.{suffix}")
 
 
 def test_a_name_with_a_comma_is_one_name_where_it_exists(tmp_path: Path) -> None:
