@@ -16,6 +16,7 @@ DEFAULT_THRESHOLD = 0.9
 ORDERS = ("confidence", "random", "left_to_right")
 REMASKINGS = ("p2", "remdm", "remdm_loop")
 DEFAULT_REMASK_RATE = 0.02
+NUM_SEEDS = 2**62
 CACHES = ("none", "prefix", "dual")
 BIDIRECTIONAL_ONLY = ("order", "window", "cache", "guidance", "remask")
 """What only models that read in both directions, and are denoised as whole rows, can honour."""
@@ -305,7 +306,7 @@ _RULES = {
     "top_k": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "seed": (lambda value: _is_integer(value) and 0 <= value < 2**62, "an integer of at least 0 and below 2**62"),
+    "seed": (lambda value: _is_integer(value) and 0 <= value < NUM_SEEDS, "an integer of at least 0 and below 2**62"),
     "order": (lambda value: value in ORDERS, f"one of {', '.join(ORDERS)}"),
     "window": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
     "cache": (lambda value: value in CACHES, f"one of {', '.join(CACHES)}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,6 +28,8 @@ from decausal.serving.schema import ChatBody, CompletionBody, parse
 from decausal.serving.served import Served, find
 from decausal.serving.settings import ServeSettings
 from decausal.serving.worker import Answer
+
+_log = logging.getLogger("decausal.serving")
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
 PAGE_FILES = {
@@ -210,6 +213,10 @@ class _Service:
             if call.plan.has_usage:
                 yield responses.sse(responses.usage_chunk(call.plan, call.header, call.choices))
         except ApiError as error:  # the status has gone out: the stream itself must tell
+            yield responses.sse(error.body())
+        except Exception:
+            _log.exception("a stream of %s failed", call.endpoint)
+            error = ApiError(500, "the server failed on this request; its log says more", code="internal_error")
             yield responses.sse(error.body())
         yield responses.DONE
 

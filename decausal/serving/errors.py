@@ -18,6 +18,10 @@ KIND_OF_STATUS = {
 }
 
 
+LONGEST_MESSAGE, LONGEST_PARAM = 600, 120
+"""Characters of an error: what a client sent may be megabytes."""
+
+
 class ApiError(Exception):
     """A request that is refused or failed.
 
@@ -49,7 +53,13 @@ class ApiError(Exception):
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Returns OpenAI's shape of an error."""
     kind = KIND_OF_STATUS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = None if param is None else _shortened(param, LONGEST_PARAM)
+    return {"error": {"message": _shortened(message, LONGEST_MESSAGE), "type": kind, "param": param, "code": code}}
+
+
+def _shortened(text: str, length: int) -> str:
+    """Leaves the middle out: what is wrong stands first, what to do last."""
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

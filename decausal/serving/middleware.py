@@ -7,8 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,12 +31,14 @@ class Gate:
 
     def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, endpoints: Iterable[str]) -> None:
         self._app, self._metrics, self._endpoints = app, metrics, frozenset(endpoints)
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else _encoded(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # answered as GET is; the server sends no body
+            scope = {**scope, "method": "GET"}
         path = scope["path"]
         endpoint = path if path in self._endpoints else "other"
         is_started = False
@@ -56,6 +57,8 @@ class Gate:
                 await refused(error)(scope, receive, counting)
             else:
                 await self._app(scope, receive, counting)
+        except ClientDisconnect:
+            _log.debug("%s %s: the client has left", scope["method"], path)
         except Exception:
             _log.exception("%s %s failed", scope["method"], path)
             if not is_started:
@@ -65,8 +68,16 @@ class Gate:
     def _is_refused(self, path: str, scope: Scope) -> bool:
         if self._expected is None or not path.startswith("/v1"):
             return False
-        given = Headers(scope=scope).get("authorization", "").encode("utf-8", "replace")
-        return not hmac.compare_digest(given, self._expected)
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, given = header.partition(b" ")
+        is_right = [hmac.compare_digest(given.strip(), expected) for expected in self._expected]
+        return scheme.lower() != b"bearer" or not any(is_right)
+
+
+def _encoded(key: str) -> list[bytes]:
+    """A key as clients write it into a header: most in UTF-8, some in Latin-1 where that is possible."""
+    latin = [key.encode("latin-1")] if all(ord(character) < 256 for character in key) else []
+    return [key.encode(), *latin]
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
@@ -19,8 +17,9 @@ from decausal.sampling.filling.searching import SearchJob
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row, ids_behind, named, prompt_ids, text_ids
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings import NUM_SEEDS, SamplerSettings
 from decausal.serving.errors import bad_request
+from decausal.serving.rendering import conversation_text
 from decausal.serving.schema import ChatBody, CompletionBody, Extension, sampler_options
 from decausal.serving.settings import MAX_UNKNOWN_GAPS
 
@@ -71,7 +70,7 @@ def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int) -> Pl
     settings = _settings(body, converted)
     if body.decausal and body.decausal.parts is not None:
         raise bad_request("'decausal.parts' has no place in a conversation: use /v1/completions", "decausal.parts")
-    ids = text_ids(converted.tokenizer, _conversation(body, converted.tokenizer))
+    ids = text_ids(converted.tokenizer, conversation_text(body, converted.tokenizer))
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     num_new = _num_new(len(ids), wanted, settings, max_total_tokens, "the conversation")
     text = GappedText((ids, []), (num_new,), "the conversation", settings.seed)
@@ -102,7 +101,7 @@ def _plan(
         told = {
             "row": row,
             "settings": settings,
-            "seed": settings.seed + index,
+            "seed": (settings.seed + index) % NUM_SEEDS,
             "end_token_ids": () if has_text_behind(row) else ends,
             "is_watched": extension.events,
             "num_top_log_probs": num_top_log_probs,
@@ -130,7 +129,7 @@ def has_text_behind(row: Row) -> bool:
 
 def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerSettings:
     options = sampler_options(body)
-    seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed % NUM_SEEDS  # clients send any integer
     try:
         defaults = settings_for(converted.facts)
         stop = {} if body.stop is None else {"stop": tuple(body.stop)}
@@ -238,19 +237,6 @@ def _num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_
             "context_length_exceeded",
         )
     return num_new
-
-
-def _conversation(body: ChatBody, tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        raise bad_request("this model's tokenizer has no chat template: use /v1/completions", "messages")
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in body.messages
-    ]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise bad_request(f"the chat template refuses this conversation: {error}", "messages") from None
 
 
 def _refuse_unreadable(row: Row, converted: Converted) -> None:

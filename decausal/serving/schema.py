@@ -11,7 +11,16 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 
 from decausal.errors import nearest
 from decausal.sampling.filling.gaps import Piece
@@ -37,23 +46,37 @@ IGNORED = frozenset(
 """Fields that OpenAI's clients send and that say nothing about the text."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
     "audio": (),
     "best_of": (),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "use_beam_search": (False,),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that are not there, and the values at which nothing is missed; null always is one."""
+"""Fields of OpenAI's and of other servers that are not there, and the values at which nothing is missed; null always
+is one."""
+
+WHY_NOT = dict.fromkeys(
+    ("frequency_penalty", "presence_penalty", "repetition_penalty"),
+    "a pass writes many tokens at once, and none of them sees what the others repeat",
+)
 
 
 def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]] | None:
@@ -165,12 +188,38 @@ class Extension(BaseModel):
     length_search: Literal[SEARCHES] | None = None  # type: ignore[valid-type]
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class FunctionCall(BaseModel):
+    """What a tool was called with; the arguments are an object, or one written as JSON."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    role: Literal["system", "developer", "user", "assistant"]
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in an earlier turn."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One turn of a conversation. An assistant's may have no content; calls of tools go to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_content(cls, value: Any) -> Any:
+        """An assistant's turn that only calls tools has null for content, or none at all."""
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
 
 
 SAMPLER_FIELDS = {
@@ -213,6 +262,9 @@ class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -303,13 +355,15 @@ def _refuse_what_is_not_there(body: _Body) -> None:
         if name in NEUTRAL:
             harmless = (*NEUTRAL[name], body.n or 1) if name == "best_of" else NEUTRAL[name]
             if value is not None and value not in harmless:
-                raise bad_request(f"'{name}' is not supported here: leave it out", name, "unsupported_field")
+                why = f" ({WHY_NOT[name]})" if name in WHY_NOT else ""
+                raise bad_request(f"'{name}' is not supported here{why}: leave it out", name, "unsupported_field")
         elif name == "max_new_tokens":
             raise bad_request("'max_new_tokens' is called 'max_tokens' here", name, "unknown_field")
         elif name not in IGNORED and name not in ALIASES:
             raise bad_request(f"unknown field '{name}'{nearest(name, accepted)}", name, "unknown_field")
     for index, message in enumerate(getattr(body, "messages", ())):
-        for name in ("tool_calls", "function_call", "audio"):
-            if (message.model_extra or {}).get(name) is not None:
+        is_assistant = message.role == "assistant"
+        for name in ("function_call", "audio", *(() if is_assistant else ("tool_calls",))):
+            if getattr(message, name, None) is not None:
                 where = f"messages.{index}.{name}"
                 raise bad_request(f"'{where}' is not supported here: leave it out", where, "unsupported_field")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -18,7 +20,7 @@ from decausal.serving.served import Served, served, source_of
 from decausal.serving.settings import ServeSettings
 
 GRACE_SECONDS = 5
-"""How long answers may go on when the server is told to end."""
+"""How long clients have, after the time to drain, to read how their answers were ended."""
 
 KEEP_ALIVE_SECONDS = 75
 """How long a connection may be idle. Longer than clients keep theirs (5 s in OpenAI's client): who closes first must be
@@ -69,19 +71,40 @@ def serve(
         if on_listening:
             host, port = listener.getsockname()[:2]
             on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}", [model.name for model in models])
-        uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+        DrainingServer(app, models, settings).run(sockets=[listener])
     finally:
         listener.close()
 
 
-def uvicorn_config(app: object) -> uvicorn.Config:
+class DrainingServer(uvicorn.Server):
+    """Lets answers go on for a while when it is told to end, then ends them with an error that clients can read."""
+
+    def __init__(self, app: object, models: Sequence[Served], settings: ServeSettings) -> None:
+        super().__init__(uvicorn_config(app, settings))
+        self._models, self._drain = models, settings.drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more requests, and returns once all answers have ended."""
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self._drain)
+        for model in self._models:
+            await asyncio.to_thread(model.worker.stop)
+
+
+def uvicorn_config(app: object, settings: ServeSettings) -> uvicorn.Config:
     """Returns how uvicorn runs the application: quietly, and without waiting for streams for ever at the end."""
     logging.getLogger("decausal.serving").setLevel(logging.INFO)
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.drain) + GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
         ws="none",

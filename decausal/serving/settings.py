@@ -23,6 +23,7 @@ class ServeSettings:
         max_queue: Rows that may wait; a request beyond them is refused with status 429.
         max_total_tokens: Longest row, given and written tokens together. None: the model's context, at most 4096.
         timeout: Seconds that one request may take, the wait included.
+        drain: Seconds that answers may go on for when the server is told to end; then streams end with an error event.
         api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
         model_name: The name under which clients find the model. None: that of its directory.
         cuda_graphs: Record the passes of a block model as CUDA graphs.
@@ -38,6 +39,7 @@ class ServeSettings:
     max_queue: int = 1024
     max_total_tokens: int | None = None
     timeout: float = 300.0
+    drain: float = 5.0
     api_key: str | None = None
     model_name: str | None = None
     cuda_graphs: bool = False
@@ -50,6 +52,7 @@ class ServeSettings:
             "max_queue": (self.max_queue >= 0, "at least 0"),
             "max_total_tokens": (self.max_total_tokens is None or self.max_total_tokens >= 2, "at least 2"),
             "timeout": (0 < self.timeout < float("inf"), "seconds above 0"),
+            "drain": (0 <= self.drain < float("inf"), "seconds of at least 0"),
             "api_key": (self.api_key is None or self.api_key.strip() == self.api_key != "", "a word without spaces"),
             "model_name": (self.model_name != "", "not empty"),
         }

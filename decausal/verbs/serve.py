@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_queue", type=int, help="rows that may wait; more are refused with status 429 (1024)")
     parser.add_argument("--max_total_tokens", type=int, help="longest row (the model's context, at most 4096)")
     parser.add_argument("--timeout", type=float, help="seconds that one request may take, the wait included (300)")
+    parser.add_argument("--drain", type=float, help="seconds that answers may go on for when the server is ended (5)")
     parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
     parser.add_argument("--model_name", help="the name that clients know (the directory's)")
     parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
@@ -34,6 +35,7 @@ def run(arguments: list[str]) -> int:
         "max_queue",
         "max_total_tokens",
         "timeout",
+        "drain",
         "api_key",
         "model_name",
         "cuda_graphs",

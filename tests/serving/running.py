@@ -5,19 +5,18 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import uvicorn
 
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
 from decausal.serving.app import create_app
 from decausal.serving.metrics import Metrics
 from decausal.serving.served import Served, served
-from decausal.serving.server import uvicorn_config
+from decausal.serving.server import DrainingServer
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
@@ -39,10 +38,11 @@ class Running:
         url: Its address.
         models: What it serves.
         metrics: What it counts.
+        stop: Tells it to end, and returns at once.
     """
 
-    def __init__(self, url: str, models: list[Served], metrics: Metrics) -> None:
-        self.url, self.models, self.metrics = url, models, metrics
+    def __init__(self, url: str, models: list[Served], metrics: Metrics, stop: Callable[[], None]) -> None:
+        self.url, self.models, self.metrics, self.stop = url, models, metrics, stop
 
     @property
     def num_rows(self) -> int:
@@ -65,16 +65,20 @@ def running(models: list[Converted], is_source: tuple[bool, ...] = (), **setting
     kinds = is_source or (False,) * len(models)
     found = [served(name, model, limits, metrics, kind) for name, model, kind in zip(names, models, kinds, strict=True)]
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(create_app(found, limits, metrics)))
+    server = DrainingServer(create_app(found, limits, metrics), found, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", found, metrics)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", found, metrics, stop)
     finally:
-        server.should_exit = True
+        stop()
         thread.join(timeout=20)
         listener.close()
         assert not thread.is_alive()

@@ -52,6 +52,8 @@ def refused(answer: httpx.Response, status: int, param: str | None = None, says:
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
+ANSWER = {"role": "assistant", "content": "yes"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {}, 400, "prompt", "missing"),
     (TEXT, {"prompt": 3}, 400, "prompt", "must be a string"),
@@ -82,8 +84,12 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "max_tokens": 10**12}, 400, "max_tokens", f"at most {MAX_LENGTH}"),
     (TEXT, {"prompt": "a " * MAX_LENGTH}, 400, "prompt", f"at most {MAX_LENGTH}"),
     (TEXT, {"prompt": "a", "max_new_tokens": 3}, 400, "max_new_tokens", "'max_tokens'"),
-    (TEXT, {"prompt": "a", "seed": -1}, 400, "seed", "at least 0"),
-    (TEXT, {"prompt": "a", "seed": 10**30}, 400, "seed", "below 2**62"),
+    (TEXT, {"prompt": "a", "seed": 1.5}, 400, "seed", "integer"),
+    (TEXT, {"prompt": "a", "repetition_penalty": 1.2}, 400, "repetition_penalty", "writes many tokens at once"),
+    (TEXT, {"prompt": "a", "min_tokens": 4}, 400, "min_tokens", "not supported"),
+    (TEXT, {"prompt": "a", "min_p": 1.5}, 400, "min_p", "from 0 to 1"),
+    (TEXT, {"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids.0", "greater than or equal to 0"),
+    (TEXT, {"prompt": "a", "stop_token_ids": [10**9]}, 400, None, "vocabulary"),
     (TEXT, {"prompt": "a", "stop": ""}, 400, "stop", "none of them empty"),
     (TEXT, {"prompt": "a", "stop": ["x"] * 17}, 400, "stop", "at most 16"),
     (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
@@ -136,7 +142,38 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role", "'user'"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "'text'"),
-    (CHAT, {"messages": [{**USER[0], "tool_calls": [1]}]}, 400, "messages.0.tool_calls", "not supported"),
+    (CHAT, {"messages": [{**USER[0], "tool_calls": [CALL]}]}, 400, "messages.0.tool_calls", "not supported"),
+    (CHAT, {"messages": [{**USER[0], "content": None}]}, 400, "messages.0.content", "must be a string"),
+    (CHAT, {"messages": [*USER, {**ANSWER, "tool_calls": [CALL]}]}, 400, "messages.1.tool_calls", "leaves"),
+    (
+        CHAT,
+        {"messages": [*USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "messages.1.tool_calls.0.function.arguments",
+        "not JSON",
+    ),
+    (CHAT, {"messages": USER, "continue_final_message": True}, 400, "continue_final_message", "of role 'user'"),
+    (
+        CHAT,
+        {"messages": [*USER, ANSWER], "continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "continue_final_message",
+        "exclude each other",
+    ),
+    (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}},
+        400,
+        "chat_template_kwargs.enable_thinking",
+        "reads no 'enable_thinking'",
+    ),
+    (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        400,
+        "chat_template_kwargs.chat_template",
+        "not the chat template's",
+    ),
     (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     (CHAT, {"messages": USER, "model": "tiny-2"}, 400, "messages", "no chat template"),

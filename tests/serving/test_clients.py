@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -13,6 +16,9 @@ from tokenizers import AddedToken
 
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generate import generate
+from decausal.serving import responses
+from decausal.serving.rendering import conversation_text
+from decausal.serving.schema import ChatBody
 from tests.serving.running import Running, converted, running
 
 TEXT = "/v1/completions"
@@ -108,3 +114,155 @@ def test_log_probs_hold_the_bytes_of_tokens_inside_of_characters(model: Converte
     chunks = [json.loads(line[6:])["choices"][0] for line in streamed.splitlines() if line.startswith("data: {")]
     for name in ("tokens", "text_offset"):
         assert [value for chunk in chunks for value in chunk["logprobs"][name]] == told[name]
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**62, 2**64 - 1, 10**300])
+def test_any_integer_is_a_seed_and_the_one_told_gives_the_answer_again(client: httpx.Client, seed: int) -> None:
+    asked = {"prompt": "x", "max_tokens": 6, "temperature": 2.0}
+    first, again = (answered(client, TEXT, **asked, n=2, seed=seed)["choices"] for _ in range(2))
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in again]
+    told = first[1]["decausal"]["seed"]
+    assert answered(client, TEXT, **asked, seed=told)["choices"][0]["text"] == first[1]["text"]
+
+
+def test_a_turn_without_content_and_a_tools_answer_reach_the_template(model: Converted) -> None:
+    tokenizer = deepcopy(model.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}{% for c in m.tool_calls or [] %} {{ c.function.name }}"
+        "({{ c.function.arguments.city }}){% endfor %}: {{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant: {% endif %}{% if be_short %}short {% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"city": "Oslo"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    ]
+    told = "[user: weather?][assistant w(Oslo): ][tool: rain]"
+
+    def text(**body: Any) -> str:
+        return conversation_text(ChatBody.model_validate({"messages": messages, **body}), tokenizer)
+
+    assert text() == told + "[assistant: "
+    assert text(chat_template_kwargs={"be_short": True}) == told + "[assistant: short "
+    assert text(add_generation_prompt=False) == told
+    messages[2] = {"role": "assistant", "content": "It rains"}
+    assert text(continue_final_message=True).endswith("[assistant: It rains")
+    del messages[1]["content"]
+    assert "w(Oslo): ]" in text()
+
+
+def test_an_open_answer_is_continued(model: Converted, client: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "He"}]
+    asked = {"max_tokens": 6, "seed": 1, "continue_final_message": True}
+    found = answered(client, CHAT, messages=messages, **asked)["choices"][0]["message"]["content"]
+    start = model.tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert start.endswith("assistant\nHe")
+    assert found == answered(client, TEXT, prompt=start, max_tokens=6, seed=1)["choices"][0]["text"]
+
+
+def test_values_that_change_nothing_are_taken(client: httpx.Client) -> None:
+    neutral = {"repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True}
+    asked = {"prompt": "x", "max_tokens": 4, "seed": 1}
+    found = answered(client, TEXT, **asked, **neutral, stop_token_ids=[], min_p=0, stop=None)
+    assert found["choices"][0]["text"] == answered(client, TEXT, **asked)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/metrics"])
+def test_head_is_answered_as_get_without_a_body(client: httpx.Client, path: str) -> None:
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == client.get(path).headers["content-type"]
+    assert client.head(TEXT).status_code == 405
+
+
+@pytest.mark.parametrize("key", ["plain", "schlüssel", "ключ"])
+def test_the_key_may_be_of_any_script_and_its_scheme_of_any_case(model: Converted, key: str) -> None:
+    with running([model], api_key=key) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def status(value: bytes) -> int:
+            return client.get("/v1/models", headers=[(b"Authorization", value)]).status_code
+
+        for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
+            assert status(scheme + key.encode()) == 200
+        if key == "schlüssel":
+            assert status(b"Bearer " + key.encode("latin-1")) == 200
+        for wrong in (
+            b"",
+            b"Basic " + key.encode(),
+            key.encode(),
+            b"Bearer",
+            b"Bearer x" + key.encode(),
+            b"Bearer \xff",
+        ):
+            assert status(wrong) == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": "a", "model": "m" * 10**6}),
+        (TEXT, {"prompt": "a", "x" * 10**6: 1}),
+        (TEXT, {"prompt": "a", "temperature": "t" * 10**6}),
+        (TEXT, {"prompt": "a", "confidence": "c" * 10**6}),
+        (TEXT, {"prompt": "a", "decausal": {"y" * 10**6: 1}}),
+        (CHAT, {"messages": [{"role": "r" * 10**6, "content": ""}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "c"}], "chat_template_kwargs": {"k" * 10**6: 1}}),
+        ("/v1/" + "p" * 3000, {}),
+    ],
+)
+def test_errors_do_not_echo_what_is_long(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = client.post(path, json=body)
+    assert 400 <= answer.status_code < 500
+    assert len(answer.content) < 2000
+    assert answer.json()["error"]["message"]
+
+
+def test_answers_may_end_while_the_server_drains_and_what_is_left_ends_with_an_error_event(model: Converted) -> None:
+    slow = {"prompt": "x", "max_tokens": 60, "num_steps": 60, "n": 8, "stream": True, "decausal": {"events": True}}
+    with running([model], drain=0.2, max_rows=1) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        engine = server.models[0].worker._engine
+        step = engine.step
+        engine.step = lambda: time.sleep(0.05) or step()
+        with client.stream("POST", TEXT, json=slow) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.stop()
+            told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert told[-1]["error"] | {"message": ""} == {
+        "message": "",
+        "type": "server_error",
+        "param": None,
+        "code": "shutting_down",
+    }
+    assert len(told) > 3, "nothing went on"
+
+
+def test_a_stream_that_fails_ends_with_an_error_event(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "chunk", lambda *arguments: 1 / 0)
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post(TEXT, json={"prompt": "x", "max_tokens": 4, "stream": True})
+        server.wait_until_idle()
+    error, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert json.loads(error)["error"]["code"] == "internal_error"
+    assert done == "[DONE]"
+
+
+def test_a_client_that_leaves_inside_of_its_body_is_no_traceback(
+    server: Running, client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+    with caplog.at_level(logging.DEBUG, logger="decausal.serving"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + b'{"prompt": "a')
+            time.sleep(0.1)
+        deadline = time.monotonic() + 10
+        while "the client has left" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "Traceback" not in caplog.text
+    assert client.get("/health").status_code == 200

@@ -121,7 +121,7 @@ def test_rows_are_no_longer_than_the_server_says(model: Converted) -> None:
 def test_an_idle_connection_is_closed_by_the_client_and_not_under_its_next_request() -> None:
     kept_by_clients = httpx.Limits().keepalive_expiry
     assert kept_by_clients is not None
-    assert uvicorn_config(None).timeout_keep_alive > 2 * kept_by_clients
+    assert uvicorn_config(None, ServeSettings()).timeout_keep_alive > 2 * kept_by_clients
 
 
 def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
