@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -17,8 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from decausal.sampling.log_probs import given_log_probs
 from decausal.serving import responses
-from decausal.serving.choices import Choice, Delta
+from decausal.serving.choices import Choice, Delta, TokenLogProb, echoed
 from decausal.serving.description import describe
 from decausal.serving.errors import ApiError
 from decausal.serving.metrics import Metrics
@@ -110,6 +112,7 @@ class _Call:
     model: Served
     answer: Answer
     choices: list[Choice]
+    echoes: list[Delta]
     header: dict[str, Any]
     endpoint: str
     arrived: float
@@ -180,21 +183,29 @@ class _Service:
             return model, make_plan(body, model.converted, model.max_total_tokens)
 
         model, plan = await asyncio.to_thread(read)
-        answer = model.worker.submit(plan.jobs)
+        answer = model.worker.submit([] if plan.is_echo_only else plan.jobs)
         try:
-            await asyncio.wait_for(asyncio.shield(answer.admitted), self._settings.timeout)
+            async with asyncio.timeout(self._settings.timeout):
+                await asyncio.shield(answer.admitted)
+                echoes = await _echoes(plan, model)
         except TimeoutError:
             model.worker.cancel(answer)
             raise self._late() from None
+        except BaseException:
+            model.worker.cancel(answer)
+            raise
         self._metrics.taken(model.name, plan.num_prompt_tokens)
         tokenizer = model.converted.tokenizer
-        choices = [Choice(index, job, tokenizer, plan.has_events) for index, job in enumerate(plan.jobs)]
+        choices = [
+            Choice(index, job, tokenizer, plan.has_events, len(plan.echoes[index]))
+            for index, job in enumerate(plan.jobs)
+        ]
         prefix = "cmpl" if plan.kind == "text" else "chatcmpl"
         header = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-        return _Call(plan, model, answer, choices, header, request.url.path, arrived)
+        return _Call(plan, model, answer, choices, echoes, header, request.url.path, arrived)
 
     async def _whole(self, call: _Call) -> dict[str, Any]:
-        deltas: list[list[Delta]] = [[] for _ in call.choices]
+        deltas = [[echo] for echo in call.echoes]
         async for choice, delta in self._deltas(call):
             deltas[choice.index].append(delta)
         return responses.whole(call.plan, call.header, call.choices, deltas)
@@ -202,9 +213,9 @@ class _Service:
     async def _stream(self, call: _Call) -> AsyncIterator[str]:
         is_first = [True] * len(call.choices)
         try:
-            for choice, echo in zip(call.choices, call.plan.echoes, strict=True):
-                if echo:
-                    yield responses.sse(responses.chunk(call.plan, call.header, choice, Delta(echo)) or {})
+            for choice, echo in zip(call.choices, call.echoes, strict=True):
+                if echo.text or echo.finish_reason:
+                    yield responses.sse(responses.chunk(call.plan, call.header, choice, echo) or {})
             async for choice, delta in self._deltas(call):
                 found = responses.chunk(call.plan, call.header, choice, delta, is_first[choice.index])
                 if found is not None:
@@ -224,7 +235,7 @@ class _Service:
         """Follows the rows of a call to their end; gives up those that are left where it is not reached."""
         deadline = call.answer.loop.time() + self._settings.timeout - (time.monotonic() - call.arrived)
         timer = call.answer.loop.call_at(deadline, call.answer.fail, self._late())
-        num_open, has_text = len(call.choices), False
+        num_open, has_text = len(call.answer.jobs), False
         try:
             while num_open:
                 for told in await call.answer.queue.get():
@@ -247,6 +258,21 @@ class _Service:
     def _late(self) -> ApiError:
         seconds = f"{self._settings.timeout:g} s"
         return ApiError(504, f"the answer took longer than {seconds}: ask for less, or later", code="timeout")
+
+
+async def _echoes(plan: Plan, model: Served) -> list[Delta]:
+    """What each choice repeats of its prompt. Prompts are scored one at a time, so that others' steps go on."""
+    reason, tokenizer = ("length" if plan.is_echo_only else None), model.converted.tokenizer
+    if not plan.scored:
+        return [Delta(echo, finish_reason=reason) for echo in plan.echoes]
+    told: list[list[TokenLogProb]] = []
+    for index, (ids, num_before) in enumerate(plan.scored):
+        if index and plan.scored[index - 1][0] is ids:  # another choice for the same prompt
+            told.append(told[-1])
+            continue
+        score = partial(given_log_probs, model.converted, ids, plan.num_top_log_probs or 0)
+        told.append(echoed(tokenizer, ids, num_before, await model.worker.between_steps(score)))
+    return [Delta(echo, tokens, reason) for echo, tokens in zip(plan.echoes, told, strict=True)]
 
 
 async def _leave(request: Request, answer: Answer) -> None:

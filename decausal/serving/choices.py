@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -58,14 +59,15 @@ class Choice:
         job: What the row was asked for.
         tokenizer: Decodes.
         has_events: Deltas carry the draft.
+        offset: Characters that stand before the text in the answer.
 
     Attributes:
         row: What is written; gaps of unknown length have the longest they may become until theirs is found.
         ended: How it ended, once it has.
     """
 
-    def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False) -> None:
-        self.index, self.job = index, job
+    def __init__(self, index: int, job: Job, tokenizer: Any, has_events: bool = False, offset: int = 0) -> None:
+        self.index, self.job, self._offset = index, job, offset
         self._tokenizer, self._has_events = tokenizer, has_events
         self._texts = TokenTexts(tokenizer, shows_special=True)
         borders = job.row.borders or (Border(),)
@@ -137,7 +139,7 @@ class Choice:
         # What is not final yet counts as open: where a character's tokens arrive one by one, they begin where it does.
         is_over = self.ended is not None
         pieces = self._pieces([*self._ids[:stop], *([] if is_over else [None])])
-        ends = [0, *accumulate(len(piece or "") for piece in pieces)]
+        ends = list(accumulate((len(piece or "") for piece in pieces), initial=self._offset))
         told = []
         for place in range(first, stop):
             log_prob, top = self._log_probs.get(place, (None, []))
@@ -176,3 +178,27 @@ class Choice:
                 for token, confidence in zip(self._ids, self._confidence, strict=True)
             ],
         }
+
+
+def echoed(
+    tokenizer: Any, ids: Sequence[int], num_before: int, found: Sequence[TokenLogProbs | None]
+) -> list[TokenLogProb]:
+    """A prompt's tokens as a choice tells its own.
+
+    Args:
+        tokenizer: Decodes.
+        ids: The prompt.
+        num_before: So many of them were put before its text, and are not told.
+        found: Of each of `ids`; None of the first.
+    """
+    texts = TokenTexts(tokenizer)
+    ends = list(accumulate((len(piece or "") for piece in texts.of(ids[num_before:])), initial=0))
+    named = TokenTexts(tokenizer, shows_special=True)
+    told = []
+    for place, token in enumerate(ids[num_before:]):
+        log_prob, top = found[num_before + place] or (None, [])
+        is_whole = BROKEN not in texts.alone(token)
+        offset = ends[place + 1] - len(texts.alone(token)) if is_whole else ends[place]
+        alternatives = [(named.name_of(other), named.bytes_of(other), value) for other, value in top]
+        told.append(TokenLogProb(named.name_of(token), named.bytes_of(token), max(0, offset), log_prob, alternatives))
+    return told

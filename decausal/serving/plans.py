@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
@@ -32,6 +33,9 @@ class Plan:
         kind: "text" or "chat".
         jobs: One for each choice of the answer, in its order.
         echoes: Text of the prompt that each choice repeats before its own; empty where it does not.
+        scored: For each choice, ids of the prompt whose log-probabilities are told with the echo, and how many of them
+            were put before its text; empty where none are.
+        is_echo_only: Nothing is written.
         num_prompt_tokens: Given tokens, each prompt counted once.
         num_top_log_probs: None: none are told.
         is_stream: Text comes as server-sent events.
@@ -42,6 +46,8 @@ class Plan:
     kind: str
     jobs: list[Job]
     echoes: list[str]
+    scored: list[tuple[list[int], int]]
+    is_echo_only: bool
     num_prompt_tokens: int
     num_top_log_probs: int | None
     is_stream: bool
@@ -58,7 +64,11 @@ def completion_plan(body: CompletionBody, converted: Converted, max_total_tokens
     settings = _settings(body, converted)
     texts, prompts = _completion_texts(body, converted, settings, max_total_tokens)
     echoes = prompts if body.echo else [""] * len(texts)
-    return _plan("text", body, converted, settings, texts, echoes, body.logprobs, max_total_tokens)
+    plan = _plan("text", body, converted, settings, texts, echoes, body.logprobs, max_total_tokens)
+    if not body.echo:
+        return plan
+    scored = [] if body.logprobs is None else _scored(body, converted, texts, prompts)
+    return replace(plan, scored=scored, is_echo_only=body.max_tokens == 0)
 
 
 def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int) -> Plan:
@@ -114,12 +124,34 @@ def _plan(
         kind=kind,
         jobs=jobs,
         echoes=[echo for echo in echoes for _ in range(count)],
+        scored=[],
+        is_echo_only=False,
         num_prompt_tokens=sum(len(ids) for text in texts for ids in text.given),
         num_top_log_probs=num_top_log_probs,
         is_stream=bool(body.stream),
         has_usage=bool(body.stream_options and body.stream_options.include_usage),
         has_events=extension.events,
     )
+
+
+def _scored(
+    body: CompletionBody, converted: Converted, texts: Sequence[GappedText], prompts: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    if converted.facts.layout != "causal":
+        raise bad_request(
+            "'echo' with 'logprobs' asks how probable each token of the prompt is after those before it, which a model "
+            f"of layout '{converted.facts.layout}' does not say: ask the one that it was made from (decausal serve "
+            "--with_source), or leave one of them out",
+            "echo",
+            "unsupported_field",
+        )
+    is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
+    num_before = len(SpecialTokens(converted.tokenizer).prefix) if is_text else 0
+    return [
+        (text.given[0], num_before if prompt else len(text.given[0]) * is_text)
+        for text, prompt in zip(texts, prompts, strict=True)
+        for _ in range(body.n or 1)
+    ]
 
 
 def has_text_behind(row: Row) -> bool:
@@ -144,6 +176,8 @@ def _completion_texts(
 ) -> tuple[list[GappedText], list[str]]:
     parts = body.decausal.parts if body.decausal else None
     if parts is not None:
+        if body.echo:
+            raise bad_request("'echo' repeats a prompt, and decausal.parts is none: leave it out", "echo")
         if body.prompt is not None or body.suffix or body.max_tokens is not None:
             raise bad_request(
                 "'decausal.parts' holds the whole text and the length of every gap: leave prompt, suffix and "
@@ -151,14 +185,17 @@ def _completion_texts(
                 "decausal.parts",
             )
         return [_text_of_parts(parts, converted, settings, max_total_tokens)], [""]
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("'max_tokens' must be at least 1; 0 goes with echo alone", "max_tokens", "invalid_value")
     prompts = _prompts(body, converted)
     texts = []
     behind = ids_behind(converted.tokenizer, body.suffix) if body.suffix else []
+    wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a row has a gap, whether or not it is written
     is_unknown = bool(behind) and body.max_tokens is None
     is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
     for (ids, prompt), name in zip(prompts, named("prompt", prompts), strict=True):
         full_name = f"{name} with its suffix" if behind else name
-        num_new = _num_new(len(ids) + len(behind), body.max_tokens, settings, max_total_tokens, full_name)
+        num_new = _num_new(len(ids) + len(behind), wanted, settings, max_total_tokens, full_name)
         lengths = (None if is_unknown else num_new,)
         if behind and is_text:  # ids stay as they were sent
             texts.append(GappedText.of(converted, [prompt, body.suffix], lengths, full_name, settings.seed))

@@ -101,7 +101,7 @@ def log_probs(plan: Plan, told: Sequence[TokenLogProb]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in told],
         "token_logprobs": [token.log_prob for token in told],
-        "top_logprobs": [{text: value for text, _, value in token.top} for token in told]
+        "top_logprobs": [{text: value for text, _, value in token.top} if token.top else None for token in told]
         if plan.num_top_log_probs
         else None,
         "text_offset": [token.offset for token in told],

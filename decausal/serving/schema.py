@@ -253,6 +253,7 @@ class CompletionBody(_Body):
     """POST /v1/completions."""
 
     prompt: Prompt = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -10,12 +10,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 from decausal.errors import UserError
 from decausal.sampling.jobs import Engine, Job, Progress
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger("decausal.serving")
 
@@ -120,6 +123,21 @@ class Worker:
         answer = Answer(jobs)
         self._inbox.put(lambda: self._admit(answer))
         return answer
+
+    async def between_steps(self, function: Callable[[], Result]) -> Result:
+        """Has the thread call a function between two steps; returns, or raises, what comes of it."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(call)
+        return await asyncio.wrap_future(future)
 
     def cancel(self, answer: Answer) -> None:
         """Gives up what has not ended, from any thread. May be called again, and after the end."""

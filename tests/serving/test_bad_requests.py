@@ -80,7 +80,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "n": 0}, 400, "n", "greater than or equal to 1"),
     (TEXT, {"prompt": "a", "n": 129}, 400, "n", "less than or equal to 128"),
     (TEXT, {"prompt": "a", "n": 1.5}, 400, "n", "integer"),
-    (TEXT, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    (TEXT, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "at least 1"),
     (TEXT, {"prompt": "a", "max_tokens": 10**12}, 400, "max_tokens", f"at most {MAX_LENGTH}"),
     (TEXT, {"prompt": "a " * MAX_LENGTH}, 400, "prompt", f"at most {MAX_LENGTH}"),
     (TEXT, {"prompt": "a", "max_new_tokens": 3}, 400, "max_new_tokens", "'max_tokens'"),

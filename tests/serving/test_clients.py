@@ -12,8 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from tokenizers import AddedToken
 
+from decausal.diffusion.layout import Layout
+from decausal.evaluation.passes import measuring, token_nll
+from decausal.models.backbone import head_of
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generate import generate
 from decausal.serving import responses
@@ -266,3 +270,47 @@ def test_a_client_that_leaves_inside_of_its_body_is_no_traceback(
             time.sleep(0.01)
     assert "Traceback" not in caplog.text
     assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_with_logprobs_scores_the_prompt_under_a_causal_model(
+    server: Running, client: httpx.Client, is_stream: bool, max_tokens: int
+) -> None:
+    source = server.models[1].converted
+    text = "x = é [1]"
+    ids = source.tokenizer(text)["input_ids"]
+    prompts = [text] * 2 if is_stream else [ids] * 2
+    body = {"model": "tiny-2", "prompt": prompts, "max_tokens": max_tokens, "echo": True, "logprobs": 2, "n": 2}
+    answer = client.post(TEXT, json={**body, "temperature": 0, "seed": 1, "stream": is_stream})
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if "{" in line]
+    row, places = torch.tensor([ids]), torch.arange(1, len(ids))
+    head = head_of(source.model)._replace(banned=source.facts.mask_token_id)
+    with measuring(source.model):
+        documents = torch.zeros_like(row)
+        nll = token_nll(source.model, head, Layout("causal"), row, documents, places, row[0, 1:], shift=1)
+    for index in range(4):
+        pieces = [c for line in lines for c in json.loads(line)["choices"] if c["index"] == index]
+        told = {name: [v for piece in pieces for v in piece["logprobs"][name]] for name in pieces[0]["logprobs"]}
+        assert "".join(piece["text"] for piece in pieces).startswith(text)
+        assert len(told["tokens"]) == len(ids) + max_tokens
+        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+        assert told["token_logprobs"][1 : len(ids)] == pytest.approx((-nll).tolist(), abs=1e-4)
+        for place in range(1, len(ids)):
+            own, best = told["token_logprobs"][place], max(told["top_logprobs"][place].values())
+            assert own == best or own <= min(told["top_logprobs"][place].values())
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            whole = "".join(piece["text"] for piece in pieces)
+            assert token.startswith("bytes:") or whole[offset : offset + len(token)] == token
+        assert pieces[-1]["finish_reason"] == "length"
+
+
+def test_echo_with_logprobs_is_refused_where_a_layout_does_not_say_and_beside_parts(client: httpx.Client) -> None:
+    answer = client.post(TEXT, json={"prompt": "x", "max_tokens": 2, "echo": True, "logprobs": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "echo")
+    assert "--with_source" in answer.text
+    answer = client.post(TEXT, json={"decausal": {"parts": ["x", 2]}, "echo": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "echo")
+    only = answered(client, TEXT, prompt="x = ", max_tokens=0, echo=True)
+    assert (only["choices"][0]["text"], only["usage"]["completion_tokens"]) == ("x = ", 0)
