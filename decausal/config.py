@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from decausal.errors import UserError, nearest
+from decausal.secrets import without_secrets
 
 Settings = TypeVar("Settings")
 
@@ -109,9 +110,9 @@ def resolve_own(settings_type: type[Settings], flags: Sequence[str]) -> Settings
 
 
 def as_yaml(settings: Any, training: Mapping[str, Any]) -> str:
-    """Returns all settings as resolved, as a YAML file that `--recipe` takes."""
+    """Returns all settings as resolved but secrets, as a YAML file that `--recipe` takes."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    return yaml.safe_dump(values | dict(training), sort_keys=False)
+    return yaml.safe_dump(without_secrets(values | dict(training)), sort_keys=False)
 
 
 def take_flag(flags: Sequence[str], name: str, default: str) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.compare.settings import Schedule
+from decausal.files import write_whole
 from decausal.training.token_counts import TokenCounts
 
 MEASUREMENTS = "measurements.jsonl"
@@ -94,7 +95,7 @@ class RunRecord:
     def begin(self, measurements: list[Measurement]) -> None:
         """Replaces what is there, in one step."""
         lines = [self.measured, *(measurement.as_dict() for measurement in measurements)]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, measurement: Measurement) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -127,17 +128,7 @@ class FinalRecord:
 
     def write(self, scores: list[Score]) -> None:
         record = {"measured": self.measured, "scores": [asdict(score) for score in scores]}
-        write_atomically(self.path, json.dumps(record) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader finds the old one or the new one."""
-    partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(self.path, json.dumps(record) + "\n")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from decausal.compare.findings import (
     reaching,
 )
 from decausal.compare.plots import save_figure
-from decausal.compare.records import Score, write_atomically
+from decausal.compare.records import Score
 from decausal.compare.settings import SPECULATIVE, CompareSettings, Schedule
 from decausal.compare.training import Planned, RunResult
 from decausal.compare.view import schedule_name
 from decausal.exchange.handed_on import without_paths
+from decausal.files import write_whole
 from decausal.provenance import provenance
 
 REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "report.png"
@@ -147,7 +148,7 @@ def write_report(comparison: Comparison) -> list[Path]:
         counted=comparison.settings.tokens,
         unit=comparison.unit,
     )
-    write_atomically(paths[1], _markdown(comparison))
+    write_whole(paths[1], _markdown(comparison))
     write_figures(comparison)
     return paths
 
@@ -155,7 +156,7 @@ def write_report(comparison: Comparison) -> list[Path]:
 def write_figures(comparison: Comparison) -> None:
     """Writes `report.json` alone: what is known so far."""
     text = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(Path(comparison.settings.output_dir, REPORT_FIGURES), text)
+    write_whole(Path(comparison.settings.output_dir, REPORT_FIGURES), text)
 
 
 def _markdown(comparison: Comparison) -> str:

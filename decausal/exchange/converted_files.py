@@ -31,6 +31,7 @@ def open_converted(directory: Path) -> ConvertedFiles:
         UserError: it is none, its files are broken, or facts, tokenizer and weights disagree.
     """
     facts = read_facts(directory)
+    _refuse_links_out(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -47,6 +48,25 @@ def open_converted(directory: Path) -> ConvertedFiles:
             f"the vocabulary has {config.vocab_size} rows"
         )
     return ConvertedFiles(directory, facts, config, tokenizer, TensorFiles(directory))
+
+
+def _refuse_links_out(directory: Path) -> None:
+    """Raises UserError for a link to a file elsewhere, which would be handed on under the link's name.
+
+    Weights may be links: what is no safetensors file is refused when it is opened. The hub's cache is made of links to
+    the blobs beside it.
+    """
+    inside = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        inside.append(directory.resolve().parent.parent / "blobs")
+    for path in directory.rglob("*"):
+        if not path.is_symlink() or path.suffix == ".safetensors":
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in inside):
+            raise UserError(
+                f"{path} is a link to a file outside {directory}, which is not handed on: replace it by a copy, or "
+                "remove it"
+            )
 
 
 def end_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -11,7 +11,10 @@ from typing import Any
 
 from decausal.data.sources import FILE_SUFFIX
 from decausal.models.checkpoint import ConversionFacts
+from decausal.secrets import arguments_without_secrets
 
+# Settings that hold text, in which a slash is a character like any other: `</s>` is no path.
+_NO_PATHS = ("sampler", "mask_token", "chat_template_kwargs")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,7 +33,7 @@ def without_paths(value: Any) -> Any:
         'a.txt,bigcode/python,b.txt:8000@7'
     """
     if isinstance(value, dict):
-        return {name: without_paths(part) for name, part in value.items()}
+        return {name: part if name in _NO_PATHS else without_paths(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(part) for part in value]
     if isinstance(value, PurePath):
@@ -41,9 +44,9 @@ def without_paths(value: Any) -> Any:
 
 
 def without_paths_in(arguments: Sequence[str]) -> str:
-    """A command's arguments as one line, whose paths are their last parts."""
+    """A command's arguments as one line, without secrets, whose paths are their last parts."""
     words = []
-    for argument in arguments:
+    for argument in arguments_without_secrets(arguments):
         flag, is_joined, value = argument.rpartition("=")
         words.append(f"{flag}{is_joined}{without_paths(value)}")
     return shlex.join(words)

@@ -11,10 +11,12 @@ from decausal.exchange.converted_files import open_converted
 from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
+from decausal.exchange.tokenizer_files import without_code
 from decausal.models.checkpoint import ConversionFacts, write_facts
 
 _CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_NAME_CODE = ("config.json", "tokenizer_config.json")
 
 
 def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCard | None = None) -> Exported:
@@ -36,6 +38,8 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
         for pattern in (*_CARRIED, *_TOKENIZER):
             for path in sorted(directory.glob(pattern)):
                 _copy(path, staging)
+        for name in _NAME_CODE:
+            without_code(staging / name)
         (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
         write_facts(staging, facts_to_hand_on(source.facts))  # last: a directory with them is whole
     return Exported(output_dir, source.facts, {}, _notes(card, source.facts))

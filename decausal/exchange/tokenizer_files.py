@@ -68,6 +68,13 @@ def _strip_code(settings: Path) -> bool:
     return True
 
 
+def without_code(settings: Path) -> None:
+    """Removes the names of code that came with a source from a file of settings: the code is not handed on."""
+    if settings.is_file() and "auto_map" in (values := read_json(settings)):
+        del values["auto_map"]
+        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a table from a file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,16 @@ ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 DEFAULT_MASK_TOKEN = "<|mask|>"
 FACTS_FILE = "decausal.json"
 # What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    UnpicklingError,  # what PyTorch raises for a .bin that would run code
+)
 
 
 def load_source(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line, nearest
+from decausal.files import write_whole
 from decausal.hub import fetch, is_hub_id
 from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS
 from decausal.models.architecture import attention_implementation
 from decausal.models.mask_row import fold_mask_row
+from decausal.secrets import without_secrets
 
 SCHEMA_VERSION = 1
 
@@ -86,18 +88,9 @@ class Converted(NamedTuple):
 
 
 def write_facts(directory: str | Path, facts: ConversionFacts) -> None:
-    """Writes `decausal.json` in one step: a reader finds the old file, the new one or none, never a part of one."""
-    path = Path(directory) / FACTS_FILE
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(facts), file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes `decausal.json` in one step, without any secret of the recipe."""
+    record = without_secrets(asdict(facts))
+    write_whole(Path(directory) / FACTS_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_facts(directory: str | Path) -> ConversionFacts:
@@ -121,11 +114,41 @@ def read_facts(directory: str | Path) -> ConversionFacts:
     return _checked_facts(record, path)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # to Python, true is a number
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "source": (_is_text, "text"),
+    "layout": (_is_text, "text"),
+    "shift": (_is_whole, "a whole number"),
+    "mask_token_id": (_is_whole, "a whole number"),
+    "block_size": (lambda value: value is None or _is_whole(value), "a whole number, or null"),
+    "causal_context": (lambda value: isinstance(value, bool), "true or false"),
+    "source_revision": (lambda value: value is None or _is_text(value), "text, or null"),
+    "noise_schedule": (_is_text, "text"),
+    "recipe": (_is_table, "a table"),
+    "decausal_version": (_is_text, "text"),
+    "sampler": (_is_table, "a table"),
+    "earlier_stages": (lambda value: isinstance(value, list) and all(map(_is_table, value)), "a list of tables"),
+    "schema_version": (_is_whole, "a whole number"),
+}
+"""What each fact may be in a file that anybody may have written."""
+
+
 def _checked_facts(record: object, path: Path) -> ConversionFacts:
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no table of facts; convert the model again")
     schema = record.get("schema_version")
-    if not isinstance(schema, int):
+    if not _is_whole(schema):
         raise UserError(f"{path} lacks 'schema_version'; convert the model again")
     if schema > SCHEMA_VERSION:
         raise UserError(f"{path} has schema {schema}, this decausal reads up to {SCHEMA_VERSION}; upgrade decausal")
@@ -136,11 +159,13 @@ def _checked_facts(record: object, path: Path) -> ConversionFacts:
     for name, fact in accepted.items():
         if name not in record and fact.default is MISSING and fact.default_factory is MISSING:
             raise UserError(f"{path} lacks '{name}'; convert the model again")
-    for name in ("shift", "mask_token_id"):
-        if not isinstance(record[name], int):
-            raise UserError(f"{path} has {name} {record[name]!r}; expected a whole number")
+    for name, value in record.items():
+        accepts, described = _TYPES[name]
+        if not accepts(value):
+            shown = repr(value)
+            raise UserError(f"{path} has {name} {shown if len(shown) < 80 else '...'}; expected {described}")
     try:
-        return ConversionFacts(**record)
+        return ConversionFacts(**without_secrets(record))  # earlier versions recorded them
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -185,7 +210,7 @@ def _state_dtype(path: Path, dtype: torch.dtype) -> None:
     """Corrects the type that transformers wrote: that of the model in memory, not of the weights on disk."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
 def is_converted(model_name_or_path: str | Path, revision: str | None = None) -> bool:

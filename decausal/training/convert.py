@@ -28,6 +28,7 @@ from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_ma
 from decausal.models.row_attention import FLEX
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
+from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
 from decausal.training.run import training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
@@ -93,7 +94,11 @@ def convert(
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
         checkpoint = checkpoint_to_resume(output_dir, resume)
         settings, start = find_start(settings, output_dir, checkpoint)
+        if checkpoint is not None:
+            refuse_other_arguments(checkpoint, args)
         run = _prepare(settings, start, args, training, callbacks, measure, meter)
+        if checkpoint is not None:
+            refuse_other_rows(checkpoint, fingerprint(run.trainer.train_dataset))
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)
@@ -158,6 +163,7 @@ def _prepare(
         finish_checkpoint=finish_checkpoint,
         measure=measure,
         meter=meter,
+        run_record=run_record(asdict(settings), args, fingerprint(rows.stream)),
         callbacks=callbacks,
     )
     return _Run(trainer, tokenizer, facts, _save_dtype(settings, start.commit))

@@ -13,6 +13,7 @@ from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores
 from decausal.exchange.handed_on import without_paths
 from decausal.provenance import provenance
+from decausal.secrets import without_secrets
 from decausal.training.settings import PretrainSettings
 
 
@@ -31,6 +32,7 @@ def model_card(
         for name, value in asdict(settings).items()
         if value != getattr(PretrainSettings(), name) and name != "overwrite"
     } | {name: value for name, value in training.items() if name not in ("output_dir", "resume_from_checkpoint")}
+    flags = without_secrets(flags)
     command = shlex.join(
         ["decausal", "pretrain", "--output_dir", "OUT"]
         + [word for name, value in flags.items() for word in (f"--{name}", _as_flag(value))]

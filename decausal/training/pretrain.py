@@ -26,12 +26,18 @@ from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
 from decausal.training.muon import MuonWithAdamW
+from decausal.training.resuming import (
+    fingerprint,
+    refuse_other_arguments,
+    refuse_other_rows,
+    refuse_other_settings,
+    run_record,
+)
 from decausal.training.run import rows_per_step, run_length, training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
     claimed,
     disk_errors,
-    refuse_other_settings,
     wants_resume,
 )
 from decausal.training.settings import PretrainSettings
@@ -82,10 +88,13 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         checkpoint = checkpoint_to_resume(output_dir, resume)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, asdict(settings))
+            refuse_other_arguments(checkpoint, args)
         tokenizer = _tokenizer(settings, checkpoint)
         rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
+        if checkpoint is not None:
+            refuse_other_rows(checkpoint, fingerprint(trainer.train_dataset))
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)
@@ -171,10 +180,12 @@ def _trainer(
     if settings.compile_layers:
         compile_layers(model)
     num_samples = run_length(args, len(rows))
+    stream = TrainingStream(rows, num_samples, seed=args.seed, shift=1, noising=None)
     return ConversionTrainer(
         model,
         args,
-        stream=TrainingStream(rows, num_samples, seed=args.seed, shift=1, noising=None),
+        stream=stream,
+        run_record=run_record(asdict(settings), args, fingerprint(stream)),
         collator=Collator(mask_token_id=tokenizer.mask_token_id, shift=1, predict_all=True),
         supervision=Supervision(Layout("causal"), tokenizer.mask_token_id),
         finish_checkpoint=tokenizer.save_pretrained,

@@ -14,24 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from decausal.errors import UserError
+from decausal.files import write_whole
+from decausal.secrets import without_secrets
 
 RUN_FILE = "run.yaml"
 STAGING = ".saving"  # a checkpoint is written here and renamed when whole, so a half-written one never has its name
-SEAL = "checkpoint.json"  # the last file of a checkpoint: the names and sizes of all others
+SEAL = "checkpoint.json"  # the last file of a checkpoint: names, sizes and hashes of all others
 _LOCK = ".lock"
+_PIECE = 2**22
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Libraries written in Rust and C++ report a full disk as errors of their own kinds.
 _FOREIGN_DISK_ERROR = re.compile(r"os error \d+|No space left|File too large|PytorchStreamWriter|unexpected pos")
-_MAY_CHANGE = {
-    *("data", "eval_data", "eval_rows", "overwrite", "attn_implementation", "compile_layers", "save_dtype"),
-    *("sample_prompts", "sample_tokens"),
-    *("align_weight", "align_schedule", "align_stop_step", "anneal_steps", "rollout_batch_size"),
-    *(f"{loss}_{setting}" for loss in ("kl", "causal_kl", "tv") for setting in ("weight", "schedule", "stop_step")),
-}
-
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +59,7 @@ class RunDirectory:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
         with disk_errors(self.path):
-            (self.path / RUN_FILE).write_text(yaml.safe_dump(_plain(values), sort_keys=False))
+            write_whole(self.path / RUN_FILE, yaml.safe_dump(without_secrets(_plain(values)), sort_keys=False))
 
 
 @contextmanager
@@ -112,39 +109,35 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str | bool | 
     None where the flag asks for none, or where the run was killed before it had saved any: it then begins anew.
 
     Raises:
-        UserError: the path named is no whole checkpoint.
+        UserError: the path named is no whole checkpoint, or files are damaged and no earlier checkpoint is whole.
     """
     if not wants_resume(resume_from_checkpoint):
         return None
     if resume_from_checkpoint in (True, "true", "True", "latest"):
-        found = checkpoints(output_dir)
-        if not found:
-            logger.warning("no whole checkpoint in %s yet: the run starts from the beginning", output_dir)
-        return found[-1] if found else None
+        return _latest(output_dir)
     path = Path(str(resume_from_checkpoint))
     if not is_whole(path):
         raise UserError(
             f"{path} is not a checkpoint to resume from: files are missing or cut short, or it was saved with "
             "--save_only_model; name another, or 'true' for the latest whole one in output_dir"
         )
+    if (damage := damaged_file(path)) is not None:
+        raise UserError(f"{damage} is damaged: it does not hold what was saved; name another checkpoint, or 'true'")
     return path
 
 
-def refuse_other_settings(checkpoint: Path, values: Mapping[str, Any]) -> None:
-    """Raises UserError where `values` differ from those of the run that saved the checkpoint.
-
-    What may differ is what changes neither the model nor what it is trained for.
-    """
-    try:
-        before = yaml.safe_load((checkpoint.parent / RUN_FILE).read_text())
-    except OSError:  # a checkpoint that was copied elsewhere
-        return
-    for name, value in _plain(values).items():
-        if name not in _MAY_CHANGE and name in before and before[name] != value:
-            raise UserError(
-                f"--{name} {value}: {checkpoint} was trained with {before[name]}; "
-                "give the run's own settings to continue it, or start another run in another directory"
-            )
+def _latest(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose files hold what was saved."""
+    found = checkpoints(output_dir)
+    for path in reversed(found):
+        damage = damaged_file(path)
+        if damage is None:
+            return path
+        logger.warning("%s is damaged: it does not hold what was saved; looking for an earlier checkpoint", damage)
+    if found:
+        raise UserError(f"every checkpoint in {output_dir} is damaged; start anew with --overwrite true")
+    logger.warning("no whole checkpoint in %s yet: the run starts from the beginning", output_dir)
+    return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -153,14 +146,22 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def seal(checkpoint: Path, *, is_resumable: bool = True) -> None:
-    """Flushes a checkpoint's files to the disk and lists them with their sizes: only then is it whole."""
-    sizes = {}
+def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] | None = None) -> None:
+    """Flushes a checkpoint's files to the disk and lists them with sizes and hashes: only then is it whole.
+
+    Args:
+        checkpoint: the directory.
+        is_resumable: whether training can go on from it.
+        run: what is recorded of the run, see `decausal.training.resuming.run_record`.
+    """
+    sizes, hashes = {}, {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    (checkpoint / SEAL).write_text(json.dumps({"is_resumable": is_resumable, "sizes": sizes}, indent=2))
+        name = path.relative_to(checkpoint).as_posix()
+        sizes[name], hashes[name] = path.stat().st_size, _hash(path)
+    record = {"is_resumable": is_resumable, "sizes": sizes, "hashes": hashes, "run": dict(run or {})}
+    write_whole(checkpoint / SEAL, json.dumps(record, indent=2))
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -171,6 +172,43 @@ def is_whole(checkpoint: Path) -> bool:
         return record["is_resumable"] and sizes == record["sizes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def damaged_file(checkpoint: Path) -> Path | None:
+    """Returns the first file of a whole checkpoint that does not hold what was saved; None where all do.
+
+    Reads all of it, at several GB/s from memory. Checkpoints of earlier versions have no hashes.
+    """
+    hashes = json.loads((checkpoint / SEAL).read_text()).get("hashes", {})
+    return next((checkpoint / name for name, saved in hashes.items() if _hash(checkpoint / name) != saved), None)
+
+
+def sealed(checkpoint: Path) -> dict[str, Any]:
+    """Returns what a checkpoint's seal records of its run; empty for checkpoints of earlier versions."""
+    try:
+        record = json.loads((checkpoint / SEAL).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / SEAL} cannot be read: {error}; name another checkpoint") from error
+    return record.get("run", {})
+
+
+def discard(directory: Path) -> None:
+    """Removes a directory: it loses its name at once, so that a killed removal leaves no partial checkpoint."""
+    if directory.exists():
+        doomed = directory.parent / STAGING / f"{directory.name}.old"
+        doomed.parent.mkdir(exist_ok=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    """A fast hash: it is to find broken disks, not forgers."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from decausal.data.corpus import EMBEDDED_MODELS
 from decausal.errors import UserError
 from decausal.models.adapt import load_source, source_commit
 from decausal.models.checkpoint import ConversionFacts, facts_of, load_converted, read_facts
-from decausal.training.run_directory import refuse_other_settings
+from decausal.training.resuming import refuse_other_settings
 from decausal.training.settings import ConversionSettings
 
 FACTS = ("layout", "block_size", "causal_context", "shift")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
+from decausal.secrets import is_secret
 from decausal.training.log_means import LogMeans
 from decausal.training.losses import Supervision, install_training_forward, remove_training_forward, weighted_loss
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
@@ -29,7 +30,7 @@ from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
-from decausal.training.run_directory import STAGING, checkpoints, disk_errors, seal
+from decausal.training.run_directory import STAGING, checkpoints, discard, disk_errors, seal
 from decausal.training.sharding import are_finite, gathered, reshard, shard_layers, tie
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.terms import Term
@@ -61,6 +62,7 @@ class ConversionTrainer(Trainer):
             loadable (tokenizer, facts).
         measure: called with the stock student wherever transformers would evaluate; returns what to log.
         meter: counts the tokens that are trained on.
+        run_record: what checkpoints record of the run, see `decausal.training.resuming.run_record`.
         more: passed on to `transformers.Trainer` (callbacks, optimizers).
 
     Raises:
@@ -80,6 +82,7 @@ class ConversionTrainer(Trainer):
         finish_checkpoint: Callable[[Path], None] = lambda _: None,
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         meter: TokenMeter | None = None,
+        run_record: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
         eval_dataset = None if measure is None else []  # transformers asks for one; `measure` has its own
@@ -93,6 +96,7 @@ class ConversionTrainer(Trainer):
         self.decoding = decoding
         self.finish_checkpoint = finish_checkpoint
         self.measure = measure
+        self.run_record = run_record
         self.meter = TokenMeter() if meter is None else meter
         show_progress(self, self.meter)
         self._means = LogMeans()
@@ -306,11 +310,11 @@ class ConversionTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._finish_checkpoint(staged)
-                shutil.rmtree(output_dir / name, ignore_errors=True)
+                discard(output_dir / name)
                 os.replace(staged, output_dir / name)
         if self.args.should_save:
             for old in self._surplus_checkpoints():
-                shutil.rmtree(old, ignore_errors=True)
+                discard(old)
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, staged: Path) -> None:
@@ -320,7 +324,7 @@ class ConversionTrainer(Trainer):
             )
             self.state.save_to_json(str(staged / "trainer_state.json"))
         self.finish_checkpoint(staged)
-        seal(staged, is_resumable=not self.args.save_only_model)
+        seal(staged, is_resumable=not self.args.save_only_model, run=self.run_record)
 
     def _surplus_checkpoints(self) -> list[Path]:
         limit = self.args.save_total_limit
@@ -350,11 +354,22 @@ class ConversionTrainer(Trainer):
         directory = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else tie(self.model, state_dict)
         if stock_model(self.model) is self.model:
-            super()._save(directory, state_dict=fold_mask_row(self.model, state_dict))
+            with self._secrets_set_aside():  # training_args.bin is a file like any other
+                super()._save(directory, state_dict=fold_mask_row(self.model, state_dict))
         elif self.args.should_save:
             # PEFT would add the embeddings wherever a mask token was added; the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
             save_mask_row(state_dict, Path(directory))
+
+    @contextmanager
+    def _secrets_set_aside(self) -> Iterator[None]:
+        names = [name for name, value in vars(self.args).items() if is_secret(name) and value is not None]
+        secrets = {name: getattr(self.args, name) for name in names}
+        try:
+            vars(self.args).update(dict.fromkeys(names))
+            yield
+        finally:
+            vars(self.args).update(secrets)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,57 @@
+"""Secrets among settings: tokens, keys and passwords, none of which is ever written to a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HIDDEN = "[removed]"
+
+# Vocabulary has tokens, too: those are no secrets.
+_TOKENS_OF_TEXT = re.compile(r"(mask|eos|bos|pad|unk|sep|cls|end|stop|special|image|prefix|suffix|middle)_token")
+_SECRET_NAME = re.compile(
+    r"(^|[_\-.])(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth|secret)_?key)$",
+    re.IGNORECASE,
+)
+_SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9_]{8,}|\bsk-[A-Za-z0-9_\-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a token, a key or a password."""
+    name = name.lstrip("-").replace("-", "_")
+    return _SECRET_NAME.search(name) is not None and _TOKENS_OF_TEXT.fullmatch(name) is None
+
+
+def without_secrets(value: Any) -> Any:
+    """Returns a value to be recorded: secret entries of its tables are left out, tokens in its texts replaced.
+
+    Example:
+        >>> without_secrets({"hub_token": "hf_0123456789", "data": "https://me:pass@example.org/a.txt"})
+        {'data': 'https://[removed]@example.org/a.txt'}
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: without_secrets(part)
+            for name, part in value.items()
+            if not (isinstance(name, str) and is_secret(name) and part is not None)
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(without_secrets(part) for part in value)
+    return _SECRET_TEXT.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Returns a command's arguments with every secret replaced, whether as `--name value` or as `--name=value`."""
+    shown: list[str] = []
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if shown and shown[-1].startswith("--") and "=" not in shown[-1] and is_secret(shown[-1]):
+            shown.append(argument if argument.startswith("--") else HIDDEN)
+        elif flag.startswith("--") and flag != argument and is_secret(flag):
+            shown.append(f"{flag}={HIDDEN}")
+        else:
+            shown.append(without_secrets(argument))
+    return shown

@@ -1,0 +1,129 @@
+"""What a resumed run must share with the run that saved its checkpoint, and what it may change.
+
+It may change what alters neither the model nor what the model is trained for: how long the run is, how it is measured,
+logged and saved, how a step is split over micro-batches and processes, and where the same data lie. Anything else is
+refused. Some of it would be ignored: transformers restores the learning rate and its schedule from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import yaml
+from transformers import TrainingArguments
+
+from decausal.data.stream import TrainingStream
+from decausal.errors import UserError
+from decausal.secrets import without_secrets
+from decausal.training.on_policy import OnPolicyStream
+from decausal.training.run import rows_per_step
+from decausal.training.run_directory import RUN_FILE, sealed
+
+MAY_CHANGE = frozenset(
+    """
+    eval_data eval_rows overwrite attn_implementation compile_layers save_dtype sample_prompts sample_tokens
+    rollout_batch_size data text_field prompt_field completion_field dataset_split on_bad_record
+    """.split()  # noqa: SIM905
+)
+"""Settings of ours. Those that say which data are read are here because the rows themselves are compared."""
+
+FIXED_ARGUMENTS = """
+    seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1
+    adam_beta2 adam_epsilon max_grad_norm optim optim_args
+""".split()  # noqa: SIM905
+"""Transformers' arguments that decide what a step does to the weights."""
+
+_SAMPLED_ROWS = 1024
+_REMEDY = "give the run's own settings to continue it, or start another run in another directory"
+
+
+def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) -> dict[str, Any]:
+    """Returns what a checkpoint records of its run.
+
+    Args:
+        settings: ours, by name.
+        args: transformers' arguments.
+        rows: fingerprint of the rows that are trained on.
+    """
+    arguments = {name: getattr(args, name) for name in FIXED_ARGUMENTS if hasattr(args, name)}
+    record = {
+        "settings": {name: value for name, value in settings.items() if name not in MAY_CHANGE},
+        "arguments": arguments,
+        "rows_per_step": rows_per_step(args),
+        "rows": rows,
+    }
+    return json.loads(json.dumps(without_secrets(record), default=str))
+
+
+def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
+    """Returns a hash of the rows, or prompts, that a run trains on: of all where they are few, else of a sample.
+
+    The sample is spread evenly, so data that gain or lose a document anywhere have another one.
+    """
+    if isinstance(stream, OnPolicyStream):
+        parts: list[Any] = [stream.on_policy.prompts] + ([] if stream.corpus is None else [stream.corpus.rows])
+    else:
+        parts = [stream.rows]
+    found = xxhash.xxh3_128()
+    for part in parts:
+        found.update(str(len(part)).encode())
+        for index in np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLED_ROWS)).astype(int)).tolist():
+            item = part[index]
+            for tensor in item.values() if isinstance(item, dict) else [item]:
+                found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError where settings of ours differ from those of the run that saved the checkpoint."""
+    before = sealed(checkpoint).get("settings")
+    if before is None:  # saved by an earlier version
+        before = _read_run_file(checkpoint.parent / RUN_FILE)
+    _refuse_difference(checkpoint, before, {name: v for name, v in settings.items() if name not in MAY_CHANGE})
+
+
+def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
+    """Raises UserError where transformers' arguments would make other steps, or steps of other rows."""
+    before = sealed(checkpoint)
+    record = run_record({}, args, rows="")
+    _refuse_difference(checkpoint, before.get("arguments", {}), record["arguments"])
+    if before.get("rows_per_step", record["rows_per_step"]) != record["rows_per_step"]:
+        raise UserError(
+            f"an optimizer step would read {record['rows_per_step']} rows, and in {checkpoint} it read "
+            f"{before['rows_per_step']}: rows would be skipped or read twice; choose --per_device_train_batch_size, "
+            "--gradient_accumulation_steps and the number of processes so that their product stays"
+        )
+
+
+def refuse_other_rows(checkpoint: Path, rows: str) -> None:
+    """Raises UserError where the data do not make the rows that the run has been trained on so far."""
+    before = sealed(checkpoint).get("rows", rows)
+    if before != rows:
+        raise UserError(
+            f"the data make other rows than those that {checkpoint} was trained on: they have changed, or are read in "
+            f"another way; {_REMEDY}"
+        )
+
+
+def _refuse_difference(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(without_secrets(dict(now)), default=str))
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise UserError(f"--{name} {value}: {checkpoint} was trained with {before[name]}; {_REMEDY}")
+
+
+def _read_run_file(path: Path) -> Mapping[str, Any]:
+    if not path.exists():  # a checkpoint that was copied elsewhere
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}; remove it to continue") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not the record of a run: it was cut off or changed; remove it to continue")
+    return values

@@ -1,0 +1,184 @@
+"""Resuming: what must stay, what may change, what a damaged file costs; and no secret in any file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from decausal.errors import UserError
+from decausal.models.checkpoint import read_facts
+from decausal.secrets import arguments_without_secrets, is_secret, without_secrets
+from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoints, discard, sealed
+from tests.runs import assert_same, run, save_source, weights, write_text
+
+SECRET = "hf_ThisIsATokenThatNobodyMayRead"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source, its data, and a run of four steps with checkpoints at 2 and 4."""
+    root = tmp_path_factory.mktemp("resuming")
+    save_source(root / "model")
+    write_text(root / "text.jsonl")
+    run(root / "model", root / "text.jsonl", root / "out", hub_token=SECRET, seed=3)
+    return root
+
+
+def resumed(root: Path, output_dir: Path, **options: object) -> None:
+    options = {"hub_token": SECRET, "seed": 3, "resume_from_checkpoint": "true"} | options
+    data = options.pop("data", root / "text.jsonl")
+    run(root / "model", data, output_dir, **options)
+
+
+def copied(root: Path, tmp_path: Path) -> Path:
+    """The run as if it had been killed after step 2."""
+    out = shutil.copytree(root / "out", tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "model.safetensors").unlink()
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["hub_token", "push_to_hub_token", "api_key", "wandb-api-key", "password", "--secret", "access_key"]
+)
+def test_names_of_secrets_are_known(name: str):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["mask_token", "eos_token", "token_weight", "rollout_tokens", "end_token"])
+def test_names_of_text_tokens_are_no_secrets(name: str):
+    assert not is_secret(name)
+
+
+def test_secrets_go_from_tables_texts_and_commands_and_nothing_else_does():
+    values = {
+        "hub_token": SECRET,
+        "mask_token": "</s>",
+        "more": [{"password": "x", "data": f"https://me:{SECRET}@a.org/b"}],
+    }
+    assert without_secrets(values) == {"mask_token": "</s>", "more": [{"data": "https://[removed]@a.org/b"}]}
+    command = ["--hub_token", SECRET, f"--api_key={SECRET}", "--mask_token", "</s>", f"--data={SECRET}"]
+    assert SECRET not in " ".join(arguments_without_secrets(command))
+    assert arguments_without_secrets(["--mask_token", "</s>"]) == ["--mask_token", "</s>"]
+
+
+def test_no_file_of_a_run_holds_a_secret(root: Path):
+    found = [path for path in (root / "out").rglob("*") if path.is_file()]
+    assert {"run.yaml", "decausal.json", "training_args.bin"} <= {path.name for path in found}
+    assert [path for path in found if SECRET.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "zeroed"])
+def test_damage_in_any_sealed_file_is_noticed_and_the_checkpoint_before_serves(root: Path, tmp_path: Path, damage: str):
+    names = json.loads((root / "out" / "checkpoint-4" / SEAL).read_text())["sizes"]
+    out = shutil.copytree(root / "out", tmp_path / "out")
+    for name in names:
+        path = out / "checkpoint-4" / name
+        before = path.read_bytes()
+        if not before:
+            continue
+        middle = len(before) // 2
+        piece = before[middle : middle + 16]
+        broken = bytes(len(piece)) if damage == "zeroed" else bytes(byte ^ 1 for byte in piece)
+        if broken == piece:
+            continue
+        path.write_bytes(before[:middle] + broken + before[middle + 16 :])
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
+            resumed(root, out, resume_from_checkpoint=str(out / "checkpoint-4"))
+        path.write_bytes(before)
+    path.write_bytes(before[:middle] + broken + before[middle + 16 :])
+    resumed(root, out)
+    assert_same(weights(out), weights(root / "out"))
+
+
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_in_silence(root: Path, tmp_path: Path):
+    out = copied(root, tmp_path)
+    path = out / "checkpoint-2" / "optimizer.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged; .*--overwrite true"):
+        resumed(root, out)
+
+
+CHANGES = {
+    "seed": ({"seed": 4}, "--seed 4: .* was trained with 3"),
+    "learning rate": ({"learning_rate": 0.5}, "--learning_rate 0.5: .* was trained with 0.001"),
+    "optimizer": ({"optim": "sgd"}, "--optim .*sgd: .* was trained with"),
+    "loss": ({"align_weight": 1.0}, "--align_weight 1.0: .* was trained with 0.0"),
+    "batch": ({"per_device_train_batch_size": 4}, "would read 4 rows, .* it read 2"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "would read 4 rows, .* it read 2"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_changes_what_is_trained_is_refused_with_the_reason(root: Path, tmp_path: Path, kind: str):
+    options, told = CHANGES[kind]
+    out = copied(root, tmp_path)
+    with pytest.raises(UserError, match=told):
+        resumed(root, out, **options)
+    resumed(root, out)  # nothing was lost
+    assert_same(weights(out), weights(root / "out"))
+
+
+def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(root: Path, tmp_path: Path):
+    out = copied(root, tmp_path)
+    with pytest.raises(UserError, match="the data make other rows"):
+        resumed(root, out, data=write_text(tmp_path / "other.jsonl", num_documents=39))
+    resumed(root, out, data=shutil.copy(root / "text.jsonl", tmp_path / "moved.jsonl"))
+    assert_same(weights(out), weights(root / "out"))
+
+
+def test_what_changes_no_training_may_change(root: Path, tmp_path: Path):
+    out = copied(root, tmp_path)
+    resumed(root, out, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=3)
+    assert sealed(out / "checkpoint-4")["rows_per_step"] == 2
+
+
+@pytest.mark.parametrize("text", ["", "max_st", "- 1", "a: [1"], ids=["empty", "cut", "list", "broken"])
+def test_a_broken_run_file_stops_no_resume(root: Path, tmp_path: Path, text: str):
+    out = copied(root, tmp_path)
+    (out / RUN_FILE).write_text(text)
+    resumed(root, out)
+    assert_same(weights(out), weights(root / "out"))
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [1"], ids=["empty", "list", "broken"])
+def test_a_broken_run_file_beside_an_old_checkpoint_is_named(root: Path, tmp_path: Path, text: str):
+    out = copied(root, tmp_path)
+    seal = json.loads((out / "checkpoint-2" / SEAL).read_text())
+    (out / "checkpoint-2" / SEAL).write_text(json.dumps({name: seal[name] for name in ("is_resumable", "sizes")}))
+    (out / RUN_FILE).write_text(text)
+    with pytest.raises(UserError, match=f"{RUN_FILE} .*; remove it to continue"):
+        resumed(root, out)
+
+
+def test_a_killed_removal_leaves_no_partial_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = shutil.copytree(root / "out", tmp_path / "out")
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(path: Path, **_: object) -> None:
+        if Path(path).exists():
+            (Path(path) / "model.safetensors").unlink()
+            raise KilledError
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KilledError):
+        discard(out / "checkpoint-2")
+    monkeypatch.undo()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"] == [p.name for p in checkpoints(out)]
+    assert (out / STAGING).exists()  # which the next run clears
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shift", True), ("layout", 5), ("block_size", "4"), ("sampler", []), ("recipe", "x"), ("mask_token_id", 1.5)],
+)
+def test_facts_of_the_wrong_type_are_named(root: Path, tmp_path: Path, name: str, value: object):
+    record = json.loads((root / "out" / "decausal.json").read_text()) | {name: value}
+    (tmp_path / "decausal.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"has {name} .*; expected"):
+        read_facts(tmp_path)
