@@ -30,7 +30,7 @@ def encode_conversations(
 
     Answers are what the template marks as `{% generation %}`. In a template without such marks, an answer begins where
     the prompt before it, rendered with its generation prompt, ends; and it ends where its content ends. An assistant's
-    message that opens the conversation is no answer.
+    message that opens the conversation is no answer. A last answer that the template does not end gets EOS.
 
     Args:
         conversations: pairs of an origin, for errors, and messages.
@@ -44,8 +44,44 @@ def encode_conversations(
     if not tokenizer.is_fast:
         raise UserError(f"{conversations[0][0]}: 'messages' need a fast tokenizer, to find the answers' tokens")
     if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        return [_marked_by_template(messages, tokenizer, special_ids, origin) for origin, messages in conversations]
-    return _found_in_text(conversations, tokenizer, special_ids)
+        found = [_marked_by_template(messages, tokenizer, special_ids, origin) for origin, messages in conversations]
+    else:
+        found = _found_in_text(conversations, tokenizer, special_ids)
+    return [_with_end(tokens, special_ids, tokenizer) for tokens in found]
+
+
+def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: Int32[np.ndarray, " special"]) -> list[int]:
+    """Returns the tokens that answers end with in training on conversations; none without a template that can be read.
+
+    A template may end a turn in two ways: GLM's writes the next role's token, and nothing at the very end.
+    """
+    if tokenizer.chat_template is None or not tokenizer.is_fast:
+        return []
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    try:
+        [(ids, is_answer)] = encode_conversations([("chat template", turns)], tokenizer, special_ids)
+    except UserError:
+        return []
+    ends: list[int] = []
+    for last in np.flatnonzero(is_answer & ~np.append(is_answer[1:], False)):
+        run = ids[max(last - 1, 0) : last + 1]  # perhaps followed by a newline
+        ends += run[np.isin(run, special_ids)][-1:].tolist()
+    return list(dict.fromkeys(ends))
+
+
+def _with_end(
+    tokens: Tokens, special_ids: Int32[np.ndarray, " special"], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """Ends the last answer with EOS where the template ends it with nothing: else the model would learn no end."""
+    ids, is_answer = tokens
+    if not is_answer.any() or tokenizer.eos_token_id is None:
+        return tokens
+    last = int(np.flatnonzero(is_answer)[-1])
+    has_end = np.isin(ids[max(last - 1, 0) : last + 1], special_ids).any()
+    if has_end or np.isin(ids[last + 1 :], special_ids).any() or tokenizer.decode(ids[last + 1 :]).strip():
+        return tokens
+    kept = ids[: last + 1]
+    return np.append(kept, np.int32(tokenizer.eos_token_id)), np.append(is_answer[: last + 1], True)
 
 
 def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:

@@ -49,6 +49,7 @@ class ConversionFacts:
         earlier_stages: recipes of the runs that the weights went through before that one, oldest first.
         decausal_version: version that converted the model.
         sampler: default settings of the sampler.
+        end_token_ids: tokens that end an answer of the chat template; older records have none.
         schema_version: version of this record.
     """
 
@@ -64,6 +65,7 @@ class ConversionFacts:
     decausal_version: str = field(default_factory=_installed_version)
     sampler: dict[str, Any] = field(default_factory=dict)
     earlier_stages: list[dict[str, Any]] = field(default_factory=list)
+    end_token_ids: list[int] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -139,6 +141,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "decausal_version": (_is_text, "text"),
     "sampler": (_is_table, "a table"),
     "earlier_stages": (lambda value: isinstance(value, list) and all(map(_is_table, value)), "a list of tables"),
+    "end_token_ids": (lambda value: isinstance(value, list) and all(map(_is_whole, value)), "a list of whole numbers"),
     "schema_version": (_is_whole, "a whole number"),
 }
 """What each fact may be in a file that anybody may have written."""

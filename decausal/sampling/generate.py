@@ -152,8 +152,9 @@ def _ended(
 
 
 def end_token_ids(converted: Converted) -> tuple[int, ...]:
-    """The tokenizer's EOS first, then what else the model's generation settings count as an end."""
+    """The tokenizer's EOS first, then what else the model's generation settings and its facts count as an end."""
     generation_config = getattr(converted.model, "generation_config", None)
     listed = getattr(generation_config, "eos_token_id", None)
     ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    ends += converted.facts.end_token_ids
     return tuple(dict.fromkeys(end for end in ends if end is not None))

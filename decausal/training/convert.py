@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from decausal.data.chat import answer_end_ids
+from decausal.data.encode import SpecialTokens
 from decausal.data.rows import PackedRows
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
@@ -136,8 +138,10 @@ def _prepare(
         mask_token_id=mask_token_id,
         recipe={name: value for name, value in recipe.items() if name != "output_dir"},
         sampler=settings.sampler or {},
+        end_token_ids=answer_end_ids(tokenizer, SpecialTokens(tokenizer).ids),
         **start.history(),
     )
+    _count_as_ends(model, tokenizer, facts.end_token_ids)
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     if measure is None and settings.eval_data is not None:
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
@@ -167,6 +171,15 @@ def _prepare(
         callbacks=callbacks,
     )
     return _Run(trainer, tokenizer, facts, _save_dtype(settings, start.commit))
+
+
+def _count_as_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> None:
+    """Writes the ends of answers into the generation settings, where every other program looks for them."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [tokenizer.eos_token_id if listed is None else listed]
+    missing = [end for end in end_token_ids if end not in listed]
+    if missing:
+        model.generation_config.eos_token_id = [end for end in listed if end is not None] + missing
 
 
 def _source(
