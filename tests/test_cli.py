@@ -176,8 +176,8 @@ def test_an_error_that_is_about_no_argument_keeps_its_traceback(error):
     ("arguments", "answer"),
     [
         (["gsm8k", "DIR"], r"no measure or benchmark 'gsm8k' here.*--data DATA.*decausal batch.*--tasks"),
-        (["task", "DIR"], "did you mean 'decausal eval tasks'"),
-        (["perplexity", "DIR"], "did you mean 'decausal eval nll'"),
+        (["task", "DIR"], "did you mean 'decausal eval tasks MODEL'"),
+        (["perplexity", "DIR"], "did you mean 'decausal eval nll DIR --data DATA'"),
         (["words", "DIR"], "decausal eval tasks MODEL --tasks words"),
         (["."], "name the measure before the model: decausal eval nll . --data DATA"),
         ([], "name what to measure: decausal eval nll DIR"),

@@ -16,8 +16,8 @@ NLL = "decausal eval nll DIR --data DATA"
 TASKS = "decausal eval tasks MODEL"
 # What people call the measures, and ours.
 MEASURES = {
-    **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), "nll"),
-    **dict.fromkeys(("tasks", "accuracy"), "tasks"),
+    **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), NLL),
+    **dict.fromkeys(("tasks", "accuracy"), TASKS),
 }
 
 
@@ -42,7 +42,7 @@ def _what_instead(name: str) -> str:
     if Path(name).expanduser().exists():
         return f"name the measure before the model: decausal eval nll {name} --data DATA, or decausal eval tasks {name}"
     if near := get_close_matches(name.lower(), MEASURES, n=1, cutoff=0.6):
-        return f"'{name}' is not known; did you mean 'decausal eval {MEASURES[near[0]]}'?"
+        return f"'{name}' is not known; did you mean '{MEASURES[near[0]]}'?"
     return (
         f"there is no measure or benchmark '{name}' here. Likelihood of its texts: {NLL}, a file or its id on the hub. "
         "Answers to its prompts, to score yourself: decausal batch DIR prompts.jsonl answers.jsonl, or decausal serve "
