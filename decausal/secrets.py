@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 HIDDEN = "[removed]"
@@ -41,6 +42,17 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(part) for part in value)
     return _SECRET_TEXT.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+@contextmanager
+def secrets_set_aside(values: object) -> Iterator[None]:
+    """Takes the secrets out of an object's attributes, for as long as it is written to a file."""
+    held = {name: value for name, value in vars(values).items() if is_secret(name) and value is not None}
+    try:
+        vars(values).update(dict.fromkeys(held))
+        yield
+    finally:
+        vars(values).update(held)
 
 
 def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -41,7 +41,7 @@ def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokeni
         for name in _READ:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, Path(bare) / name)
-        has_code = _strip_code(Path(bare) / _SETTINGS)
+        has_code = without_code(Path(bare) / _SETTINGS, "tokenizer_class")
         try:
             if not has_code:
                 tokenizer = AutoTokenizer.from_pretrained(bare, config=stock, trust_remote_code=False)
@@ -56,23 +56,19 @@ def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokeni
     return tokenizer
 
 
-def _strip_code(settings: Path) -> bool:
-    """Removes the name of a tokenizer's own code from its settings; returns whether there was one."""
-    if not settings.is_file():
-        return False
-    values = read_json(settings)
+def without_code(settings: Path, *others: str) -> bool:
+    """Removes the names of code that came with a source from a file of settings; returns whether there were any.
+
+    Args:
+        settings: the file; one that is not there names no code.
+        others: keys that go with them, where there are some.
+    """
+    values = read_json(settings) if settings.is_file() else {}
     if "auto_map" not in values:
         return False
-    stripped = {name: value for name, value in values.items() if name not in ("auto_map", "tokenizer_class")}
-    settings.write_text(json.dumps(stripped), encoding="utf-8")
+    kept = {name: value for name, value in values.items() if name not in ("auto_map", *others)}
+    settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return True
-
-
-def without_code(settings: Path) -> None:
-    """Removes the names of code that came with a source from a file of settings: the code is not handed on."""
-    if settings.is_file() and "auto_map" in (values := read_json(settings)):
-        del values["auto_map"]
-        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def convert(
             refuse_other_arguments(checkpoint, args)
         run = _prepare(settings, start, args, training, callbacks, measure, meter)
         if checkpoint is not None:
-            refuse_other_rows(checkpoint, fingerprint(run.trainer.train_dataset))
+            refuse_other_rows(checkpoint, run.trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = _finish(settings, run)

@@ -94,7 +94,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
         if checkpoint is not None:
-            refuse_other_rows(checkpoint, fingerprint(trainer.train_dataset))
+            refuse_other_rows(checkpoint, trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)

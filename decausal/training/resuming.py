@@ -50,14 +50,12 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
         args: transformers' arguments.
         rows: fingerprint of the rows that are trained on.
     """
-    arguments = {name: getattr(args, name) for name in FIXED_ARGUMENTS if hasattr(args, name)}
-    record = {
-        "settings": {name: value for name, value in settings.items() if name not in MAY_CHANGE},
-        "arguments": arguments,
+    return {
+        "settings": _fixed_settings(settings),
+        "arguments": _fixed_arguments(args),
         "rows_per_step": rows_per_step(args),
         "rows": rows,
     }
-    return json.loads(json.dumps(without_secrets(record), default=str))
 
 
 def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
@@ -84,34 +82,49 @@ def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None
     before = sealed(checkpoint).get("settings")
     if before is None:  # saved by an earlier version
         before = _read_run_file(checkpoint.parent / RUN_FILE)
-    _refuse_difference(checkpoint, before, {name: v for name, v in settings.items() if name not in MAY_CHANGE})
+    _refuse_difference(checkpoint, before, _fixed_settings(settings))
 
 
 def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
     """Raises UserError where transformers' arguments would make other steps, or steps of other rows."""
-    before = sealed(checkpoint)
-    record = run_record({}, args, rows="")
-    _refuse_difference(checkpoint, before.get("arguments", {}), record["arguments"])
-    if before.get("rows_per_step", record["rows_per_step"]) != record["rows_per_step"]:
+    before, num_rows = sealed(checkpoint), rows_per_step(args)
+    _refuse_difference(checkpoint, before.get("arguments", {}), _fixed_arguments(args))
+    if before.get("rows_per_step", num_rows) != num_rows:
         raise UserError(
-            f"an optimizer step would read {record['rows_per_step']} rows, and in {checkpoint} it read "
+            f"an optimizer step would read {num_rows} rows, and in {checkpoint} it read "
             f"{before['rows_per_step']}: rows would be skipped or read twice; choose --per_device_train_batch_size, "
             "--gradient_accumulation_steps and the number of processes so that their product stays"
         )
 
 
-def refuse_other_rows(checkpoint: Path, rows: str) -> None:
-    """Raises UserError where the data do not make the rows that the run has been trained on so far."""
-    before = sealed(checkpoint).get("rows", rows)
-    if before != rows:
+def refuse_other_rows(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Raises UserError where the data do not make the rows that the run has been trained on so far.
+
+    Args:
+        checkpoint: where the run goes on.
+        record: what `run_record` says of the run now.
+    """
+    if sealed(checkpoint).get("rows", record["rows"]) != record["rows"]:
         raise UserError(
             f"the data make other rows than those that {checkpoint} was trained on: they have changed, or are read in "
             f"another way; {_REMEDY}"
         )
 
 
+def _fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return _plain({name: value for name, value in settings.items() if name not in MAY_CHANGE})
+
+
+def _fixed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    return _plain({name: getattr(args, name) for name in FIXED_ARGUMENTS if hasattr(args, name)})
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As a checkpoint's JSON gives them back."""
+    return json.loads(json.dumps(without_secrets(values), default=str))
+
+
 def _refuse_difference(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(without_secrets(dict(now)), default=str))
     for name, value in now.items():
         if name in before and before[name] != value:
             raise UserError(f"--{name} {value}: {checkpoint} was trained with {before[name]}; {_REMEDY}")

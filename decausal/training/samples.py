@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
 from decausal.evaluation.passes import measuring
+from decausal.files import write_whole
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.sampling.generate import generate
@@ -92,9 +92,7 @@ class Samples:
         assert self.output_dir is not None
         path = self.output_dir / SAMPLES_FILE
         kept = [record for record in read_samples(path) if record["step"] < step]
-        staged = path.with_name(f".{path.name}")
-        staged.write_text("".join(json.dumps(record) + "\n" for record in kept + records), encoding="utf-8")
-        os.replace(staged, path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept + records))
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
-from decausal.secrets import is_secret
+from decausal.secrets import secrets_set_aside
 from decausal.training.log_means import LogMeans
 from decausal.training.losses import Supervision, install_training_forward, remove_training_forward, weighted_loss
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
@@ -354,22 +353,12 @@ class ConversionTrainer(Trainer):
         directory = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else tie(self.model, state_dict)
         if stock_model(self.model) is self.model:
-            with self._secrets_set_aside():  # training_args.bin is a file like any other
+            with secrets_set_aside(self.args):  # training_args.bin is a file like any other
                 super()._save(directory, state_dict=fold_mask_row(self.model, state_dict))
         elif self.args.should_save:
             # PEFT would add the embeddings wherever a mask token was added; the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
             save_mask_row(state_dict, Path(directory))
-
-    @contextmanager
-    def _secrets_set_aside(self) -> Iterator[None]:
-        names = [name for name, value in vars(self.args).items() if is_secret(name) and value is not None]
-        secrets = {name: getattr(self.args, name) for name in names}
-        try:
-            vars(self.args).update(dict.fromkeys(names))
-            yield
-        finally:
-            vars(self.args).update(secrets)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
