@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,10 @@ def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
         assert not line or line.split("  #")[0].strip() in lines, line
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert resolve(ConversionSettings, yaml.safe_load(recipe), [])
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
+    for name, page in script["PAGES"].items():
+        told = "out of date: run python docs/generate_reference.py"
+        assert (ROOT / "docs" / "reference" / name).read_text() == page(), f"docs/reference/{name} is {told}"

@@ -59,136 +59,196 @@ class ConversionSettings:
     """One conversion: a point on the grid of layout, shift, rows and supervision, and the data it is trained on."""
 
     model_name_or_path: str = _setting(
-        "tiny", "AR model, or a converted one to train on: a directory, a hub id, or 'tiny', the embedded one"
+        "tiny",
+        "the AR model to convert, or a converted model to train further: a directory, a hub id, or an embedded model "
+        "(tiny, tiny-tasks)",
     )
-    revision: str | None = _setting(None, "the hub model's revision")
+    revision: str | None = _setting(None, "branch, tag or commit of a hub model")
     attn_implementation: str | None = _setting(
-        None, "sdpa, eager or, on a GPU, flex_attention; unset: what the model needs"
+        None,
+        "sdpa, eager or, on a GPU, flex_attention, which skips what no token reads; unset: what the architecture needs",
     )
     data: str | tuple[str, ...] | None = _setting(
-        None, "a file, directory, glob or hub data set, or 'stdlib'; several with commas"
+        None, "what to train on: a file, directory, glob, hub data set, stdlib or tasks; several with commas"
     )
     eval_data: str | tuple[str, ...] | None = _setting(
-        None, "held-out data; its NELBO is logged every eval_steps and at the end"
+        None,
+        "held-out data of the same kinds; its NELBO per token, bits per byte and masked cross-entropy are logged every "
+        "eval_steps (a tenth of the run) and at the end",
     )
     eval_rows: int = _setting(64, "rows of eval_data to measure on")
     sample_prompts: str | None = _setting(
-        None, "a file of prompts, one a line; what the model makes of them is shown and kept at each evaluation"
+        None, "a file of prompts, one per line; at each evaluation the run shows and keeps how the model continues them"
     )
-    sample_tokens: int = _setting(64, "new tokens of each of these samples")
+    sample_tokens: int = _setting(64, "new tokens of each sample")
     text_field: str = _setting("text", "the field of a record that holds its text")
-    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt, with completion_field")
+    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt; used with completion_field")
     completion_field: str = _setting("completion", "the field of a record that holds the answer to its prompt")
-    dataset_split: str = _setting("train", "the split of a data set: on the hub, or a directory that has splits")
-    on_bad_record: Literal["error", "skip"] = _setting("error", "what a record that cannot be used does")
-    data_fraction: float = _setting(1.0, "share of the documents to train on, a stable choice for a seed")
-    max_length: int = _setting(512, "tokens in a packed row")
+    dataset_split: str = _setting("train", "the split of a hub data set, or of a directory that has splits")
+    on_bad_record: Literal["error", "skip"] = _setting(
+        "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
+    )
+    data_fraction: float = _setting(1.0, "share of the documents to train on; the same seed chooses the same documents")
+    max_length: int = _setting(512, "tokens in a packed row; at most the model's context")
 
     layout: Literal["causal", "bidirectional", "block"] | None = _setting(
         None,
-        "who attends to whom after conversion; block: both ways inside blocks, causal over them; unset: as a converted "
-        "model has it, else bidirectional",
+        "who attends to whom after the conversion; block: in both directions inside a block, causal over blocks; "
+        "unset: that of a converted model, else bidirectional",
     )
-    block_size: int | None = _setting(None, "tokens per block, for layout block; unset: as a converted model has it")
+    block_size: int | None = _setting(None, "tokens per block, for layout block; unset: that of a converted model")
     causal_context: bool | None = _setting(
         None,
-        "layout block: finished tokens read each other causally, as the AR model did; unset: as a converted model has "
-        "it, else false",
+        "layout block: finished tokens read each other causally, as in the AR model, instead of in both directions "
+        "inside their block; unset: that of a converted model, else false",
     )
     shift: Literal[0, 1] | None = _setting(
         None,
-        "1: the state before a token predicts it, as in the AR model; 0: its own does; unset: as a converted model has "
-        "it, else 1",
+        "1: the state before a token predicts it, as in the AR model; 0: the state at its own place does; unset: that "
+        "of a converted model, else 1",
     )
-    mask_token: str | None = _setting(None, "mask token; unset: the tokenizer's, else a spare or added row")
-    anneal_steps: int = _setting(0, "steps over which attention opens from causal to the layout; 0 starts open")
+    mask_token: str | None = _setting(
+        None, "text of the mask token; unset: the tokenizer's own, else <|mask|> on a spare or an added row"
+    )
+    anneal_steps: int = _setting(
+        0, "steps over which attention opens from causal to the layout; 0: open from the start"
+    )
 
-    views: int = _setting(1, "noised views of one clean row; one teacher pass serves them all")
-    complementary_masks: bool = _setting(False, "with 2 views, the second masks what the first leaves visible")
-    stratified_noise: bool = _setting(True, "spread noise levels evenly over neighbouring rows")
-    noise_per: Literal["document", "block"] = _setting("document", "what has a noise level of its own")
-    weighting: Literal["none", "inverse_t"] = _setting("none", "weight of a masked token: 1, or 1/t (the NELBO)")
+    views: int = _setting(1, "noised views of a clean row in one step; they share one teacher pass")
+    complementary_masks: bool = _setting(False, "with 2 views, the second masks exactly what the first leaves")
+    stratified_noise: bool = _setting(
+        True, "spread noise levels evenly over neighbouring rows; false: draw them independently"
+    )
+    noise_per: Literal["document", "block"] = _setting(
+        "document", "what has its own noise level; block is for layout block"
+    )
+    weighting: Literal["none", "inverse_t"] = _setting(
+        "none", "none: mean over masked tokens; inverse_t: weight 1/t, mean over predictable tokens (the NELBO)"
+    )
     token_weight: float = _setting(1.0, "weight of the token loss")
-    token_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
-    token_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
-    token_stop_step: int | float | None = _setting(None, "step from which it is off")
-    papl: float = _setting(0.0, "weight of a second token term, mean of stop_gradient(p) * CE; 0 is off")
-
-    align_weight: float = _setting(0.0, "weight of the hidden-state alignment to the frozen AR model; 0 is off")
-    align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
-    align_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
-    align_stop_step: int | float | None = _setting(None, "step from which it is off and the teacher out of memory")
-    align_layers: str | tuple[int, ...] = _setting(
-        "all", "all, lower, middle or upper (thirds), or state indices with commas: 0 embeddings ... L after final norm"
+    token_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how the weight falls over the run")
+    token_start_step: int | float = _setting(0, "first step with this loss: a number, or a share of the run below 1")
+    token_stop_step: int | float | None = _setting(
+        None, "first step without this loss: a number, or a share of the run below 1"
     )
-    align_positions: Literal["targets", "visible", "all"] = _setting("targets", "which states are aligned")
-    align_distance: Literal["cosine", "l2"] = _setting("cosine", "1 - cosine, or mean squared difference")
+    papl: float = _setting(
+        0.0, "weight of a second token term, mean of stop_gradient(p) * CE, 1 in REPR-ALIGN's code; 0: off"
+    )
+
+    align_weight: float = _setting(0.0, "weight of the distance to the frozen AR model's hidden states; 0: off")
+    align_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how the weight falls over the run")
+    align_start_step: int | float = _setting(0, "first step with this loss: a number, or a share of the run below 1")
+    align_stop_step: int | float | None = _setting(
+        None, "first step without this loss; the teacher, no longer needed, then leaves memory"
+    )
+    align_layers: str | tuple[int, ...] = _setting(
+        "all",
+        "all, a third (lower, middle, upper), or state indices with commas (0 embeddings ... L after the final norm)",
+    )
+    align_positions: Literal["targets", "visible", "all"] = _setting(
+        "targets", "targets: the states that predict masked tokens; visible: those of unmasked tokens; all"
+    )
+    align_distance: Literal["cosine", "l2"] = _setting(
+        "cosine", "cosine: 1 - cosine; l2: squared difference, averaged over the width"
+    )
 
     teacher_model_name_or_path: str | None = _setting(
-        None, "AR model to compare with, of the same tokenizer; unset: the one that is, or was, converted"
+        None, "another AR model to learn from, with the same tokenizer; unset: the one that is, or was, converted"
     )
-    kl_weight: float = _setting(0.0, "weight of the divergence from the AR model's next-token distribution; 0 is off")
-    kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
-    kl_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
-    kl_stop_step: int | float | None = _setting(None, "step from which it is off")
+    kl_weight: float = _setting(
+        0.0, "weight of the divergence from the AR model's next-token distribution at masked tokens; 0: off"
+    )
+    kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how the weight falls over the run")
+    kl_start_step: int | float = _setting(0, "first step with this loss: a number, or a share of the run below 1")
+    kl_stop_step: int | float | None = _setting(
+        None, "first step without this loss: a number, or a share of the run below 1"
+    )
     kl_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = _setting(
         "forward_kl", "KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence"
     )
     jsd_beta: float = _setting(0.5, "the teacher's share of the mixture in jsd")
-    kl_top_k: int | None = _setting(None, "the teacher's most probable tokens to compare on; unset: all")
-    kl_tail_bucket: bool = _setting(False, "with kl_top_k, count all other tokens as one")
-    kl_mean: Literal["sequence", "token"] = _setting("sequence", "mean per sequence and then over them, or over tokens")
-    causal_kl_weight: float = _setting(
-        0.0, "weight of the same divergence at finished tokens, which keeps the model autoregressive too; 0 is off"
+    kl_top_k: int | None = _setting(
+        None, "compare on this many of the teacher's most probable tokens, not renormalised; unset: on all of them"
     )
-    causal_kl_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls")
-    causal_kl_start_step: int | float = _setting(0, "step from which it counts")
-    causal_kl_stop_step: int | float | None = _setting(None, "step from which it is off")
+    kl_tail_bucket: bool = _setting(
+        False, "with kl_top_k, all other tokens count as one; reverse_kl and jsd need it there"
+    )
+    kl_mean: Literal["sequence", "token"] = _setting(
+        "sequence", "sequence: mean of the sequences' means; token: mean over all targets"
+    )
+    causal_kl_weight: float = _setting(
+        0.0,
+        "layout block: weight of the same divergence at finished tokens, which keeps the model autoregressive, as "
+        "self-speculation needs; 0: off",
+    )
+    causal_kl_schedule: Literal["constant", "linear", "cosine"] = _setting(
+        "constant", "how the weight falls over the run"
+    )
+    causal_kl_start_step: int | float = _setting(
+        0, "first step with this loss: a number, or a share of the run below 1"
+    )
+    causal_kl_stop_step: int | float | None = _setting(
+        None, "first step without this loss: a number, or a share of the run below 1"
+    )
 
     tv_weight: float = _setting(
         0.0,
-        "weight of the total variation distance (half the L1) to the AR model's next-token distribution, which is the "
-        "share of drafts that it would reject; 0 is off",
+        "weight of the total variation distance to the AR model's next-token distribution at masked tokens, which is "
+        "the share of drafts that it would reject; 0: off",
     )
-    tv_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how that weight falls over the run")
-    tv_start_step: int | float = _setting(0, "step from which it counts: a number, or a share of the run below 1")
-    tv_stop_step: int | float | None = _setting(None, "step from which it is off")
+    tv_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how the weight falls over the run")
+    tv_start_step: int | float = _setting(0, "first step with this loss: a number, or a share of the run below 1")
+    tv_stop_step: int | float | None = _setting(
+        None, "first step without this loss: a number, or a share of the run below 1"
+    )
 
     rows: Literal["corpus", "rollout"] = _setting(
-        "corpus", "what is trained on: the data, noised, or what the model itself writes after the data's prompts"
+        "corpus", "corpus: the data, noised; rollout: what the student writes after the data's prompts (layout block)"
     )
-    warm_start_steps: int | float = _setting(0, "steps on rows of the corpus before rollouts begin; below 1: a share")
-    prompt_fraction: float = _setting(0.5, "share of each plain text that is given as a prompt")
+    warm_start_steps: int | float = _setting(
+        0, "steps on corpus rows before rollouts begin; below 1: a share of the run"
+    )
+    prompt_fraction: float = _setting(0.5, "share of each plain text that serves as its prompt")
     rollout_prompts: int | None = _setting(
-        None, "prompts that are rolled out at a time; unset: the rows of one optimizer step, so all is fresh"
+        None,
+        "prompts rolled out at a time, over all processes: a multiple of the rows of an optimizer step; unset: those "
+        "of one step",
     )
-    rollout_updates: int = _setting(1, "times that each rollout is trained on, in other states each time")
-    states_per_rollout: int = _setting(1, "states of a rollout in one training row")
+    rollout_updates: int = _setting(1, "times each rollout is trained on, in other states each time")
+    states_per_rollout: int = _setting(1, "states of a rollout in one training row; they share its clean tokens")
     state_choice: Literal["block", "sequence"] = _setting(
-        "block", "what a step of denoising is drawn for: each block, or all blocks of a sequence together"
+        "block", "block: a denoising step is drawn for each block; sequence: one for all blocks together"
     )
-    rollout_tokens: int = _setting(128, "new tokens of a rollout; its last block is always whole")
-    rollout_tokens_start: int | None = _setting(None, "the same in the first rollout batch; unset: no growth")
-    rollout_curriculum: int = _setting(0, "rollout batches over which the number of new tokens grows")
+    rollout_tokens: int = _setting(
+        128, "new tokens of a rollout, up to the end of a block and at most what max_length leaves"
+    )
+    rollout_tokens_start: int | None = _setting(
+        None, "new tokens in the first rollout batch; unset: rollout_tokens from the start"
+    )
+    rollout_curriculum: int = _setting(0, "rollout batches over which new tokens grow to rollout_tokens")
     rollout_temperature: float = _setting(1.0, "temperature of rollouts")
-    rollout_threshold: float = _setting(0.9, "confidence from which several tokens are kept in one step")
-    rollout_top_k: int | None = _setting(None, "rollouts sample among this many tokens")
-    rollout_top_p: float | None = _setting(None, "rollouts sample among the fewest tokens of this probability")
-    rollout_batch_size: int = _setting(32, "rows decoded together; changes no rollout")
+    rollout_threshold: float = _setting(0.9, "a step keeps every token at least this probable")
+    rollout_top_k: int | None = _setting(None, "rollouts sample among this many tokens; unset: all")
+    rollout_top_p: float | None = _setting(
+        None, "rollouts sample among the fewest tokens with this probability; unset: all"
+    )
+    rollout_batch_size: int = _setting(32, "rows decoded together; changes memory and speed, not the rollouts")
 
-    freeze_embeddings: bool = _setting(False, "freeze embeddings and head; the mask token's row is trained still")
-    lora_r: int = _setting(0, "rank of LoRA adapters, merged at the end; 0 trains all weights (needs peft)")
-    lora_alpha: int = _setting(32, "LoRA scale")
-    lora_dropout: float = _setting(0.0, "LoRA dropout")
-    lora_target_modules: str | tuple[str, ...] = _setting("all-linear", "modules that get adapters, with commas")
+    freeze_embeddings: bool = _setting(False, "freeze embeddings and head, except the mask token's row")
+    lora_r: int = _setting(0, "rank of LoRA adapters, merged at the end (needs the extra lora); 0: train all weights")
+    lora_alpha: int = _setting(32, "scale of LoRA, as in PEFT")
+    lora_dropout: float = _setting(0.0, "dropout of LoRA, as in PEFT")
+    lora_target_modules: str | tuple[str, ...] = _setting(
+        "all-linear", "modules that get adapters, with commas; all-linear: all but the head"
+    )
     sampler: dict | None = _setting(  # noqa: RUF009
-        None, "the model's own sampler settings, stored with it: {window: 32, threshold: 0.8}"
+        None, "default sampler settings to store with the model, for example {window: 32, threshold: 0.8}"
     )
     save_dtype: Literal["source", "float32", "bfloat16"] = _setting(
-        "source", "type of the final weights; checkpoints for resuming keep the master weights"
+        "source", "type of the final weights; checkpoints for resuming keep the fp32 master weights"
     )
-    compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
-    overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
+    compile_layers: bool = _setting(False, "compile the decoder layers: the first step is slow, later ones are faster")
+    overwrite: bool = _setting(False, "start again in an output_dir that an earlier run made")
 
     def __post_init__(self) -> None:
         _at_least(self, max_length=2, eval_rows=1, views=1, anneal_steps=0, papl=0, lora_r=0, lora_alpha=1)
@@ -309,10 +369,12 @@ class PretrainSettings:
     data: str | tuple[str, ...] = _setting("stdlib", "as for convert")
     eval_data: str | tuple[str, ...] | None = _setting("stdlib-heldout", "text for the closing measurement")
     text_field: str = _setting("text", "the field of a record that holds its text")
-    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt, with completion_field")
+    prompt_field: str = _setting("prompt", "the field of a record that holds its prompt; used with completion_field")
     completion_field: str = _setting("completion", "the field of a record that holds the answer to its prompt")
-    dataset_split: str = _setting("train", "the split of a data set: on the hub, or a directory that has splits")
-    on_bad_record: Literal["error", "skip"] = _setting("error", "what a record that cannot be used does")
+    dataset_split: str = _setting("train", "the split of a hub data set, or of a directory that has splits")
+    on_bad_record: Literal["error", "skip"] = _setting(
+        "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
+    )
     max_length: int = _setting(1024, "tokens in a packed row")
     max_position_embeddings: int | None = _setting(None, "the model's context, if not max_length")
     tokenizer: Literal["bpe", "characters"] = _setting(
@@ -326,8 +388,8 @@ class PretrainSettings:
     num_key_value_heads: int = _setting(1, "key and value heads")
     attn_implementation: Literal["sdpa", "eager"] = _setting("sdpa", "eager is the faster in short rows on a CPU")
     muon_learning_rate: float = _setting(5e-3, "peak rate of the weight matrices; learning_rate is for all the rest")
-    compile_layers: bool = _setting(False, "compile the decoder layers: slow first step, faster later ones")
-    overwrite: bool = _setting(False, "start anew in an output_dir that an earlier run made")
+    compile_layers: bool = _setting(False, "compile the decoder layers: the first step is slow, later ones are faster")
+    overwrite: bool = _setting(False, "start again in an output_dir that an earlier run made")
 
     @property
     def reading(self) -> Reading:

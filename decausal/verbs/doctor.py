@@ -10,7 +10,7 @@ from decausal.verbs.flags import VerbParser
 def run(arguments: list[str]) -> int:
     parser = VerbParser("doctor", "Check whether an AR model can be converted, or a converted one used.")
     parser.add_argument("model", help="a directory, a hub id, or 'tiny'")
-    parser.add_argument("--revision")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
     from decausal.models.doctor import probes_as_dict, usable

@@ -16,7 +16,7 @@ from decausal.verbs.flags import given
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="rows written together (16)")
     parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
     parser.add_argument("--record", metavar="FILE", help="write an animation of it: .svg or .gif (one prompt)")
     parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
@@ -29,10 +29,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entropy_bound", type=float, help="keep what is nearly independent, in nats")
     parser.add_argument("--confidence", choices=CONFIDENCES, help="what 'sure' means")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--top_k", type=int, help="draw among this many of the most probable tokens")
+    parser.add_argument("--top_p", type=float, help="draw among the fewest tokens with this probability")
     parser.add_argument("--min_p", type=float, help="least probability, as a share of the likeliest token's")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="the same seed writes the same text; text i draws from seed + i (0)")
     parser.add_argument("--stop", action="append", help="a text that ends a row; may be repeated")
     parser.add_argument(
         "--stop_token_ids", type=int, action="append", metavar="ID", help="a token that ends a row; may be repeated"
