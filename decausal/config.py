@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from enum import Enum
-from functools import cache
 from importlib import resources
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,6 +13,7 @@ import yaml
 
 from decausal.errors import UserError, nearest
 from decausal.secrets import without_secrets
+from decausal.trainer_fields import trainer_fields
 
 Settings = TypeVar("Settings")
 
@@ -143,13 +143,9 @@ def parse_flags(flags: Sequence[str]) -> dict[str, str | bool]:
     return values
 
 
-@cache
 def training_hints() -> dict[str, Any]:
     """Returns the fields of `transformers.TrainingArguments` and their types."""
-    from transformers import TrainingArguments
-
-    hints = get_type_hints(TrainingArguments)
-    return {field.name: hints[field.name] for field in fields(TrainingArguments) if field.init}
+    return {name: field.hint for name, field in trainer_fields().items()}
 
 
 def coerce(value: Any, hint: Any, label: str) -> Any:
@@ -160,7 +156,7 @@ def coerce(value: Any, hint: Any, label: str) -> Any:
     """
     options = _options(hint)
     if value is True and bool not in options:
-        raise UserError(f"{label} needs a value: give {_accepted(options)}")
+        raise UserError(f"{label} needs a value: give {accepted(hint)}")
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
         return None
     for option in options:
@@ -168,7 +164,7 @@ def coerce(value: Any, hint: Any, label: str) -> Any:
             return _as(value, option)
         except (ValueError, TypeError, KeyError, StopIteration, yaml.YAMLError):
             continue
-    raise UserError(f"{label}: '{value}' is not accepted; give {_accepted(options)}")
+    raise UserError(f"{label}: '{value}' is not accepted; give {accepted(hint)}")
 
 
 def _options(hint: Any) -> list[Any]:
@@ -229,8 +225,9 @@ def _as_tuple(value: Any, item: Any) -> tuple:
     return tuple(_as(part, item) for part in value)
 
 
-def _accepted(options: list[Any]) -> str:
-    return ", ".join(_described(option) for option in options if option is not type(None))
+def accepted(hint: Any) -> str:
+    """Returns in words what a value of this type can be."""
+    return ", ".join(_described(option) for option in _options(hint) if option is not type(None)) or "none"
 
 
 def _described(option: Any) -> str:

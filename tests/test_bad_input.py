@@ -249,7 +249,7 @@ def test_no_step(refused):
         (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0: must be at least 1"),
         (("--gradient_accumulation_steps", "-1"), "--gradient_accumulation_steps -1: must be at least 1"),
         (("--learning_rate", "-1"), "--learning_rate -1.0: must be at least 0"),
-        (("--lr_scheduler_type", "cosinus"), "cosinus is not a valid SchedulerType"),
+        (("--lr_scheduler_type", "cosinus"), "--lr_scheduler_type: 'cosinus' is not accepted; give one of"),
         (("--lr_scheduler_type", "warmup_stable_decay"), "num_decay_steps"),
         (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'), "nonsense"),
         (("--optim", "adam-nonsense"), "adam-nonsense"),

@@ -61,6 +61,9 @@ def test_help_names_every_verb_and_every_setting_with_its_default(capsys):
         assert f"--{name} (default {field.default})" in page
         assert field.metadata["help"] in page
     assert "--recipe" in page
+    assert "--logging_steps (default 10)\n      a number" in page
+    main(["pretrain", "--help"])
+    assert "--learning_rate (default 0.005)\n      a number" in capsys.readouterr().out
 
 
 def test_the_printed_configuration_is_a_recipe_that_means_the_same(tmp_path, capsys):

@@ -22,6 +22,7 @@ from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks
 from decausal.models.compiled import compile_layers
+from decausal.training.argument_values import PRETRAIN_DEFAULTS
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
@@ -43,21 +44,6 @@ from decausal.training.run_directory import (
 from decausal.training.settings import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 8,
-    "learning_rate": 5e-3,
-    "weight_decay": 0.1,
-    "warmup_steps": 100,
-    "lr_scheduler_type": "warmup_stable_decay",
-    "lr_scheduler_kwargs": {"num_decay_steps": 400, "min_lr_ratio": 0.02},
-    "bf16": True,
-    "max_steps": 1500,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "logging_steps": 20,
-}
-
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -73,7 +59,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
 
     Args:
         settings: shape and data.
-        training: fields of `transformers.TrainingArguments` that differ from `DEFAULTS`; needs `output_dir`.
+        training: fields of `transformers.TrainingArguments` that differ from `PRETRAIN_DEFAULTS`; needs `output_dir`.
 
     Returns:
         The output directory, which loads in plain `AutoModelForCausalLM` and holds a model card, and what was measured.
@@ -81,7 +67,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     Raises:
         UserError: the shape is impossible, the data unreadable or the output directory not free.
     """
-    args = training_arguments(DEFAULTS | training)
+    args = training_arguments(PRETRAIN_DEFAULTS | training)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:

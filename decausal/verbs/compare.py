@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     from decausal.compare.settings import CompareSettings
 
     if wants_help(arguments):
-        print_settings("compare [MODEL]", CompareSettings, _HELP, takes_training=False)
+        print_settings("compare [MODEL]", CompareSettings, _HELP)
         return 0
     from decausal.config import ALIASES, parse_flags, resolve_own
 

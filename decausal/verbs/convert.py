@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import is_first_process, leading_positional, print_settings, recipe_help, wants_help
+from decausal.verbs.flags import (
+    is_first_process,
+    leading_positional,
+    print_settings,
+    print_training_arguments,
+    recipe_help,
+    wants_help,
+)
 
 
 def run(arguments: list[str]) -> int:
     from decausal.config import as_yaml, read_recipe, resolve, take_flag
+    from decausal.training.argument_values import DEFAULTS, check_values
     from decausal.training.settings import ConversionSettings
 
     if wants_help(arguments):
         print_settings("convert [MODEL]", ConversionSettings, recipe_help())
+        print_training_arguments(DEFAULTS)
         return 0
     positional, flags = leading_positional(arguments)
     flags, recipe_name = take_flag(flags, "recipe", "repr-align")
@@ -22,6 +31,7 @@ def run(arguments: list[str]) -> int:
     if print_config == "true":
         print(as_yaml(settings, training), end="")
         return 0
+    check_values(training)
     from decausal.training.convert import convert
 
     conversion = convert(settings, training)

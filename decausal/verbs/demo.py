@@ -9,7 +9,7 @@ def run(arguments: list[str]) -> int:
     from decausal.demo.settings import DemoSettings
 
     if wants_help(arguments):
-        print_settings("demo", DemoSettings, takes_training=False)
+        print_settings("demo", DemoSettings)
         return 0
     from decausal.config import resolve_own
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from decausal.errors import UserError
+
+TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer"
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -61,17 +65,28 @@ def recipe_help() -> str:
     )
 
 
-def print_settings(usage: str, settings_type: type, extra: str = "", takes_training: bool = True) -> None:
+def print_settings(usage: str, settings_type: type, extra: str = "") -> None:
     print(f"usage: decausal {usage} [--key value ...]\n")
     print(extra, end="")
     for field in fields(settings_type):
         print(f"  --{field.name} (default {field.default})\n      {field.metadata['help']}")
-    if takes_training:
-        print(
-            "\nand every field of transformers.TrainingArguments: --output_dir, --learning_rate, --max_steps,\n"
-            "--per_device_train_batch_size, --gradient_accumulation_steps, --bf16, --report_to, --save_steps,\n"
-            "--resume_from_checkpoint, --gradient_checkpointing, --fsdp, --deepspeed, ..."
-        )
+
+
+def print_training_arguments(defaults: Mapping[str, Any]) -> None:
+    """Prints the training arguments that have an effect here.
+
+    Args:
+        defaults: what a run of ours has instead of transformers' own.
+    """
+    from decausal.config import accepted
+    from decausal.trainer_fields import trainer_fields
+    from decausal.training.argument_values import ALWAYS
+
+    print(f"\nand transformers' training arguments, which {TRAINING_ARGUMENTS_PAGE} describes:")
+    for name, field in trainer_fields().items():
+        if name not in ALWAYS:
+            print(f"  --{name} (default {defaults.get(name, field.default)!r})")
+            print(textwrap.fill(accepted(field.hint), 118, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def is_first_process() -> bool:

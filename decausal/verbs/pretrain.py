@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import is_first_process, print_settings, wants_help
+from decausal.verbs.flags import is_first_process, print_settings, print_training_arguments, wants_help
 
 
 def run(arguments: list[str]) -> int:
     from decausal.config import as_yaml, resolve, take_flag
+    from decausal.training.argument_values import DEFAULTS, PRETRAIN_DEFAULTS, check_values
     from decausal.training.settings import PretrainSettings
 
     if wants_help(arguments):
         print_settings("pretrain", PretrainSettings)
+        print_training_arguments(DEFAULTS | PRETRAIN_DEFAULTS)
         return 0
     flags, print_config = take_flag(arguments, "print_config", "false")
     settings, training = resolve(PretrainSettings, {}, flags)
     if print_config == "true":
         print(as_yaml(settings, training), end="")
         return 0
+    check_values(PRETRAIN_DEFAULTS | training)
     from decausal.training.pretrain import pretrain
 
     trained = pretrain(settings, training)

@@ -1,0 +1,68 @@
+"""Values of transformers' training arguments: our defaults, and what can be refused before transformers is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from decausal.errors import UserError
+
+# What every run of ours differs in from transformers' defaults, and why.
+ALWAYS = {
+    "remove_unused_columns": False,  # batches hold names that no model's forward has
+    "logging_nan_inf_filter": False,  # a bad loss stops the run; it is not filtered out of the log
+    "average_tokens_across_devices": True,  # losses are means over the global batch
+}
+DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
+PRETRAIN_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 5e-3,
+    "weight_decay": 0.1,
+    "warmup_steps": 100,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"num_decay_steps": 400, "min_lr_ratio": 0.02},
+    "bf16": True,
+    "max_steps": 1500,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "logging_steps": 20,
+}
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuses what needs no transformers to be seen.
+
+    Raises:
+        UserError: `output_dir` is missing, or a value is out of its range or not for our training steps.
+    """
+    if not values.get("output_dir"):
+        raise UserError("--output_dir is missing: name the directory that the run is to write to")
+    for name, bound in _LEAST.items():
+        if name in values and not values[name] >= bound:  # nan is not at least anything
+            raise UserError(f"--{name} {values[name]}: must be at least {bound}")
+    max_steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1)
+    if max_steps < 1 and max_steps != -1:
+        raise UserError(f"--max_steps {max_steps}: give at least 1, or leave it out and give --num_train_epochs")
+    if max_steps == -1 and not 0 < epochs < math.inf:
+        raise UserError(f"--num_train_epochs {epochs}: must be above 0")
+    _refuse_whole_model_compilation(values)
+
+
+def _refuse_whole_model_compilation(values: Mapping[str, Any]) -> None:
+    """Each shape of a whole step would be a program of its own, and after a few of them nothing is compiled."""
+    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if values.get(name):
+            raise UserError(
+                f"--{name} {str(values[name]).lower()}: not for these training steps, which would be compiled anew "
+                "for every shape; give --compile_layers true, which compiles the decoder layers"
+            )
