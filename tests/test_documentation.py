@@ -1,24 +1,45 @@
-"""The examples of the documentation run."""
+"""The documentation says what the code does: its examples run, and what it names is there."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from decausal.config import resolve
+from decausal.config import read_recipe, resolve, take_flag
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.training.settings import ConversionSettings
+from decausal.verbs.flags import leading_positional
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import ROOT
 from tests.sampling.stand_ins import conversion_facts
 
-PAGES = ("docs/api.md",)
+DOCS = ROOT / "docs"
+READ = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.name != "log.md")]
+
+
+def blocks(page: Path, language: str) -> list[re.Match[str]]:
+    return list(re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of every command, without comments."""
+    lines = text.replace("\\\n", " ")
+    return [words for line in re.split(r"\n(?=\S)", lines) if (words := shlex.split(line, comments=True))]
+
+
+def run_python(page: Path) -> None:
+    names: dict[str, Any] = {}
+    text = page.read_text()
+    for block in blocks(page, "python"):
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], page, "exec"), names)  # errors name the line of the page
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +52,59 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_python_of_a_page_runs_from_its_top_to_its_end(
-    page: str, converted: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_python_of_the_page_on_python_runs_from_its_top_to_its_end(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / page).read_text()
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) >= 2
     monkeypatch.chdir(converted)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], page, "exec"), names)  # errors name the line of the page
+    assert len(blocks(DOCS / "api.md", "python")) >= 2
+    run_python(DOCS / "api.md")
 
 
 def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
-    text = (ROOT / "docs" / "extend.md").read_text()
     source = "".join(path.read_text() for path in (ROOT / "decausal").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    for line in "".join(blocks).splitlines():
+    shown = blocks(DOCS / "extend.md", "python")
+    assert len(shown) == 2
+    for line in "".join(block[1] for block in shown).splitlines():
         assert not line or line.split("  #")[0].strip() in lines, line
-    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert resolve(ConversionSettings, yaml.safe_load(recipe), [])
+    (recipe,) = blocks(DOCS / "extend.md", "yaml")
+    assert resolve(ConversionSettings, yaml.safe_load(recipe[1]), [])
 
 
 def test_the_reference_is_what_the_code_says() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
+    script = runpy.run_path(str(DOCS / "generate_reference.py"))
     for name, page in script["PAGES"].items():
         told = "out of date: run python docs/generate_reference.py"
-        assert (ROOT / "docs" / "reference" / name).read_text() == page(), f"docs/reference/{name} is {told}"
+        assert (DOCS / "reference" / name).read_text() == page(), f"docs/reference/{name} is {told}"
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.name)
+def test_every_conversion_that_a_page_shows_has_settings_that_exist(page: Path) -> None:
+    shown = [
+        words for block in blocks(page, "bash") for words in commands(block[1]) if words[:2] == ["decausal", "convert"]
+    ]
+    for words in shown:
+        _, flags = leading_positional(words[2:])
+        flags, recipe = take_flag(flags, "recipe", "repr-align")
+        assert resolve(ConversionSettings, read_recipe(recipe), flags), words
+
+
+def test_the_page_of_papers_has_every_paper_that_the_code_cites() -> None:
+    sources = [*(ROOT / "decausal").rglob("*.py"), *(ROOT / "decausal").rglob("*.yaml")]
+    cited = {number for path in sources for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text())}
+    listed = set(re.findall(r"arxiv\.org/abs/(\d{4}\.\d{5})", (DOCS / "papers.md").read_text()))
+    assert len(cited) > 10
+    assert cited <= listed
+
+
+def test_the_page_of_identities_and_the_tests_cite_each_other() -> None:
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (DOCS / "identities.md").read_text(), re.MULTILINE)
+    page = {(int(number), name) for number, names in rows for name in re.findall(r"`(\w+\.py)`", names)}
+    cited = set()
+    for path in (ROOT / "tests" / "exact").glob("test_*.py"):
+        head = path.read_text().split('"""')[1].split(":")[0]
+        numbers = re.findall(r"\d+", head) if head.startswith("Identit") else []
+        assert numbers, f"{path.name} cites no identity at its top"
+        cited |= {(int(number), path.name) for number in numbers}
+    assert page == cited
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))

@@ -1,4 +1,4 @@
-"""The NELBO, four ways: enumeration, any-order likelihood, blocks of one, Monte-Carlo."""
+"""Identity 4: the NELBO, four ways: enumeration, any-order likelihood, blocks of one, Monte-Carlo."""
 
 from __future__ import annotations
 

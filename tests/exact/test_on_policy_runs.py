@@ -1,4 +1,4 @@
-"""Runs on rollouts: resumed equals uninterrupted, micro-batches change nothing, rollouts are fresh."""
+"""Identity 9 for runs on rollouts: resumed equals uninterrupted, micro-batches change nothing, rollouts are fresh."""
 
 from __future__ import annotations
 
