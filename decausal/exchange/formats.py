@@ -8,7 +8,7 @@ files (November 2026): JetAstra/SDAR, DreamLM/Dream, ML-GSAI/LLaDA, NVlabs/Fast-
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -42,6 +42,7 @@ class PublicForm:
         block_key: key of the block size, for the layout "block".
         mask_token_id: where config.json does not say; None: it must.
         renamed: a tensor's stock name.
+        sampler: settings of the form's own sampler that are not ours by default.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PublicForm:
     block_key: str | None = None
     mask_token_id: int | None = None
     renamed: Callable[[str], str] = str
+    sampler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def form_of(config: Mapping[str, Any], where: object) -> PublicForm:
@@ -155,9 +157,11 @@ FORMS = (
         model_type="Fast_dLLM_Qwen",
         layout="block",
         shift=1,
-        stock=_qwen(Qwen2Config, _QWEN, ("bd_size",)),
+        # The two switches, of which the published files hold the second as it is spelt here, speak of training alone.
+        stock=_qwen(Qwen2Config, _QWEN, ("bd_size", "complementary_mask", "conplemenrary_mask")),
         block_key="bd_size",
         mask_token_id=151665,  # a default of its code
+        sampler={"first_token_from_clean": True},
     ),
     PublicForm(
         name="LLaDA",

@@ -135,6 +135,7 @@ def _facts(
         shift=form.shift,
         mask_token_id=mask_token_id,
         recipe={"imported_as": form.name},
+        sampler=dict(form.sampler),
     )
 
 

@@ -22,9 +22,9 @@ def settings_for(facts: ConversionFacts, **options: Any) -> SamplerSettings:
     """
     try:
         stored = SamplerSettings().updated(**facts.sampler)
-        stored.refuse_layout(facts.layout)
+        stored.refuse_layout(facts.layout, facts.shift)
     except UserError as error:
         raise UserError(f"{FACTS_FILE}, 'sampler': {error}") from error
     settings = stored.updated(**options)
-    settings.refuse_layout(facts.layout)
+    settings.refuse_layout(facts.layout, facts.shift)
     return settings

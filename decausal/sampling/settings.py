@@ -20,6 +20,8 @@ NUM_SEEDS = 2**62
 CACHES = ("none", "prefix", "dual")
 BIDIRECTIONAL_ONLY = ("order", "window", "cache", "guidance", "remask")
 """What only models that read in both directions, and are denoised as whole rows, can honour."""
+BLOCKS_ONLY = ("first_token_from_clean",)
+"""What only models that are written block by block, the state before a token predicting it, can honour."""
 
 ALIASES = {
     "confidence_threshold": "threshold",
@@ -76,6 +78,10 @@ class SamplerSettings:
         remask_rate: Of "remdm" and "remdm_loop"; there 0.02 where it is not given.
         stop: Texts that end a row; the text stops before them. One string, or several. They may hold special tokens.
         stop_token_ids: Tokens that end a row, beside those that end the model's texts; the text stops before them.
+        first_token_from_clean: A block's first token is kept in a step of its own, from the state of the finished token
+            before it; the others are decided when it is known. Of models with layout "block" and shift 1. That step is
+            the first of `num_steps`; where there is only one, a second follows. Source: Fast-dLLM v2
+            (arXiv 2509.26328), its code.
         speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
             pass verifies those drafted before. Temperature, top_k, top_p and min_p hold; schedules play no part. See
             `decausal.sampling.blocks.speculative`.
@@ -103,6 +109,7 @@ class SamplerSettings:
     remask_rate: float | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    first_token_from_clean: bool = False
     speculative: bool = False
 
     def __post_init__(self) -> None:
@@ -149,9 +156,10 @@ class SamplerSettings:
             raise UserError(
                 f"cache={self.cache!r} needs window: it holds keys and values of what is outside of it; give window"
             )
-        if self.speculative and self._of_whole_rows():
+        without_say = self._given(*BIDIRECTIONAL_ONLY, *BLOCKS_ONLY)
+        if self.speculative and without_say:
             raise UserError(
-                f"{self._of_whole_rows()[0]} has no say in speculative decoding, which writes from left to right; "
+                f"{without_say[0]} has no say in speculative decoding, which writes from left to right; "
                 "leave one of them out"
             )
         if self.cache_refresh is not None and self.cache == "none":
@@ -184,27 +192,32 @@ class SamplerSettings:
         """The one of `SCHEDULES` that is followed."""
         return next(name for name in SCHEDULES if getattr(self, name) is not None)
 
-    def refuse_layout(self, layout: str) -> None:
-        """Refuses what a model of this layout cannot honour.
+    def refuse_layout(self, layout: str, shift: int | None = 1) -> None:
+        """Refuses what a model of this layout and shift cannot honour.
 
         Raises:
             UserError: Names the setting, why, and which models can.
         """
+        if self.first_token_from_clean and (layout != "block" or shift == 0):
+            raise UserError(
+                f"first_token_from_clean is not possible under layout '{layout}' with shift {shift}: only in a model "
+                "with layout 'block' and shift 1 does a finished token predict a block's first one; leave it out"
+            )
         if layout == "bidirectional":
             return
         if layout == "causal" and self.speculative:
             raise UserError(
                 "speculative decoding drafts with masks, and a model of layout 'causal' has learnt none; leave it out"
             )
-        for name in self._of_whole_rows():
+        for name in self._given(*BIDIRECTIONAL_ONLY):
             raise UserError(
                 f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "
                 "a model with layout 'bidirectional'"
             )
 
-    def _of_whole_rows(self) -> list[str]:
-        """The settings given that only make sense where whole rows are denoised."""
-        return [name for name in BIDIRECTIONAL_ONLY if getattr(self, name) != _default(name)]
+    def _given(self, *names: str) -> list[str]:
+        """Those of the settings that are not as they are by default."""
+        return [name for name in names if getattr(self, name) != _default(name)]
 
     def updated(self, **options: Any) -> SamplerSettings:
         """Returns these settings with `options` over them.
@@ -220,7 +233,9 @@ class SamplerSettings:
             changes = dict.fromkeys(SCHEDULES) | changes
         changes |= {name: settle(changes[name]) for name, settle in _SETTLED.items() if name in changes}
         if changes.get("speculative") is True:
-            changes = {name: _default(name) for name in (*BIDIRECTIONAL_ONLY, *_DETAILS.values())} | changes
+            changes = {
+                name: _default(name) for name in (*BIDIRECTIONAL_ONLY, *BLOCKS_ONLY, *_DETAILS.values())
+            } | changes
         for name, detail in _DETAILS.items():
             if name in changes and not _takes_detail(changes[name]):
                 changes.setdefault(detail, None)
@@ -325,6 +340,7 @@ _RULES = {
         lambda value: isinstance(value, tuple) and all(_is_integer(token) and token >= 0 for token in value),
         "a token id of at least 0, or several",
     ),
+    "first_token_from_clean": (lambda value: isinstance(value, bool), "True or False"),
     "speculative": (lambda value: isinstance(value, bool), "True or False"),
 }
 

@@ -62,7 +62,7 @@ class Conversation:
             UserError: A wrong name or value, or one that this model's layout cannot honour; nothing is changed.
         """
         settings = self.settings.updated(**options)
-        settings.refuse_layout(self._converted.facts.layout)
+        settings.refuse_layout(self._converted.facts.layout, self._converted.facts.shift)
         self.settings = settings
 
     def ask(self, text: str) -> Iterator[str]:

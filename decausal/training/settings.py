@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from decausal.data.reading import Reading
 from decausal.errors import UserError
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings import BLOCKS_ONLY, SamplerSettings
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -285,13 +285,15 @@ class ConversionSettings:
     ) -> ConversionSettings:
         """Returns the settings with each fact that they leave open as given here: by default, as for an AR model.
 
-        What belongs to a layout goes only to settings of the same layout.
+        What belongs to a layout, or to a shift, goes only to settings of the same one.
 
         Raises:
             UserError: the settings do not go with these facts.
         """
         if self.layout not in (None, layout):
             layout, block_size, causal_context, sampler = self.layout, None, False, None
+        if self.shift not in (None, shift):
+            sampler = {name: value for name, value in (sampler or {}).items() if name not in BLOCKS_ONLY}
         facts = {"layout": layout, "block_size": block_size, "causal_context": causal_context, "shift": shift}
         facts["sampler"] = sampler or None
         return replace(self, **{name: value for name, value in facts.items() if getattr(self, name) is None})
@@ -332,7 +334,7 @@ class ConversionSettings:
         try:
             sampler = SamplerSettings().updated(**self.sampler)
             if self.layout is not None:
-                sampler.refuse_layout(self.layout)
+                sampler.refuse_layout(self.layout, self.shift)
         except UserError as error:
             raise UserError(f"--sampler: {error}") from error
 

@@ -40,6 +40,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculative", action="store_true", default=None, help="masks draft what the same weights verify causally"
     )
+    parser.add_argument(
+        "--first_token_from_clean",
+        action=argparse.BooleanOptionalAction,
+        help="keep a block's first token before the others are decided, as Fast-dLLM v2 does",
+    )
     parser.add_argument("--order", choices=ORDERS, help="what is kept first (confidence)")
     parser.add_argument("--window", type=int, help="open positions that are decided at a time, left to right")
     parser.add_argument("--cache", choices=CACHES, help="what a pass inside a window does not read again (none)")
@@ -75,6 +80,7 @@ _OPTIONS = (
     "guidance",
     "remask",
     "remask_rate",
+    "first_token_from_clean",
     "speculative",
 )
 

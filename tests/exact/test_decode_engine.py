@@ -189,6 +189,33 @@ def test_a_row_is_the_same_alone_in_any_batch_and_admitted_late(
     assert sorted(late, key=lambda row: row.ticket) == alone
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    block_size=block_sizes,
+    rows=st.lists(st.tuples(requests(), st.booleans()), min_size=1, max_size=5),
+    max_rows=st.integers(1, 4),
+    padding=st.sampled_from([0, 5, NEVER]),
+)
+def test_first_tokens_from_the_clean_state_are_kept_before_the_others_are_decided(
+    block_size: int, rows: list[tuple[Request, bool]], max_rows: int, padding: int
+) -> None:
+    facts = block_facts(block_size)
+    asked = [
+        replace(row, settings=replace(row.settings, first_token_from_clean=is_first_alone))
+        for row, is_first_alone in rows
+    ]
+    expected = [decode(MODEL, facts, row.prompt_ids, row.settings, row.seed, (END,)) for row in asked]
+    for options in ({}, {"is_fused": False}, {"record": Tapes()}):
+        found = run(engine_of(facts, max_rows=max_rows, padding=padding, **options), asked)
+        assert [told(row) for row in found] == [(row.ids, row.blocks, row.steps, row.reason) for row in expected]
+        for row, request in zip(found, asked, strict=True):
+            if request.settings.first_token_from_clean and block_size > 1:
+                places = range(row.first_block * block_size, row.first_block * block_size + len(row.whole_ids))
+                steps = dict(zip(places, row.whole_steps, strict=True))
+                starts = [p for p in places if p % block_size == 0 and p >= len(request.prompt_ids)]
+                assert all(steps[p] == 0 and 0 not in [steps[p + i] for i in range(1, block_size)] for p in starts)
+
+
 @settings(max_examples=14, deadline=None)
 @given(**layouts, rows=st.lists(requests(), min_size=1, max_size=4))
 def test_commits_in_passes_of_their_own_give_the_same_rows_for_one_pass_more_per_block(

@@ -48,8 +48,9 @@ def dream(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def fast_dllm(model: PreTrainedModel) -> dict[str, Any]:
-    layers = {"layer_types": ["full_attention"] * 2}
-    return qwen_config(model, model_type="Fast_dLLM_Qwen", bd_size=8, mask_token_id=MASK_ID, **layers)
+    own = {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 8}
+    habits = {"layer_types": ["full_attention"] * 2, "conplemenrary_mask": True}  # spelt so
+    return qwen_config(model, **own, **habits, mask_token_id=MASK_ID)
 
 
 def llada(model: PreTrainedModel) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from decausal.exchange.importing import import_checkpoint
 from decausal.models.backbone import logits
 from decausal.models.checkpoint import load_converted
 from decausal.models.doctor import examine, usable
+from decausal.sampling.model import load
 from tests.exchange.checkpoints import (
     IDS,
     change_json,
@@ -48,6 +49,43 @@ def test_the_doctor_finds_imported_models_usable(form, tmp_path):
     publish(tmp_path / "public", form)
     import_checkpoint(tmp_path / "public", tmp_path / "out")
     assert usable(examine(*load_converted(tmp_path / "out")))
+
+
+def test_an_imported_fast_dllm_decodes_as_its_own_code_does(tmp_path):
+    original = publish(tmp_path / "public", "Fast_dLLM_Qwen")
+    import_checkpoint(tmp_path / "public", tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.facts.sampler == {"first_token_from_clean": True}
+    for length in (3, 8, 13):
+        prompt = "the rain in Spain stays"[:length]
+        ids = model.tokenizer(prompt)["input_ids"]
+        found = model.generate(prompt, max_new_tokens=24, threshold=0.02)
+        expected = _as_published(original, ids, 24, 0.02)
+        assert found.ids == expected[: len(found.ids)]
+        assert len(found.ids) == 24 or found.ids[-1] == EOS_ID
+
+
+@torch.no_grad()
+def _as_published(model, ids, num_new, threshold, size=8):
+    """A block's first token from the clean tokens before it, then whatever is sure enough, or the surest."""
+
+    def distribution():
+        found = logits(model, torch.tensor([ids]), Layout("block", size))[0].float()
+        found[:, MASK_ID] = -torch.inf
+        return found.softmax(-1)
+
+    end = len(ids) + num_new
+    ids = list(ids)
+    while len(ids) < end:
+        if len(ids) % size == 0:
+            ids.append(int(distribution()[-1].argmax()))
+        ids += [MASK_ID] * (-len(ids) % size)
+        while MASK_ID in ids:
+            best = dict(enumerate(zip(*(found.tolist() for found in distribution().max(-1)), strict=True), start=1))
+            masked = sorted((i for i, token in enumerate(ids) if token == MASK_ID), key=lambda i: -best[i][0])
+            for place in [i for i in masked if best[i][0] >= threshold] or masked[:1]:
+                ids[place] = best[place][1]
+    return ids[end - num_new : end]
 
 
 @pytest.mark.parametrize(

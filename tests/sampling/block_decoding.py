@@ -99,6 +99,8 @@ def decode(
         while True:
             ended_at = next((p for p in range(start, stop) if p in steps and ids[p] in ends), stop)
             allowed = [p for p in masked if p < ended_at]
+            if settings.first_token_from_clean and len(masked) == size:
+                allowed = [start]
             if not any(p < limit for p in allowed):
                 break
             states = whole_row_states(model, facts, ids, start, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
+from decausal.sampling.batch import BatchEngine
 from decausal.sampling.blocks.jobs import BlockJobs
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import end_token_ids, generate
@@ -40,6 +42,19 @@ def test_every_row_of_a_changing_batch_is_what_generate_makes_of_it(model: Conve
     for index, generation in enumerate(wanted):
         assert (ended[index].ids, ended[index].step_of_token) == (generation.ids, generation.step_of_token)
         assert (ended[index].num_forwards, ended[index].reason) == (generation.num_forwards, generation.finish_reason)
+
+
+def test_a_stored_rule_for_first_tokens_holds_in_jobs_as_in_generate() -> None:
+    model = converted(layout="block", block_size=4, shift=1, sampler={"first_token_from_clean": True, "num_steps": 2})
+    texts = [generate(model, prompt, max_new_tokens=13) for prompt in PROMPTS]
+    asked = model._replace(facts=replace(model.facts, sampler={}))
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        assert generate(asked, prompt, max_new_tokens=13, num_steps=2, first_token_from_clean=True) == text
+        starts = [i for i, block in enumerate(text.block_of_token) if i and block != text.block_of_token[i - 1]]
+        for start in starts:
+            assert text.step_of_token[start] < min(text.step_of_token[start + 1 : start + 4], default=10**9)
+    found = BatchEngine(model, max_rows=2).run(PROMPTS, max_new_tokens=13, seed=0)
+    assert [row.text for row in found] == [row.text for row in texts]
 
 
 def test_watched_rows_tell_of_every_kept_token_how_probable_it_was(model: Converted) -> None:

@@ -86,6 +86,9 @@ def test_what_the_facts_hold_amiss_is_told_with_the_file() -> None:
         ({"layout": "block", "block_size": 4}, {"remask": "remdm", "num_steps": 4}),
         ({"layout": "causal"}, {"order": "random", "num_steps": 4}),
         ({"layout": "causal"}, {"remask": True}),
+        ({"layout": "block", "block_size": 4, "shift": 0}, {"first_token_from_clean": True}),
+        ({"layout": "bidirectional"}, {"first_token_from_clean": True}),
+        ({"layout": "causal"}, {"first_token_from_clean": True}),
     ],
 )
 def test_generate_refuses_what_the_layout_cannot_honour(facts: dict[str, Any], options: dict[str, Any]) -> None:
@@ -93,9 +96,23 @@ def test_generate_refuses_what_the_layout_cannot_honour(facts: dict[str, Any], o
         generate(converted(**facts), "import", max_new_tokens=4, **options)
 
 
-def test_speculation_and_settings_of_whole_rows_exclude_each_other() -> None:
-    with pytest.raises(UserError, match="window has no say in speculative decoding"):
-        SamplerSettings().updated(window=4, speculative=True)
+@pytest.mark.parametrize("given", [{"window": 4}, {"first_token_from_clean": True}])
+def test_speculation_and_settings_of_denoising_exclude_each_other(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(given))} has no say in speculative decoding"):
+        SamplerSettings().updated(**given, speculative=True)
+
+
+def test_speculation_leaves_out_what_is_stored_for_denoising_blocks() -> None:
+    facts = conversion_facts(5, layout="block", block_size=4, shift=1, sampler={"first_token_from_clean": True})
+    assert settings_for(facts, speculative=True) == SamplerSettings(speculative=True)
+
+
+def test_a_stage_with_another_shift_does_not_inherit_what_needs_it() -> None:
+    settings, _ = resolve(ConversionSettings, {}, ["--data", "x", "--shift", "0"])
+    sampler = {"first_token_from_clean": True, "threshold": 0.7}
+    assert settings.with_facts("block", 4, False, 1, sampler).sampler == {"threshold": 0.7}
+    settings, _ = resolve(ConversionSettings, {}, ["--data", "x"])
+    assert settings.with_facts("block", 4, False, 1, sampler).sampler == sampler
 
 
 @pytest.mark.parametrize(
@@ -110,6 +127,8 @@ def test_speculation_and_settings_of_whole_rows_exclude_each_other() -> None:
             {"window": 8, "cache": "prefix", "cache_refresh": 4},
         ),
         (["--order", "random", "--guidance", "1.5"], {"order": "random", "guidance": 1.5}),
+        (["--first_token_from_clean"], {"first_token_from_clean": True}),
+        (["--no-first_token_from_clean"], {"first_token_from_clean": False}),
     ],
 )
 def test_every_flag_is_the_setting_of_its_name(flags: list[str], options: dict[str, Any]) -> None:

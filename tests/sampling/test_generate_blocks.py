@@ -27,6 +27,7 @@ SETTINGS = {
     "static": {"num_steps": 2},
     "threshold": {"threshold": 0.6, "confidence": "margin"},
     "bounded": {"entropy_bound": 0.5},
+    "first alone": {"threshold": 0.3, "first_token_from_clean": True},
     "sampled": {"threshold": 0.5, "temperature": 1.0, "top_p": 0.9},
 }
 

@@ -91,7 +91,7 @@ class RowEngine:
                 settings are not for this layout, or ask for speculation.
         """
         job.settings.refuse_speculative()
-        job.settings.refuse_layout(self._facts.layout)
+        job.settings.refuse_layout(self._facts.layout, self._facts.shift)
         if job.row.length > self._max_length:
             raise UserError(
                 f"{job.row.name} makes a row of {job.row.length} tokens, and this engine takes at most "

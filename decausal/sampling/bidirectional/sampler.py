@@ -89,7 +89,7 @@ def denoise(
             a cache for rows of several documents.
     """
     document_ids = torch.zeros_like(ids) if document_ids is None else document_ids
-    settings.refuse_layout(facts.layout)
+    settings.refuse_layout(facts.layout, facts.shift)
     _refuse_what_cannot_be_sampled(facts, is_open, document_ids, settings)
     num_rows = len(ids)
     batch = _Batch(

@@ -232,7 +232,8 @@ class BlockEngine:
     def _new_row(self, place: int, row: ActiveRow) -> NewRow:
         request = row.request
         seed = request.settings.seed if request.seed is None else request.seed
-        return NewRow(place, list(request.prompt_ids), row.limit, seed)
+        is_first_alone = request.settings.first_token_from_clean
+        return NewRow(place, list(request.prompt_ids), row.limit, seed, is_first_alone)
 
     def _release(self, places: list[int]) -> None:
         """Gives places to rows of the queue; into those that stay free the last rows move."""
@@ -251,7 +252,7 @@ class BlockEngine:
     def _refuse(self, request: Request) -> None:
         settings, num_given, size = request.settings, len(request.prompt_ids), self.block_size
         settings.refuse_speculative()
-        settings.refuse_layout(self.facts.layout)
+        settings.refuse_layout(self.facts.layout, self.facts.shift)
         if settings.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer: give BlockEngine its tokenizer, or leave stop out")
         if self.facts.mask_token_id in request.prompt_ids:

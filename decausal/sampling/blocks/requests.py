@@ -119,7 +119,7 @@ class ActiveRow:
 
     def __post_init__(self) -> None:
         self.start = self.first_block * self.block_size
-        self.num_candidates = self.block_size - self.prompt_length % self.block_size
+        self.num_candidates = self._num_first_candidates(self.block_size - self.prompt_length % self.block_size)
 
     @property
     def prompt_length(self) -> int:
@@ -162,8 +162,13 @@ class ActiveRow:
             return self._finished(num_new, reason)
         self.start += self.block_size
         self.step = 0
-        self.num_candidates = self.block_size
+        self.num_candidates = self._num_first_candidates(self.block_size)
         return None
+
+    def _num_first_candidates(self, num_open: int) -> int:
+        """As `BlockRows.is_candidate` has them in a block's first step."""
+        is_first_alone = self.request.settings.first_token_from_clean and num_open == self.block_size
+        return 1 if is_first_alone else num_open
 
     def _end(self, already_new: int, ends: Sequence[int], tokenizer: Any) -> tuple[int, str | None]:
         """How many new tokens the row has, and why it is finished; None: it is not."""

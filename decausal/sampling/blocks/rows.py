@@ -25,12 +25,14 @@ class NewRow:
         prompt_ids: given tokens; those of whole blocks are context, the rest is fixed in the first block.
         limit: first position that is not wanted any more.
         seed: of its random numbers.
+        is_first_alone: the first token of each block is kept in a step of its own.
     """
 
     place: int
     prompt_ids: list[int]
     limit: int
     seed: int
+    is_first_alone: bool = False
 
 
 class BlockRows:
@@ -43,10 +45,12 @@ class BlockRows:
         limit: first position that is not wanted any more, [R].
         seed: of random numbers, [R].
         step: denoising steps that the block has had, [R].
+        is_first_alone: a block's first token is kept in a step of its own, [R].
         block_ids: the block, masked positions holding the mask token, [R K].
         is_open: positions of the block that were not given, [R K].
         is_masked: of these, the ones not kept, [R K].
-        is_candidate: of these, the ones before a kept end token, [R K].
+        is_candidate: of these, the ones before a kept end token; before the first step of a row with `is_first_alone`
+            the first alone, [R K].
         kept_in: step in which a position was kept, -1 for none, [R K].
         clean_state: state of the finished token before the block, which predicts its first token under shift 1, [R D].
     """
@@ -72,6 +76,7 @@ class BlockRows:
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         self.start, self.committed, self.limit, self.seed, self.step = (vector() for _ in range(5))
+        self.is_first_alone = vector(torch.bool)
         self.block_ids, self.kept_in = block(torch.long), block(torch.long)
         self.is_open, self.is_masked, self.is_candidate = (block(torch.bool) for _ in range(3))
         self.clean_state: Float[Tensor, "R D"] | None = None
@@ -109,19 +114,21 @@ class BlockRows:
             ids[index, : len(row.prompt_ids)] = torch.tensor(row.prompt_ids, dtype=torch.long)
         numbers = torch.tensor(
             [
-                [row.place, start, len(row.prompt_ids), row.limit, row.seed]
+                [row.place, start, len(row.prompt_ids), row.limit, row.seed, row.is_first_alone]
                 for row, start in zip(rows, starts, strict=True)
             ]
         ).to(self.device)
-        place, start, given, limit, seed = numbers.unbind(1)
+        place, start, given, limit, seed, is_first_alone = numbers.unbind(1)
         ids = ids.to(self.device)
         position = start[:, None] + self.offsets
         is_open = position >= given[:, None]
         self.ids[place, :longest] = ids
         self.start[place], self.limit[place], self.seed[place] = start, limit, seed
         self.committed[place], self.step[place] = 0, 0
+        self.is_first_alone[place] = is_first_alone.bool()
         self.block_ids[place], self.kept_in[place] = ids.gather(1, position), -1
-        self.is_open[place] = self.is_masked[place] = self.is_candidate[place] = is_open
+        self.is_open[place] = self.is_masked[place] = is_open
+        self.is_candidate[place] = self._first_candidates(place, is_open)
 
     def keep(
         self,
@@ -187,19 +194,23 @@ class BlockRows:
             if self.block_size > 1:  # else no step ever changes these
                 self.step[here] = 0
                 self.kept_in[here] = -1
-                for is_flagged in self._flags(here):
-                    is_flagged.fill_(True)
+                self.is_open[here] = self.is_masked[here] = True
+                self.is_candidate[here] = self._first_candidates(here, self.is_open[here])
             return
         done = torch.tensor(is_done, device=self.device)
         start += done * self.block_size
         self.step[here].masked_fill_(done, 0)
         block_ids.masked_fill_(done[:, None], self.mask_token_id)
         self.kept_in[here].masked_fill_(done[:, None], -1)
-        for is_flagged in self._flags(here):
-            is_flagged |= done[:, None]
+        self.is_open[here] |= done[:, None]
+        self.is_masked[here] |= done[:, None]
+        first = self._first_candidates(here, self.is_open[here])
+        self.is_candidate[here] = torch.where(done[:, None], first, self.is_candidate[here])
 
-    def _flags(self, here: slice) -> list[Bool[Tensor, "b K"]]:
-        return [flags[here] for flags in (self.is_open, self.is_masked, self.is_candidate)]
+    def _first_candidates(self, here: slice | Int[Tensor, "b"], is_open: Bool[Tensor, "b K"]) -> Bool[Tensor, "b K"]:
+        """What may be kept in a block's first step: where the first is alone and open, no other."""
+        is_alone = self.is_first_alone[here, None] & is_open[:, :1]
+        return is_open & ~(is_alone & (self.offsets > 0))
 
     def _positions(self, here: slice) -> Int[Tensor, "b K"]:
         return self.start[here, None] + self.offsets
