@@ -15,7 +15,7 @@ from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import Generation, continuation, end_token_ids
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import BATCH_SIZE, Row, prompt_ids
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings import MOST_ROWS, SamplerSettings
 
 LONGEST = 4096
 """Tokens of a row where neither the model nor the caller says how many."""
@@ -69,8 +69,8 @@ class BatchEngine:
         max_length: int | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        if max_rows < 1:
-            raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
+        if not 1 <= max_rows <= MOST_ROWS:
+            raise UserError(f"max_rows={max_rows} is not accepted: it must be from 1 to {MOST_ROWS}")
         self.converted, self.max_rows = converted, max_rows
         self.defaults = settings_for(converted.facts)
         self._ends = end_token_ids(converted)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decausal.sampling.settings import NUM_SEEDS
+
 
 def choose(
     logits: Float[Tensor, "n V"],
@@ -100,11 +102,12 @@ def uniform_numbers(
 ) -> Float[Tensor, "n"]:
     """Numbers in (0, 1), a function of (seed, step, position) alone: 23 bits of a chain of hashes.
 
-    A row therefore draws the same numbers alone and in a batch, padded or not, and whenever others finish.
+    A row therefore draws the same numbers alone and in a batch, padded or not, and whenever others finish. Seeds are
+    taken modulo `NUM_SEEDS`, so that those of a call's rows go on behind the last one from 0.
 
     Source: the finaliser of splitmix64 (Steele et al. 2014), applied once per coordinate.
     """
-    bits = _mixed(_mixed(_mixed(seed) + step) + position)
+    bits = _mixed(_mixed(_mixed(seed & (NUM_SEEDS - 1)) + step) + position)
     return ((bits >> 40) & (2**23 - 1)).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 

@@ -17,6 +17,14 @@ ORDERS = ("confidence", "random", "left_to_right")
 REMASKINGS = ("p2", "remdm", "remdm_loop")
 DEFAULT_REMASK_RATE = 0.02
 NUM_SEEDS = 2**62
+"""Seeds that differ: any integer stands for the one that it is modulo this."""
+COUNTS_BELOW = 2**31
+"""Above any number of tokens or steps, and far enough below 2**63 that engines can compute with it."""
+MOST_ROWS = 2**16
+"""In one forward pass: an engine makes room for all of them at once."""
+SMALLEST, LARGEST, LARGEST_GUIDANCE = 1e-20, 1e20, 1e6
+"""Bounds of reals above 0. Engines compute in float32, where less would become 0, and more infinite: a logit times the
+largest guidance over the smallest temperature is still finite."""
 CACHES = ("none", "prefix", "dual")
 BIDIRECTIONAL_ONLY = ("order", "window", "cache", "guidance", "remask")
 """What only models that read in both directions, and are denoised as whole rows, can honour."""
@@ -54,7 +62,7 @@ class SamplerSettings:
         top_p: Sample among the fewest tokens whose probabilities sum to this.
         min_p: Sample only among tokens at least this many times as probable as the likeliest one, by the untempered
             distribution: a high temperature lets no other in. Applied before `top_k` and `top_p`.
-        seed: Row i of a call draws from seed + i, so one row can be had again alone.
+        seed: Row i of a call draws from seed + i, so one row can be had again alone. Any integer, taken modulo 2**62.
         order: Which candidates are kept first: "confidence" the surest; "random" any, drawn anew in each step;
             "left_to_right". The last two go with `num_steps` alone, since the other schedules speak of confidence.
         window: Open positions that are decided at a time, left to right: only these are kept, and the next window
@@ -302,7 +310,11 @@ def _as_remasking(remask: Any) -> Any:
     return {True: "p2", "none": False}.get(remask, remask) if isinstance(remask, bool | str) else remask
 
 
-_SETTLED = {"stop": _as_texts, "stop_token_ids": _as_token_ids, "remask": _as_remasking}
+def _as_seed(seed: Any) -> Any:
+    return int(seed) % NUM_SEEDS if _is_integer(seed) else seed
+
+
+_SETTLED = {"stop": _as_texts, "stop_token_ids": _as_token_ids, "remask": _as_remasking, "seed": _as_seed}
 _DETAILS = {"cache": "cache_refresh", "remask": "remask_rate"}
 _WHY_NOT = {
     "block": "a block model is written block by block, each from the exact cache of those before it, and what is "
@@ -311,27 +323,39 @@ _WHY_NOT = {
 }
 _REAL = ("threshold", "entropy_bound", "temperature", "top_p", "min_p", "guidance", "remask_rate")
 _OPTIONAL = (*SCHEDULES, "top_k", "top_p", "min_p", "window", "cache_refresh", "remask_rate")
+_IS_COUNT = (lambda value: _is_integer(value) and 1 <= value < COUNTS_BELOW, "an integer of at least 1 and below 2**31")
+_IS_SHARE = (lambda value: _is_number(value) and SMALLEST <= value <= 1, f"a number from {SMALLEST:g} to 1")
+_IS_AMOUNT = (
+    lambda value: _is_number(value) and (value == 0 or SMALLEST <= value <= LARGEST),
+    f"0, or a number from {SMALLEST:g} to {LARGEST:g}",
+)
 _RULES = {
-    "max_new_tokens": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "num_steps": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "threshold": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
-    "entropy_bound": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a number of at least 0"),
+    "max_new_tokens": _IS_COUNT,
+    "num_steps": _IS_COUNT,
+    "threshold": _IS_SHARE,
+    "entropy_bound": _IS_AMOUNT,
     "confidence": (lambda value: value in CONFIDENCES, f"one of {', '.join(CONFIDENCES)}"),
-    "temperature": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a number of at least 0"),
-    "top_k": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
-    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "seed": (lambda value: _is_integer(value) and 0 <= value < NUM_SEEDS, "an integer of at least 0 and below 2**62"),
+    "temperature": _IS_AMOUNT,
+    "top_k": _IS_COUNT,
+    "top_p": _IS_SHARE,
+    "min_p": (
+        lambda value: _is_number(value) and (value == 0 or SMALLEST <= value <= 1),
+        f"0, or a number from {SMALLEST:g} to 1",
+    ),
+    "seed": (_is_integer, "an integer"),
     "order": (lambda value: value in ORDERS, f"one of {', '.join(ORDERS)}"),
-    "window": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
+    "window": _IS_COUNT,
     "cache": (lambda value: value in CACHES, f"one of {', '.join(CACHES)}"),
-    "cache_refresh": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "guidance": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a number of at least 0"),
+    "cache_refresh": _IS_COUNT,
+    "guidance": (
+        lambda value: _is_number(value) and (value == 0 or SMALLEST <= value <= LARGEST_GUIDANCE),
+        f"0, or a number from {SMALLEST:g} to {LARGEST_GUIDANCE:g}",
+    ),
     "remask": (
         lambda value: value is False or (isinstance(value, str) and value in REMASKINGS),
         f"True, False, or one of {', '.join(REMASKINGS)}",
     ),
-    "remask_rate": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "remask_rate": _IS_SHARE,
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "a text that is not empty, or several",
@@ -348,4 +372,12 @@ _RULES = {
 def _check(name: str, value: Any) -> None:
     is_accepted, accepted = _RULES[name]
     if not (is_accepted(value) or (value is None and name in _OPTIONAL)):
-        raise UserError(f"{name}={value!r} is not accepted: it must be {accepted}")
+        raise UserError(f"{name}={_shown(value)} is not accepted: it must be {accepted}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "(thousands of digits)"
+    return text if len(text) <= 80 else f"{text[:77]}..."

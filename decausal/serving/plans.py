@@ -19,6 +19,7 @@ from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row, ids_behind, named, prompt_ids, text_ids
 from decausal.sampling.settings import NUM_SEEDS, SamplerSettings
+from decausal.sampling.stopping import refuse_stop_token_ids
 from decausal.serving.errors import bad_request
 from decausal.serving.rendering import conversation_text
 from decausal.serving.schema import ChatBody, CompletionBody, Extension, sampler_options
@@ -161,14 +162,17 @@ def has_text_behind(row: Row) -> bool:
 
 def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerSettings:
     options = sampler_options(body)
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed % NUM_SEEDS  # clients send any integer
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     try:
         defaults = settings_for(converted.facts)
         stop = {} if body.stop is None else {"stop": tuple(body.stop)}
-        return defaults.updated(**options, **stop, seed=seed)
+        settings = defaults.updated(**options, **stop, seed=seed)
     except UserError as error:
         name = str(error).partition("=")[0]
         raise bad_request(str(error), name if name.isidentifier() else None, "invalid_value") from None
+    vocab_size = converted.model.config.get_text_config().vocab_size
+    _accepted(lambda: refuse_stop_token_ids(settings, vocab_size), "stop_token_ids")
+    return settings
 
 
 def _completion_texts(

@@ -25,7 +25,7 @@ from pydantic import (
 from decausal.errors import nearest
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.lengths import SEARCHES
-from decausal.sampling.settings import ALIASES, SamplerSettings
+from decausal.sampling.settings import ALIASES, COUNTS_BELOW, SamplerSettings
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS
 
@@ -184,7 +184,7 @@ class Extension(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     events: bool = False
     parts: Parts = None
-    max_gap: Annotated[int, Field(ge=1)] | None = None
+    max_gap: Annotated[int, Field(ge=1, lt=COUNTS_BELOW)] | None = None
     length_search: Literal[SEARCHES] | None = None  # type: ignore[valid-type]
 
 

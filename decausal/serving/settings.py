@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decausal.errors import UserError
+from decausal.sampling.settings import COUNTS_BELOW, MOST_ROWS
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -48,9 +49,12 @@ class ServeSettings:
     def __post_init__(self) -> None:
         rules = {
             "port": (0 <= self.port < 2**16, "from 0 to 65535"),
-            "max_rows": (self.max_rows >= 1, "at least 1"),
-            "max_queue": (self.max_queue >= 0, "at least 0"),
-            "max_total_tokens": (self.max_total_tokens is None or self.max_total_tokens >= 2, "at least 2"),
+            "max_rows": (1 <= self.max_rows <= MOST_ROWS, f"from 1 to {MOST_ROWS}"),
+            "max_queue": (0 <= self.max_queue < COUNTS_BELOW, "at least 0 and below 2**31"),
+            "max_total_tokens": (
+                self.max_total_tokens is None or 2 <= self.max_total_tokens < COUNTS_BELOW,
+                "at least 2 and below 2**31",
+            ),
             "timeout": (0 < self.timeout < float("inf"), "seconds above 0"),
             "drain": (0 <= self.drain < float("inf"), "seconds of at least 0"),
             "api_key": (self.api_key is None or self.api_key.strip() == self.api_key != "", "a word without spaces"),

@@ -156,11 +156,11 @@ def test_windows_of_one_position_go_from_left_to_right() -> None:
         ({"window": 2.5}, "an integer of at least 1"),
         ({"cache": "all"}, "one of none, prefix, dual"),
         ({"cache_refresh": 0}, "an integer of at least 1"),
-        ({"guidance": -1}, "a number of at least 0"),
-        ({"guidance": float("inf")}, "a number of at least 0"),
+        ({"guidance": -1}, "0, or a number from 1e-20 to"),
+        ({"guidance": float("inf")}, "0, or a number from 1e-20 to"),
         ({"remask": "always"}, "True, False, or one of p2, remdm, remdm_loop"),
         ({"remask": 1}, "True, False, or one of"),
-        ({"remask_rate": 0}, "above 0 and at most 1"),
+        ({"remask_rate": 0}, "from 1e-20 to 1"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_in_one_line(options: dict[str, Any], says: str) -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from decausal.errors import UserError
-from decausal.sampling.settings import ALIASES, SamplerSettings, canonical
+from decausal.models.checkpoint import Converted
+from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.generate import generate
+from decausal.sampling.settings import ALIASES, BIDIRECTIONAL_ONLY, SamplerSettings, canonical
+from tests.sampling.tiny_models import converted
+
+COUNTS = ("max_new_tokens", "num_steps", "top_k", "window", "cache_refresh")
+REALS = ("threshold", "entropy_bound", "temperature", "top_p", "min_p", "guidance", "remask_rate")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +33,7 @@ from decausal.sampling.settings import ALIASES, SamplerSettings, canonical
         ("threshold", 0.0),
         ("threshold", 1.5),
         ("confidence", "certainty"),
-        ("seed", -1),
+        ("seed", 1.5),
         ("seed", "one"),
         ("remask", "yes"),
         ("seed", None),
@@ -39,6 +47,72 @@ from decausal.sampling.settings import ALIASES, SamplerSettings, canonical
 def test_values_out_of_range_are_refused_by_name_on_one_line(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^{name}=.* is not accepted: it must be [^\n]+$"):
         SamplerSettings().updated(**{name: value})
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 2**64, 10**5000], ids=["2^31", "2^63", "2^64", "10^5000"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_that_no_engine_could_compute_with_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"^{name}=.* is not accepted: it must be [^\n]+ below 2\*\*31$") as refused:
+        SamplerSettings().updated(**{name: value})
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 1e-40, 9e-21, 1.1e20, 1e39, 1e308, 10**400], ids=str)
+@pytest.mark.parametrize("name", REALS)
+def test_reals_that_float32_does_not_hold_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^{name}=.* is not accepted: it must be [^\n]+ to (1|1e\+20|1e\+06)$"):
+        SamplerSettings().updated(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**62, 2**64 - 1, 10**300])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    assert SamplerSettings(seed=seed).seed == seed % 2**62
+    row_after_the_last = uniform_numbers(torch.tensor([2**62]), 3, torch.tensor([5]))
+    assert torch.equal(row_after_the_last, uniform_numbers(torch.tensor([0]), 3, torch.tensor([5])))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Converted]:
+    return {"bidirectional": converted(), "block": converted(layout="block", block_size=4)}
+
+
+STATIC = {"num_steps": 3}
+DRAWN = {"num_steps": 3, "temperature": 1.0}
+LOOPED = {"num_steps": 4, "remask": "remdm", "temperature": 1.0}
+SAME = [
+    ({**STATIC, "temperature": 1e-20}, STATIC),
+    ({**DRAWN, "top_p": 1e-20}, STATIC),
+    ({**DRAWN, "min_p": 1e-20}, DRAWN),
+    ({**DRAWN, "top_k": 2**31 - 1}, DRAWN),
+    ({"num_steps": 2**31 - 1}, {"num_steps": 8}),
+    ({"threshold": 1e-20}, {"num_steps": 1}),
+    ({"entropy_bound": 1e-20}, {"entropy_bound": 0.0}),
+    ({"entropy_bound": 1e20}, {"num_steps": 1}),
+    ({**STATIC, "guidance": 1e-20}, STATIC),
+    ({**STATIC, "window": 2**31 - 1}, STATIC),
+    ({**STATIC, "window": 4, "cache": "dual", "cache_refresh": 2**31 - 1}, {**STATIC, "window": 4, "cache": "dual"}),
+    ({**LOOPED, "remask_rate": 1e-20}, {**LOOPED, "remask": False}),
+]
+
+
+@pytest.mark.parametrize(("extreme", "plain"), SAME, ids=str)
+def test_the_last_values_that_are_accepted_do_what_they_say(
+    models: dict[str, Converted], extreme: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    layouts = ["bidirectional"] if set(extreme) & set(BIDIRECTIONAL_ONLY) else ["bidirectional", "block"]
+    for layout in layouts:
+        found, wanted = (generate(models[layout], "import", max_new_tokens=8, **each) for each in (extreme, plain))
+        assert found.ids == wanted.ids, layout
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e20}, {"guidance": 1e6, "temperature": 1e-20}], ids=str)
+def test_the_largest_values_still_leave_numbers_that_are_finite(
+    models: dict[str, Converted], options: dict[str, Any]
+) -> None:
+    written = generate(models["bidirectional"], ["import", "x"], max_new_tokens=24, num_steps=4, **options)
+    for row in written:  # where a distribution is no number, the first token is taken
+        assert len(set(row.ids)) > 6
+        assert models["bidirectional"].facts.mask_token_id not in row.ids
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,16 @@ class Running:
         """Rows that run or wait."""
         return sum(model.worker.num_rows for model in self.models)
 
+    def wait_for_rows(self, number: int, seconds: float = 10) -> None:
+        """Returns once so many rows run or wait; fails where that takes longer."""
+        deadline = time.monotonic() + seconds
+        while self.num_rows != number:
+            assert time.monotonic() < deadline, f"{self.num_rows} rows, not {number}"
+            time.sleep(0.01)
+
     def wait_until_idle(self, seconds: float = 10) -> None:
         """Returns once no row is left; fails where that takes longer."""
-        deadline = time.monotonic() + seconds
-        while self.num_rows:
-            assert time.monotonic() < deadline, f"{self.num_rows} rows are left"
-            time.sleep(0.01)
+        self.wait_for_rows(0, seconds)
 
 
 @contextmanager

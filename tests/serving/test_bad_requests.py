@@ -67,10 +67,10 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "suffix": MASK}, 400, "prompt", "mask token"),
     (TEXT, {"prompt": "a", "suffix": 3}, 400, "suffix", "should be a valid string"),
     (TEXT, {"prompt": "a", "suffix": "b", "model": "tiny-2"}, 400, "suffix", "layout 'causal'"),
-    (TEXT, {"prompt": "a", "temperature": -1}, 400, "temperature", "at least 0"),
+    (TEXT, {"prompt": "a", "temperature": -1}, 400, "temperature", "0, or a number from 1e-20 to 1e+20"),
     (TEXT, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "valid number"),
     (TEXT, {"prompt": "a", "temperature": True}, 400, "temperature", "valid number"),
-    (TEXT, {"prompt": "a", "top_p": 1.5}, 400, "top_p", "above 0 and at most 1"),
+    (TEXT, {"prompt": "a", "top_p": 1.5}, 400, "top_p", "from 1e-20 to 1"),
     (TEXT, {"prompt": "a", "top_k": 0}, 400, "top_k", "at least 1"),
     (TEXT, {"prompt": "a", "num_steps": 0}, 400, "num_steps", "at least 1"),
     (TEXT, {"prompt": "a", "num_steps": 4, "threshold": 0.5}, 400, "num_steps", "exclude each other"),
@@ -87,9 +87,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "seed": 1.5}, 400, "seed", "integer"),
     (TEXT, {"prompt": "a", "repetition_penalty": 1.2}, 400, "repetition_penalty", "writes many tokens at once"),
     (TEXT, {"prompt": "a", "min_tokens": 4}, 400, "min_tokens", "not supported"),
-    (TEXT, {"prompt": "a", "min_p": 1.5}, 400, "min_p", "from 0 to 1"),
+    (TEXT, {"prompt": "a", "min_p": 1.5}, 400, "min_p", "0, or a number from 1e-20 to 1"),
     (TEXT, {"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids.0", "greater than or equal to 0"),
-    (TEXT, {"prompt": "a", "stop_token_ids": [10**9]}, 400, None, "vocabulary"),
+    (TEXT, {"prompt": "a", "stop_token_ids": [10**9]}, 400, "stop_token_ids", "vocabulary"),
     (TEXT, {"prompt": "a", "stop": ""}, 400, "stop", "none of them empty"),
     (TEXT, {"prompt": "a", "stop": ["x"] * 17}, 400, "stop", "at most 16"),
     (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
@@ -111,6 +111,14 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"decausal": {"parts": ["a", None] * 9 + ["b"]}}, 400, "decausal.parts", "at most 8"),
     (TEXT, {"decausal": {"parts": ["a", True, "b"]}}, 400, "decausal.parts", "null (unknown length)"),
     (TEXT, {"decausal": {"parts": ["a" * MAX_LENGTH, None, "b"]}}, 400, "prompt", "shorten it"),
+    (TEXT, {"decausal": {"parts": ["a", 2**63, "b"]}}, 400, "max_tokens", f"at most {MAX_LENGTH}"),
+    (
+        TEXT,
+        {"decausal": {"parts": ["a", None, "b"], "max_gap": 2**63}},
+        400,
+        "decausal.max_gap",
+        "less than 2147483648",
+    ),
     (TEXT, {"decausal": {"parts": ["a", None, "b"], "max_gap": 0}}, 400, "decausal.max_gap", "greater than or equal"),
     (TEXT, {"decausal": {"parts": ["a", 1, "b"], "max_gap": 9}}, 400, "decausal.max_gap", "unknown length"),
     (
@@ -205,7 +213,7 @@ RAW: list[tuple[bytes, str]] = [
     (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "digits"),
     (b"[" * 100_000, "recursion"),
     (b'{"prompt": ' + b'{"a":' * 900 + b"1" + b"}" * 901, "must be a string"),
-    (b'{"prompt": "a", "temperature": 1e999}', "at least 0"),
+    (b'{"prompt": "a", "temperature": 1e999}', "to 1e+20"),
 ]
 
 

@@ -136,8 +136,11 @@ def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypa
     [
         {"port": 70000},
         {"max_rows": 0},
+        {"max_rows": 2**63},
         {"max_queue": -1},
+        {"max_queue": 2**63},
         {"max_total_tokens": 1},
+        {"max_total_tokens": 2**63},
         {"timeout": 0.0},
         {"api_key": ""},
         {"api_key": " a"},
