@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def body_forward(
         raise ValueError("stream_ids need document_ids and position_ids: a copy's positions are not those of its place")
     if document_ids is None and position_ids is None and future is None:
         attention = _stock_attention(body.config, layout, input_ids.shape[1])
-        if attention is not None and layout.kind == "causal" and not body.training:
+        if attention is not None and layout.kind == "causal":
             attention |= {"past_key_values": _NO_CACHE}
     if attention is None:
         if document_ids is None:
@@ -96,7 +97,7 @@ class _NoCache:
     """A cache that keeps nothing.
 
     Without a cache transformers searches the position ids for packed rows, on the host: on a GPU that waits until all
-    earlier work is done, once per pass. A model in training has none: gradient checkpointing goes with no cache.
+    earlier work is done, once per pass. Layers under gradient checkpointing put it aside, which changes nothing.
     """
 
     is_compileable = False
@@ -115,6 +116,9 @@ class _NoCache:
 
 
 _NO_CACHE = _NoCache()
+logging.getLogger("transformers.modeling_layers").addFilter(
+    lambda record: "Caching is incompatible with gradient checkpointing" not in record.getMessage()
+)
 
 
 def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> dict[str, bool] | None:

@@ -57,7 +57,7 @@ class RowAttention:
         """
         layout, documents, positions, streams = self.layout, self.document_ids, self.position_ids, self.stream_ids
         order, fraction = self.future if self.future is not None else (None, None)
-        open_below = None if order is None else torch.tensor(fraction, device=documents.device)
+        open_below = None if order is None else torch.full((), fraction, device=documents.device)
 
         def is_visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
             query_position, key_position = positions[row, query], positions[row, key]

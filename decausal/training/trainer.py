@@ -232,7 +232,7 @@ class ConversionTrainer(Trainer):
     def _watch_for_bad_loss(self, loss: Tensor, step: int) -> None:
         """Remembers, on the device, the first step whose loss is not finite; read only where the host waits anyway."""
         if self._first_bad_step is None:
-            self._first_bad_step = torch.tensor(_NEVER, device=loss.device)
+            self._first_bad_step = torch.full((), _NEVER, device=loss.device)
         bad_step = torch.where(loss.detach().isfinite(), _NEVER, step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad_step)
         if _reads_at_once(loss.device) and int(self._first_bad_step) != _NEVER:

@@ -1,0 +1,79 @@
+"""What a GPU would be asked to do, counted where there is none: on tensors that have shapes and no numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operators that would fail or wait on a GPU: tensors of several devices, and numbers wanted on the host.
+
+    On a GPU a tensor from elsewhere is an error, or a copy that the host waits for. A single number of the host may
+    meet numbers of the device, as it may there. On `meta` a look at a value raises by itself.
+
+    Attributes:
+        device: The one.
+        operators: How often each was called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.operators: Counter[str] = Counter()
+        self._made = _NothingMadeOfNumbers(device)
+
+    def __enter__(self) -> Self:
+        self._made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        for tensor in tensors_of((args, kwargs)):
+            if tensor.device.type != self.device.type and (tensor.dim() or name in ("_to_copy", "copy_")):
+                raise AssertionError(f"{name} reads a tensor of {tensor.device}, shape {tuple(tensor.shape)}")
+        self.operators[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class _NothingMadeOfNumbers(TorchFunctionMode):
+    """Refuses tensors that are made of the host's numbers: each is a copy that the host waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor) and found.device.type == self.device.type:
+            raise AssertionError(f"a tensor of shape {tuple(found.shape)} is copied from the host")
+        return found
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in nested arguments or results."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def moved(tree: Any, device: torch.device | str) -> Any:
+    """A batch with all tensors, at any depth, on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {name: moved(part, device) for name, part in tree.items()}
+    return tree
