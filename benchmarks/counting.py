@@ -77,3 +77,48 @@ def moved(tree: Any, device: torch.device | str) -> Any:
     if isinstance(tree, Mapping):
         return {name: moved(part, device) for name, part in tree.items()}
     return tree
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what the host asks a device for, and waits for, by the functions that ask; on any device.
+
+    Attributes:
+        reads: How often each function asked.
+    """
+
+    ASKING = frozenset(
+        {
+            Tensor.__bool__,
+            Tensor.__float__,
+            Tensor.__int__,
+            Tensor.__index__,
+            Tensor.cpu,
+            Tensor.item,
+            Tensor.masked_select,
+            Tensor.nonzero,
+            Tensor.tolist,
+            Tensor.unique,
+            torch.equal,
+            torch.masked_select,
+            torch.nonzero,
+            torch.unique,
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in self.ASKING:
+            self.reads[function.__name__] += 1
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and _is_by_flags(args[1]):
+            self.reads["by flags"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _is_by_flags(index: Any) -> bool:
+    """Whether an index's shape depends on values: flags, unless they are single."""
+    return any(part.dtype == torch.bool and part.dim() > 0 for part in tensors_of(index))

@@ -129,35 +129,33 @@ class RowSettings(TokenSettings):
 
     @classmethod
     def of(cls, rows: Sequence[SamplerSettings], device: torch.device) -> RowSettings:
-        """Gathers the settings of rows."""
-
-        def real(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        def whole(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
+        """Gathers the settings of rows, which reach the device in one copy."""
         measures = [_measure(row) for row in rows]
         top_k = [row.top_k or 0 for row in rows]
         top_p = [1.0 if row.top_p is None else row.top_p for row in rows]
         schedules = [row.schedule for row in rows]
+        real: dict[str, list[float]] = {
+            "temperature": [row.temperature for row in rows],
+            "top_p": top_p,
+            "min_p": [row.min_p or 0.0 for row in rows],
+            "threshold": [float("inf") if row.threshold is None else row.threshold for row in rows],
+            "entropy_bound": [row.entropy_bound or 0.0 for row in rows],
+            "guidance": [row.guidance for row in rows],
+            "remask_rate": [(row.remask_rate or DEFAULT_REMASK_RATE) * row.is_remdm for row in rows],
+        }
+        whole: dict[str, list[int]] = {
+            "top_k": top_k,
+            "measure": measures,
+            "order": [ORDERS.index(row.order) for row in rows],
+            "schedule": [SCHEDULES.index(schedule) for schedule in schedules],
+            "num_steps": [row.num_steps or 1 for row in rows],
+            "window": [row.window or WHOLE_ROW for row in rows],
+            "cache": [CACHES.index(row.cache) for row in rows],
+            "cache_refresh": [row.cache_refresh or 0 for row in rows],
+            "remask": [REMASKS.index(row.remask) for row in rows],
+        }
         return cls(
-            temperature=real([row.temperature for row in rows]),
-            top_k=whole(top_k),
-            top_p=real(top_p),
-            min_p=real([row.min_p or 0.0 for row in rows]),
-            measure=whole(measures),
-            order=whole([ORDERS.index(row.order) for row in rows]),
-            schedule=whole([SCHEDULES.index(schedule) for schedule in schedules]),
-            num_steps=whole([row.num_steps or 1 for row in rows]),
-            threshold=real([float("inf") if row.threshold is None else row.threshold for row in rows]),
-            entropy_bound=real([row.entropy_bound or 0.0 for row in rows]),
-            window=whole([row.window or WHOLE_ROW for row in rows]),
-            cache=whole([CACHES.index(row.cache) for row in rows]),
-            cache_refresh=whole([row.cache_refresh or 0 for row in rows]),
-            guidance=real([row.guidance for row in rows]),
-            remask=whole([REMASKS.index(row.remask) for row in rows]),
-            remask_rate=real([(row.remask_rate or DEFAULT_REMASK_RATE) * row.is_remdm for row in rows]),
+            **_on_device(real, whole, device),
             is_greedy=all(row.temperature == 0 for row in rows),
             most_top_k=_rounded_up(max(top_k, default=0)),
             is_nucleus=any(p < 1 for p in top_p),
@@ -196,6 +194,16 @@ class RowSettings(TokenSettings):
         for kind in kinds:
             found = found | (self.remask == REMASKS.index(kind))
         return found
+
+
+def _on_device(real: dict[str, list[float]], whole: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Both as tensors by name. Numbers of 64 bits hold either kind exactly, so that one copy brings all of them."""
+    numbers = torch.tensor([*real.values(), *whole.values()], dtype=torch.float64)
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # the copy does not wait for what the device does before it
+    numbers = numbers.to(device, non_blocking=True)
+    reals, wholes = numbers[: len(real)].float(), numbers[len(real) :].long()
+    return dict(zip([*real, *whole], [*reals.unbind(0), *wholes.unbind(0)], strict=True))
 
 
 def _rounded_up(number: int) -> int:

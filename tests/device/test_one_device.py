@@ -9,10 +9,7 @@ import torch
 from counting import OneDevice, moved
 
 from decausal.diffusion.layout import Layout, future_order
-from decausal.models.block_cache import decoding
 from decausal.models.row_attention import RowAttention
-from decausal.sampling.blocks.speculative_rows import SpeculativeRows
-
 from tests.device.steps import STEPS, batches_of, prepared, step, take_to
 from tests.runs import save_source, write_text
 

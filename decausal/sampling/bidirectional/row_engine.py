@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from decausal.errors import UserError
@@ -173,11 +173,8 @@ class RowEngine:
         self._ids[index, :length] = open_rows.ids
         self._is_masked[index, :length] = open_rows.is_masked
         self._steps[index] = open_rows.steps
-        return _Step(
-            _by_row(len(rows), step.is_new, open_rows.ids, step.scores),
-            [[] for _ in rows] if step.is_reopened is None else _positions(step.is_reopened),
-            self._log_probs(rows, step, open_rows.ids),
-        )
+        new, reopened = _by_row(step, open_rows.ids)
+        return _Step(new, reopened, self._log_probs(rows, step, open_rows.ids))
 
     def _settings(self, rows: list[_Running]) -> RowSettings:
         """The rows' settings as tensors, made anew only when other rows run."""
@@ -262,17 +259,17 @@ def _as_confidence(score: float, job: Job) -> float:
     return score if job.settings.entropy_bound is None else math.exp(score)
 
 
-def _by_row(
-    num_rows: int, is_new: Bool[Tensor, "A T"], tokens: Int[Tensor, "A T"], scores: Float[Tensor, "A T"]
-) -> list[list[tuple[int, int, float]]]:
-    """Brings what is new to the host: position, token, score, in lists by row."""
-    found: list[list[tuple[int, int, float]]] = [[] for _ in range(num_rows)]
-    places = is_new.nonzero().tolist()
-    for (row, position), token, score in zip(places, tokens[is_new].tolist(), scores[is_new].tolist(), strict=True):
-        found[row].append((position, token, score))
-    return found
-
-
-def _positions(is_marked: Bool[Tensor, "A T"]) -> list[list[int]]:
-    """Brings marked positions to the host, in lists by row."""
-    return [row.nonzero().squeeze(1).tolist() for row in is_marked]
+def _by_row(step: Step, tokens: Int[Tensor, "A T"]) -> tuple[list[list[tuple[int, int, float]]], list[list[int]]]:
+    """Brings what a step did to the host in one piece: of each row, (position, token, score) of new ones, and positions
+    opened again."""
+    parts = [step.is_new, tokens, step.scores]
+    if step.is_reopened is not None:
+        parts.append(step.is_reopened)
+    told = torch.stack([part.double() for part in parts]).cpu().numpy()  # exact: of 64 bits
+    is_new, of_row, scores = told[0] > 0, told[1].astype(int), told[2]
+    new: list[list[tuple[int, int, float]]] = [[] for _ in tokens]
+    for row, position in zip(*(place.tolist() for place in is_new.nonzero()), strict=True):
+        new[row].append((position, int(of_row[row, position]), float(scores[row, position])))
+    if step.is_reopened is None:
+        return new, [[] for _ in tokens]
+    return new, [row.nonzero()[0].tolist() for row in told[3]]

@@ -131,20 +131,24 @@ class _Batch:
     def unfinished(self) -> OpenRows:
         """Copies the rows with masked positions, without the columns that are padding in all of them."""
         rows = self.rows
-        active = rows.is_masked.any(1).nonzero().squeeze(1)
-        is_real = (rows.document_ids[active] >= 0).any(0)
-        length = int((is_real * torch.arange(1, len(is_real) + 1, device=is_real.device)).max()) if len(active) else 0
-        document_ids = rows.document_ids[active, :length]
+        # All that the host must know, in one piece: which rows go on, how long they are, and whether they are whole.
+        is_real = rows.document_ids >= 0
+        is_single = (rows.document_ids == rows.document_ids[:, :1]) | ~is_real
+        told = torch.stack([rows.is_masked.any(1).long(), is_real.sum(1), is_single.all(1).long()], dim=1).tolist()
+        going_on = [place for place, (is_active, _, _) in enumerate(told) if is_active]
+        lengths = [told[place][1] for place in going_on]
+        length = max(lengths, default=0)
+        active = torch.tensor(going_on, dtype=torch.long, device=rows.ids.device)
         return OpenRows(
             ids=rows.ids[active, :length],
             is_open=rows.is_open[active, :length],
             is_masked=rows.is_masked[active, :length],
-            document_ids=document_ids,
+            document_ids=rows.document_ids[active, :length],
             seeds=rows.seeds[active],
             steps=rows.steps[active],
             places=active,
             settings=rows.settings.rows(active),
-            is_whole=bool((document_ids == document_ids[:, :1]).all()),
+            is_whole=all(told[place][1] == length and told[place][2] for place in going_on),
             allowed=None if rows.allowed is None else rows.allowed.rows(active, length),
         )
 
