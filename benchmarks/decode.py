@@ -33,8 +33,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode
-from decausal.models.adapt import FACTS_FILE
-from decausal.models.checkpoint import ConversionFacts, read_facts
+from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
 from decausal.provenance import provenance
 from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.blocks.recording import CudaGraphs

@@ -34,7 +34,7 @@ from decausal.data.prompts import Prompts
 from decausal.data.stream import Batch
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.provenance import provenance
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.losses import Supervision, loss_sums

@@ -34,7 +34,8 @@ from rich.table import Table
 
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt, load_source
-from decausal.models.checkpoint import ConversionFacts, load_converted, save_converted
+from decausal.models.checkpoint import load_converted, save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.provenance import provenance
 
 PROMPT = "class Point:\n    def __init__(self, x, y):\n        self.x = x\n"

@@ -41,11 +41,6 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here may be one on the hub: owner/name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def fetch(
     repo_id: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, *, is_shown: bool = True
 ) -> tuple[Path, str]:

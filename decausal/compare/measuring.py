@@ -23,9 +23,10 @@ from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks, longest_completion
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
 from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
+from decausal.models.facts import ConversionFacts
 
 ROWS_TOGETHER = 16
 EVAL_SEED = 0  # not the runs': runs of different seeds are measured on the same masks

@@ -21,8 +21,8 @@ from decausal.compare.recorder import Event, Recorder, Tell
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
 from decausal.compare.settings import Schedule
 from decausal.errors import UserError
-from decausal.models.adapt import FACTS_FILE
 from decausal.models.checkpoint import load_converted
+from decausal.models.facts import FACTS_FILE
 from decausal.reporting.clock import Clock
 from decausal.training.convert import convert
 from decausal.training.run_directory import RUN_FILE, checkpoints

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
-from datasets.utils.metadata import MetadataConfigs
 
 from decausal.data.files import BROKEN, File
 from decausal.data.reading import Account
 from decausal.data.tables import SavedDataset
 from decausal.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from datasets.utils.metadata import MetadataConfigs
 
 Splits = dict[str, set[Path]]
 
@@ -49,8 +51,7 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
         _refuse_split(root, split)
         return [SavedDataset(root)]
     readable = list(documents_below(root, account))
-    if not readable:
-        raise UserError(f"directory {root} holds no text file (hidden and binary files are not read)")
+    _refuse_none(root, readable)
     configs = _card_configs(root)
     tables = [file for file in readable if file.format != "text"]
     if configs or config is not None:
@@ -60,6 +61,17 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
         return _of_split(readable, splits, split, root, account)
     _refuse_split(root, split)
     return _without_documentation(readable, tables, root, account)
+
+
+def refuse_unreadable(root: Path) -> None:
+    """Raises UserError for a directory that holds nothing to read. Says nothing of its splits."""
+    if not any((root / name).is_file() for name in (SAVED_SPLITS, SAVED_STATE)):
+        _refuse_none(root, islice(documents_below(root, Account()), 1))
+
+
+def _refuse_none(root: Path, readable: Iterable[File]) -> None:
+    if not any(True for _ in readable):
+        raise UserError(f"directory {root} holds no text file (hidden and binary files are not read)")
 
 
 def documents_below(root: Path, account: Account) -> Iterator[File]:
@@ -110,20 +122,26 @@ def _name(file: File, root: Path) -> str:
 # Splits
 
 
-def _card_configs(root: Path) -> MetadataConfigs:
-    """Returns the configurations that the card names, by the rules of `datasets`."""
+def _card_configs(root: Path) -> MetadataConfigs | dict[str, Any]:
+    """Returns the configurations that the card names, by the rules of `datasets`; empty where there is no card."""
     try:
         card = FRONT_MATTER.match((root / CARD).read_text(encoding="utf-8"))
         facts = yaml.safe_load(card.group(1)) if card else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return MetadataConfigs()
+        return {}
+    if not isinstance(facts, dict):
+        return {}
+    from datasets.utils.metadata import MetadataConfigs  # here, so that a wrong path is told before
+
     try:
-        return MetadataConfigs.from_dataset_card_data(facts) if isinstance(facts, dict) else MetadataConfigs()
+        return MetadataConfigs.from_dataset_card_data(facts)
     except ValueError as error:
         raise UserError(f"{root / CARD}: its 'configs' cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
-def _splits_on_card(root: Path, configs: MetadataConfigs, config: str | None) -> Splits:
+def _splits_on_card(root: Path, configs: MetadataConfigs | dict[str, Any], config: str | None) -> Splits:
+    from datasets.data_files import sanitize_patterns
+
     if config is not None and config not in configs:
         named = f"there is {', '.join(configs)}" if configs else "its card names none"
         raise UserError(f"{root} has no configuration '{config}'; {named}{nearest(config, configs)}")
@@ -140,6 +158,8 @@ def _splits_on_card(root: Path, configs: MetadataConfigs, config: str | None) ->
 
 
 def _files_by_split(root: Path, patterns: Mapping[Any, list[str]]) -> Splits:
+    from datasets.data_files import DataFilesDict, EmptyDatasetError
+
     try:
         found = DataFilesDict.from_patterns(patterns, base_path=str(root.absolute()))
     except (FileNotFoundError, EmptyDatasetError) as error:
@@ -148,6 +168,8 @@ def _files_by_split(root: Path, patterns: Mapping[Any, list[str]]) -> Splits:
 
 
 def _resolved(root: Path) -> Splits:
+    from datasets.data_files import EmptyDatasetError, get_data_patterns
+
     try:
         return _files_by_split(root, get_data_patterns(str(root.absolute())))
     except (FileNotFoundError, EmptyDatasetError):

@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
-import pyarrow
-
 from decausal.errors import UserError
 
 Format = Literal["text", "binary", "jsonl", "json", "csv", "parquet", "arrow"]
@@ -124,6 +122,8 @@ class File:
 
     def _opened(self) -> io.BufferedIOBase:
         if self.compression == "zstd":
+            import pyarrow  # here, so that a wrong path is told before
+
             return io.BufferedReader(pyarrow.input_stream(str(self.path), compression="zstd"))
         openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
         return cast(io.BufferedIOBase, openers.get(self.compression or "", open)(self.path, "rb"))

@@ -10,14 +10,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from decausal.data import files
 from decausal.data.files import ARROW_STREAM, File
 from decausal.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Located = tuple[str, Any]
 Columns = Callable[[Sequence[str], str], Sequence[str]]
@@ -271,6 +271,8 @@ def _delimiter(file: File) -> str:
 
 
 def _parquet_rows(file: File, columns: Columns) -> Iterator[Located]:
+    import pyarrow.parquet
+
     if file.compression:
         raise UserError(f"{file}: a parquet file inside a {file.compression} file; decompress it")
     number = 0
@@ -286,6 +288,8 @@ def _parquet_rows(file: File, columns: Columns) -> Iterator[Located]:
 
 
 def _arrow_rows(file: File, columns: Columns) -> Iterator[Located]:
+    import pyarrow
+
     if file.compression:
         raise UserError(f"{file}: an arrow file inside a {file.compression} file; decompress it")
     number = 0
@@ -302,6 +306,8 @@ def _arrow_rows(file: File, columns: Columns) -> Iterator[Located]:
 
 
 def _arrow_batches(file: File, mapped: pyarrow.MemoryMappedFile) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow
+
     if file.head.startswith(ARROW_STREAM):
         yield from pyarrow.ipc.open_stream(mapped)
         return

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from decausal.data.corpus import Split, stdlib_documents
-from decausal.data.directories import directory_sources, documents_below
+from decausal.data.directories import directory_sources, documents_below, refuse_unreadable
 from decausal.data.files import File
 from decausal.data.reading import Account
 from decausal.data.tables import HubDataset, SavedDataset
@@ -98,6 +98,29 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
     return [source for name in names for part in _parts(str(name)) for source in _find(part, split, account)]
 
 
+def refuse_missing(data: Data) -> None:
+    """Refuses names of no data before anything is imported to read it: what `find_sources` would find first.
+
+    What directories say of their splits, and whether the hub knows a name, is left to it; but the hub is asked for what
+    may be a mistyped path.
+
+    Raises:
+        UserError: as `find_sources`.
+    """
+    names = [data] if isinstance(data, str | Path) else list(data)
+    for name in [part for given in names for part in _parts(str(given))]:
+        if (directory := _directory(name)) is not None:
+            refuse_unreadable(directory[0])
+            continue
+        for source in _find(name, "train", Account()):
+            if isinstance(source, HubDataset) and _may_be_mistyped(source):
+                source.refuse_unknown()
+
+
+def _may_be_mistyped(source: HubDataset) -> bool:
+    return ("/" in source.name and Path(source.name).parent.is_dir()) or bool(nearest(source.name, source.siblings))
+
+
 def _parts(name: str) -> list[str]:
     """Several names stand with commas between them, unless there is a file of just that name."""
     if "," not in name or Path(name).expanduser().exists():
@@ -110,12 +133,9 @@ def _find(name: str, split: str, account: Account) -> list[Source]:
         return [Stdlib(STDLIB[name])]
     if re.split("[:@]", name)[0] in TASK_DATA:
         return [task_source(name)]
+    if (directory := _directory(name)) is not None:
+        return list(directory_sources(*directory, split, account))
     path = Path(name).expanduser()
-    directory, _, config = name.rpartition(":")
-    if path.is_dir():
-        return list(directory_sources(path, None, split, account))
-    if directory and Path(directory).expanduser().is_dir() and not path.exists():
-        return list(directory_sources(Path(directory).expanduser(), config, split, account))
     if path.exists():
         return [_named_file(path)]
     if glob.has_magic(name):
@@ -125,6 +145,19 @@ def _find(name: str, split: str, account: Account) -> list[Source]:
         raise UserError(f"no such file or directory: {name}{hint or f'; DATA is {ACCEPTED}'}")
     hub_name, _, config = name.partition(":")
     return [HubDataset(hub_name, config or None, split, tuple(_siblings(hub_name)))]
+
+
+def _directory(name: str) -> tuple[Path, str | None] | None:
+    """Returns the directory that a name stands for, and the configuration behind its colon; None for anything else."""
+    if name in STDLIB or re.split("[:@]", name)[0] in TASK_DATA:
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    directory, _, config = name.rpartition(":")
+    if directory and Path(directory).expanduser().is_dir() and not path.exists():
+        return Path(directory).expanduser(), config
+    return None
 
 
 def _named_file(path: Path) -> File:

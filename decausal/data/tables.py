@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from decausal.errors import UserError, nearest
-from decausal.hub import LOG_IN, is_offline, refuse_unknown_dataset
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class HubDataset:
     @cached_property
     def table(self) -> datasets.Dataset:
         """The memory-mapped table of records."""
-        if not _is_offline():
-            self._refuse_unknown()
+        import datasets
+
+        self.refuse_unknown()
         with _quiet_unless_watched():
             try:
                 return datasets.load_dataset(self.name, self.config, split=self.split)
@@ -46,7 +49,16 @@ class HubDataset:
                 reason = " ".join(str(error).split()).partition(" Example of usage")[0][:300] or type(error).__name__
                 raise UserError(f"cannot load data set '{self}' from the hub ({reason}){self._hint(reason)}") from None
 
-    def _refuse_unknown(self) -> None:
+    def refuse_unknown(self) -> None:
+        """Asks the hub whether there is such a data set, where it may be asked.
+
+        Raises:
+            UserError: there is none, it may not be read, or the hub cannot be reached.
+        """
+        if _is_offline():
+            return
+        from decausal.hub import refuse_unknown_dataset
+
         try:
             refuse_unknown_dataset(self.name)
         except UserError as error:
@@ -59,6 +71,8 @@ class HubDataset:
                 f"either{nearest(self.name, self.siblings)}"
             )
         if "gated" in reason:
+            from decausal.hub import LOG_IN
+
             return f"; {LOG_IN}"
         return f"; write {self.name}:CONFIG" if "Config name is missing" in reason else ""
 
@@ -79,6 +93,8 @@ class SavedDataset:
     @cached_property
     def table(self) -> datasets.Dataset:
         """The memory-mapped table of records."""
+        import datasets
+
         try:
             loaded = datasets.load_from_disk(str(self.path))
         except Exception as error:  # a damaged file fails in many types
@@ -96,12 +112,17 @@ class SavedDataset:
 
 
 def _is_offline() -> bool:
-    return is_offline() or datasets.config.HF_HUB_OFFLINE  # which HF_DATASETS_OFFLINE sets alone, too
+    from decausal.hub import is_offline
+
+    # which `datasets` reads too, and which is not worth the import of it
+    return is_offline() or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES")
 
 
 @contextmanager
 def _quiet_unless_watched() -> Iterator[None]:
     """Hides the progress bars of `datasets` where no terminal shows them."""
+    import datasets
+
     if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
         yield
         return

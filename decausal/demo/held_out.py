@@ -17,9 +17,9 @@ from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.results import ArLikelihood, Likelihood
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
-from decausal.models.checkpoint import ConversionFacts
 from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
+from decausal.models.facts import ConversionFacts
 from decausal.training.settings import ConversionSettings
 
 EVAL_SEED = 0  # not the run's: runs of different seeds are measured on the same masks

@@ -42,8 +42,9 @@ from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Rati
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
-from decausal.models.checkpoint import ConversionFacts, Converted, load_converted
+from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.devices import best_device
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 
 CAUSAL = Layout("causal")

@@ -18,7 +18,7 @@ from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.backbone import body_forward, stock_model
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.objectives.tokens import chunked_cross_entropy
 

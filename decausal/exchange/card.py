@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from decausal.errors import UserError
 from decausal.exchange.handed_on import is_hub_id, without_paths
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.defaults import settings_for
 
 CARD = "README.md"

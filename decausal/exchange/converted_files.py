@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
-from decausal.models.adapt import FACTS_FILE, LOADING_ERRORS
-from decausal.models.checkpoint import ConversionFacts, read_facts
+from decausal.models.adapt import LOADING_ERRORS
+from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
 
 
 class ConvertedFiles(NamedTuple):

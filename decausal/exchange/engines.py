@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.settings import DEFAULT_THRESHOLD
 
 SGLANG_SETTINGS = "sglang.yaml"

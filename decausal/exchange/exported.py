@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 
 
 class Exported(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from decausal.data.sources import FILE_SUFFIX
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.secrets import arguments_without_secrets
 
 # Settings that hold text, in which a slash is a character like any other: `</s>` is no path.

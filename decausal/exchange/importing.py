@@ -19,9 +19,9 @@ from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import expected_tensors
 from decausal.exchange.tensor_files import Stored, TensorFiles, refuse_other_tensors, write_tensor_files
 from decausal.exchange.tokenizer_files import read_json, read_tokenizer
-from decausal.hub import fetch, is_hub_id
-from decausal.models.adapt import FACTS_FILE
-from decausal.models.checkpoint import ConversionFacts, is_converted, write_facts
+from decausal.hub import fetch
+from decausal.models.facts import FACTS_FILE, ConversionFacts, write_facts
+from decausal.models.names import is_converted, is_hub_id
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -12,7 +12,7 @@ from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.tokenizer_files import without_code
-from decausal.models.checkpoint import ConversionFacts, write_facts
+from decausal.models.facts import ConversionFacts, write_facts
 
 _CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")

@@ -22,7 +22,7 @@ from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, engine_mask_token
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import expected_tensors, head_dim
 from decausal.exchange.tensor_files import Stored, refuse_other_tensors, write_tensor_files
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 
 ARCHITECTURES = {"qwen3": "SDARForCausalLM", "qwen3_moe": "SDARMoeForCausalLM"}
 MODEL_TYPES = {"qwen3": "sdar", "qwen3_moe": "sdar_moe"}

@@ -17,16 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
-from decausal.hub import fetch, is_hub_id
 from decausal.models.architecture import attention_implementation, refusal
+from decausal.models.names import located
 
 BIDIRECTIONAL = Layout("bidirectional")
-ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 DEFAULT_MASK_TOKEN = "<|mask|>"
-FACTS_FILE = "decausal.json"
 # What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
 LOADING_ERRORS = (
     OSError,
@@ -63,7 +60,7 @@ def load_source(
     Raises:
         UserError: when there is no such model, it cannot be read, or it is not a decoder-only causal language model.
     """
-    path, revision = _located(model_name_or_path, revision)
+    path, revision = located(model_name_or_path, revision)
     config = _config(path, revision)
     reason = refusal(config)
     if reason is not None:
@@ -95,7 +92,7 @@ def source_config(model_name_or_path: str | Path, revision: str | None = None) -
     Raises:
         UserError: when there is no such model, or it cannot be read.
     """
-    return _config(*_located(model_name_or_path, revision, may_be_converted=True))
+    return _config(*located(model_name_or_path, revision, may_be_converted=True))
 
 
 def source_commit(model_name_or_path: str | Path, revision: str | None = None) -> str | None:
@@ -104,7 +101,7 @@ def source_commit(model_name_or_path: str | Path, revision: str | None = None) -
     Raises:
         UserError: when there is no such model.
     """
-    return _located(model_name_or_path, revision, may_be_converted=True)[1]
+    return located(model_name_or_path, revision, may_be_converted=True)[1]
 
 
 def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
@@ -170,33 +167,6 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
         for parameter in parameters:
             trained = parameter[trained_ids.to(parameter.device)]
             parameter[token_id] = trained.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
-
-
-def _located(
-    model_name_or_path: str | Path, revision: str | None, *, may_be_converted: bool = False
-) -> tuple[str, str | None]:
-    """A directory and no commit, or an id on the hub and its commit, so that all files are of one commit."""
-    name = str(model_name_or_path)
-    if name in EMBEDDED_MODELS:
-        return str(embedded_model_path(name)), None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not may_be_converted:
-            _refuse_converted(name, path)
-        return str(path), None
-    if path.exists():
-        raise UserError(f"{name} is a file; give the model's directory, a hub id, or {ACCEPTED_EMBEDDED}")
-    if "/" in name and not is_hub_id(name):
-        raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or {ACCEPTED_EMBEDDED}")
-    path, commit = fetch(name, revision, ("config.json", FACTS_FILE), is_shown=False)
-    if not may_be_converted:
-        _refuse_converted(name, path)
-    return name, commit
-
-
-def _refuse_converted(name: str, path: Path) -> None:
-    if (path / FACTS_FILE).exists():
-        raise UserError(f"{name} is already converted (it holds {FACTS_FILE}); give the autoregressive model")
 
 
 def _config(path: str, revision: str | None) -> PretrainedConfig:

@@ -16,7 +16,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows, reach, refusal
 from decausal.models.backbone import body_forward, decoder_layers, head_of, logits, stock_model
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives import head as output_head
 
 CAUSAL, BIDIRECTIONAL, BLOCKWISE = Layout("causal"), Layout("bidirectional"), Layout("block", 4)

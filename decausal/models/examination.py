@@ -6,8 +6,9 @@ from rich.table import Table
 
 from decausal.models.adapt import load_source, source_config
 from decausal.models.architecture import refusal
-from decausal.models.checkpoint import is_converted, load_converted
+from decausal.models.checkpoint import load_converted
 from decausal.models.doctor import Probe, architecture_probe, examine, usable
+from decausal.models.names import is_converted
 
 
 def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.models.adapt import FACTS_FILE
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import FACTS_FILE, ConversionFacts
 from decausal.sampling.settings import SamplerSettings
 
 

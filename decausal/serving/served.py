@@ -12,7 +12,8 @@ from decausal.errors import UserError, nearest
 from decausal.exchange.handed_on import without_paths
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.borders import Vocabulary
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.searching import SearchingEngine

@@ -22,9 +22,10 @@ from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source, source_dtype
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
-from decausal.models.checkpoint import ConversionFacts, save_converted, write_facts
+from decausal.models.checkpoint import save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
+from decausal.models.facts import ConversionFacts, write_facts
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX

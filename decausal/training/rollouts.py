@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
 from decausal.sampling.settings import SamplerSettings
 

@@ -15,7 +15,8 @@ from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.on_policy import OnPolicyCollator, OnPolicyRows, OnPolicyStream, RolloutPlan

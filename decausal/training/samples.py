@@ -15,7 +15,8 @@ from decausal.errors import UserError
 from decausal.evaluation.passes import measuring
 from decausal.files import write_whole
 from decausal.models.architecture import context_length
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import generate
 from decausal.sampling.rows import prompt_ids
 

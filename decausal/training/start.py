@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decausal.data.corpus import EMBEDDED_MODELS
 from decausal.errors import UserError
 from decausal.models.adapt import load_source, source_commit
-from decausal.models.checkpoint import ConversionFacts, facts_of, load_converted, read_facts
+from decausal.models.checkpoint import load_converted
+from decausal.models.facts import ConversionFacts, read_facts
+from decausal.models.names import facts_of
 from decausal.training.resuming import refuse_other_settings
 from decausal.training.settings import ConversionSettings
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from decausal.models.adapt import adapt
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer
 
 Row = dict[str, Tensor]

@@ -15,7 +15,8 @@ from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_checkpoint,
 from decausal.evaluation.passes import predicted_tokens
 from decausal.evaluation.results import beside, nelbo_difference
 from decausal.models.backbone import body_forward, head_of
-from decausal.models.checkpoint import ConversionFacts, save_converted
+from decausal.models.checkpoint import save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.objectives import head as output_head
 from tests.evaluation.rows import alone, converted, packed_row
 from tests.families import FAMILIES, tiny_tokenizer

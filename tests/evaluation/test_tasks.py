@@ -27,7 +27,8 @@ from decausal.evaluation.tasks import (
     score,
     write_greedily,
 )
-from decausal.models.checkpoint import ConversionFacts, Converted, save_converted
+from decausal.models.checkpoint import Converted, save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import generate
 from tests.families import FAMILIES
 

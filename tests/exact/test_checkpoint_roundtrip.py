@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
 from decausal.models.backbone import body_forward, logits
-from decausal.models.checkpoint import ConversionFacts, load_converted, save_converted
+from decausal.models.checkpoint import load_converted, save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.models.mask_row import freeze_embeddings
 from tests.families import FAMILIES, tiny_tokenizer
 

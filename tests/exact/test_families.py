@@ -14,7 +14,8 @@ from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
 from decausal.models.architecture import layer_windows, reach
 from decausal.models.backbone import body_forward, logits
-from decausal.models.checkpoint import ConversionFacts, load_converted, save_converted
+from decausal.models.checkpoint import load_converted, save_converted
+from decausal.models.facts import ConversionFacts
 from tests.families import FAMILIES, SLIDING_WINDOW, VOCAB_SIZE, tiny_tokenizer
 
 LENGTH = 12

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from decausal.data.block_collator import BlockCollator
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
 from decausal.sampling.blocks.engine import BlockEngine, Request
 from decausal.sampling.settings import SamplerSettings

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.objectives import head as output_head
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.blocks.speculative_rows import probabilities

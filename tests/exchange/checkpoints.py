@@ -15,7 +15,8 @@ from decausal.diffusion.layout import Layout
 from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID
 from decausal.models.adapt import adapt
 from decausal.models.backbone import logits
-from decausal.models.checkpoint import ConversionFacts, load_converted, save_converted
+from decausal.models.checkpoint import load_converted, save_converted
+from decausal.models.facts import ConversionFacts
 from tests.families import FAMILIES, VOCAB_SIZE, tiny_tokenizer
 
 MASK_ID = VOCAB_SIZE  # the first id that the tokenizer does not use

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from decausal.errors import UserError
 from decausal.exchange.card import ModelCard, read_evaluation
 from decausal.exchange.plain import export_plain
-from decausal.models.checkpoint import read_facts
+from decausal.models.facts import read_facts
 from tests.exchange.checkpoints import our_logits, save_block_model, save_sharded, tensors_of
 
 ON_THE_HUB = {"source": "Qwen/Qwen3-0.6B", "source_revision": "abc123"}

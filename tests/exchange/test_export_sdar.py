@@ -16,7 +16,7 @@ from decausal.errors import UserError
 from decausal.exchange.importing import import_checkpoint
 from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, never_predicted
 from decausal.exchange.sdar import export_sdar
-from decausal.models.checkpoint import read_facts
+from decausal.models.facts import read_facts
 from tests.exchange.checkpoints import (
     IDS,
     MASK_ID,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from decausal.cli import main
-from decausal.models.checkpoint import read_facts
+from decausal.models.facts import read_facts
 from tests.exchange.checkpoints import MASK_ID, save_block_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "exchange.md"

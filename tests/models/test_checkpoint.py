@@ -12,7 +12,8 @@ import torch
 from decausal.errors import UserError
 from decausal.models import checkpoint
 from decausal.models.adapt import adapt
-from decausal.models.checkpoint import ConversionFacts, load_converted, read_facts, save_converted, write_facts
+from decausal.models.checkpoint import load_converted, save_converted
+from decausal.models.facts import ConversionFacts, read_facts, write_facts
 from tests.families import FAMILIES, tiny_tokenizer
 
 

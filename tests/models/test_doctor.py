@@ -16,8 +16,8 @@ from decausal.models import backbone, row_attention
 from decausal.models.adapt import adapt
 from decausal.models.architecture import RECURRENT_MODEL_TYPES, layer_windows, refusal
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward
-from decausal.models.checkpoint import ConversionFacts
 from decausal.models.doctor import examine, probes_as_dict, refuse_if_unusable, usable
+from decausal.models.facts import ConversionFacts
 from tests.families import FAMILIES, OTHER_FAMILIES, UNUSABLE_FAMILIES, VOCAB_SIZE, tiny_tokenizer
 
 ALL_USABLE = FAMILIES | OTHER_FAMILIES

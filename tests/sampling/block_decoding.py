@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from decausal.diffusion.layout import visible
 from decausal.models.backbone import head_of
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
 from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.confidence import confidence

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.sampling.bidirectional import denoiser, window_cache
 

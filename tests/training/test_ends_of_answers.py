@@ -10,7 +10,8 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from decausal.data.encode import encode
 from decausal.exchange.plain import export_plain
-from decausal.models.checkpoint import load_converted, read_facts
+from decausal.models.checkpoint import load_converted
+from decausal.models.facts import read_facts
 from decausal.sampling.generate import end_token_ids
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import run

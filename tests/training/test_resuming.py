@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from decausal.errors import UserError
-from decausal.models.checkpoint import read_facts
+from decausal.models.facts import read_facts
 from decausal.secrets import arguments_without_secrets, is_secret, without_secrets
 from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoints, discard, sealed
 from tests.runs import assert_same, run, save_source, weights, write_text

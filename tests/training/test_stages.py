@@ -20,7 +20,8 @@ from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.importing import import_checkpoint
 from decausal.models.adapt import load_source
 from decausal.models.backbone import body_forward
-from decausal.models.checkpoint import load_converted, read_facts, write_facts
+from decausal.models.checkpoint import load_converted
+from decausal.models.facts import read_facts, write_facts
 from decausal.training.run_directory import checkpoints
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.trainer import ConversionTrainer

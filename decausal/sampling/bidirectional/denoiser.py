@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decausal.models.backbone import head_of
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.sampling.bidirectional.decode_windows import Window, current_window
 from decausal.sampling.bidirectional.remasking import opened_at_random

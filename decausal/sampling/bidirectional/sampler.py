@@ -16,7 +16,7 @@ from torch import Tensor
 
 from decausal.diffusion.shift import predictable
 from decausal.errors import UserError
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
 from decausal.sampling.borders import Allowed
 from decausal.sampling.row_settings import RowSettings

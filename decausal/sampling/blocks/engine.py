@@ -20,7 +20,7 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.sampling.blocks.recording import RecordedPasses, Recorder
 from decausal.sampling.blocks.requests import ActiveRow, Finished, Request, StepEvent

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from decausal.models.architecture import context_length, layer_windows
 from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
-from decausal.models.checkpoint import ConversionFacts
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head, logits
 from decausal.sampling.candidates import above, choose, truncate, uniform_numbers
 from decausal.sampling.row_settings import RowSettings

@@ -8,7 +8,8 @@ from itertools import chain
 from typing import Any
 
 from decausal.errors import UserError, nearest
-from decausal.models.checkpoint import ConversionFacts, Converted
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.filling.gaps import Piece, split_gaps
