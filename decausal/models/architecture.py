@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -88,3 +92,20 @@ def reach(config: PretrainedConfig) -> int | None:
     layer_types = getattr(config, "layer_types", None) or ["every"] * config.num_hidden_layers
     distances = [windows[layer_type] for layer_type in layer_types]
     return None if None in distances else sum(window - 1 for window in distances)
+
+
+@contextmanager
+def configured(config: PretrainedConfig, **changes: Any) -> Iterator[None]:
+    """Changes a configuration for a few forward passes."""
+    missing = object()
+    before = {name: getattr(config, name, missing) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                delattr(config, name)
+            else:
+                setattr(config, name, value)

@@ -21,9 +21,8 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward, stock_model
+from decausal.models.rounding import CLOSE, Judge, Resolution, StatesNotFiniteError, distance
 
-# Largest relative distance between a cached and an uncached state. A wrong mask is orders of magnitude further off.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _PROBED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -268,18 +267,20 @@ def refuse_uncacheable(model: nn.Module) -> None:
         f"a model of type '{kind}' cannot be decoded in blocks: its attention does not take this key/value cache"
     )
     try:
-        distance = _probe(model)
+        verdict = Judge(model, CLOSE).decide(is_same_cached)
     except UserError:
         raise
+    except StatesNotFiniteError as error:
+        raise UserError(f"{explanation} (its states are not finite in {stock.dtype})") from error
     except Exception as error:
         raise UserError(f"{explanation} ({type(error).__name__}: {first_line(error)})") from error
-    if not distance <= _TOLERANCE.get(stock.dtype, 1e-1):
-        raise UserError(f"{explanation} (its states differ by {distance:.2g} from those without one)")
+    if not verdict.passed:
+        raise UserError(f"{explanation} (its states differ by {verdict.measured:.2g} from those without one)")
     _PROBED.add(stock)
 
 
-def _probe(model: nn.Module) -> float:
-    """The largest relative distance over two rows of different lengths, whose last blocks are read again."""
+def is_same_cached(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
+    """Compares states with and without the cache, of two rows of different lengths whose last blocks are read again."""
     stock, size = stock_model(model), 3
     device = stock.get_input_embeddings().weight.device
     position = torch.arange(3 * size, device=device)
@@ -298,8 +299,8 @@ def _probe(model: nn.Module) -> float:
     distances = []
     for positions, num_keys in ((first, 2 * size), (second, 3 * size)):
         expected = whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1]))
-        distances.append((read(positions, num_keys) - expected).norm() / expected.norm())
-    return float(torch.stack(distances).max())
+        distances.append(distance(read(positions, num_keys), expected))
+    return max(distances) <= resolution.equal, max(distances)
 
 
 def _unmasked(body: nn.Module, input_ids: Int[Tensor, "b q"], num_keys: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from decausal.models.adapt import load_source, source_config
 from decausal.models.architecture import refusal
 from decausal.models.checkpoint import load_converted
-from decausal.models.doctor import Probe, architecture_probe, examine, usable
+from decausal.models.doctor import Probe, architecture_probe, examine, shown, usable
 from decausal.models.names import is_converted
 
 
@@ -36,11 +36,10 @@ def probes_as_table(title: str, probes: list[Probe]) -> Table:
     table.add_column("what it means", overflow="fold")
     for probe in probes:
         failed = "[red]fails[/red]" if probe.required else "[yellow]note[/yellow]"
-        measured = probe.measured if isinstance(probe.measured, str) else f"{probe.measured:.3g}"
         table.add_row(
             probe.name,
             "[green]ok[/green]" if probe.passed else failed,
-            measured,
+            shown(probe),
             "" if probe.passed else probe.explanation,
         )
     return table

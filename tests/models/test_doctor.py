@@ -152,4 +152,5 @@ def test_examining_leaves_the_model_as_it_was() -> None:
 def test_findings_are_plain_json() -> None:
     found = json.loads(json.dumps(probes_as_dict(examine(UNUSABLE_FAMILIES["bloom"]()))))
     assert found["usable"] is False
-    assert {"name", "passed", "measured", "explanation", "required"} == set(found["probes"][0])
+    fields = {"name", "passed", "measured", "explanation", "required", "threshold", "decided_in", "noise_floor"}
+    assert all(set(probe) == fields for probe in found["probes"])
