@@ -14,9 +14,9 @@ from decausal.errors import UserError, first_line
 from decausal.exchange.converted_files import end_token_ids
 from decausal.exchange.formats import PublicForm, block_size_of, form_of, mask_token_id_of
 from decausal.exchange.mask_token import add_mask_token
-from decausal.exchange.sdar import EMBEDDINGS, FACTS_KEY, HEAD
+from decausal.exchange.sdar import FACTS_KEY
 from decausal.exchange.staging import refuse_filled, staged
-from decausal.exchange.stock import expected_tensors
+from decausal.exchange.stock import EMBEDDINGS, HEAD, expected_tensors
 from decausal.exchange.tensor_files import Stored, TensorFiles, refuse_other_tensors, write_tensor_files
 from decausal.exchange.tokenizer_files import read_json, read_tokenizer
 from decausal.hub import fetch

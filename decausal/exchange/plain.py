@@ -5,16 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard, names_base_model
-from decausal.exchange.converted_files import open_converted
+from decausal.exchange.converted_files import ConvertedFiles, open_converted
 from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
+from decausal.exchange.stock import EMBEDDINGS, HEAD
+from decausal.exchange.tensor_files import write_tensor_files
 from decausal.exchange.tokenizer_files import without_code
 from decausal.models.facts import ConversionFacts, write_facts
 
-_CARRIED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_CARRIED = ("config.json", "generation_config.json")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _NAME_CODE = ("config.json", "tokenizer_config.json")
 
@@ -35,7 +40,12 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
     source = open_converted(directory)
     card = card or ModelCard()
     with staged(output_dir) as staging:
-        for pattern in (*_CARRIED, *_TOKENIZER):
+        has_second_head = _has_second_head(source)
+        if has_second_head:
+            tensors = source.tensors
+            names = [name for name in tensors.names() if name != HEAD]
+            write_tensor_files(staging, {name: tensors.stored(name) for name in names})
+        for pattern in (*_CARRIED, *_TOKENIZER, *(() if has_second_head else _WEIGHTS)):
             for path in sorted(directory.glob(pattern)):
                 _copy(path, staging)
         for name in _NAME_CODE:
@@ -43,6 +53,16 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
         (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
         write_facts(staging, facts_to_hand_on(source.facts))  # last: a directory with them is whole
     return Exported(output_dir, source.facts, {}, _notes(card, source.facts))
+
+
+def _has_second_head(source: ConvertedFiles) -> bool:
+    """Whether the weights hold a tied head a second time, as earlier versions wrote it and nothing reads it."""
+    tensors = source.tensors
+    return (
+        source.config.tie_word_embeddings
+        and {HEAD, EMBEDDINGS} <= set(tensors.names())
+        and torch.equal(tensors.load(HEAD), tensors.load(EMBEDDINGS))
+    )
 
 
 def _copy(path: Path, directory: Path) -> None:

@@ -20,14 +20,13 @@ from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, engine_mask_token, never_predicted
 from decausal.exchange.staging import refuse_filled, staged
-from decausal.exchange.stock import expected_tensors, head_dim
+from decausal.exchange.stock import EMBEDDINGS, HEAD, expected_tensors, head_dim
 from decausal.exchange.tensor_files import Stored, refuse_other_tensors, write_tensor_files
 from decausal.models.facts import ConversionFacts
 
 ARCHITECTURES = {"qwen3": "SDARForCausalLM", "qwen3_moe": "SDARMoeForCausalLM"}
 MODEL_TYPES = {"qwen3": "sdar", "qwen3_moe": "sdar_moe"}
 FACTS_KEY = "decausal"
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCard | None = None) -> Exported:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PretrainedConfig
 
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STOCK_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -17,11 +18,11 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """
     vocabulary, width = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, width),
+        EMBEDDINGS: (vocabulary, width),
         "model.norm.weight": (width,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocabulary, width)
+        shapes[HEAD] = (vocabulary, width)
     for layer in range(config.num_hidden_layers):
         for parts in (_norms(config), _attention(config), _feed_forward(config)):
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts}

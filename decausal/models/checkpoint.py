@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,14 +52,24 @@ def save_converted(
     (directory / FACTS_FILE).unlink(missing_ok=True)
     state_dict = fold_mask_row(model, model.state_dict() if state_dict is None else state_dict)
     if dtype is not None:
-        state_dict = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
-        }
+        state_dict = _cast(state_dict, dtype)
     model.save_pretrained(directory, state_dict=state_dict)
     if dtype is not None:
         _state_dtype(directory / "config.json", dtype)
     tokenizer.save_pretrained(directory)
     write_facts(directory, facts)
+
+
+def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Casts each tensor once, however many names it has: transformers writes tied weights once by their memory."""
+    cast: dict[tuple[Any, ...], torch.Tensor] = {}
+    found = {}
+    for name, tensor in state_dict.items():
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if memory not in cast:
+            cast[memory] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        found[name] = cast[memory]
+    return found
 
 
 def _state_dtype(path: Path, dtype: torch.dtype) -> None:

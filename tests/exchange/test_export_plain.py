@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from decausal.errors import UserError
@@ -16,6 +17,7 @@ from decausal.exchange.card import ModelCard, read_evaluation
 from decausal.exchange.plain import export_plain
 from decausal.models.facts import read_facts
 from tests.exchange.checkpoints import our_logits, save_block_model, save_sharded, tensors_of
+from tests.runs import assert_same
 
 ON_THE_HUB = {"source": "Qwen/Qwen3-0.6B", "source_revision": "abc123"}
 
@@ -158,3 +160,13 @@ def test_what_is_no_converted_model_is_refused(tmp_path, directory):
         export_plain(directory, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):
         export_plain(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_tied_head_that_was_written_twice_is_handed_on_once(directory, tmp_path):
+    tensors = tensors_of(directory)
+    assert "lm_head.weight" not in tensors
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(twice, directory / "model.safetensors", {"format": "pt"})
+    export_plain(directory, tmp_path / "out")
+    assert_same(tensors_of(tmp_path / "out"), tensors)
+    assert torch.equal(our_logits(tmp_path / "out"), our_logits(directory))
