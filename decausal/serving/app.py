@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from decausal.sampling.log_probs import given_log_probs
 from decausal.serving import responses
+from decausal.serving.answer import Answer
 from decausal.serving.choices import Choice, Delta, TokenLogProb, echoed
 from decausal.serving.description import describe
 from decausal.serving.errors import ApiError
@@ -29,7 +30,6 @@ from decausal.serving.plans import Plan, chat_plan, completion_plan
 from decausal.serving.schema import ChatBody, CompletionBody, parse
 from decausal.serving.served import Served, find
 from decausal.serving.settings import ServeSettings
-from decausal.serving.worker import Answer
 
 _log = logging.getLogger("decausal.serving")
 

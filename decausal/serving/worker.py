@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from decausal.errors import UserError
 from decausal.sampling.jobs import Engine, Job, Progress
+from decausal.serving.answer import Answer, AnswerRow, Told, engine_failure
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
 
@@ -23,39 +24,14 @@ Result = TypeVar("Result")
 _log = logging.getLogger("decausal.serving")
 
 
-class Told(NamedTuple):
-    """What an answer's queue holds: a step of one of its rows, or why there will be no more."""
-
-    index: int
-    progress: Progress | None
-    error: ApiError | None = None
-
-
-class Answer:
-    """The rows of one request, as the event loop sees them.
-
-    Attributes:
-        queue: Lists of `Told`, in order.
-        admitted: Done once the engine has taken all rows; its exception is why it refused.
-    """
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = list(jobs)
-        self.queue: asyncio.Queue[list[Told]] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.admitted: asyncio.Future[None] = self.loop.create_future()
-        self.tickets: dict[int, int] = {}  # of rows that have not ended, to their index; the worker's thread alone
-
-    def fail(self, error: ApiError) -> None:
-        """Ends the answer from the event loop."""
-        self.queue.put_nowait([Told(0, None, error)])
-
-
 class Worker:
     """Runs one engine in one thread.
 
+    A step that fails harms nobody but the row that made it fail: the engine is made anew, and its rows are written
+    again, half as many together, until the step succeeds, or fails with one row alone.
+
     Args:
-        make_engine: Called once at the start, and again after a step that failed.
+        make_engine: Called once at the start, and again after each step that failed.
         name: Of the model, for metrics and log.
         max_rows: Rows that the engine runs together.
         max_queue: Rows that may wait beyond them.
@@ -69,7 +45,10 @@ class Worker:
         self._max_rows, self._max_queue = max_rows, max_queue
         self._engine = make_engine()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._answers: dict[int, Answer] = {}
+        self._last_word = ApiError(503, "the server is shutting down", code="shutting_down")
+        self._rows: dict[int, AnswerRow] = {}  # in the engine, by ticket
+        self._held: deque[AnswerRow] = deque()  # in front of it, after a failure
+        self._most: int | None = None  # rows that it may hold, after a failure
         self._lock = threading.Lock()
         self._num_rows = 0
         self._ended_at: deque[float] = deque(maxlen=64)
@@ -108,7 +87,7 @@ class Worker:
                 "too_many_choices",
             )
         if not self.is_alive:
-            raise ApiError(503, "the engine has stopped: restart the server", code="engine_stopped")
+            raise _stopped()
         with self._lock:
             if self._num_rows + len(jobs) > self._max_rows + self._max_queue:
                 wait = self._seconds_to_wait(len(jobs))
@@ -153,20 +132,22 @@ class Worker:
 
     def _run(self) -> None:
         while self._take_messages():
-            if self._answers:
-                self._step()
-            self._metrics.rows(self._name, self._engine.num_running, self._engine.num_waiting)
+            self._admit_held()
+            if self._rows and not self._step():
+                break
+            num_waiting = self._engine.num_waiting + len(self._held)
+            self._metrics.rows(self._name, self._engine.num_running, num_waiting)
         while not self._inbox.empty():
             message = self._inbox.get()
             if message is not None:
                 message()
-        self._fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+        self._fail_all(self._last_word)
 
     def _take_messages(self) -> bool:
         """Does what the inbox asks, and waits for it where there is nothing else to do. False: the thread ends."""
         while True:
             try:
-                message = self._inbox.get(block=not self._answers)
+                message = self._inbox.get(block=not (self._rows or self._held))
             except queue.Empty:
                 return True
             if message is None:
@@ -176,52 +157,102 @@ class Worker:
                 return True
 
     def _admit(self, answer: Answer) -> None:
-        for index, job in enumerate(answer.jobs):
-            try:
-                ticket = self._engine.submit(job)
-            except Exception as error:  # one request's fault is no other's
-                self._left(len(answer.jobs) - index)
-                self._drop(answer)
-                _call(answer, _settle, answer, _as_api_error(error))
-                return
-            answer.tickets[ticket] = index
-            self._answers[ticket] = answer
+        if self._most is None:
+            for row in answer.rows:
+                if not self._submit(row):
+                    return
+        else:
+            self._held.extend(answer.rows)
         _call(answer, _settle, answer, None)
 
-    def _drop(self, answer: Answer) -> None:
-        self._left(len(answer.tickets))
-        for ticket in answer.tickets:
-            self._engine.cancel(ticket)
-            del self._answers[ticket]
-        answer.tickets.clear()
+    def _admit_held(self) -> None:
+        """Lets rows into the engine that wait in front of it, as many as it may hold."""
+        while self._held and (self._most is None or len(self._rows) < self._most):
+            self._submit(self._held.popleft())
+        if not self._rows:
+            self._most = None
 
-    def _step(self) -> None:
-        start = time.perf_counter()
+    def _submit(self, row: AnswerRow) -> bool:
+        """Gives a row to the engine; where that refuses it the answer ends."""
+        try:
+            row.ticket, row.num_seen = self._engine.submit(row.job), 0
+        except Exception as error:  # one request's fault is no other's
+            self._give_up(row.answer, _as_api_error(error))
+            return False
+        self._rows[row.ticket] = row
+        return True
+
+    def _drop(self, answer: Answer) -> None:
+        self._left(len(answer.rows))
+        for row in answer.rows:
+            if row.ticket is not None:
+                self._engine.cancel(row.ticket)
+                del self._rows[row.ticket]
+        self._held = deque(row for row in self._held if row.answer is not answer)
+        answer.rows.clear()
+
+    def _give_up(self, answer: Answer, error: ApiError) -> None:
+        self._drop(answer)
+        _call(answer, _settle, answer, error)
+        _call(answer, _deliver, [(answer, [Told(0, None, error)])])
+
+    def _step(self) -> bool:
+        """Takes the engine's rows one step further. False: there is no engine any more."""
+        start, failure = time.perf_counter(), None
         try:
             steps = self._engine.step()
-        except Exception as error:  # what the rows were is lost with the engine; the server goes on
-            _log.exception("a step of the engine failed")
-            self._fail_all(_as_api_error(error))
-            self._engine = self._make_engine()
-            return
+        except Exception as error:
+            _log.exception("a step of the engine failed with %d rows in it", len(self._rows))
+            failure = _as_api_error(error)
+        if failure is not None:  # out of the handler, which holds on to what the engine held
+            return self._begin_anew(failure)
         told: dict[Answer, list[Told]] = {}
         for progress in steps:
-            answer = self._answers.get(progress.ticket)
-            if answer is None:
-                continue
-            told.setdefault(answer, []).append(Told(answer.tickets[progress.ticket], progress))
-            if progress.ended is not None:
-                self._ended_at.append(time.monotonic())
-                self._left(1)
-                del answer.tickets[progress.ticket], self._answers[progress.ticket]
+            if progress.ticket in self._rows:
+                self._take(self._rows[progress.ticket], progress, told)
         self._metrics.step(self._name, steps, time.perf_counter() - start)
         if told:  # once for all answers of a step
             _call(next(iter(told)), _deliver, list(told.items()))
+        return True
+
+    def _take(self, row: AnswerRow, progress: Progress, told: dict[Answer, list[Told]]) -> None:
+        try:
+            if row.is_news(progress):
+                told.setdefault(row.answer, []).append(Told(row.index, progress))
+        except ApiError as error:
+            told.pop(row.answer, None)
+            self._give_up(row.answer, error)
+            return
+        if progress.ended is not None:
+            self._ended_at.append(time.monotonic())
+            self._left(1)
+            row.answer.rows.remove(row)
+            del self._rows[progress.ticket]
+
+    def _begin_anew(self, error: ApiError) -> bool:
+        """After a step that failed: what the engine held is lost with it, but not what its rows are made of."""
+        rows = list(self._rows.values())
+        self._rows.clear()
+        for row in rows:
+            row.ticket = None
+        if len(rows) == 1:
+            self._give_up(rows[0].answer, error)
+            self._most = None
+        else:
+            self._most = max(1, min(self._most or self._max_rows, len(rows)) // 2)
+            self._held.extendleft(reversed(rows))
+        del self._engine  # first, or there might be no memory for another
+        try:
+            self._engine = self._make_engine()
+        except Exception:
+            _log.exception("the engine cannot be made anew: requests are refused from now on")
+            self._last_word = _stopped()
+            return False
+        return True
 
     def _fail_all(self, error: ApiError) -> None:
-        for answer in set(self._answers.values()):
-            self._drop(answer)
-            _call(answer, _deliver, [(answer, [Told(0, None, error)])])
+        for answer in {row.answer for row in (*self._rows.values(), *self._held)}:
+            self._give_up(answer, error)
 
     def _left(self, num_rows: int) -> None:
         with self._lock:
@@ -250,10 +281,11 @@ def _deliver(told: list[tuple[Answer, list[Told]]]) -> None:
         answer.queue.put_nowait(items)
 
 
+def _stopped() -> ApiError:
+    return ApiError(503, "the engine has stopped: restart the server", code="engine_stopped")
+
+
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UserError):
         return bad_request(str(error))
-    kind: Any = type(error).__name__
-    return ApiError(
-        500, f"the engine failed ({kind}); the server's log says more, and it goes on", code="engine_failed"
-    )
+    return engine_failure(f"the engine failed ({type(error).__name__}); the server's log says more, and it goes on")

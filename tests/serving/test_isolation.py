@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
+from torch import Tensor
 
 from decausal.models.checkpoint import Converted
 from decausal.sampling.settings import ALIASES
@@ -63,6 +65,23 @@ def held(model: Converted) -> Iterator[threading.Event]:
         hook.remove()
 
 
+@contextmanager
+def failing(model: Converted, fails: Callable[[Tensor], bool]) -> Iterator[list[int]]:
+    """Passes raise where their ids are such; gives a list with an entry for each pass that did."""
+    failures: list[int] = []
+
+    def look(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if fails(options["input_ids"]):
+            failures.append(1)
+            raise RuntimeError("this row is not to be read")
+
+    hook = model.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield failures
+    finally:
+        hook.remove()
+
+
 def long_requests() -> list[dict[str, Any]]:
     """Ten of different lengths and settings, which draw at random."""
     shared = {"prompt": "import", "temperature": 1.0}
@@ -89,3 +108,88 @@ def test_each_poison_value_is_refused_by_name_while_ten_rows_run_and_become_what
             assert server.num_rows == NUM_ROWS
             goes_on.set()
             assert [answer.result() for answer in answers] == alone
+
+
+def asked(client: httpx.Client, body: dict[str, Any]) -> str:
+    """The text of an answer; streamed where the seed is odd."""
+    if body["seed"] % 2 == 0:
+        return client.post(TEXT, json=body).json()["choices"][0]["text"]
+    lines = client.post(TEXT, json={**body, "stream": True}).text.splitlines()
+    assert lines[-2] == "data: [DONE]"
+    return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2] if line)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "bidirectional": {},
+    "block": {"layout": "block", "block_size": 4},
+    "speculative": {"layout": "block", "block_size": 4},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_fails_ends_the_row_that_made_it_fail_and_no_other(layout: str) -> None:
+    model = converted(**LAYOUTS[layout])
+    poison = model.tokenizer.convert_tokens_to_ids("~")
+    options = {"speculative": True, "num_steps": None} if layout == "speculative" else {}
+    bodies = [{**body, **options} for body in long_requests()]
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        alone = [asked(client, body) for body in bodies]
+        assert "~" not in "".join(alone)
+        with (
+            failing(model, lambda ids: bool((ids[:, 0] == poison).any())) as failures,
+            ThreadPoolExecutor(NUM_ROWS + 1) as pool,
+        ):
+            with held(model) as goes_on:
+                answers = [pool.submit(asked, client, body) for body in bodies]
+                server.wait_for_rows(NUM_ROWS)
+                guilty = pool.submit(client.post, TEXT, json={**bodies[0], "prompt": "~ a", "n": 2})
+                server.wait_for_rows(NUM_ROWS + 2)
+                goes_on.set()
+                assert [answer.result() for answer in answers] == alone
+            assert guilty.result().status_code == 500
+            assert guilty.result().json()["error"]["code"] == "engine_failed"
+        assert failures
+        server.wait_until_idle()
+        assert [asked(client, body) for body in bodies] == alone
+
+
+def test_a_step_that_fails_once_harms_nobody(model: Converted) -> None:
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        alone = [asked(client, body) for body in long_requests()]
+        passes: list[int] = []
+
+        def fails(ids: Tensor) -> bool:
+            passes.append(len(ids))
+            return passes.count(NUM_ROWS) == 3 and len(ids) == NUM_ROWS
+
+        with failing(model, fails) as failures, ThreadPoolExecutor(NUM_ROWS) as pool:
+            with held(model) as goes_on:
+                answers = [pool.submit(asked, client, body) for body in long_requests()]
+                server.wait_for_rows(NUM_ROWS)
+                goes_on.set()
+            assert [answer.result() for answer in answers] == alone
+        assert len(failures) == 1
+
+
+def test_rows_that_fail_together_alone_are_written_in_smaller_batches(model: Converted) -> None:
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        alone = [asked(client, body) for body in long_requests()]
+        with failing(model, lambda ids: len(ids) > 3) as failures, ThreadPoolExecutor(NUM_ROWS) as pool:
+            assert list(pool.map(lambda body: asked(client, body), long_requests())) == alone
+        assert failures
+        server.wait_until_idle()
+
+
+def test_an_engine_that_cannot_be_made_anew_ends_its_answers_and_is_told_by_health(model: Converted) -> None:
+    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def broken() -> Any:
+            raise RuntimeError("no device")
+
+        server.models[0].worker._make_engine = broken
+        with failing(model, lambda ids: True):
+            found = client.post(TEXT, json=long_requests()[0])
+        assert found.status_code == 500
+        server.models[0].worker._thread.join(10)
+        assert client.get("/health").status_code == 503
+        assert client.post(TEXT, json=long_requests()[0]).json()["error"]["code"] == "engine_stopped"

@@ -1,0 +1,84 @@
+"""The rows of one request, between the event loop and the thread that owns the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from decausal.sampling.jobs import Job, Progress
+from decausal.serving.errors import ApiError
+
+
+class Told(NamedTuple):
+    """What an answer's queue holds: a step of one of its rows, or why there will be no more."""
+
+    index: int
+    progress: Progress | None
+    error: ApiError | None = None
+
+
+class Answer:
+    """The rows of one request, as the event loop sees them.
+
+    Attributes:
+        jobs: All rows that were asked for.
+        rows: Those that have not ended; for the worker's thread alone.
+        queue: Lists of `Told`, in order.
+        admitted: Done once the engine has taken all rows; its exception is why it refused.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = list(jobs)
+        self.rows = [AnswerRow(self, index, job) for index, job in enumerate(jobs)]
+        self.queue: asyncio.Queue[list[Told]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.admitted: asyncio.Future[None] = self.loop.create_future()
+
+    def fail(self, error: ApiError) -> None:
+        """Ends the answer from the event loop."""
+        self.queue.put_nowait([Told(0, None, error)])
+
+
+@dataclass(eq=False)
+class AnswerRow:
+    """One row of an answer, in the engine or in front of it.
+
+    What becomes of a row does not depend on who shares its passes, so that an engine made anew writes it again step by
+    step. What its steps brought is kept to compare: the client may have read it.
+
+    Attributes:
+        answer: Whose row it is, and `index` which of its rows.
+        job: What it is made of.
+        ticket: The engine's; None while it waits in front of it.
+        told: What its steps have brought so far.
+        num_seen: Steps that the present engine has taken.
+    """
+
+    answer: Answer
+    index: int
+    job: Job
+    ticket: int | None = None
+    told: list[Any] = field(default_factory=list)
+    num_seen: int = 0
+
+    def is_news(self, progress: Progress) -> bool:
+        """Takes a step in; False where it is one that has been told.
+
+        Raises:
+            ApiError: It has been told differently: two tokens were equally probable to the last bits.
+        """
+        brought = (progress.positions, progress.ids, progress.reopened, progress.row, progress.ended)
+        self.num_seen += 1
+        if self.num_seen > len(self.told):
+            self.told.append(brought)
+            return True
+        if brought != self.told[self.num_seen - 1]:
+            raise engine_failure("the engine failed, and this answer could not be taken up where it was")
+        return False
+
+
+def engine_failure(message: str) -> ApiError:
+    """What rows are told that are lost with an engine."""
+    return ApiError(500, message, code="engine_failed")
