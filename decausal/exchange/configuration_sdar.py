@@ -19,6 +19,8 @@ class SDARConfig(PretrainedConfig):
         for name in ("rope_parameters", "rope_theta"):
             if name in keys:
                 setattr(self, name, keys[name])
+        if not hasattr(self, "use_cache"):  # transformers 5 keeps it elsewhere, and SDAR's own model reads it here
+            self.use_cache = keys.get("use_cache", True)
         if not hasattr(self, "rope_scaling"):  # transformers 4; in 5 it is another name of rope_parameters
             self.rope_scaling = None
 
@@ -27,3 +29,6 @@ class SDARMoeConfig(SDARConfig):
     """The same for a mixture of experts."""
 
     model_type = "sdar_moe"
+
+    def __init__(self, **keys):  # transformers 5 gives a class that has none of its own another one
+        super().__init__(**keys)

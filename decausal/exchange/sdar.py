@@ -109,6 +109,7 @@ def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else next(iter(end_ids), None),
         "dtype": dtype,
         "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,
+        "fuse_cross_entropy": True,  # as published: SDAR's modelling file reads it, in training it always fuses
         "head_dim": head_dim(config),
         "mask_token_id": facts.mask_token_id,
         "max_window_layers": config.num_hidden_layers,

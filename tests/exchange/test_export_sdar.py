@@ -97,6 +97,34 @@ def test_every_key_that_engines_read_is_there(directory, tmp_path):
     assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [config["eos_token_id"]]
 
 
+# What SDAR's own modelling file reads of its configuration and no PretrainedConfig has by itself (training/model in
+# JetAstra/SDAR, December 2025); the second line is what the mixture of experts (Qwen3-MoE's code) reads beside it.
+READ_BY_SDAR = """
+    attention_bias attention_dropout block_size fuse_cross_entropy head_dim hidden_act hidden_size initializer_range
+    intermediate_size mask_token_id max_position_embeddings max_window_layers num_attention_heads num_hidden_layers
+    num_key_value_heads pad_token_id rms_norm_eps rope_scaling rope_theta sliding_window use_cache use_sliding_window
+    vocab_size
+""".split()  # noqa: SIM905
+READ_BY_EXPERTS = """
+    decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts num_experts_per_tok
+    output_router_logits router_aux_loss_coef
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize(
+    ("family", "names"), [("qwen3", READ_BY_SDAR), ("qwen3_moe", [*READ_BY_SDAR, *READ_BY_EXPERTS])]
+)
+def test_every_attribute_that_sdars_own_model_reads_is_exported(family, names, tmp_path):
+    save_block_model(tmp_path / "converted", family)
+    export_sdar(tmp_path / "converted", tmp_path / "out")
+    written = read_json(tmp_path / "out" / "config.json")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert [name for name in names if not hasattr(config, name)] == []
+    assert [name for name in names if name not in written] == [
+        "rope_scaling"
+    ]  # its class has it; see configuration_sdar
+
+
 def test_mixtures_of_experts_have_their_own_names(tmp_path):
     save_block_model(tmp_path / "converted", "qwen3_moe")
     export_sdar(tmp_path / "converted", tmp_path / "out")
