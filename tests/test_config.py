@@ -251,6 +251,10 @@ def test_verbs_without_training_arguments_take_none():
 
 def test_the_recipes_that_the_documents_promise_are_there():
     assert {"mdm", "repr-align", "diffullama", "bd3lm", "sdar", "fast-dllm-v2"} <= set(recipe_names())
+    readme = (ROOT / "README.md").read_text()
+    assert set(recipe_names()) <= set(re.findall(r"`([a-z0-9\-]+)`", readme))
+    papers = (ROOT / "docs" / "papers.md").read_text()
+    assert set(recipe_names()) - {"fine-tune"} <= set(re.findall(r"(?:`|--recipe )([a-z0-9\-]+)", papers))
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -277,6 +281,24 @@ def test_recipes_are_the_methods_they_are_named_after():
     assert (blocks["bd3lm"].weighting, blocks["bd3lm"].noise_per) == ("inverse_t", "block")
     assert (blocks["sdar"].block_size, blocks["sdar"].weighting) == (4, "inverse_t")
     assert (blocks["fast-dllm-v2"].views, blocks["fast-dllm-v2"].complementary_masks) == (2, True)
+
+
+def test_recipes_of_papers_differ_from_ours_in_what_the_documents_say():
+    def stated(name):
+        return {key: value for key, value in read_recipe(name).items() if key != "lr_scheduler_kwargs"}
+
+    def changes(name):
+        ours, theirs = stated(name), stated(f"{name}-paper")
+        return {key: theirs.get(key) for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+
+    assert changes("repr-align") == {
+        **{"align_weight": 10.0, "align_schedule": "constant", "papl": 1.0, "freeze_embeddings": True},
+        **{"stratified_noise": False, "max_length": 4096, "warmup_steps": 0.001},
+        "lr_scheduler_type": "cosine_with_min_lr",
+    }
+    assert read_recipe("repr-align-paper")["lr_scheduler_kwargs"] == {"min_lr": 3e-6}
+    defaults = {"states_per_rollout": 1}
+    assert changes("opdlm") == {"warmup_steps": 5, "rollout_curriculum": 100, **defaults}
 
 
 @pytest.mark.parametrize(
