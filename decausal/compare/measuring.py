@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.compare.arms import ArmRun
+from decausal.compare.inputs import held_out_problems
 from decausal.compare.records import Score
 from decausal.compare.settings import SPECULATIVE, STATIC, CompareSettings, Schedule
 from decausal.data.rows import PackedRows, load_rows
@@ -247,28 +248,6 @@ def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
         UserError: the model cannot be converted, or the held-out data is not for it.
     """
     return (TaskMeasure if settings.eval == "tasks" else LikelihoodMeasure)(settings, run)
-
-
-def held_out_problems(settings: CompareSettings) -> list[Example]:
-    """Returns all held-out examples, each task in turn: their longest answer does not depend on how many are measured.
-
-    Raises:
-        UserError: `--eval_data` names no held-out tasks, or fewer examples than are to be measured.
-    """
-    name = settings.measured_data
-    if name.partition(":")[0].partition("@")[0] != "tasks-heldout":
-        raise UserError(
-            f"--eval_data {name}: --eval tasks measures exact answers on tasks-heldout, or on some of its tasks, such "
-            "as tasks-heldout:sorting+lookup; for other data give --eval nll"
-        )
-    most = max(settings.eval_prompts, settings.final_prompts)
-    problems = list(task_source(name).examples())
-    if len(problems) < most:
-        raise UserError(
-            f"--eval_data {name} has {len(problems)} examples, {most} are to be measured; raise its count, such as "
-            f"tasks-heldout:{most}, or lower --eval_prompts and --final_prompts"
-        )
-    return problems
 
 
 def refuse_unread_characters(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Example], model_name: str) -> None:

@@ -8,15 +8,14 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from decausal.compare.arms import Arm, ArmRun, arm_run, refuse_unlike_facts
+from decausal.compare.arms import Arm, ArmRun
 from decausal.compare.budget import Budget, steps_for_tokens, training_rows
+from decausal.compare.inputs import MARK, all_runs, refuse_other_verb
 from decausal.compare.measuring import Measure, prepare
 from decausal.compare.report import REPORT_PICTURE, REPORT_TABLE, Comparison, write_figures, write_report
 from decausal.compare.settings import CompareSettings
@@ -30,11 +29,9 @@ from decausal.compare.training import (
 )
 from decausal.compare.view import ComparisonView, summary_table
 from decausal.compare.workers import num_workers, train_all
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError
 from decausal.reporting.environment import quiet_libraries
-from decausal.training.run_directory import RUN_FILE, claimed
-
-MARK = {"verb": "compare"}
+from decausal.training.run_directory import claimed
 
 
 def run_compare(
@@ -61,7 +58,7 @@ def run_compare(
         raise UserError("decausal compare runs in one process: start it without accelerate launch or torchrun")
     console = console or Console(file=sys.stdout)
     output_dir = Path(settings.output_dir)
-    _refuse_other_verb(output_dir)
+    refuse_other_verb(output_dir)
     with quiet_libraries():
         comparison = _Comparison(settings, arms, console, command)
         with claimed(output_dir, resume=True) as directory:
@@ -90,13 +87,7 @@ class _Comparison:
         self.clock_start = time.perf_counter()
         self.started = datetime.now().astimezone().isoformat(timespec="seconds")
         is_bf16 = _has_bf16() if settings.bf16 is None else settings.bf16
-        names = [arm.name for arm in arms]
-        if settings.reference is not None and settings.reference not in names:
-            hint = nearest(settings.reference, names)
-            raise UserError(f"--reference {settings.reference}: no arm is called so{hint} Arms: {', '.join(names)}")
-        self.runs = [arm_run(settings, arm, seed, is_bf16=is_bf16) for seed in settings.seeds for arm in arms]
-        if not settings.any_facts:
-            refuse_unlike_facts(self.runs)
+        self.runs = all_runs(settings, arms, is_bf16=is_bf16)
         self.measure: Measure = prepare(settings, self.runs[0])
         self.plan: list[Planned] = []
 
@@ -184,15 +175,6 @@ class _Comparison:
 
 def _has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _refuse_other_verb(output_dir: Path) -> None:
-    try:
-        recorded: Any = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # whoever claims the directory refuses one that no run of ours made
-    if not (isinstance(recorded, dict) and MARK.items() <= recorded.items()):
-        raise UserError(f"{output_dir} holds the run of another verb; choose another --output_dir")
 
 
 def _say(console: Console, *lines: str) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PretrainedConfig
 
 from decausal.errors import UserError
 from decausal.exchange.handed_on import is_hub_id, without_paths
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.defaults import settings_for
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CARD = "README.md"
 

@@ -14,14 +14,13 @@ from decausal.errors import UserError, first_line
 from decausal.exchange.converted_files import end_token_ids
 from decausal.exchange.formats import PublicForm, block_size_of, form_of, mask_token_id_of
 from decausal.exchange.mask_token import add_mask_token
+from decausal.exchange.public_names import located
 from decausal.exchange.sdar import FACTS_KEY
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import EMBEDDINGS, HEAD, expected_tensors
 from decausal.exchange.tensor_files import Stored, TensorFiles, refuse_other_tensors, write_tensor_files
 from decausal.exchange.tokenizer_files import read_json, read_tokenizer
-from decausal.hub import fetch
-from decausal.models.facts import FACTS_FILE, ConversionFacts, write_facts
-from decausal.models.names import is_converted, is_hub_id
+from decausal.models.facts import ConversionFacts, write_facts
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -73,7 +72,7 @@ def import_checkpoint(
     """
     output_dir = Path(output_dir)
     refuse_filled(output_dir)
-    directory, commit = _located(str(model_name_or_path), revision)
+    directory, commit = located(str(model_name_or_path), revision)
     config = read_json(directory / "config.json")
     form = form_of(config, directory)
     stock = form.stock(config, ignore_keys)
@@ -96,17 +95,6 @@ def import_checkpoint(
         tokenizer.save_pretrained(staging)
         write_facts(staging, facts)
     return Imported(output_dir, form, facts)
-
-
-def _located(name: str, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise UserError(f"{name} is a file; give a checkpoint's directory or a hub id")
-    if not path.exists() and not is_hub_id(name):
-        raise UserError(f"directory {name} does not exist; give a checkpoint's directory or a hub id")
-    if is_converted(name, revision):
-        raise UserError(f"{name} is in decausal's form already (it holds {FACTS_FILE}); use it as it is")
-    return (path, None) if path.exists() else fetch(name, revision)
 
 
 def _facts(

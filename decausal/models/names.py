@@ -83,6 +83,12 @@ def converted_directory(model_name_or_path: str | Path, revision: str | None = N
     return fetch(name, revision)[0]
 
 
+def is_left_to_the_hub(name: str) -> bool:
+    """Whether a name is one for the hub, and begins with no directory here: then it is hardly a mistyped path."""
+    path = Path(name).expanduser()
+    return is_hub_id(name) and not path.exists() and not path.parent.is_dir()
+
+
 def check_source(
     model_name_or_path: str | Path, revision: str | None = None, *, may_be_converted: bool = False
 ) -> None:
@@ -93,28 +99,30 @@ def check_source(
     Raises:
         UserError: as `located`.
     """
-    if not _is_left_to_the_hub(str(model_name_or_path)):
+    if not is_left_to_the_hub(str(model_name_or_path)):
         located(model_name_or_path, revision, may_be_converted=may_be_converted)
 
 
-def check_converted(model_name_or_path: str | Path) -> ConversionFacts | None:
+def check_converted(model_name_or_path: str | Path, *, may_be_source: bool = False) -> ConversionFacts | None:
     """Refuses a wrong name of a converted model, as `check_source` does, and returns the facts of one that is here.
 
+    Args:
+        model_name_or_path: a directory or a hub id.
+        may_be_source: an AR model, which has no facts, will do.
+
     Raises:
-        UserError: as `read_facts` and `is_converted`.
+        UserError: as `read_facts`, `is_converted` and `located`.
     """
     name = str(model_name_or_path)
+    if may_be_source:
+        check_source(name, may_be_converted=True)
+        return None if is_hub_id(name) and not Path(name).expanduser().exists() else facts_of(name)
     path = Path(name).expanduser()
     if path.exists() or not is_hub_id(name):
         return read_facts(path)
-    if not _is_left_to_the_hub(name) and not is_converted(name):
+    if not is_left_to_the_hub(name) and not is_converted(name):
         raise UserError(not_converted(f"{name} on the hub"))
     return None
-
-
-def _is_left_to_the_hub(name: str) -> bool:
-    path = Path(name).expanduser()
-    return is_hub_id(name) and not path.exists() and not path.parent.is_dir()
 
 
 def _refuse_converted(name: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from decausal.errors import UserError, nearest, refuse_broken_text
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import BatchEngine, Wanted
+from decausal.sampling.batch_paths import check_job_files, recorded_settings, settings_path
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import Generation
 from decausal.sampling.rows import BATCH_SIZE
@@ -81,7 +82,7 @@ def run_file(
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error={on_error!r} is not accepted: it must be one of {', '.join(ON_ERROR)}")
-    source, target = Path(prompts), Path(answers)
+    source, target = check_job_files(prompts, answers)
     defaults = settings_for(converted.facts, **options)
     num_lines = _count_lines(source)
     engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
@@ -196,7 +197,7 @@ def _job_facts(converted: Converted, settings: SamplerSettings, chat: bool) -> d
 @contextmanager
 def _continued(path: Path, facts: dict[str, Any]) -> Iterator[tuple[BinaryIO, int]]:
     """Opens the answers behind their last whole line; yields the file and how many lines it has."""
-    record = path.with_name(f"{path.name}.settings.json")
+    record = settings_path(path)
     try:
         file = path.open("r+b" if path.exists() else "x+b")
     except OSError as error:
@@ -204,7 +205,7 @@ def _continued(path: Path, facts: dict[str, Any]) -> Iterator[tuple[BinaryIO, in
     with file:
         _lock(file, path)
         if file.seek(0, os.SEEK_END):
-            _refuse_other_job(path, record, facts)
+            _refuse_other_job(path, facts)
         else:
             record.write_text(json.dumps(facts, indent=2) + "\n")
         yield file, _repair(file)
@@ -234,13 +235,8 @@ def _repair(file: BinaryIO) -> int:
     return num_lines
 
 
-def _refuse_other_job(path: Path, record: Path, facts: dict[str, Any]) -> None:
-    try:
-        found = json.loads(record.read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is there already, and no batch job's: {record.name} is missing; write elsewhere")
+def _refuse_other_job(path: Path, facts: dict[str, Any]) -> None:
+    found = recorded_settings(path)
     flat, wanted = ({**facts.pop("settings", {}), **facts} for facts in (dict(found), dict(facts)))
     changed = [
         f"{name} {flat.get(name)!r}, now {wanted.get(name)!r}" for name in wanted if flat.get(name) != wanted[name]

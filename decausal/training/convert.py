@@ -29,6 +29,7 @@ from decausal.models.facts import ConversionFacts, write_facts
 from decausal.models.flex import use_flex_attention
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX
+from decausal.training.inputs import check_conversion
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
 from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
@@ -40,7 +41,8 @@ from decausal.training.run_directory import (
     wants_resume,
 )
 from decausal.training.run_rows import corpus_rows, rows_of_run
-from decausal.training.samples import Samples, read_sample_prompts
+from decausal.training.sample_prompts import read_sample_prompts
+from decausal.training.samples import Samples
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
@@ -87,8 +89,7 @@ def convert(
         UserError: the model cannot be converted, the data cannot be read, or settings contradict each other or the
             model. Then nothing is left in `output_dir`.
     """
-    if settings.data is None:
-        raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
+    check_conversion(settings, training)
     is_measured = measure is not None or settings.eval_data is not None or settings.sample_prompts is not None
     args = training_arguments(_with_evaluation(training, is_measured))
     refuse_partitioned(args)

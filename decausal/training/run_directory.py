@@ -75,8 +75,7 @@ def claimed(output_dir: Path, *, resume: bool = False, overwrite: bool = False) 
     if int(os.environ.get("RANK", "0")) > 0:
         yield RunDirectory(output_dir, is_first_process=False)
         return
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file; name a directory")
+    refuse_taken(output_dir, resume=resume, overwrite=overwrite)
     made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -96,6 +95,19 @@ def claimed(output_dir: Path, *, resume: bool = False, overwrite: bool = False) 
         (output_dir / _LOCK).unlink(missing_ok=True)
         os.close(lock)
         _remove_empty(made)
+
+
+def refuse_taken(output_dir: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuses a directory that `claimed` would refuse for what it holds.
+
+    Raises:
+        UserError: it is a file; it is not empty and neither `resume` nor `overwrite` is set; or one of these is set and
+            no run made what it holds.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file; name a directory")
+    if output_dir.is_dir() and int(os.environ.get("RANK", "0")) == 0:  # other processes see what the first one writes
+        _check_contents(output_dir, resume=resume, overwrite=overwrite)
 
 
 def wants_resume(resume_from_checkpoint: str | bool | None) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,10 @@ from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import generate
 from decausal.sampling.rows import prompt_ids
+from decausal.training.sample_prompts import SamplePrompt
 
 SAMPLES_FILE = "samples.jsonl"
-MAX_PROMPTS = 32
 _SHOWN_CHARACTERS = 300
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """A text to continue, or with `chat` a user's message to answer."""
-
-    text: str
-    chat: bool = False
 
 
 class Samples:
@@ -102,58 +93,6 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
-
-
-def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
-    """Reads prompts: one a line, or of a jsonl file records of `prompt`, or of `messages` with one user's message.
-
-    Raises:
-        UserError: the file cannot be read, holds no prompt or too many, or a record of another form.
-    """
-    path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"--sample_prompts {path}: {reason}") from error
-    is_jsonl = path.suffix.lower() == ".jsonl"
-    prompts = list(_records(path, lines) if is_jsonl else (SamplePrompt(line) for line in lines if line.strip()))
-    if not prompts:
-        raise UserError(f"--sample_prompts {path}: it holds no prompt; write one a line")
-    if len(prompts) > MAX_PROMPTS:
-        raise UserError(
-            f"--sample_prompts {path}: it holds {len(prompts)} prompts, and each is continued at each evaluation; give "
-            f"at most {MAX_PROMPTS}, and more to decausal batch"
-        )
-    return prompts
-
-
-def _records(path: Path, lines: Sequence[str]) -> Iterator[SamplePrompt]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield _parsed(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'--sample_prompts {path}: line {number} is neither {{"prompt": text}} nor '
-                '{"messages": [{"role": "user", "content": text}]}'
-            ) from error
-
-
-def _parsed(record: Any) -> SamplePrompt:
-    if "messages" not in record:
-        return SamplePrompt(_text(record["prompt"]))
-    (message,) = record["messages"]
-    if message["role"] != "user":
-        raise ValueError("the message is not the user's")
-    return SamplePrompt(_text(message["content"]), chat=True)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
 
 
 def _one_line(text: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampling_flags, sampler_options
+from decausal.sampling.batch_paths import check_job_files
+from decausal.verbs.flags import VerbParser, at_least, given, positive
+from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
 of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
@@ -22,16 +23,18 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("answers", help="the jsonl file to write")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
-    parser.add_argument("--max_rows", "--batch_size", type=int, help="rows written together (16)")
-    parser.add_argument("--max_length", type=int, help="longest row (the model's context, at most 4096)")
+    parser.add_argument("--max_rows", "--batch_size", type=positive, help="rows written together (16)")
+    parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
     parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
     flags = parser.parse_args(arguments)
+    options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
+    check_model(flags.directory, options)
+    check_job_files(flags.prompts, flags.answers)
     from decausal.sampling.model import load
 
     model = load(flags.directory)
-    options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
     options["cuda_graphs"] = flags.cuda_graphs
     with _progress() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)

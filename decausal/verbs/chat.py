@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampling_flags, sampler_options
+from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 
 def run(arguments: list[str]) -> int:
@@ -18,11 +18,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_length", type=int, help="longest conversation (the model's context, at most 4096)")
     add_sampling_flags(parser)
     flags = parser.parse_args(arguments)
+    options = sampler_options(flags) | given(flags, "system", "max_new_tokens", "max_length")
+    check_model(flags.directory, options)
     from decausal.sampling.model import load
     from decausal.serving.conversation import Conversation
     from decausal.serving.terminal_chat import TerminalChat
 
-    options = sampler_options(flags) | given(flags, "system", "max_new_tokens", "max_length")
     conversation = Conversation(load(flags.directory).converted, **options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

@@ -36,6 +36,9 @@ def run(arguments: list[str]) -> int:
     from decausal.compare.arms import read_arms
 
     arms = read_arms(settings.recipes, overrides, {key: value for key, value in values.items() if key not in own})
+    from decausal.compare.inputs import check_inputs
+
+    check_inputs(settings, arms)
     from rich.console import Console
 
     from decausal.compare.run import run_compare

@@ -14,7 +14,7 @@ from decausal.verbs.flags import (
 
 def run(arguments: list[str]) -> int:
     from decausal.config import as_yaml, read_recipe, resolve, take_flag
-    from decausal.training.argument_values import DEFAULTS, check_values
+    from decausal.training.argument_values import DEFAULTS
     from decausal.training.settings import ConversionSettings
 
     if wants_help(arguments):
@@ -31,7 +31,9 @@ def run(arguments: list[str]) -> int:
     if print_config == "true":
         print(as_yaml(settings, training), end="")
         return 0
-    check_values(training)
+    from decausal.training.inputs import check_conversion
+
+    check_conversion(settings, training)  # convert begins with it too, once the imports have cost their seconds
     from decausal.training.convert import convert
 
     conversion = convert(settings, training)

@@ -14,6 +14,9 @@ def run(arguments: list[str]) -> int:
     from decausal.config import resolve_own
 
     settings = resolve_own(DemoSettings, arguments)
+    from decausal.demo.inputs import check_inputs
+
+    check_inputs(settings)
     from decausal.demo.run import run_demo
 
     run_demo(settings)

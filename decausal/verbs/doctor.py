@@ -13,6 +13,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
+    from decausal.models.names import check_source
+
+    check_source(flags.model, flags.revision, may_be_converted=True)
     from decausal.models.doctor import probes_as_dict, usable
     from decausal.models.examination import examine_path, probes_as_table
 

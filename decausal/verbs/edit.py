@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, given, text_from
-from decausal.verbs.sampling import add_sampler_flags, check_recording, sampler_options, watching
+from decausal.verbs.flags import VerbParser, at_least, given, positive, text_from
+from decausal.verbs.sampling import add_sampler_flags, check_model, check_recording, sampler_options, watching
 
 
 def run(arguments: list[str]) -> int:
@@ -17,11 +17,12 @@ def run(arguments: list[str]) -> int:
     if flags.text is not None and flags.file is not None:
         raise UserError("edit: give a text or --file, not both")
     check_recording(flags)
+    options = sampler_options(flags) | given(flags, "num_tokens", "fraction", "span", "find", "rounds", "groups")
+    check_model(flags.directory, options)
     text = _text(flags)
     from decausal.sampling.model import load
 
     model = load(flags.directory)
-    options = sampler_options(flags) | given(flags, "num_tokens", "fraction", "span", "find", "rounds", "groups")
     with watching(model, flags.watch, flags.record) as on_step:
         edit = model.edit(text, batch_size=flags.batch_size, on_step=on_step, **options)
     _print(edit, flags)
@@ -33,12 +34,12 @@ def _parser() -> VerbParser:
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("text", nargs="?", help="the text; unset: --file, or standard input")
     parser.add_argument("--file", help="a file in UTF-8 that holds the text; it is not changed")
-    parser.add_argument("--num_tokens", type=int, help="how many tokens to rewrite in a round")
+    parser.add_argument("--num_tokens", type=at_least(0), help="how many tokens to rewrite in a round")
     parser.add_argument("--fraction", type=float, help="or what share of them (0.15; all of a marked part)")
     parser.add_argument("--span", type=_span, metavar="START:END", help="only these characters, counted from 0")
     parser.add_argument("--find", metavar="TEXT", help="only where this text stands")
-    parser.add_argument("--rounds", type=int, help="choose and rewrite so many times (1)")
-    parser.add_argument("--groups", type=int, help="passes in which the tokens are scored (8)")
+    parser.add_argument("--rounds", type=positive, help="choose and rewrite so many times (1)")
+    parser.add_argument("--groups", type=positive, help="passes in which the tokens are scored (8)")
     parser.add_argument("--text_only", action="store_true", help="print the new text alone, exactly as it is")
     add_sampler_flags(parser)
     return parser

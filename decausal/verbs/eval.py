@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from decausal.data.reading import ON_BAD_RECORD, Reading
+from decausal.data.sources import refuse_missing
+from decausal.data.tasks.stream import named
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, given, wants_help
-from decausal.verbs.sampling import add_sampling_flags, sampler_options
+from decausal.verbs.flags import VerbParser, at_least, given, positive, wants_help
+from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 NLL = "decausal eval nll DIR --data DATA"
 TASKS = "decausal eval tasks MODEL"
@@ -61,10 +63,10 @@ def _nll(arguments: list[str]) -> int:
     parser.add_argument(
         "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="what a bad record does (error)"
     )
-    parser.add_argument("--max_length", type=int, default=512, help="tokens in a row (512)")
-    parser.add_argument("--num_rows", type=int, default=64, help="rows to measure on (64)")
-    parser.add_argument("--samples_per_row", type=int, default=8, help="mask patterns per row (8)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows measured together (8)")
+    parser.add_argument("--max_length", type=at_least(2), default=512, help="tokens in a row (512)")
+    parser.add_argument("--num_rows", type=positive, default=64, help="rows to measure on (64)")
+    parser.add_argument("--samples_per_row", type=positive, default=8, help="mask patterns per row (8)")
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows measured together (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks, which are the same for every model (0)")
     parser.add_argument("--no_source", action="store_true", help="leave out the AR source's own likelihood")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -76,6 +78,8 @@ def _nll(arguments: list[str]) -> int:
         split=flags.dataset_split,
         on_bad_record=flags.on_bad_record,
     )
+    check_model(flags.directory, {})
+    refuse_missing(flags.data)
     from decausal.evaluation.likelihood import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(
@@ -98,21 +102,24 @@ def _tasks(arguments: list[str]) -> int:
         "model", help="what `decausal convert` wrote, or an AR model: a directory, hub id or 'tiny-tasks'"
     )
     parser.add_argument("--tasks", default="", help="tasks joined by + (all of them)")
-    parser.add_argument("--num_examples", type=int, default=100, help="examples of each task (100)")
+    parser.add_argument("--num_examples", type=positive, default=100, help="examples of each task (100)")
     parser.add_argument("--max_new_tokens", type=int, help="tokens to write (what the longest completion needs)")
     add_sampling_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=64, help="rows written together (64)")
+    parser.add_argument("--batch_size", type=positive, default=64, help="rows written together (64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
+    names = [name for name in flags.tasks.replace(",", "+").split("+") if name]
+    named(names)
+    options = sampler_options(flags) | given(flags, "max_new_tokens")
+    check_model(flags.model, options, may_be_source=True)
     from decausal.evaluation.tasks import evaluate_tasks_of
 
     scores = evaluate_tasks_of(
         flags.model,
-        [name for name in flags.tasks.replace(",", "+").split("+") if name],
+        names,
         flags.num_examples,
         batch_size=flags.batch_size,
-        **given(flags, "max_new_tokens"),
-        **sampler_options(flags),
+        **options,
     )
     return _print(scores, flags.json)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from decausal.verbs.flags import VerbParser
 
 
@@ -17,14 +19,20 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     flags = parser.parse_args(arguments)
     from decausal.exchange.card import ModelCard, read_evaluation
+    from decausal.exchange.staging import refuse_filled
+    from decausal.models.facts import read_facts
+
+    if flags.push_to_hub is not None:
+        from decausal.hub import checked_repo_id
+
+        checked_repo_id(flags.push_to_hub)
+    results = read_evaluation(flags.evaluation) if flags.evaluation is not None else ()
+    refuse_filled(Path(flags.output_dir))
+    read_facts(flags.directory)
     from decausal.exchange.hub import push
     from decausal.exchange.plain import export_plain
     from decausal.exchange.sdar import export_sdar
-    from decausal.hub import checked_repo_id
 
-    if flags.push_to_hub is not None:
-        checked_repo_id(flags.push_to_hub)
-    results = read_evaluation(flags.evaluation) if flags.evaluation is not None else ()
     card = ModelCard(flags.name, flags.license, flags.evaluation, results)
     export = export_sdar if flags.format == "sdar" else export_plain
     exported = export(flags.directory, flags.output_dir, card=card)

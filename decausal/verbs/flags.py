@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,22 @@ class VerbParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.removeprefix('decausal ')}: {message}; see {self.prog} --help")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns what reads a whole number, and refuses one that is smaller."""
+
+    def read(written: str) -> int:
+        value = int(written)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not accepted: it must be at least {least}")
+        return value
+
+    read.__name__ = "int"  # argparse says it of what is no number
+    return read
+
+
+positive = at_least(1)
 
 
 def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:

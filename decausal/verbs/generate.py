@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from decausal.verbs.flags import VerbParser, given, text_from
-from decausal.verbs.sampling import add_sampler_flags, check_recording, print_generations, sampler_options, watching
+from decausal.verbs.sampling import (
+    add_sampler_flags,
+    check_model,
+    check_recording,
+    print_generations,
+    sampler_options,
+    watching,
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -15,11 +22,12 @@ def run(arguments: list[str]) -> int:
     add_sampler_flags(parser)
     flags = parser.parse_args(arguments)
     check_recording(flags, len(flags.prompts))
+    options = sampler_options(flags) | given(flags, "max_new_tokens")
+    check_model(flags.directory, options)
     prompts = flags.prompts or [text_from(None, "generate")]
     from decausal.sampling.model import load
 
     model = load(flags.directory)
-    options = sampler_options(flags) | given(flags, "max_new_tokens")
     with watching(model, flags.watch and len(prompts) == 1, flags.record) as on_step:
         found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
     print_generations(found, as_json=flags.json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from decausal.verbs.flags import VerbParser
 
 
@@ -14,6 +16,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--mask_token_id", type=int, help="instead of what config.json says")
     parser.add_argument("--ignore_keys", default="", help="keys of config.json without effect, with commas")
     flags = parser.parse_args(arguments)
+    from decausal.exchange.public_names import refuse_wrong_name
+    from decausal.exchange.staging import refuse_filled
+
+    refuse_filled(Path(flags.output_dir))
+    refuse_wrong_name(flags.model, flags.revision)
     from decausal.exchange.importing import import_checkpoint
 
     imported = import_checkpoint(

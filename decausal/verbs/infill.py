@@ -7,8 +7,15 @@ import sys
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, given
-from decausal.verbs.sampling import add_sampler_flags, check_recording, print_generations, sampler_options, watching
+from decausal.verbs.flags import VerbParser, given, positive
+from decausal.verbs.sampling import (
+    add_sampler_flags,
+    check_model,
+    check_recording,
+    print_generations,
+    sampler_options,
+    watching,
+)
 
 DESCRIPTION = r"""Write what is missing in a text: one gap between --prefix and --suffix, or any number of gaps in
 --text, where {gap} is a gap of unknown length, {gap:4} one of 4 tokens, and \{gap} these characters themselves."""
@@ -19,9 +26,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--prefix", help="text before the gap")
     parser.add_argument("--suffix", help="text after the gap")
-    parser.add_argument("--length", type=int, help="tokens in the gap; unset: several lengths are tried and ranked")
+    parser.add_argument(
+        "--length", type=positive, help="tokens in the gap; unset: several lengths are tried and ranked"
+    )
     parser.add_argument("--text", help=r"text with gaps, as in 'def f(x):{gap} return{gap:4}'")
-    parser.add_argument("--max_gap", "--max_length", type=int, help="most tokens of a gap of unknown length (32)")
+    parser.add_argument("--max_gap", "--max_length", type=positive, help="most tokens of a gap of unknown length (32)")
     parser.add_argument("--length_search", choices=("candidates", "grow"), help="how lengths are found (candidates)")
     add_sampler_flags(parser)
     flags = parser.parse_args(arguments)
@@ -35,11 +44,13 @@ def run(arguments: list[str]) -> int:
         raise UserError("infill: --length is for --prefix and --suffix; in --text write {gap:N}")
     check_recording(flags)
     from decausal.sampling.filling.gaps import parse_gaps
-    from decausal.sampling.model import load
 
     pieces = None if flags.text is None else parse_gaps(flags.text)
-    model = load(flags.directory)
     options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
+    check_model(flags.directory, options)
+    from decausal.sampling.model import load
+
+    model = load(flags.directory)
     with watching(model, flags.watch, flags.record) as on_step:
         if pieces is None:
             found = model.infill(flags.prefix, flags.suffix, flags.length, on_step=on_step, **options)

@@ -7,7 +7,7 @@ from decausal.verbs.flags import is_first_process, print_settings, print_trainin
 
 def run(arguments: list[str]) -> int:
     from decausal.config import as_yaml, resolve, take_flag
-    from decausal.training.argument_values import DEFAULTS, PRETRAIN_DEFAULTS, check_values
+    from decausal.training.argument_values import DEFAULTS, PRETRAIN_DEFAULTS
     from decausal.training.settings import PretrainSettings
 
     if wants_help(arguments):
@@ -19,7 +19,9 @@ def run(arguments: list[str]) -> int:
     if print_config == "true":
         print(as_yaml(settings, training), end="")
         return 0
-    check_values(PRETRAIN_DEFAULTS | training)
+    from decausal.training.inputs import check_pretraining
+
+    check_pretraining(settings, training)
     from decausal.training.pretrain import pretrain
 
     trained = pretrain(settings, training)

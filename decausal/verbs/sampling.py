@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.sampling.settings import CACHES, CONFIDENCES, ORDERS, REMASKINGS
-from decausal.verbs.flags import given
+from decausal.sampling.settings import CACHES, CONFIDENCES, ORDERS, REMASKINGS, SamplerSettings
+from decausal.verbs.flags import given, positive
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=16, help="rows written together (16)")
+    parser.add_argument("--batch_size", type=positive, default=16, help="rows written together (16)")
     parser.add_argument("--watch", action="store_true", help="show tokens as they are committed (one prompt)")
     parser.add_argument("--record", metavar="FILE", help="write an animation of it: .svg or .gif (one prompt)")
     parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
@@ -85,13 +85,29 @@ _OPTIONS = (
 )
 
 
+def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = False) -> None:
+    """Refuses a wrong name, or sampler settings that a model which is here cannot honour, before anything is loaded.
+
+    Args:
+        name: a converted model's.
+        options: of which only the sampler's settings are looked at.
+        may_be_source: an AR model will do, whose settings are not looked at.
+    """
+    from decausal.models.names import check_converted
+    from decausal.sampling.defaults import settings_for
+
+    facts = check_converted(name, may_be_source=may_be_source)
+    if facts is not None:
+        settings_for(facts, **{key: options[key] for key in options if key in SamplerSettings.__dataclass_fields__})
+
+
 def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
     """Refuses a recording that cannot be made, before anything is loaded."""
     if flags.record is None:
         return
     if num_texts > 1:
         raise UserError(f"--record shows one text being written, and {num_texts} are given: give one")
-    from decausal.sampling.watching.record import check_recording as check
+    from decausal.sampling.watching.recording_path import check_recording as check
 
     check(flags.record)
 

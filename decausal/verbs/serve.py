@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from decausal.errors import UserError
 from decausal.serving.settings import ServeSettings
 from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.sampling import check_model
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -47,6 +48,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(
             f"serve needs {', '.join(missing)}, which the extra 'serve' brings: pip install 'decausal[serve]'"
         )
+    check_model(flags.directory, {})
     from decausal.serving.server import serve
 
     serve(flags.directory, settings, with_source=flags.with_source, on_listening=_tell)

@@ -192,8 +192,8 @@ def test_all_tasks_are_measured_where_none_is_named(directories: dict[str, Path]
     ("flags", "told"),
     [
         (["--tasks", "sorted"], "unknown task 'sorted'; did you mean 'sorting'"),
-        (["--num_examples", "0"], "--num_examples 0: must be at least 1"),
-        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--num_examples", "0"], "--num_examples: 0 is not accepted: it must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: 0 is not accepted: it must be at least 1"),
         (["--threshold", "0.9"], "threshold: for converted models only"),
         (["--max_new_tokens", "0"], "max_new_tokens"),
     ],

@@ -8,7 +8,8 @@ import pytest
 
 from decausal.errors import UserError
 from decausal.sampling.model import load
-from decausal.training.samples import SamplePrompt, read_sample_prompts, read_samples
+from decausal.training.sample_prompts import SamplePrompt, read_sample_prompts
+from decausal.training.samples import read_samples
 from tests.runs import run, save_source, write_text
 
 BLOCKS = {"layout": "block", "block_size": 4}

@@ -9,25 +9,11 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from decausal.errors import UserError
 from decausal.sampling.token_texts import TokenTexts
 from decausal.sampling.watching.animation import Cell, Frame, write_gif, write_svg
+from decausal.sampling.watching.recording_path import check_recording
 
 WRITERS = {".svg": write_svg, ".gif": write_gif}
-
-
-def check_recording(path: str | Path) -> Path:
-    """Returns the path of a recording to be made, once it is sure that it can be written.
-
-    Raises:
-        UserError: No suffix of ours, or no such directory.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in WRITERS:
-        raise UserError(f"a recording is an .svg or a .gif, and '{path}' is neither: give it one of these suffixes")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"cannot write the recording '{path}': there is no directory '{path.parent}'")
-    return path
 
 
 class Recorder:

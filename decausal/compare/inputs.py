@@ -1,0 +1,86 @@
+"""The runs of a comparison, and what is wrong with its paths and values, found before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from decausal.compare.arms import Arm, ArmRun, arm_run, refuse_unlike_facts
+from decausal.compare.settings import CompareSettings
+from decausal.data.sources import refuse_missing, task_source
+from decausal.data.tasks import Example
+from decausal.errors import UserError, nearest
+from decausal.models.names import check_source
+from decausal.training.run_directory import RUN_FILE, refuse_taken
+
+MARK = {"verb": "compare"}
+
+
+def check_inputs(settings: CompareSettings, arms: Sequence[Arm]) -> None:
+    """Refuses what `run_compare` would refuse after it has been imported.
+
+    Raises:
+        UserError: arms that contradict themselves or each other, no such model or data, or a directory of another verb.
+    """
+    output_dir = Path(settings.output_dir)
+    refuse_other_verb(output_dir)
+    refuse_taken(output_dir, resume=True)
+    runs = all_runs(settings, arms, is_bf16=False)
+    check_source(settings.model_name_or_path)
+    for data in dict.fromkeys(run.conversion.data for run in runs):
+        refuse_missing(data)
+    if settings.eval == "tasks":
+        held_out_problems(settings)
+    else:
+        refuse_missing(settings.measured_data)
+
+
+def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -> list[ArmRun]:
+    """Returns every run, a seed of each arm before the next seed.
+
+    Raises:
+        UserError: a reference that is no arm, a setting that is not accepted, or facts that differ and may not.
+    """
+    names = [arm.name for arm in arms]
+    if settings.reference is not None and settings.reference not in names:
+        hint = nearest(settings.reference, names)
+        raise UserError(f"--reference {settings.reference}: no arm is called so{hint} Arms: {', '.join(names)}")
+    runs = [arm_run(settings, arm, seed, is_bf16=is_bf16) for seed in settings.seeds for arm in arms]
+    if not settings.any_facts:
+        refuse_unlike_facts(runs)
+    return runs
+
+
+def refuse_other_verb(output_dir: Path) -> None:
+    """Raises UserError where a run of another verb is in the directory."""
+    try:
+        recorded: Any = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # whoever claims the directory refuses one that no run of ours made
+    if not (isinstance(recorded, dict) and MARK.items() <= recorded.items()):
+        raise UserError(f"{output_dir} holds the run of another verb; choose another --output_dir")
+
+
+def held_out_problems(settings: CompareSettings) -> list[Example]:
+    """Returns all held-out examples, each task in turn: their longest answer does not depend on how many are measured.
+
+    Raises:
+        UserError: `--eval_data` names no held-out tasks, or fewer examples than are to be measured.
+    """
+    name = settings.measured_data
+    if name.partition(":")[0].partition("@")[0] != "tasks-heldout":
+        raise UserError(
+            f"--eval_data {name}: --eval tasks measures exact answers on tasks-heldout, or on some of its tasks, such "
+            "as tasks-heldout:sorting+lookup; for other data give --eval nll"
+        )
+    most = max(settings.eval_prompts, settings.final_prompts)
+    problems = list(task_source(name).examples())
+    if len(problems) < most:
+        raise UserError(
+            f"--eval_data {name} has {len(problems)} examples, {most} are to be measured; raise its count, such as "
+            f"tasks-heldout:{most}, or lower --eval_prompts and --final_prompts"
+        )
+    return problems

@@ -1,0 +1,23 @@
+"""Where a recording goes, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from decausal.errors import UserError
+
+SUFFIXES = (".svg", ".gif")
+
+
+def check_recording(path: str | Path) -> Path:
+    """Returns the path of a recording to be made, once it is sure that it can be written.
+
+    Raises:
+        UserError: No suffix of ours, or no such directory.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"a recording is an .svg or a .gif, and '{path}' is neither: give it one of these suffixes")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"cannot write the recording '{path}': there is no directory '{path.parent}'")
+    return path

@@ -1,0 +1,55 @@
+"""What is wrong with a run's paths and values, found before torch and transformers are imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from decausal.data.sources import refuse_missing
+from decausal.errors import UserError
+from decausal.models.names import check_source
+from decausal.training.argument_values import PRETRAIN_DEFAULTS, check_values
+from decausal.training.run_directory import refuse_taken, wants_resume
+from decausal.training.sample_prompts import read_sample_prompts
+from decausal.training.settings import ConversionSettings, PretrainSettings
+
+
+def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
+    """Refuses what `convert` would refuse after it has been imported.
+
+    Raises:
+        UserError: a value out of its range, an output directory that is not free, no such model, data or prompts.
+    """
+    if settings.data is None:
+        raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
+    check_values(training)
+    _check_output(training, overwrite=settings.overwrite)
+    check_source(settings.model_name_or_path, settings.revision, may_be_converted=True)
+    if settings.teacher_model_name_or_path is not None:
+        check_source(settings.teacher_model_name_or_path)
+    _check_data(settings)
+    if settings.sample_prompts is not None:
+        read_sample_prompts(settings.sample_prompts)
+
+
+def check_pretraining(settings: PretrainSettings, training: Mapping[str, Any]) -> None:
+    """Refuses what `pretrain` would refuse after it has been imported.
+
+    Raises:
+        UserError: a value out of its range, an output directory that is not free, or no such data.
+    """
+    check_values(PRETRAIN_DEFAULTS | dict(training))
+    _check_output(training, overwrite=settings.overwrite)
+    _check_data(settings)
+
+
+def _check_output(training: Mapping[str, Any], *, overwrite: bool) -> None:
+    resume = wants_resume(training.get("resume_from_checkpoint"))
+    refuse_taken(Path(training["output_dir"]), resume=resume, overwrite=overwrite)
+
+
+def _check_data(settings: ConversionSettings | PretrainSettings) -> None:
+    for data in (settings.data, settings.eval_data):
+        if data is not None:
+            refuse_missing(data)

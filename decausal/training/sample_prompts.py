@@ -1,0 +1,73 @@
+"""The prompts of `--sample_prompts`, read before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decausal.errors import UserError
+
+MAX_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A text to continue, or with `chat` a user's message to answer."""
+
+    text: str
+    chat: bool = False
+
+
+def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
+    """Reads prompts: one a line, or of a jsonl file records of `prompt`, or of `messages` with one user's message.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt or too many, or a record of another form.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"--sample_prompts {path}: {reason}") from error
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    prompts = list(_records(path, lines) if is_jsonl else (SamplePrompt(line) for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--sample_prompts {path}: it holds no prompt; write one a line")
+    if len(prompts) > MAX_PROMPTS:
+        raise UserError(
+            f"--sample_prompts {path}: it holds {len(prompts)} prompts, and each is continued at each evaluation; give "
+            f"at most {MAX_PROMPTS}, and more to decausal batch"
+        )
+    return prompts
+
+
+def _records(path: Path, lines: Sequence[str]) -> Iterator[SamplePrompt]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _parsed(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'--sample_prompts {path}: line {number} is neither {{"prompt": text}} nor '
+                '{"messages": [{"role": "user", "content": text}]}'
+            ) from error
+
+
+def _parsed(record: Any) -> SamplePrompt:
+    if "messages" not in record:
+        return SamplePrompt(_text(record["prompt"]))
+    (message,) = record["messages"]
+    if message["role"] != "user":
+        raise ValueError("the message is not the user's")
+    return SamplePrompt(_text(message["content"]), chat=True)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value

@@ -1,0 +1,186 @@
+"""What can be told from the command line and a look at the disk is told before anything slow is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from decausal.cli import VERBS
+from decausal.models.facts import ConversionFacts, write_facts
+from tests.runs import environment
+
+SLOW = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
+SCRIPT = f"""
+import contextlib, io, json, sys
+for name in {SLOW}:
+    sys.modules[name] = None  # an import of it fails
+from decausal.cli import main
+ended = []
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = left.code
+        except ImportError as error:
+            code = repr(error)
+    ended.append([code, out.getvalue(), err.getvalue()])
+json.dump(ended, sys.stdout)
+"""
+
+ANSWERED = [
+    [],
+    ["--help"],
+    ["--version"],
+    *([verb, "--help"] for verb in VERBS),
+    ["eval", "nll", "--help"],
+    ["eval", "tasks", "--help"],
+    ["convert", "m", "--print_config"],
+    ["convert", "--recipe", "opdlm", "--learning_rate", "1e-4", "--print_config"],
+    ["pretrain", "--print_config"],
+]
+MODEL = "does not exist; give the directory of a converted model"
+SOURCE = "model directory nowhere/at/all does not exist"
+DATA = "no such file or directory: nowhere.txt"
+REFUSED = [
+    (["convrt"], "did you mean 'convert'?"),
+    (["convert", "tiny", "--lerning_rate", "1"], "did you mean 'learning_rate'?"),
+    (["convert", "tiny", "--max_steps", "many"], "'many' is not accepted; give a whole number"),
+    (["convert", "tiny", "--optim", "adam-nonsense"], "--optim: 'adam-nonsense' is not accepted; give one of"),
+    (["convert", "tiny", "--views", "0"], "--views 0: must be at least 1"),
+    (["convert", "tiny", "--recipe", "mmd"], "did you mean 'mdm'?"),
+    (["convert", "tiny", "--recipe", "nowhere.yaml"], "nowhere.yaml: No such file"),
+    (["convert", "tiny", "--output_dir", "new"], "--data is missing"),
+    (["convert", "tiny", "--data", "text.txt"], "--output_dir is missing"),
+    (["convert", "tiny", "--data", "text.txt", "--output_dir", "new", "--learning_rate", "-1"], "--learning_rate -1.0"),
+    (["convert", "nowhere/at/all", "--data", "text.txt", "--output_dir", "new"], SOURCE),
+    (["convert", "full/typo", "--data", "text.txt", "--output_dir", "new"], "full/typo is neither a directory nor"),
+    (["convert", "text.txt", "--data", "text.txt", "--output_dir", "new"], "text.txt is a file"),
+    (["convert", "tiny", "--data", "nowhere.txt", "--output_dir", "new"], DATA),
+    (["convert", "tiny", "--data", "empty", "--output_dir", "new"], "directory empty holds no text file"),
+    (["convert", "tiny", "--data", "*.nothing", "--output_dir", "new"], "no file matches '*.nothing'"),
+    (["convert", "tiny", "--data", "tasks:additon", "--output_dir", "new"], "did you mean 'addition'?"),
+    (["convert", "tiny", "--data", "text.txt", "--eval_data", "nowhere.txt", "--output_dir", "new"], DATA),
+    (
+        ["convert", "tiny", "--data", "text.txt", "--sample_prompts", "nowhere", "--output_dir", "new"],
+        "nowhere: No such",
+    ),
+    (["convert", "tiny", "--data", "text.txt", "--output_dir", "full"], "output_dir full is not empty"),
+    (["convert", "tiny", "--data", "text.txt", "--output_dir", "text.txt"], "output_dir text.txt is a file"),
+    (
+        ["convert", "tiny", "--teacher_model_name_or_path", "nowhere/at/all", "--data=text.txt", "--output_dir=new"],
+        SOURCE,
+    ),
+    (["pretrain"], "--output_dir is missing"),
+    (["pretrain", "--data", "nowhere.txt", "--output_dir", "new"], DATA),
+    (["pretrain", "--output_dir", "full"], "output_dir full is not empty"),
+    (["generate"], "the following arguments are required: directory"),
+    (["generate", "nowhere/at/all", "x"], MODEL),
+    (["generate", "full", "x"], "full is not a decausal checkpoint"),
+    (["generate", "full/typo", "x"], "full/typo is neither a directory nor"),
+    (["generate", "model", "x", "--temperature", "-1"], "temperature=-1"),
+    (["generate", "model", "x", "--max_new_tokens", "0"], "max_new_tokens=0"),
+    (["generate", "model", "x", "--record", "a.mp4"], "neither: give it one of these suffixes"),
+    (["generate", "model", "x", "--batch_size", "0"], "--batch_size: 0 is not accepted: it must be at least 1"),
+    (["infill", "nowhere/at/all", "--text", "a {gap}"], MODEL),
+    (["infill", "model", "--prefix", "a", "--suffix", "b", "--length", "0"], "--length: 0 is not accepted"),
+    (["edit", "nowhere/at/all", "x"], MODEL),
+    (["edit", "model", "x", "--order", "backwards"], "invalid choice: 'backwards'"),
+    (["chat", "nowhere/at/all"], MODEL),
+    (["batch", "nowhere/at/all", "in.jsonl", "out.jsonl"], MODEL),
+    (["batch", "model", "nowhere.jsonl", "out.jsonl"], "cannot read nowhere.jsonl: No such file"),
+    (["batch", "model", "text.txt", "full"], "cannot write full: it is a directory"),
+    (["batch", "model", "text.txt", "full/a.txt"], "full/a.txt is there already, and no batch job's"),
+    (["serve", "nowhere/at/all"], MODEL),
+    (["serve", "model", "--port", "-1"], "--port=-1"),
+    (["eval", "nll", "nowhere/at/all", "--data", "text.txt"], MODEL),
+    (["eval", "nll", "model", "--data", "nowhere.txt"], DATA),
+    (["eval", "nll", "model", "--data", "text.txt", "--num_rows", "0"], "--num_rows: 0 is not accepted"),
+    (["eval", "tasks", "nowhere/at/all"], SOURCE),
+    (["eval", "tasks", "tiny-tasks", "--tasks", "additon"], "did you mean 'addition'?"),
+    (["eval", "tasks", "model", "--top_p", "2"], "top_p=2"),
+    (["eval", "losses"], "is not known; did you mean"),
+    (["compare", "nowhere/at/all", "--recipes", "mdm"], SOURCE),
+    (["compare", "tiny", "--recipes", "mdm,mmd"], "did you mean 'mdm'?"),
+    (["compare", "tiny", "--recipes", "mdm", "--lerning_rate", "1"], "did you mean 'learning_rate'?"),
+    (["compare", "tiny", "--recipes", "mdm", "--data", "nowhere.txt"], DATA),
+    (["compare", "tiny", "--recipes", "mdm", "--eval", "nll", "--eval_data", "nowhere.txt"], DATA),
+    (["compare", "tiny", "--recipes", "mdm", "--eval_data", "text.txt"], "--eval tasks measures exact answers"),
+    (["compare", "tiny", "--recipes", "mdm,bd3lm"], "they decode in different ways"),
+    (["compare", "tiny", "--recipes", "mdm", "--reference", "bd3lm"], "no arm is called so"),
+    (["compare", "tiny", "--recipes", "mdm", "--output_dir", "full"], "no run of decausal made it"),
+    (["export", "nowhere", "--format", "hf", "--output_dir", "new"], MODEL),
+    (["export", "model", "--format", "hf", "--output_dir", "full"], "output_dir full is not empty"),
+    (["export", "model", "--format", "hf", "--output_dir", "new", "--evaluation", "nowhere.json"], "No such file"),
+    (["import", "nowhere/at/all", "--output_dir", "new"], "directory nowhere/at/all does not exist"),
+    (["import", "model", "--output_dir", "new"], "model is in decausal's form already"),
+    (["doctor", "nowhere/at/all"], SOURCE),
+    (["demo", "--model_name_or_path", "nowhere/at/all"], SOURCE),
+    (["demo", "--data", "nowhere.txt"], DATA),
+    (["demo", "--output_dir", "text.txt"], "output_dir text.txt is a file"),
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("startup")
+    for name in ("empty", "full", "model"):
+        (root / name).mkdir()
+    (root / "text.txt").write_text("to be or not to be\n")
+    (root / "full" / "a.txt").write_text("years of work\n")
+    write_facts(root / "model", ConversionFacts(source="tiny", layout="bidirectional", shift=1, mask_token_id=3))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ended(directory):
+    """Runs all command lines in one process that cannot import what is slow."""
+    before = sorted(directory.rglob("*"))
+    commands = [*ANSWERED, *(arguments for arguments, _ in REFUSED)]
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=directory,
+        env=environment(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1"),
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert sorted(directory.rglob("*")) == before
+    return {tuple(arguments): found for arguments, found in zip(commands, json.loads(process.stdout), strict=True)}
+
+
+@pytest.mark.parametrize("arguments", ANSWERED, ids=" ".join)
+def test_help_and_settings_are_printed_without_slow_imports(ended, arguments):
+    code, out, err = ended[tuple(arguments)]
+    assert (code, err) == (0, "")
+    assert len(out) > 10
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_a_wrong_path_or_flag_is_told_without_slow_imports(ended, arguments, told):
+    code, out, err = ended[tuple(arguments)]
+    assert (code, out) == (2, "")
+    assert err.startswith("decausal: error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_what_is_good_goes_on_to_the_imports(directory):
+    """The script does refuse: good input gets as far as what it cannot import."""
+    good = [["convert", "tiny", "--data", "text.txt", "--output_dir", "new"], ["generate", "model", "x"]]
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=directory,
+        env=environment(),
+        input=json.dumps(good),
+        capture_output=True,
+        text=True,
+    )
+    assert [code for code, _, _ in json.loads(process.stdout)] == [
+        "ModuleNotFoundError('import of torch halted; None in sys.modules')"
+    ] * len(good)
