@@ -24,8 +24,8 @@ DOCS = ROOT / "docs"
 READ = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.name != "log.md")]
 
 
-def blocks(page: Path, language: str) -> list[re.Match[str]]:
-    return list(re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+def blocks(text: str, language: str) -> list[re.Match[str]]:
+    return list(re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -37,7 +37,7 @@ def commands(text: str) -> list[list[str]]:
 def run_python(page: Path) -> None:
     names: dict[str, Any] = {}
     text = page.read_text()
-    for block in blocks(page, "python"):
+    for block in blocks(text, "python"):
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], page, "exec"), names)  # errors name the line of the page
 
@@ -56,18 +56,19 @@ def test_the_python_of_the_page_on_python_runs_from_its_top_to_its_end(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(converted)
-    assert len(blocks(DOCS / "api.md", "python")) >= 2
+    assert len(blocks((DOCS / "api.md").read_text(), "python")) >= 2
     run_python(DOCS / "api.md")
 
 
 def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
     source = "".join(path.read_text() for path in (ROOT / "decausal").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    shown = blocks(DOCS / "extend.md", "python")
+    page = (DOCS / "extend.md").read_text()
+    shown = blocks(page, "python")
     assert len(shown) == 2
     for line in "".join(block[1] for block in shown).splitlines():
         assert not line or line.split("  #")[0].strip() in lines, line
-    (recipe,) = blocks(DOCS / "extend.md", "yaml")
+    (recipe,) = blocks(page, "yaml")
     assert resolve(ConversionSettings, yaml.safe_load(recipe[1]), [])
 
 
@@ -81,7 +82,10 @@ def test_the_reference_is_what_the_code_says() -> None:
 @pytest.mark.parametrize("page", READ, ids=lambda page: page.name)
 def test_every_conversion_that_a_page_shows_has_settings_that_exist(page: Path) -> None:
     shown = [
-        words for block in blocks(page, "bash") for words in commands(block[1]) if words[:2] == ["decausal", "convert"]
+        words
+        for block in blocks(page.read_text(), "bash")
+        for words in commands(block[1])
+        if words[:2] == ["decausal", "convert"]
     ]
     for words in shown:
         _, flags = leading_positional(words[2:])
