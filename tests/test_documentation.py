@@ -21,6 +21,8 @@ from tests.runs import ROOT
 from tests.sampling.stand_ins import conversion_facts
 
 DOCS = ROOT / "docs"
+ALL = [path for folder in (ROOT, ROOT / "benchmarks", ROOT / "examples") for path in folder.glob("*.md")]
+ALL += sorted(DOCS.rglob("*.md"))
 READ = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.name != "log.md")]
 
 
@@ -112,3 +114,22 @@ def test_the_page_of_identities_and_the_tests_cite_each_other() -> None:
         cited |= {(int(number), path.name) for number in numbers}
     assert page == cited
     assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+
+
+def heading_anchors(page: Path) -> set[str]:
+    """Returns the anchors that a forge gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in heading_anchors(path), target
