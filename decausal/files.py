@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_PARTIAL = re.compile(r".+\.tmp\d+")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a killed `write_whole` has left this file."""
+    return _PARTIAL.fullmatch(path.name) is not None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -105,6 +105,7 @@ def convert(
             refuse_other_rows(checkpoint, run.trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        run.trainer.discard_surplus_checkpoints()  # a run killed after its last save has left one
         model = _finish(settings, run)
     return Conversion(model, run.tokenizer, run.facts, output_dir, run.trainer.state.log_history)
 

@@ -18,7 +18,8 @@ import xxhash
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import write_whole
+from decausal.files import is_partial, write_whole
+from decausal.models.facts import FACTS_FILE
 from decausal.secrets import without_secrets
 
 RUN_FILE = "run.yaml"
@@ -54,11 +55,10 @@ class RunDirectory:
         if not self.is_first_process:
             return
         self.has_begun = True
-        if overwrite:
-            for path in _contents(self.path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
         with disk_errors(self.path):
+            if overwrite:
+                _empty(self.path)
+            _remove_leftovers(self.path)
             write_whole(self.path / RUN_FILE, yaml.safe_dump(without_secrets(_plain(values)), sort_keys=False))
 
 
@@ -286,12 +286,28 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.iterdir() if path.name != _LOCK]
+    """What is in a directory but for what a killed run may have left in it before it began."""
+    return [path for path in output_dir.iterdir() if path.name != _LOCK and not is_partial(path)]
+
+
+def _empty(output_dir: Path) -> None:
+    """Removes an earlier run. Killed meanwhile, it is no model any more, and still known as a run's directory."""
+    (output_dir / FACTS_FILE).unlink(missing_ok=True)
+    for path in _contents(output_dir):
+        if path.name not in (RUN_FILE, STAGING):
+            discard(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    for path in output_dir.iterdir():
+        if is_partial(path):
+            path.unlink(missing_ok=True)
 
 
 def _leave_tidy(output_dir: Path) -> None:
     """Removes a checkpoint that was not finished, and the record of a run that came to nothing."""
-    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    _remove_leftovers(output_dir)
     if [path.name for path in _contents(output_dir)] == [RUN_FILE]:
         (output_dir / RUN_FILE).unlink()
 

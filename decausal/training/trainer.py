@@ -311,9 +311,7 @@ class ConversionTrainer(Trainer):
                 self._finish_checkpoint(staged)
                 discard(output_dir / name)
                 os.replace(staged, output_dir / name)
-        if self.args.should_save:
-            for old in self._surplus_checkpoints():
-                discard(old)
+        self.discard_surplus_checkpoints()
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, staged: Path) -> None:
@@ -325,12 +323,15 @@ class ConversionTrainer(Trainer):
         self.finish_checkpoint(staged)
         seal(staged, is_resumable=not self.args.save_only_model, run=self.run_record)
 
-    def _surplus_checkpoints(self) -> list[Path]:
-        limit = self.args.save_total_limit
-        if not limit:
-            return []
-        best = self.state.best_model_checkpoint
-        return [old for old in checkpoints(Path(self.args.output_dir))[:-limit] if str(old) != best]
+    def discard_surplus_checkpoints(self) -> None:
+        """Leaves `save_total_limit` of them, and the best one."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        output_dir = Path(self.args.output_dir)
+        if limit and self.args.should_save:
+            with disk_errors(output_dir):
+                for old in checkpoints(output_dir)[:-limit]:
+                    if str(old) != best:
+                        discard(old)
 
     def whole_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Returns all weights of the student, as `trained_model` returned it, gathered from wherever FSDP has put them.

@@ -82,6 +82,15 @@ def test_a_directory_that_no_run_made_is_never_touched(tmp_path, flag):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("flag", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_what_a_run_left_that_was_killed_as_it_began_is_in_nobodys_way(tmp_path, flag):
+    (tmp_path / f"{RUN_FILE}.tmp123").write_text("max_st")
+    (tmp_path / ".lock").write_text("")
+    with claimed(tmp_path, **flag) as run_directory:
+        run_directory.begin({"seed": 1}, overwrite="overwrite" in flag)
+        assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == [RUN_FILE]
+
+
 def test_a_directory_that_is_not_empty_needs_a_flag(tmp_path):
     (tmp_path / RUN_FILE).write_text("{}")
     with (
