@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from decausal.errors import UserError, first_line
 from decausal.models.architecture import refusal
-from decausal.models.backbone import stock_model
+from decausal.models.backbone import decoder_layers, stock_model
 from decausal.models.facts import ConversionFacts
+from decausal.models.layer_kinds import first_layers, num_telling_layers
 from decausal.models.questions import QUESTIONS, Question
 from decausal.models.rounding import CLOSE, SAME, Judge, StatesNotFiniteError
 
@@ -70,7 +71,7 @@ def _findings(
     tokenizer: PreTrainedTokenizerBase | None,
     facts: ConversionFacts | None,
     judge: Judge,
-    questions: Sequence[Question],
+    questions: Iterable[Question],
 ) -> Iterator[Probe]:
     """Puts one probe after the other; a refused architecture, or weights that are no numbers, end it."""
     stock = judge.stock
@@ -129,17 +130,29 @@ def refuse_if_unusable(
 ) -> None:
     """Raises UserError with the first required probe that fails, and what that means.
 
-    A difference that no loss and no sampler would notice passes at once; `examine` looks closer.
+    A difference that no loss and no sampler would notice passes at once. Questions are put to the first layers, as many
+    as have one of each kind, and only where these do not pass to the whole model. `examine` looks closer.
     """
-    required = [question for question in QUESTIONS if question.required]
     judge = Judge(model, CLOSE)
-    for probe in _findings(model, tokenizer, facts, judge, required):
+    for probe in _findings(model, tokenizer, facts, judge, _undecided(judge)):
         if not probe.passed:
             kind = judge.stock.config.model_type
             raise UserError(
                 f"a model of type '{kind}' cannot be used: {probe.explanation} "
                 f"(probe '{probe.name}' measured {shown(probe)}); see decausal doctor"
             )
+
+
+def _undecided(judge: Judge) -> Iterator[Question]:
+    """Yields the required questions that the first layers leave open, each put to them when it is asked for."""
+    count = num_telling_layers(judge.model)
+    are_all = count == len(decoder_layers(judge.model))
+    for question in (question for question in QUESTIONS if question.required):
+        if not (are_all or question.of_all_layers):
+            with first_layers(judge.model, count):
+                if judge.passes_at_once(question.ask):
+                    continue
+        yield question
 
 
 def shown(probe: Probe) -> str:

@@ -30,12 +30,14 @@ class Question:
         ask: returns whether it does at a resolution, and what was measured.
         explanation: what it means when it does not hold.
         required: whether the model is unusable then.
+        of_all_layers: whether the answer is about each layer, and not about how layers of one kind read.
     """
 
     name: str
     ask: Ask
     explanation: str
     required: bool = True
+    of_all_layers: bool = False
 
 
 def _head_is_read(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
@@ -157,6 +159,7 @@ QUESTIONS = (
         "hidden states are complete",
         _states_are_complete,
         "its hidden states are not its layers' inputs and the state after the final norm, so they cannot be aligned",
+        of_all_layers=True,
     ),
     Question(
         "bidirectional layout: every token changes every state",

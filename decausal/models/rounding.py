@@ -99,6 +99,14 @@ class Judge:
             return Verdict(passed, measured, seen, _name(dtype))
         return Verdict(passed, measured, resolution.equal, "float64", self._noise_floor)
 
+    @torch.no_grad()
+    def passes_at_once(self, ask: Ask) -> bool:
+        """Whether the first look finds nothing; False where it raises."""
+        try:
+            return ask(self.model, Resolution(self.first_look, _SURELY_SEEN.get(self.stock.dtype, 5e-2)))[0]
+        except Exception:  # whatever it is, `decide` meets it again
+            return False
+
     @property
     def _threshold(self) -> float:
         # A model that amplifies rounding beyond the cap computes nothing that its other types would repeat.
