@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -133,3 +134,39 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), target
         assert not anchor or anchor in heading_anchors(path), target
+
+
+def defined_in(path: Path) -> set[str]:
+    """Returns the functions, classes and constants of a module, and methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+    return names
+
+
+def test_the_page_of_the_architecture_names_files_and_functions_that_exist() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    named = re.findall(r"`([\w./]+(?:\.py|/))(?::([\w.]+))?`", page)
+    assert len(named) > 60
+    for file, name in named:
+        path = next((root / file for root in (ROOT / "decausal", ROOT) if (root / file).exists()), None)
+        assert path is not None, file
+        assert not name or name in defined_in(path), f"{file}:{name}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "architecture.md"], ids=lambda page: page.name)
+def test_the_tree_of_rooms_is_that_of_the_package(page: Path) -> None:
+    (tree,) = re.findall(r"^```\w*\n(decausal/\n.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    inside = tree.split("\n", 1)[1].split("\nbenchmarks/")[0]
+    shown = {
+        name.rstrip("/")
+        for line in inside.splitlines()
+        for name in re.findall(r"(?<![\w/])[\w]+(?:/|\.py)(?=\s)", line)
+    }
+    rooms = {path.name for path in (ROOT / "decausal").iterdir() if (path / "__init__.py").exists()}
+    assert rooms - shown <= {"reporting"}
+    found = {path.name for path in (ROOT / "decausal").rglob("*")}
+    assert shown <= found
