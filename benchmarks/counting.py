@@ -122,3 +122,28 @@ class HostReads(TorchFunctionMode):
 def _is_by_flags(index: Any) -> bool:
     """Whether an index's shape depends on values: flags, unless they are single."""
     return any(part.dtype == torch.bool and part.dim() > 0 for part in tensors_of(index))
+
+
+class AttentionShapes(TorchFunctionMode):
+    """Notes the shapes that cuDNN's attention, which makes a plan for each, would be asked for.
+
+    Attributes:
+        planned: Those of queries, keys and mask while cuDNN's attention is on.
+        num_calls: All calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planned: set[Any] = set()
+        self.num_calls = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.num_calls += 1
+            if torch.backends.cuda.cudnn_sdp_enabled():
+                mask = kwargs.get("attn_mask")
+                self.planned.add((*(part.shape for part in args[:2]), None if mask is None else mask.shape))
+        return function(*args, **kwargs)

@@ -19,13 +19,13 @@ from decausal.compare.settings import SPECULATIVE, STATIC, CompareSettings, Sche
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.sources import task_source
 from decausal.data.tasks import Example
+from decausal.devices import best_device
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks, longest_completion
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import Converted
-from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts
 

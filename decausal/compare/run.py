@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -29,6 +28,7 @@ from decausal.compare.training import (
 )
 from decausal.compare.view import ComparisonView, summary_table
 from decausal.compare.workers import num_workers, train_all
+from decausal.devices import best_device, multiplies_bf16
 from decausal.errors import UserError
 from decausal.reporting.environment import quiet_libraries
 from decausal.training.run_directory import claimed
@@ -86,7 +86,7 @@ class _Comparison:
         self.settings, self.console, self.command = settings, console, command
         self.clock_start = time.perf_counter()
         self.started = datetime.now().astimezone().isoformat(timespec="seconds")
-        is_bf16 = _has_bf16() if settings.bf16 is None else settings.bf16
+        is_bf16 = multiplies_bf16(best_device()) if settings.bf16 is None else settings.bf16
         self.runs = all_runs(settings, arms, is_bf16=is_bf16)
         self.measure: Measure = prepare(settings, self.runs[0])
         self.plan: list[Planned] = []
@@ -171,10 +171,6 @@ class _Comparison:
             f"  each run     {self.plan[0].budget.sentence()}; seeds {', '.join(map(str, self.settings.seeds))}",
             f"  measured on  {escape(self.settings.measured_data)}",
         )
-
-
-def _has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _say(console: Console, *lines: str) -> None:

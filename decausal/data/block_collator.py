@@ -37,6 +37,7 @@ class BlockCollator:
         aligned_positions: "targets": the states that predict targets. "visible": those of tokens that are not masked,
             clean stream included; "all": those of masked ones too. Only the last two need copies of all blocks that
             hold a predictable token; else a view holds no more blocks than its targets ask for.
+        row_multiple: doubled rows are padded to a multiple of this, so that few lengths occur.
     """
 
     mask_token_id: int
@@ -46,6 +47,7 @@ class BlockCollator:
     weighting: Weighting = "none"
     aligned_positions: AlignedPositions = "targets"
     kl_mean: KlMean = "token"
+    row_multiple: int = 1
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> Batch:
         stacked = Items.stack(items)
@@ -86,6 +88,7 @@ class BlockCollator:
             self.mask_token_id,
             self.layout.block_size,
             self.context_length,
+            self.row_multiple,
         )
 
     def _aligned_index(self, rows: Doubled, target_index: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.data.rows import PackedRows, load_rows
+from decausal.devices import best_device
 from decausal.evaluation.geometry import layer_cosines
 from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.results import ArLikelihood, Likelihood
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
-from decausal.models.devices import best_device
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts
 from decausal.training.settings import ConversionSettings

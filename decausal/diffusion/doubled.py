@@ -80,6 +80,7 @@ def double(
     mask_token_id: int,
     block_size: int,
     context_length: int | None = None,
+    row_multiple: int = 1,
 ) -> Doubled:
     """Builds the rows of K noised views.
 
@@ -94,6 +95,7 @@ def double(
         mask_token_id: stands for masked tokens, fills and padding.
         block_size: tokens per block; the grid starts with each document.
         context_length: number of positions the model has: fills beyond it are left out. None: no limit.
+        row_multiple: rows are padded to a multiple of this.
     """
     num_rows, views, length = is_masked.shape
     is_real = document_ids >= 0
@@ -113,7 +115,7 @@ def double(
     row_start = of_row.sum(dim=1).cumsum(dim=0) - of_row.sum(dim=1)
     place_in_row = in_rows - row_start[row]
     fill = place_in_row - start.reshape(-1)[flat]  # 0 for the token itself
-    row_length = max(int(of_row.sum(dim=1).max()), 1)
+    row_length = -(-max(int(of_row.sum(dim=1).max()), 1) // row_multiple) * row_multiple
     place = row * row_length + place_in_row
 
     is_mask = torch.cat([torch.zeros_like(is_real)[:, None], is_masked], dim=1).reshape(-1)[flat] | (fill > 0)

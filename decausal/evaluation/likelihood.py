@@ -26,6 +26,7 @@ from decausal.data.reading import Reading
 from decausal.data.rows import load_rows
 from decausal.data.sources import Data
 from decausal.data.stream import Rows
+from decausal.devices import best_device
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
@@ -43,7 +44,6 @@ from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import head_of
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.models.devices import best_device
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decausal.data.encode import SpecialTokens
 from decausal.data.tasks import Example, examples, is_right
 from decausal.data.tasks.stream import named
+from decausal.devices import best_device, decoding_dtype
 from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.models.devices import best_device, decoding_dtype
 from decausal.models.names import is_converted
 from decausal.sampling.generate import generate
 

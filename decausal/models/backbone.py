@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
 from decausal.models.architecture import layer_windows
+from decausal.models.attention_plans import few_plans
 from decausal.models.row_attention import FLEX, RowAttention
 from decausal.models.sparse_mask import SparseMask
 from decausal.objectives import head as output_head
@@ -80,13 +81,14 @@ def body_forward(
             position_ids = positions_in_documents(document_ids)
         masks = _masks(body, RowAttention(layout, document_ids, position_ids, stream_ids, future))
         attention = {"attention_mask": masks, "position_ids": position_ids}
-    output = body(
-        input_ids=input_ids,
-        use_cache=False,
-        output_hidden_states=output_hidden_states,
-        return_dict=True,
-        **attention,
-    )
+    with few_plans(body, tuple(input_ids.shape)):
+        output = body(
+            input_ids=input_ids,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **attention,
+        )
     hidden_states = None
     if output_hidden_states:
         hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
@@ -160,15 +162,35 @@ def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Modu
     """A mask of q queries and n keys in the form that the body's attention implementation reads."""
     implementation = body.config._attn_implementation
     if implementation == "sdpa":
-        return SparseMask.of(is_visible)
+        return sdpa_mask(is_visible, body)
     if implementation == "eager":
         # Eager attention adds the mask to the scores: a boolean one would count as 0 and 1 and hide nothing.
-        hidden = torch.full((), torch.finfo(body.dtype).min, dtype=body.dtype, device=is_visible.device)
-        return torch.where(is_visible, torch.zeros_like(hidden), hidden)
+        return _added(is_visible, body.dtype, torch.finfo(body.dtype).min)
     raise UserError(
         f"attention implementation '{implementation}' takes no layout masks; "
         "load the model with attn_implementation='sdpa' or 'eager'"
     )
+
+
+def sdpa_mask(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:
+    """A mask for PyTorch's attention: on a CPU one that skips what no query reads, elsewhere one that is added.
+
+    Every kernel of a GPU adds its mask to the scores, and would make such a one of a boolean mask in each layer.
+    """
+    device = is_visible.device.type
+    if device == "cpu":
+        return SparseMask.of(is_visible)
+    dtype = torch.get_autocast_dtype(device) if _is_autocast(device) else body.dtype
+    return _added(is_visible, dtype, -torch.inf)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _added(is_visible: Bool[Tensor, "B 1 q n"], dtype: torch.dtype, hidden: float) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=is_visible.device)
+    return torch.where(is_visible, zero, torch.full_like(zero, hidden))
 
 
 def _checked_states(states: tuple[Tensor, ...], last: Tensor, config: PretrainedConfig) -> tuple[Tensor, ...]:

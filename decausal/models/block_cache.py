@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.models.architecture import layer_windows
-from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward, stock_model
+from decausal.models.attention_plans import without_plans
+from decausal.models.backbone import HONOURS_IS_CAUSAL, as_the_attention_takes_it, body_forward, stock_model
 from decausal.models.rounding import CLOSE, Judge, Resolution, StatesNotFiniteError, distance
 
 _PROBED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -233,7 +234,8 @@ def visible_by_layer(
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """Puts a model into the state in which it decodes, and back: eval mode, no gradients, attention that takes masks.
+    """Puts a model into the state in which it decodes, and back: eval mode, no gradients, attention that takes masks
+    and plans nothing.
 
     A model that trains with FlexAttention decodes with SDPA: the masks of a few queries change in every pass.
     """
@@ -245,7 +247,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
     if implementation == "flex_attention":
         config._attn_implementation = "sdpa"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_plans():
             yield
     finally:
         config._attn_implementation = implementation
@@ -312,14 +314,7 @@ def _unmasked(body: nn.Module, input_ids: Int[Tensor, "b q"], num_keys: int) -> 
 
 
 def _as_taken(is_visible: Bool[Tensor, "b q n"], body: nn.Module) -> Tensor:
-    """The mask as the attention reads it: eager attention adds it to the scores, where a boolean one hides nothing."""
-    implementation = body.config._attn_implementation
-    if implementation == "sdpa":
+    """The mask as the attention reads it: a dense one, whatever the device."""
+    if body.config._attn_implementation == "sdpa" and is_visible.device.type == "cpu":
         return is_visible[:, None]
-    if implementation == "eager":
-        hidden = torch.full((), torch.finfo(body.dtype).min, dtype=body.dtype, device=is_visible.device)
-        return torch.where(is_visible[:, None], torch.zeros_like(hidden), hidden)
-    raise UserError(
-        f"attention implementation '{implementation}' takes no masks of blocks; "
-        "load the model with attn_implementation='sdpa' or 'eager'"
-    )
+    return as_the_attention_takes_it(is_visible[:, None], body)

@@ -15,14 +15,15 @@ from decausal.models.row_attention import FLEX
 NUM_PROGRAMS = 64
 
 
-def use_flex_attention(model: PreTrainedModel, layout: Layout) -> None:
-    """Makes `model`, which is on a GPU, attend by FlexAttention, after a trial on a short row.
+def use_flex_attention(model: PreTrainedModel, layout: Layout, device: torch.device) -> None:
+    """Takes `model` to a GPU and makes it attend by FlexAttention, after a trial on a short row.
 
     Raises:
-        UserError: the model is not on a GPU (there is no backward pass elsewhere), or its code takes no block masks.
+        UserError: the device is no GPU (there is no backward pass elsewhere), or its code takes no block masks.
     """
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         raise UserError(f"--attn_implementation {FLEX} needs a GPU: on a CPU it cannot be trained; leave it out")
+    model.to(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, NUM_PROGRAMS)
     before, was_training = model.config._attn_implementation, model.training
     try:

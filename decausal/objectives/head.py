@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# CPU: fastest of 4 to 64 MB on one core at V = 4096 and 32000; 32 rows were a quarter slower than 64 or more.
-# CUDA: not measured; small beside the activations of a training step.
-_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+from decausal.devices import choices
+
 _MIN_CHUNK_SIZE = 64
 
 
@@ -55,8 +54,7 @@ def logits(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
 
 def default_chunk_size(vocabulary_size: int, device_type: str) -> int:
     """Rows per chunk: as many as keep a chunk's fp32 logits small, but enough to keep matrix products efficient."""
-    logits_bytes = _LOGITS_BYTES.get(device_type, _LOGITS_BYTES["cpu"])
-    return max(_MIN_CHUNK_SIZE, logits_bytes // (4 * vocabulary_size))
+    return max(_MIN_CHUNK_SIZE, choices(device_type).logits_bytes // (4 * vocabulary_size))
 
 
 class Gradients(NamedTuple):

@@ -10,6 +10,8 @@ import datasets
 import torch
 import transformers
 
+from decausal.devices import best_device, multiplies_bf16
+
 
 def is_fast_in_bf16() -> bool:
     """Returns whether the device that trains multiplies bfloat16 matrices in hardware.
@@ -17,7 +19,7 @@ def is_fast_in_bf16() -> bool:
     On processors with AVX512-BF16 or AMX a step takes about 0.6 of its time in fp32; on others it takes longer.
     """
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return multiplies_bf16(best_device())
     # torch tells of these two under private names only
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe() for probe in probes if probe is not None)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from decausal.devices import best_device, decoding_dtype
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.models.devices import best_device, decoding_dtype
 from decausal.sampling import batch_files
 from decausal.sampling import generate as generating
 from decausal.sampling.batch import BatchEngine

@@ -32,6 +32,7 @@ from decausal.models.row_attention import FLEX
 from decausal.training.inputs import check_conversion
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
+from decausal.training.on_device import attend_by_flex, compiles, say_precision
 from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
 from decausal.training.run import training_arguments
 from decausal.training.run_directory import (
@@ -93,6 +94,7 @@ def convert(
     is_measured = measure is not None or settings.eval_data is not None or settings.sample_prompts is not None
     args = training_arguments(_with_evaluation(training, is_measured))
     refuse_partitioned(args)
+    say_precision(args)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     with claimed(output_dir, resume=wants_resume(resume), overwrite=settings.overwrite) as run_directory:
@@ -152,6 +154,7 @@ def _prepare(
     if settings.sample_prompts is not None:
         samples = _samples(settings, model, tokenizer, facts, args)
         measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
+    attend_by_flex(settings, model, teacher, rows.stream, args.device)
     student = _student(settings, model, mask_token_id, args)
     supervision = _supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
@@ -192,7 +195,7 @@ def _source(
     model, tokenizer = start.load(None if wants_flex else settings.attn_implementation, settings.mask_token)
     refuse_if_unusable(model, tokenizer, start.facts)
     if wants_flex:
-        use_flex_attention(model.to(args.device), layout)
+        use_flex_attention(model, layout, args.device)
     return model, tokenizer
 
 
@@ -251,7 +254,7 @@ def _student(
 ) -> nn.Module:
     if args.device.type == "cpu":
         keep_freed_memory()
-    if settings.compile_layers:
+    if compiles(settings, model, args):
         compile_layers(model)
     set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model

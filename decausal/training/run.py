@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from decausal.devices import best_device, choices, multiplies_bf16
 from decausal.errors import UserError, first_line
 from decausal.training.argument_values import ALWAYS, DEFAULTS, check_values
 
@@ -24,11 +25,16 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     """
     check_values(values)
     has_accelerator = torch.accelerator.is_available()
-    defaults = DEFAULTS | {
-        "use_cpu": not has_accelerator,  # transformers wants to be told that a machine has nothing but its CPU
-        "disable_tqdm": not sys.stderr.isatty(),
-        "accelerator_config": {"non_blocking": has_accelerator},  # copying a batch must not wait for the device
-    }
+    device = torch.device("cpu") if values.get("use_cpu") else best_device()
+    defaults = (
+        DEFAULTS
+        | precision_on(device, values)
+        | {
+            "use_cpu": not has_accelerator,  # transformers wants to be told that a machine has nothing but its CPU
+            "disable_tqdm": not sys.stderr.isatty(),
+            "accelerator_config": {"non_blocking": has_accelerator},  # copying a batch must not wait for the device
+        }
+    )
     with argument_errors(), warnings.catch_warnings():
         # transformers renames gradient_checkpointing; both names work, and users know the old one.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -36,6 +42,12 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     if args.n_gpu > 1:
         args._n_gpu = 1  # nn.DataParallel would cut our flat indices apart: several GPUs need accelerate or torchrun
     return args
+
+
+def precision_on(device: torch.device, values: dict[str, Any]) -> dict[str, bool]:
+    """Returns the arguments of mixed precision, where the device is made for it and `values` say nothing."""
+    is_said = any(values.get(name) is not None for name in ("bf16", "fp16"))
+    return {"bf16": True} if choices(device).is_mixed and multiplies_bf16(device) and not is_said else {}
 
 
 @contextmanager

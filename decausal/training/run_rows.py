@@ -13,6 +13,7 @@ from decausal.data.block_collator import BlockCollator
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
@@ -53,7 +54,7 @@ def rows_of_run(
     Raises:
         UserError: the data cannot be read or has nothing to train on; or settings of rollouts contradict each other.
     """
-    collator = _collator(settings, facts, context_length(model.config))
+    collator = _collator(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
         return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator)
@@ -97,14 +98,17 @@ def _stream(settings: ConversionSettings, rows: PackedRows, num_samples: int, se
     return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)
 
 
-def _collator(settings: ConversionSettings, facts: ConversionFacts, context: int | None) -> Collator | BlockCollator:
+def _collator(
+    settings: ConversionSettings, facts: ConversionFacts, context: int | None, row_multiple: int
+) -> Collator | BlockCollator:
     common = {
         "weighting": settings.weighting,
         "aligned_positions": settings.align_positions,
         "kl_mean": settings.kl_mean,
     }
     if facts.layout == "block":
-        return BlockCollator(facts.mask_token_id, facts.shift, facts.attention, context, **common)
+        common |= {"context_length": context, "row_multiple": row_multiple}
+        return BlockCollator(facts.mask_token_id, facts.shift, facts.attention, **common)
     return Collator(facts.mask_token_id, facts.shift, **common)
 
 

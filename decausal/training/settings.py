@@ -247,7 +247,11 @@ class ConversionSettings:
     save_dtype: Literal["source", "float32", "bfloat16"] = _setting(
         "source", "type of the final weights; checkpoints for resuming keep the fp32 master weights"
     )
-    compile_layers: bool = _setting(False, "compile the decoder layers: the first step is slow, later ones are faster")
+    compile_layers: bool | None = _setting(
+        None,
+        "compile the decoder layers: the first step is slow, later ones are faster; unset: on a GPU, where a run is "
+        "long enough to repay it",
+    )
     overwrite: bool = _setting(False, "start again in an output_dir that an earlier run made")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from decausal.data.stream import Batch, TrainingStream
+from decausal.devices import choices
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
@@ -282,7 +284,8 @@ class ConversionTrainer(Trainer):
 
     def _measured(self) -> dict[str, float]:
         def measure() -> dict[str, float]:
-            with gathered(self.model), uncompiled(self.model):
+            mixed = self.accelerator.autocast() if choices(self.args.device).is_mixed else nullcontext()
+            with mixed, gathered(self.model), uncompiled(self.model):
                 return self.measure(stock_model(self.model))
 
         return self._inside(measure)

@@ -117,7 +117,7 @@ def test_flex_attention_gives_the_numbers_of_dense_masks_and_compiles_nothing_an
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3"])
 def test_gradients_on_a_gpu_are_those_of_dense_masks(family):
     dense, flex = (FAMILIES[family](head_dim=16).cuda() for _ in range(2))
-    use_flex_attention(flex, Layout("block", 4))
+    use_flex_attention(flex, Layout("block", 4), flex.device)
     expected = gradients(dense, "sdpa")
     for one, other in zip(gradients(flex, "flex_attention"), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -125,4 +125,4 @@ def test_gradients_on_a_gpu_are_those_of_dense_masks(family):
 
 def test_it_is_refused_off_the_gpu():
     with pytest.raises(UserError, match="needs a GPU"):
-        use_flex_attention(FAMILIES["qwen3"](), Layout("bidirectional"))
+        use_flex_attention(FAMILIES["qwen3"](), Layout("bidirectional"), torch.device("cpu"))

@@ -15,16 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from decausal.devices import free_operations
 from decausal.diffusion.layout import Layout
 from decausal.models.architecture import layer_windows
 from decausal.models.backbone import stock_model
 from decausal.models.block_cache import BlockCache, cached_forward, visible_by_layer
 from decausal.sampling.blocks.rows import BlockRows
 
-# CPU: with 8 and 32 rows out of step, 4e8 to 8e8 was faster than 0, 2e8 or no limit (embedded shape, one thread). CUDA:
-# not measured; these are 170 tokens at Qwen3-0.6B, which a GPU should compute in the time it takes to read the weights.
-FREE_OPERATIONS = {"cpu": 6e8, "cuda": 1.5e11}
-"""Floating-point operations of padding that cost less than another call of the model."""
 NUM_KNOWN_OFFSETS = 64
 
 
@@ -51,7 +48,7 @@ class Reader:
         self.config = body.config
         self._known_offsets: dict[tuple[int, int], Tensor] = {}
         num_weights = sum(weight.numel() for weight in body.parameters()) - body.get_input_embeddings().weight.numel()
-        free = FREE_OPERATIONS.get(self.rows.device.type, FREE_OPERATIONS["cpu"])
+        free = free_operations(self.rows.device, self.config.num_hidden_layers, num_weights)
         self.free_padding = int(free / (2 * max(1, num_weights)))
         self.shortest_window = min((w for w in layer_windows(self.config).values() if w is not None), default=None)
         self.is_autoregressive = self.layout.block_size == 1 and self.shift == 1

@@ -1,0 +1,104 @@
+"""What is right on a device: every choice that depends on where a model runs is made here.
+
+What holds on CUDA is computed, not measured: from the rates below, which docs/performance.md explains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BANDWIDTH = 4.3e12
+"""Bytes per second that kernels read on an H200."""
+MATRIX_RATE = 790e12
+"""Floating-point operations per second of its large matrix products in bf16."""
+LAUNCH = 5e-6
+"""Seconds that the host needs to start a kernel."""
+KERNELS_PER_LAYER = 62
+"""Of a decoding pass without fusion, counted at Qwen3-0.6B's shape."""
+COMPILATION = 90.0
+"""Seconds that compiling the layers of a training step takes: a guess."""
+COMPILED_GAIN = 0.2
+"""Share of a step's time that compiled layers save: estimated."""
+USUAL_UTILISATION = 0.3
+"""Share of `MATRIX_RATE` that a training step reaches without them: estimated."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is right where a model runs.
+
+    Attributes:
+        dtype_to_decode: type of weights that only decode: on CUDA float32 is an order of magnitude slower.
+        is_mixed: training computes in bfloat16 on float32 weights.
+        has_flex: FlexAttention trains, and skips what no query reads.
+        row_multiple: training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
+        logits_bytes: fp32 logits that a loss holds at a time. CPU: the fastest of 4 to 64 MB on one core at V = 4096
+            and 32000; 32 rows were a quarter slower than 64 or more. CUDA: large products, small beside activations.
+        records: passes of block models are recorded and replayed, and prompts are read in passes of their own.
+    """
+
+    dtype_to_decode: torch.dtype
+    is_mixed: bool
+    has_flex: bool
+    row_multiple: int
+    logits_bytes: int
+    records: bool
+
+
+ON_CPU = Choices(
+    dtype_to_decode=torch.float32,
+    is_mixed=False,
+    has_flex=False,
+    row_multiple=1,
+    logits_bytes=16 * 2**20,
+    records=False,
+)
+ON_CUDA = Choices(
+    dtype_to_decode=torch.bfloat16,
+    is_mixed=True,
+    has_flex=True,
+    row_multiple=128,
+    logits_bytes=2**30,
+    records=True,
+)
+
+
+def best_device() -> torch.device:
+    """Returns CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choices(device: torch.device | str) -> Choices:
+    """Returns what is right on a device; other accelerators are treated like a CPU, where nothing is assumed."""
+    return ON_CUDA if torch.device(device).type == "cuda" else ON_CPU
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a GPU has matrix units for bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def decoding_dtype(device: torch.device) -> torch.dtype:
+    """Returns the type of weights that only decode."""
+    return choices(device).dtype_to_decode
+
+
+def repays_compilation(device: torch.device, num_operations: float) -> bool:
+    """Whether a run of so many floating-point operations saves more time by compiled layers than compiling takes."""
+    if torch.device(device).type != "cuda":
+        return False
+    return COMPILED_GAIN * num_operations / (USUAL_UTILISATION * MATRIX_RATE) > COMPILATION
+
+
+def free_operations(device: torch.device, num_layers: int, num_weights: int) -> float:
+    """Returns the floating-point operations of padding that cost less than another call of the model.
+
+    CPU: with 8 and 32 rows out of step, 4e8 to 8e8 was faster than 0, 2e8 or no limit (embedded shape, one thread).
+    CUDA: what the matrix units do while another pass is started and reads all weights in bf16.
+    """
+    if torch.device(device).type != "cuda":
+        return 6e8
+    launches = num_layers * KERNELS_PER_LAYER * LAUNCH
+    return MATRIX_RATE * (launches + 2 * num_weights / BANDWIDTH)
