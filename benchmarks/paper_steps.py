@@ -1,0 +1,205 @@
+"""Training steps and decoding passes at a model's shape on a device of no numbers, by the library's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from counting import moved
+from floors import ModelShape
+from models import build
+from on_paper import Tally, counted, pairs_of
+from train_step import RandomRows
+from transformers import PreTrainedModel
+
+from decausal.data.block_collator import BlockCollator
+from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.diffusion.layout import Layout, positions_in_documents
+from decausal.models.backbone import decoder_layers, head_of
+from decausal.models.block_cache import BlockCache, decoding
+from decausal.models.row_attention import FLEX, RowAttention
+from decausal.sampling.blocks.rows import BlockRows
+from decausal.sampling.blocks.windows import Reader
+from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.settings import SamplerSettings
+from decausal.training.losses import Supervision, Weighted, weighted_loss
+from decausal.training.questions import Vocabulary, ask
+from decausal.training.schedule import WeightSchedule
+from decausal.training.teacher import CAUSAL, Teacher
+from decausal.training.terms import AlignmentTerm, DivergenceTerm, FinishedDivergenceTerm, Term, TokenTerm
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training step.
+
+    Attributes:
+        block_size: Of a block layout; None: bidirectional.
+        views: Noised views of a clean row.
+        is_aligned: All states are aligned.
+        divergence: What is distilled: "", "full", "top" or "causal".
+    """
+
+    block_size: int | None = None
+    views: int = 1
+    is_aligned: bool = False
+    divergence: str = ""
+
+    @property
+    def layout(self) -> Layout:
+        """Who attends to whom."""
+        if self.block_size is None:
+            return Layout("bidirectional")
+        return Layout("block", self.block_size, causal_context=self.divergence == "causal")
+
+    def terms(self, num_layers: int) -> list[Term]:
+        """The losses."""
+        if self.divergence in ("full", "top"):  # as OPDLM: in place of the token loss
+            return [DivergenceTerm(top_k=64 if self.divergence == "top" else None)]
+        found: list[Term] = [TokenTerm()]
+        if self.is_aligned:
+            found.append(AlignmentTerm(tuple(range(num_layers + 1))))
+        if self.divergence:
+            found.append(FinishedDivergenceTerm())
+        return found
+
+
+KINDS = {
+    "plain": Kind(),
+    "aligned": Kind(is_aligned=True),
+    "aligned, 2 views": Kind(is_aligned=True, views=2),
+    "block": Kind(block_size=4),
+    "block, KL": Kind(block_size=4, divergence="full"),
+    "block, top-k KL": Kind(block_size=4, divergence="top"),
+    "block, causal KL": Kind(block_size=4, divergence="causal"),
+}
+
+
+class PaperStep:
+    """One kind of step on one kind of batch.
+
+    Args:
+        kind: Which.
+        model_name: See `models.SHAPES`.
+        rows: Clean rows of the batch; of two views half as many, so that the student reads equally much.
+        length: Tokens of a row.
+        documents: Documents in a row.
+        is_flex: Attention by FlexAttention, else by dense masks where there is one.
+        device: Where models and batch are made to be.
+        dtype: Of the student's weights; the teacher's are bf16.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        model_name: str = "qwen3-0.6b",
+        *,
+        rows: int = 8,
+        length: int = 4096,
+        documents: int = 1,
+        is_flex: bool = False,
+        device: torch.device = META,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.kind, self.device = kind, device
+        self.student = build(model_name, device).to(dtype).train()
+        num_layers = len(decoder_layers(self.student))
+        self.terms = kind.terms(num_layers)
+        self.mask_token_id = self.student.config.vocab_size - 1
+        self.supervision = Supervision(
+            kind.layout, self.mask_token_id, tuple(Weighted(term, WeightSchedule(1.0)) for term in self.terms)
+        )
+        self.teacher = None
+        if any(term.questions for term in self.terms):
+            self.teacher = Teacher(build(model_name, device).to(torch.bfloat16))
+        self.is_flex = is_flex
+        if is_flex:
+            for model in (self.student, *([] if self.teacher is None else [self.teacher.model])):
+                model.config._attn_implementation = FLEX
+        self.cpu_batch = self._batch(rows // kind.views, length, documents)
+        self.batch = moved(self.cpu_batch, device)
+        self.num_clean_tokens = rows // kind.views * length
+
+    def _batch(self, rows: int, length: int, documents: int) -> Batch:
+        kind = self.kind
+        source = RandomRows(self.mask_token_id, length, documents, seed=0)
+        noising = Noising(kind.views, complementary=kind.views == 2, block_size=kind.block_size)
+        stream = TrainingStream(source, rows, seed=0, shift=0 if kind.block_size else 1, noising=noising)
+        collator: Callable[[Any], Batch] = Collator(self.mask_token_id, 1)
+        if kind.block_size:
+            collator = BlockCollator(self.mask_token_id, 0, kind.layout, row_multiple=128)
+        return collator([stream[position] for position in range(rows)])
+
+    def run(self) -> None:
+        """Teacher, forward and backward."""
+        vocabulary = Vocabulary(self.student.config.vocab_size, self.mask_token_id)
+        questions = [question for term in self.terms for question in term.questions]
+        answers = ask(self.teacher, questions, self.batch, vocabulary)
+        counts = {name: count.to(torch.float32) for name, count in self.batch["counts"].items()}
+        weights: dict[Term, float] = dict.fromkeys(self.terms, 1.0)
+        weighted_loss(self.student, self.batch, self.supervision, weights, counts, answers)[0].backward()
+
+    def rows(self) -> tuple[RowAttention, RowAttention]:
+        """What the student reads and what the teacher reads, on the CPU."""
+        batch, clean = self.cpu_batch, self.cpu_batch["clean_ids"]
+        documents = batch.get("document_ids", torch.zeros_like(clean))
+        positions = positions_in_documents(documents)
+        of_teacher = RowAttention(CAUSAL, documents, positions)
+        if self.kind.block_size is None:
+            views = self.kind.views
+            own = (part.repeat_interleave(views, dim=0) for part in (documents, positions))
+            return RowAttention(self.kind.layout, *own), of_teacher
+        names = ("student_document_ids", "student_position_ids", "stream_ids")
+        return RowAttention(self.kind.layout, *(batch[name] for name in names)), of_teacher
+
+    def tally(self) -> Tally:
+        """What the step would have a GPU do."""
+        pairs = pairs_of(self.rows()[0], in_blocks=True) if self.is_flex else None
+        return counted(self.run, flex_pairs=pairs)
+
+    def floor(self) -> float:
+        """The operations that the step cannot do without: pairs that are read, tokens that are no padding."""
+        shape = ModelShape.of(self.student)
+        student, teacher = self.rows()
+        attention = 4.0 * shape.attention_width
+        num_read = int((student.document_ids >= 0).sum())
+        body = 2.0 * shape.body_weights * num_read + attention * pairs_of(student, in_blocks=False)
+        head = 2.0 * shape.width * shape.vocab_size
+        total = 3 * (body + head * len(self.cpu_batch["target_index"]))
+        if self.teacher is None:
+            return total
+        clean = int((teacher.document_ids >= 0).sum())
+        total += 2.0 * shape.body_weights * clean + attention * pairs_of(teacher, in_blocks=False)
+        if self.kind.divergence == "causal":
+            num_finished = len(self.cpu_batch["causal_index"])
+            return total + (3 + 1) * head * num_finished
+        return total + (head * len(self.cpu_batch["target_index"]) if self.kind.divergence else 0.0)
+
+
+def decoding_pass(
+    model: PreTrainedModel, *, num_rows: int, num_keys: int, block_size: int = 4, device: torch.device = META
+) -> Tally:
+    """A recorded pass of block decoding: every row reads its finished block and denoises the next one."""
+    rows = BlockRows(num_rows, num_keys, block_size, model.config.vocab_size - 1, (0,), device)
+    reader = Reader(model, Layout("block", block_size), 0, BlockCache(model.config, num_rows, num_keys), rows)
+    settings = RowSettings.of([SamplerSettings(threshold=0.9)] * num_rows, torch.device("cpu"))
+    settings = moved_settings(settings, device)
+    head = head_of(model)._replace(banned=model.config.vocab_size - 1)
+
+    def one_pass() -> None:
+        states = reader.predict_fixed(num_rows, block_size, num_keys)
+        rows.keep(num_rows, None, states, head, settings)
+
+    with decoding(model):
+        one_pass()  # takes the cache's memory
+        return counted(one_pass)
+
+
+def moved_settings(settings: RowSettings, device: torch.device) -> RowSettings:
+    """Settings of rows on another device."""
+    values = {name: moved(value, device) for name, value in vars(settings).items()}
+    return RowSettings(**values)
