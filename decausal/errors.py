@@ -13,8 +13,13 @@ class UserError(Exception):
     """
 
 
+LONGEST_WORD = 200
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the accepted word most like `word`, or ``""`` when none is close."""
+    if len(word) > LONGEST_WORD:  # comparing takes time and memory by its length
+        return ""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 

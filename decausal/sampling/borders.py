@@ -67,6 +67,10 @@ class Vocabulary:
         before, *whole = tokenizer.batch_decode([anchor, *pairs], skip_special_tokens=True)
         self.texts = [text.removeprefix(before) for text in whole]
         self._lengths = torch.tensor([len(text) for text in self.texts])
+        self._by_end: dict[str, list[int]] = {}  # tokens by every indentation that they end with
+        for token, text in enumerate(self.texts):
+            for start in range(len(text.rstrip(" \t")), len(text)):
+                self._by_end.setdefault(text[start:], []).append(token)
         self._fitting: dict[Border, Bool[Tensor, "V"]] = {}
 
     @classmethod
@@ -93,14 +97,16 @@ class Vocabulary:
     def _joins(self, border: Border) -> bool:
         """Whether some token holds these characters and more."""
         num_given = len(border.start) + len(border.end)
-        if num_given >= self._lengths.max():  # however long an indentation a client sends, nothing is kept of it
+        if border.end and border.end not in self._by_end:  # nothing is kept of endless indentations that clients send
             return False
         return bool((self._lengths[self.fitting(border)] > num_given).any())
 
     def fitting(self, border: Border) -> Bool[Tensor, "V"]:
         """Which tokens may stand at a border."""
         if border not in self._fitting:
-            self._fitting[border] = torch.tensor([_fits(text, border) for text in self.texts])
+            tokens = self._by_end.get(border.end, []) if border.end else range(len(self.texts))
+            self._fitting[border] = torch.zeros(len(self.texts), dtype=torch.bool)
+            self._fitting[border][[token for token in tokens if _fits(self.texts[token], border)]] = True
         return self._fitting[border]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from decausal.sampling.jobs import Job, Progress
 from decausal.serving.errors import ApiError
+
+_log = logging.getLogger("decausal.serving")
 
 
 class Told(NamedTuple):
@@ -17,6 +20,27 @@ class Told(NamedTuple):
     index: int
     progress: Progress | None
     error: ApiError | None = None
+
+
+class Places:
+    """Places in a worker's queue, kept before it is known what will stand in them.
+
+    Args:
+        number: How many.
+        give_back: Called with the number of those that are free again.
+    """
+
+    def __init__(self, number: int, give_back: Callable[[int], None]) -> None:
+        self._number, self._give_back = number, give_back
+
+    def use(self, number: int) -> None:
+        """Rows stand in so many of them; the others are free again."""
+        left, self._number = self._number - number, 0
+        self._give_back(left)
+
+    def release(self) -> None:
+        """Those that are not in use are free again. May be called again."""
+        self.use(0)
 
 
 class Answer:
@@ -38,6 +62,7 @@ class Answer:
 
     def fail(self, error: ApiError) -> None:
         """Ends the answer from the event loop."""
+        settle(self, error)
         self.queue.put_nowait([Told(0, None, error)])
 
 
@@ -82,3 +107,27 @@ class AnswerRow:
 def engine_failure(message: str) -> ApiError:
     """What rows are told that are lost with an engine."""
     return ApiError(500, message, code="engine_failed")
+
+
+def call(answer: Answer, function: Callable[..., None], *arguments: Any) -> None:
+    """Has an answer's event loop call a function, from the worker's thread."""
+    try:
+        answer.loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:  # the loop has been closed: nobody listens
+        _log.debug("an answer came after the server's end")
+
+
+def settle(answer: Answer, error: ApiError | None) -> None:
+    """Tells whether the engine has taken all rows; for the event loop."""
+    if answer.admitted.done():  # whoever waited has gone
+        return
+    if error is None:
+        answer.admitted.set_result(None)
+    else:
+        answer.admitted.set_exception(error)
+
+
+def deliver(told: list[tuple[Answer, list[Told]]]) -> None:
+    """Hands on what a step brought; for the event loop."""
+    for answer, items in told:
+        answer.queue.put_nowait(items)

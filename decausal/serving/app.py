@@ -7,26 +7,26 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from decausal.sampling.log_probs import given_log_probs
 from decausal.serving import responses
-from decausal.serving.answer import Answer
+from decausal.serving.call import Asked, Call, Stream, give_up_when_left
 from decausal.serving.choices import Choice, Delta, TokenLogProb, echoed
+from decausal.serving.counting import num_characters, num_rows
 from decausal.serving.description import describe
 from decausal.serving.errors import ApiError
 from decausal.serving.metrics import Metrics
-from decausal.serving.middleware import Gate, missing_page, read_body, refused, wrong_method
+from decausal.serving.middleware import Gate, missing_page, refused, wrong_method
 from decausal.serving.plans import Plan, chat_plan, completion_plan
+from decausal.serving.reading import Readers, Work, read_body
 from decausal.serving.schema import ChatBody, CompletionBody, parse
 from decausal.serving.served import Served, find
 from decausal.serving.settings import ServeSettings
@@ -61,11 +61,12 @@ def create_app(models: Sequence[Served], settings: ServeSettings, metrics: Metri
         for model in models:
             model.worker.start()
         yield
+        service.readers.stop()
         for model in models:
             await asyncio.to_thread(model.worker.stop)
 
-    app = FastAPI(title="decausal", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     service = _Service(models, settings, metrics)
+    app = FastAPI(title="decausal", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_api_route("/v1/completions", service.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", service.chat_completions, methods=["POST"])
     app.add_api_route("/v1/models", service.list_models, methods=["GET"])
@@ -104,39 +105,12 @@ async def _tell_http_error(request: Request, error: Exception) -> JSONResponse:
     return refused(ApiError(error.status_code, str(error.detail)))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One request while it is being answered."""
-
-    plan: Plan
-    model: Served
-    answer: Answer
-    choices: list[Choice]
-    echoes: list[Delta]
-    header: dict[str, Any]
-    endpoint: str
-    arrived: float
-
-
-class _Stream(StreamingResponse):
-    """A stream whose rows are given up when it ends early, even before its first event."""
-
-    def __init__(self, call: _Call, content: AsyncIterator[str], **options: Any) -> None:
-        super().__init__(content, **options)
-        self._call = call
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._call.model.worker.cancel(self._call.answer)
-
-
 class _Service:
     """The endpoints."""
 
     def __init__(self, models: Sequence[Served], settings: ServeSettings, metrics: Metrics) -> None:
         self._models, self._settings, self._metrics = models, settings, metrics
+        self.readers = Readers()
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, CompletionBody, completion_plan)
@@ -161,56 +135,75 @@ class _Service:
 
     async def _answer(self, request: Request, kind: type, make_plan: Callable[..., Plan]) -> Response:
         arrived = time.monotonic()
-        raw = await read_body(request, self._settings.max_body_bytes)
-        call = await self._started(request, raw, kind, make_plan, arrived)
+        work = Work(self._settings.timeout, self._late())
+        try:
+            call = await self._started(request, await self._asked(request, kind, make_plan, work), work, arrived)
+        except BaseException as error:
+            work.stop()
+            if isinstance(error, ApiError) and error.code == "client_left":
+                self._metrics.cancelled(request.url.path)
+            raise
         if call.plan.is_stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return _Stream(call, self._stream(call), media_type="text/event-stream", headers=headers)
-        watcher = asyncio.create_task(_leave(request, call.answer))
+            return Stream(call, self._stream(call), media_type="text/event-stream", headers=headers)
+        watcher = asyncio.create_task(give_up_when_left(request, call))
         try:
             return JSONResponse(await self._whole(call))
         finally:
             watcher.cancel()
+            call.end()
 
-    async def _started(
-        self, request: Request, raw: bytes, kind: type, make_plan: Callable[..., Plan], arrived: float
-    ) -> _Call:
-        """Reads the body in a thread, so that a long prompt's tokens keep nobody waiting; then queues its rows."""
+    async def _asked(self, request: Request, kind: type, make_plan: Callable[..., Plan], work: Work) -> Asked:
+        """Reads the body and makes a plan of it, in threads, so that a long one keeps nobody waiting."""
 
-        def read() -> tuple[Served, Plan]:
-            body = parse(raw, kind)
+        def read(body: CompletionBody | ChatBody) -> Asked:
             model = find(self._models, body.model)
-            return model, make_plan(body, model.converted, model.max_total_tokens)
+            places = model.worker.reserve(num_rows(body))
+            work.hold(places)
+            plan = make_plan(body, model.converted, model.max_total_tokens, work)
+            tokenizer = model.converted.tokenizer
+            choices = [
+                Choice(index, job, tokenizer, plan.has_events, len(plan.echoes[index]))
+                for index, job in enumerate(plan.jobs)
+            ]
+            return Asked(model, plan, places, choices)
 
-        model, plan = await asyncio.to_thread(read)
-        answer = model.worker.submit([] if plan.is_echo_only else plan.jobs)
+        async with AsyncExitStack() as stack:
+
+            async def wait_for_room() -> None:
+                await stack.enter_async_context(self.readers.room(work))
+
+            raw = await read_body(request, self._settings.max_body_bytes, self._settings.timeout, wait_for_room)
+            body = await self.readers.call(partial(parse, raw, kind), len(raw), work, request)
+            return await self.readers.call(partial(read, body), num_characters(body), work, request)
+
+    async def _started(self, request: Request, asked: Asked, work: Work, arrived: float) -> Call:
+        """Queues the rows of a request, and returns once the engine has taken them."""
+        plan, model = asked.plan, asked.model
+        answer = model.worker.submit([] if plan.is_echo_only else plan.jobs, asked.places)
+        timer = answer.loop.call_later(work.seconds_left, model.worker.give_up, answer, self._late())
         try:
-            async with asyncio.timeout(self._settings.timeout):
+            async with asyncio.timeout(work.seconds_left):
                 await asyncio.shield(answer.admitted)
-                echoes = await _echoes(plan, model)
-        except TimeoutError:
+                echoes = await _echoes(plan, model, request)
+        except BaseException as error:
+            timer.cancel()
             model.worker.cancel(answer)
-            raise self._late() from None
-        except BaseException:
-            model.worker.cancel(answer)
+            if isinstance(error, TimeoutError):
+                raise self._late() from None
             raise
         self._metrics.taken(model.name, plan.num_prompt_tokens)
-        tokenizer = model.converted.tokenizer
-        choices = [
-            Choice(index, job, tokenizer, plan.has_events, len(plan.echoes[index]))
-            for index, job in enumerate(plan.jobs)
-        ]
         prefix = "cmpl" if plan.kind == "text" else "chatcmpl"
         header = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-        return _Call(plan, model, answer, choices, echoes, header, request.url.path, arrived)
+        return Call(plan, model, answer, asked.choices, echoes, header, request.url.path, arrived, timer)
 
-    async def _whole(self, call: _Call) -> dict[str, Any]:
+    async def _whole(self, call: Call) -> dict[str, Any]:
         deltas = [[echo] for echo in call.echoes]
         async for choice, delta in self._deltas(call):
             deltas[choice.index].append(delta)
         return responses.whole(call.plan, call.header, call.choices, deltas)
 
-    async def _stream(self, call: _Call) -> AsyncIterator[str]:
+    async def _stream(self, call: Call) -> AsyncIterator[str]:
         is_first = [True] * len(call.choices)
         try:
             for choice, echo in zip(call.choices, call.echoes, strict=True):
@@ -231,10 +224,8 @@ class _Service:
             yield responses.sse(error.body())
         yield responses.DONE
 
-    async def _deltas(self, call: _Call) -> AsyncIterator[tuple[Choice, Delta]]:
+    async def _deltas(self, call: Call) -> AsyncIterator[tuple[Choice, Delta]]:
         """Follows the rows of a call to their end; gives up those that are left where it is not reached."""
-        deadline = call.answer.loop.time() + self._settings.timeout - (time.monotonic() - call.arrived)
-        timer = call.answer.loop.call_at(deadline, call.answer.fail, self._late())
         num_open, has_text = len(call.answer.jobs), False
         try:
             while num_open:
@@ -250,9 +241,8 @@ class _Service:
                     yield choice, delta
             self._metrics.answered(call.endpoint, time.monotonic() - call.arrived)
         finally:
-            timer.cancel()
+            call.end()
             if num_open:
-                call.model.worker.cancel(call.answer)
                 self._metrics.cancelled(call.endpoint)
 
     def _late(self) -> ApiError:
@@ -260,7 +250,7 @@ class _Service:
         return ApiError(504, f"the answer took longer than {seconds}: ask for less, or later", code="timeout")
 
 
-async def _echoes(plan: Plan, model: Served) -> list[Delta]:
+async def _echoes(plan: Plan, model: Served, request: Request) -> list[Delta]:
     """What each choice repeats of its prompt. Prompts are scored one at a time, so that others' steps go on."""
     reason, tokenizer = ("length" if plan.is_echo_only else None), model.converted.tokenizer
     if not plan.scored:
@@ -270,13 +260,8 @@ async def _echoes(plan: Plan, model: Served) -> list[Delta]:
         if index and plan.scored[index - 1][0] is ids:  # another choice for the same prompt
             told.append(told[-1])
             continue
+        if await request.is_disconnected():
+            raise client_left()
         score = partial(given_log_probs, model.converted, ids, plan.num_top_log_probs or 0)
         told.append(echoed(tokenizer, ids, num_before, await model.worker.between_steps(score)))
     return [Delta(echo, tokens, reason) for echo, tokens in zip(plan.echoes, told, strict=True)]
-
-
-async def _leave(request: Request, answer: Answer) -> None:
-    """Ends an answer whose client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    answer.fail(ApiError(499, "the client has left", code="client_left"))

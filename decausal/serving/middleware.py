@@ -15,9 +15,6 @@ from decausal.errors import nearest
 from decausal.serving.errors import ApiError, error_body
 from decausal.serving.metrics import Metrics
 
-DRAIN_FACTOR = 16
-"""A body that is too long is read on to this many times the limit, so that the client is ready for the answer."""
-
 _log = logging.getLogger("decausal.serving")
 
 
@@ -78,31 +75,6 @@ def _encoded(key: str) -> list[bytes]:
     """A key as clients write it into a header: most in UTF-8, some in Latin-1 where that is possible."""
     latin = [key.encode("latin-1")] if all(ord(character) < 256 for character in key) else []
     return [key.encode(), *latin]
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads a JSON body.
-
-    Raises:
-        ApiError: 413: it is too long. 415: it says that it is something else.
-    """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        # Asked for also because a browser then refuses to send it here on behalf of some other site's page.
-        raise ApiError(
-            415, "send JSON, with the header 'Content-Type: application/json'", code="unsupported_media_type"
-        )
-    chunks: list[bytes] = []
-    length = 0
-    async for chunk in request.stream():
-        length += len(chunk)
-        if length <= max_bytes:
-            chunks.append(chunk)
-        elif length > DRAIN_FACTOR * max_bytes:
-            break
-    if length > max_bytes:
-        raise ApiError(413, f"the body is longer than {max_bytes} bytes: send less", code="body_too_long")
-    return b"".join(chunks)
 
 
 def missing_page(request: Request, endpoints: Iterable[str]) -> ApiError:

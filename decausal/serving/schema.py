@@ -27,7 +27,16 @@ from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.lengths import SEARCHES
 from decausal.sampling.settings import ALIASES, COUNTS_BELOW, SamplerSettings
 from decausal.serving.errors import ApiError, bad_request
-from decausal.serving.settings import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS
+from decausal.serving.settings import (
+    MAX_CHOICES,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TOOL_CALLS,
+    MAX_TOP_LOGPROBS,
+)
 
 IGNORED = frozenset(
     {
@@ -83,6 +92,8 @@ def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]] | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value:
+        if len(value) > MAX_PROMPTS and type(value[0]) is not int:
+            raise ValueError(f"must hold at most {MAX_PROMPTS} prompts")
         if all(isinstance(part, str) for part in value) or _are_ids(value):
             return value
         if all(isinstance(part, list) and part and _are_ids(part) for part in value):
@@ -98,10 +109,12 @@ def _stop(value: Any) -> list[str] | None:
     if value is None:
         return None
     stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and len(stops) > MAX_STOPS:
+        raise ValueError(f"must hold at most {MAX_STOPS} strings")
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("must be a string or a list of strings, none of them empty")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"must hold at most {MAX_STOPS} strings")
+    if max(map(len, stops), default=0) > MAX_STOP_LENGTH:
+        raise ValueError(f"must hold strings of at most {MAX_STOP_LENGTH} characters")
     return stops
 
 
@@ -210,7 +223,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -262,7 +275,7 @@ class CompletionBody(_Body):
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -292,6 +305,7 @@ def parse(raw: bytes, kind: type[BodyType]) -> BodyType:
     if not isinstance(value, dict):
         raise bad_request(f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
     _refuse_surrogates(raw, value)
+    _refuse_sprawl(value)
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
@@ -317,8 +331,19 @@ def _refuse_surrogates(raw: bytes, value: dict[str, Any]) -> None:
         return
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise bad_request(f"the body is not JSON that can be read: {error}", code="invalid_json") from None
     except UnicodeEncodeError:
         raise bad_request("the body holds half of a surrogate pair (\\ud800 to \\udfff)", code="invalid_utf8") from None
+
+
+def _refuse_sprawl(value: dict[str, Any]) -> None:
+    """Refuses objects of so many fields that a fault in each would fill the memory."""
+    for name in (None, "decausal", "stream_options"):
+        fields = value if name is None else value.get(name)
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            what = "the body" if name is None else f"'{name}'"
+            raise bad_request(f"{what} has {len(fields)} fields, and at most {MAX_FIELDS} are read", name)
 
 
 def _first_fault(error: ValidationError, value: dict[str, Any]) -> ApiError:

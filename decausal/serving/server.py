@@ -15,6 +15,7 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.model import load
 from decausal.serving.app import create_app
+from decausal.serving.connection import MAX_HEAD_BYTES, connection_class
 from decausal.serving.metrics import Metrics
 from decausal.serving.served import Served, served, source_of
 from decausal.serving.settings import ServeSettings
@@ -108,6 +109,8 @@ def uvicorn_config(app: object, settings: ServeSettings) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
         ws="none",
+        http=connection_class(settings.timeout),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
 
 

@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from decausal.errors import UserError
 from decausal.sampling.jobs import Engine, Job, Progress
-from decausal.serving.answer import Answer, AnswerRow, Told, engine_failure
+from decausal.serving.answer import Answer, AnswerRow, Places, Told, call, deliver, engine_failure, settle
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
 
@@ -73,24 +73,22 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join(timeout=60)
 
-    def submit(self, jobs: Sequence[Job]) -> Answer:
-        """Takes a request on, from the event loop.
+    def reserve(self, num_rows: int) -> Places:
+        """Keeps places for rows, from any thread, before anything is made of the request.
 
         Raises:
-            ApiError: 400: more rows than can ever wait together. 429: they cannot now. 503: the thread has ended.
+            ApiError: 400: more rows than can ever wait together. 429: they cannot now.
         """
-        if len(jobs) > self._max_rows + self._max_queue:
+        if num_rows > self._max_rows + self._max_queue:
             raise bad_request(
-                f"{len(jobs)} answers at once are wanted (prompts times n), and this server takes at most "
+                f"{num_rows} answers at once are wanted (prompts times n), and this server takes at most "
                 f"{self._max_rows + self._max_queue}: ask for fewer",
                 "n",
                 "too_many_choices",
             )
-        if not self.is_alive:
-            raise _stopped()
         with self._lock:
-            if self._num_rows + len(jobs) > self._max_rows + self._max_queue:
-                wait = self._seconds_to_wait(len(jobs))
+            if self._num_rows + num_rows > self._max_rows + self._max_queue:
+                wait = self._seconds_to_wait(num_rows)
                 raise ApiError(
                     429,
                     f"{self._num_rows} rows run or wait already, and this server takes {self._max_rows} and "
@@ -98,7 +96,22 @@ class Worker:
                     code="queue_full",
                     headers={"Retry-After": str(wait)},
                 )
-            self._num_rows += len(jobs)
+            self._num_rows += num_rows
+        return Places(num_rows, self._left)
+
+    def submit(self, jobs: Sequence[Job], places: Places) -> Answer:
+        """Takes a request on, from the event loop.
+
+        Args:
+            jobs: Its rows.
+            places: Kept for them; those that they do not need are free again.
+
+        Raises:
+            ApiError: 503: the thread has ended.
+        """
+        if not self.is_alive:
+            raise _stopped()
+        places.use(len(jobs))
         answer = Answer(jobs)
         self._inbox.put(lambda: self._admit(answer))
         return answer
@@ -107,7 +120,7 @@ class Worker:
         """Has the thread call a function between two steps; returns, or raises, what comes of it."""
         future: Future[Result] = Future()
 
-        def call() -> None:
+        def answer() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -115,12 +128,17 @@ class Worker:
             except Exception as error:
                 future.set_exception(error)
 
-        self._inbox.put(call)
+        self._inbox.put(answer)
         return await asyncio.wrap_future(future)
 
     def cancel(self, answer: Answer) -> None:
         """Gives up what has not ended, from any thread. May be called again, and after the end."""
         self._inbox.put(lambda: self._drop(answer))
+
+    def give_up(self, answer: Answer, error: ApiError) -> None:
+        """Ends an answer with an error, from the event loop, whoever reads it or does not."""
+        answer.fail(error)
+        self.cancel(answer)
 
     def _seconds_to_wait(self, num_rows: int) -> int:
         """How long until as many rows have left, at the rate of the last ones."""
@@ -163,7 +181,7 @@ class Worker:
                     return
         else:
             self._held.extend(answer.rows)
-        _call(answer, _settle, answer, None)
+        call(answer, settle, answer, None)
 
     def _admit_held(self) -> None:
         """Lets rows into the engine that wait in front of it, as many as it may hold."""
@@ -193,8 +211,8 @@ class Worker:
 
     def _give_up(self, answer: Answer, error: ApiError) -> None:
         self._drop(answer)
-        _call(answer, _settle, answer, error)
-        _call(answer, _deliver, [(answer, [Told(0, None, error)])])
+        call(answer, settle, answer, error)
+        call(answer, deliver, [(answer, [Told(0, None, error)])])
 
     def _step(self) -> bool:
         """Takes the engine's rows one step further. False: there is no engine any more."""
@@ -212,7 +230,7 @@ class Worker:
                 self._take(self._rows[progress.ticket], progress, told)
         self._metrics.step(self._name, steps, time.perf_counter() - start)
         if told:  # once for all answers of a step
-            _call(next(iter(told)), _deliver, list(told.items()))
+            call(next(iter(told)), deliver, list(told.items()))
         return True
 
     def _take(self, row: AnswerRow, progress: Progress, told: dict[Answer, list[Told]]) -> None:
@@ -257,28 +275,6 @@ class Worker:
     def _left(self, num_rows: int) -> None:
         with self._lock:
             self._num_rows -= num_rows
-
-
-def _call(answer: Answer, function: Callable[..., None], *arguments: Any) -> None:
-    """Has the event loop do something."""
-    try:
-        answer.loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop has been closed: nobody listens
-        _log.debug("an answer came after the server's end")
-
-
-def _settle(answer: Answer, error: ApiError | None) -> None:
-    if answer.admitted.done():  # whoever waited has gone
-        return
-    if error is None:
-        answer.admitted.set_result(None)
-    else:
-        answer.admitted.set_exception(error)
-
-
-def _deliver(told: list[tuple[Answer, list[Told]]]) -> None:
-    for answer, items in told:
-        answer.queue.put_nowait(items)
 
 
 def _stopped() -> ApiError:

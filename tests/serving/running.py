@@ -62,13 +62,17 @@ class Running:
 
 
 @contextmanager
-def running(models: list[Converted], is_source: tuple[bool, ...] = (), **settings: Any) -> Iterator[Running]:
-    """Serves models named tiny, tiny-2, ... on a free port."""
+def running(
+    models: list[Converted], is_source: tuple[bool, ...] = (), send_buffer: int | None = None, **settings: Any
+) -> Iterator[Running]:
+    """Serves models named tiny, tiny-2, ... on a free port; connections hold so many bytes that are not yet read."""
     limits, metrics = ServeSettings(**settings), Metrics()
     names = ["tiny", *(f"tiny-{number}" for number in range(2, len(models) + 1))]
     kinds = is_source or (False,) * len(models)
     found = [served(name, model, limits, metrics, kind) for name, model, kind in zip(names, models, kinds, strict=True)]
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = DrainingServer(create_app(found, limits, metrics), found, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -60,11 +60,11 @@ def split_gaps(pieces: Sequence[Piece], name: str) -> tuple[list[str], list[int 
     Raises:
         UserError: No gap, two gaps without text between them, a length below 1, or a piece of another type.
     """
-    texts: list[str] = [""]
+    texts: list[list[str]] = [[]]
     lengths: list[int | None] = []
     for piece in pieces:
         if isinstance(piece, str):
-            texts[-1] += piece
+            texts[-1] += [piece] if piece else []
             continue
         if piece is not None and (isinstance(piece, bool) or not isinstance(piece, int) or piece < 1):
             raise UserError(
@@ -74,7 +74,7 @@ def split_gaps(pieces: Sequence[Piece], name: str) -> tuple[list[str], list[int 
         if lengths and not texts[-1]:
             raise UserError(f"{name} has two gaps without text between them: make them one")
         lengths.append(piece)
-        texts.append("")
+        texts.append([])
     if not lengths:
         raise UserError(f"{name} has no gap: put an integer, or None for an unknown length, where text is missing")
-    return texts, lengths
+    return ["".join(text) for text in texts], lengths

@@ -1,0 +1,182 @@
+"""Reading bodies: off the event loop, in bounded memory, and for no longer than somebody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from decausal.serving.answer import Places
+from decausal.serving.errors import ApiError
+
+Result = TypeVar("Result")
+
+LARGE = 2**16
+"""Bytes of a body, or characters of its texts: from here on it takes its turn among the large ones."""
+MAX_LARGE_BODIES = 8
+"""Large bodies in memory at a time; of the others no more is read than a connection's buffer holds."""
+NUM_SMALL_READERS = 4
+DRAIN_FACTOR = 16
+"""A body that is too long is read on to this many times the limit, so that the client is ready for the answer."""
+BODY_SECONDS = 60.0
+"""How long a body may take to arrive."""
+
+
+class Work:
+    """What is done for a request before its rows are queued: it ends with its deadline, and when nobody waits for it.
+
+    Args:
+        seconds: Until the deadline.
+        late: What is told beyond it.
+    """
+
+    def __init__(self, seconds: float, late: ApiError) -> None:
+        self.deadline, self.late = time.monotonic() + seconds, late
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        self._places: Places | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; at least 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def check(self) -> None:
+        """Called between pieces of work.
+
+        Raises:
+            ApiError: It is to end.
+        """
+        if self._is_stopped or not self.seconds_left:
+            raise self.late
+
+    def hold(self, places: Places) -> None:
+        """Keeps places in the queue for as long as the work goes on.
+
+        Raises:
+            ApiError: It is to end.
+        """
+        with self._lock:
+            self._places = places
+            if self._is_stopped:
+                places.release()
+                raise self.late
+
+    def stop(self) -> None:
+        """Nobody waits for it any more: its places are free, and its thread ends at the next `check`."""
+        with self._lock:
+            self._is_stopped = True
+            if self._places is not None:
+                self._places.release()
+
+
+class Readers:
+    """Threads that read bodies: small ones, which are most, never wait for large ones, which are read one at a time."""
+
+    def __init__(self) -> None:
+        self._small = ThreadPoolExecutor(NUM_SMALL_READERS, "decausal-read")
+        self._large = ThreadPoolExecutor(1, "decausal-read-large")
+        self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+
+    async def call(self, function: Callable[[], Result], size: int, work: Work, request: Request) -> Result:
+        """Has a thread call a function; returns, or raises, what comes of it.
+
+        Raises:
+            ApiError: 504, 499: the time is over, or the client has left.
+        """
+        pool = self._large if size > LARGE else self._small
+        reading = asyncio.wrap_future(pool.submit(function))
+        leaving = asyncio.create_task(left(request))
+        try:
+            first: set[asyncio.Future[object]] = {reading, leaving}
+            await asyncio.wait(first, timeout=work.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return reading.result()
+            raise client_left() if leaving.done() else work.late
+        finally:
+            leaving.cancel()
+            reading.cancel()
+
+    @asynccontextmanager
+    async def room(self, work: Work) -> AsyncIterator[None]:
+        """Holds one of the places for large bodies.
+
+        Raises:
+            ApiError: 504: none has become free in time.
+        """
+        try:
+            async with asyncio.timeout(work.seconds_left):
+                await self._large_bodies.acquire()
+        except TimeoutError:
+            raise work.late from None
+        try:
+            yield
+        finally:
+            self._large_bodies.release()
+
+    def stop(self) -> None:
+        """Takes nothing more on."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def left(request: Request) -> None:
+    """Returns once the client has left; its body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def client_left() -> ApiError:
+    """What an answer ends with whose client has left; nobody reads it."""
+    return ApiError(499, "the client has left", code="client_left")
+
+
+async def read_body(request: Request, max_bytes: int, seconds: float, on_large: Callable[[], Awaitable[None]]) -> bytes:
+    """Reads a JSON body.
+
+    Args:
+        request: Of which nothing has been read.
+        max_bytes: Longest body.
+        seconds: How long it may take.
+        on_large: Awaited before more than `LARGE` bytes are read.
+
+    Raises:
+        ApiError: 408: it does not come. 413: it is too long. 415: it says that it is something else.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        # Asked for also because a browser then refuses to send it here on behalf of some other site's page.
+        raise ApiError(
+            415, "send JSON, with the header 'Content-Type: application/json'", code="unsupported_media_type"
+        )
+    try:
+        async with asyncio.timeout(min(seconds, BODY_SECONDS)):
+            return await _whole_body(request, max_bytes, on_large)
+    except TimeoutError:
+        message = f"the body did not arrive within {min(seconds, BODY_SECONDS):.3g} s: send it at once"
+        raise ApiError(408, message, code="body_too_slow", headers={"Connection": "close"}) from None
+
+
+async def _whole_body(request: Request, max_bytes: int, on_large: Callable[[], Awaitable[None]]) -> bytes:
+    chunks: list[bytes] = []
+    length, is_large = 0, False
+    async for chunk in request.stream():
+        length += len(chunk)
+        if length > LARGE and not is_large:
+            is_large = True
+            await on_large()
+        if length <= max_bytes:
+            chunks.append(chunk)
+        else:
+            chunks.clear()
+        if length > DRAIN_FACTOR * max_bytes:
+            break
+    if length > max_bytes:
+        raise ApiError(413, f"the body is longer than {max_bytes} bytes: send less", code="body_too_long")
+    return b"".join(chunks)
