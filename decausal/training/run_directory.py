@@ -26,6 +26,7 @@ RUN_FILE = "run.yaml"
 STAGING = ".saving"  # a checkpoint is written here and renamed when whole, so a half-written one never has its name
 SEAL = "checkpoint.json"  # the last file of a checkpoint: names, sizes and hashes of all others
 _LOCK = ".lock"
+_WEIGHTS_ALONE = "holds weights alone (--save_only_model)"
 _PIECE = 2**22
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Libraries written in Rust and C++ report a full disk as errors of their own kinds.
@@ -128,33 +129,39 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str | bool | 
     if resume_from_checkpoint in (True, "true", "True", "latest"):
         return _latest(output_dir)
     path = Path(str(resume_from_checkpoint))
-    if not is_whole(path):
+    if (reason := unusable(path)) is not None:
         raise UserError(
-            f"{path} is not a checkpoint to resume from: files are missing or cut short, or it was saved with "
-            "--save_only_model; name another, or 'true' for the latest whole one in output_dir"
+            f"{path} is not a checkpoint to resume from: {reason}; name another, or 'true' for the latest whole one in "
+            "output_dir"
         )
-    if (damage := damaged_file(path)) is not None:
-        raise UserError(f"{damage} is damaged: it does not hold what was saved; name another checkpoint, or 'true'")
     return path
 
 
 def _latest(output_dir: Path) -> Path | None:
     """The newest checkpoint whose files hold what was saved."""
-    found = checkpoints(output_dir)
-    for path in reversed(found):
-        damage = damaged_file(path)
-        if damage is None:
+    reasons = []
+    for path in reversed(_named_checkpoints(output_dir)):
+        if (reason := unusable(path)) is None:
             return path
-        logger.warning("%s is damaged: it does not hold what was saved; looking for an earlier checkpoint", damage)
-    if found:
-        raise UserError(f"every checkpoint in {output_dir} is damaged; start anew with --overwrite true")
+        logger.warning("%s; looking for an earlier checkpoint", reason)
+        reasons.append(reason)
+    damages = [reason for reason in reasons if not reason.endswith(_WEIGHTS_ALONE)]
+    if damages:
+        raise UserError(
+            f"every checkpoint in {output_dir} is damaged; the newest: {damages[0]}; start anew with --overwrite true"
+        )
     logger.warning("no whole checkpoint in %s yet: the run starts from the beginning", output_dir)
     return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Returns the whole checkpoints in `output_dir`, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and is_whole(path)]
+    return [path for path in _named_checkpoints(output_dir) if is_whole(path)]
+
+
+def _named_checkpoints(output_dir: Path) -> list[Path]:
+    """All that were whole once, oldest first: they get their names when they are."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -173,35 +180,60 @@ def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] 
         name = path.relative_to(checkpoint).as_posix()
         sizes[name], hashes[name] = path.stat().st_size, _hash(path)
     record = {"is_resumable": is_resumable, "sizes": sizes, "hashes": hashes, "run": dict(run or {})}
-    write_whole(checkpoint / SEAL, json.dumps(record, indent=2))
+    write_whole(checkpoint / SEAL, json.dumps(record | {"hash": _hash_of_record(record)}, indent=2))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file that `seal` listed is there at its full size, and training can go on from them."""
-    try:
-        record = json.loads((checkpoint / SEAL).read_text())
-        sizes = {name: (checkpoint / name).stat().st_size for name in record["sizes"]}
-        return record["is_resumable"] and sizes == record["sizes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return _incomplete(checkpoint) is None
 
 
-def damaged_file(checkpoint: Path) -> Path | None:
-    """Returns the first file of a whole checkpoint that does not hold what was saved; None where all do.
+def unusable(checkpoint: Path) -> str | None:
+    """Returns why training cannot go on from a checkpoint, as a clause that names a file; None where it can.
 
     Reads all of it, at several GB/s from memory. Checkpoints of earlier versions have no hashes.
     """
-    hashes = json.loads((checkpoint / SEAL).read_text()).get("hashes", {})
-    return next((checkpoint / name for name, saved in hashes.items() if _hash(checkpoint / name) != saved), None)
+    if (reason := _incomplete(checkpoint)) is not None:
+        return reason
+    for name, saved in _read_seal(checkpoint).get("hashes", {}).items():
+        if _hash(checkpoint / name) != saved:
+            return f"{checkpoint / name} is damaged: it does not hold what was saved"
+    return None
 
 
 def sealed(checkpoint: Path) -> dict[str, Any]:
     """Returns what a checkpoint's seal records of its run; empty for checkpoints of earlier versions."""
     try:
-        record = json.loads((checkpoint / SEAL).read_text())
+        return _read_seal(checkpoint).get("run", {})
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / SEAL} cannot be read: {error}; name another checkpoint") from error
-    return record.get("run", {})
+
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What a look at the seal and at the sizes of files tells, as a clause; None where nothing is wrong."""
+    try:
+        record = _read_seal(checkpoint)
+        for name, size in record["sizes"].items():
+            path = checkpoint / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{path} is missing or cut short"
+        return None if record["is_resumable"] else f"{checkpoint} {_WEIGHTS_ALONE}"
+    except FileNotFoundError:
+        return f"{checkpoint / SEAL} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{checkpoint / SEAL} is damaged: it does not hold what was saved"
+
+
+def _read_seal(checkpoint: Path) -> dict[str, Any]:
+    record = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    saved = record.pop("hash", None)
+    if saved is not None and saved != _hash_of_record(record):
+        raise ValueError("it does not hold what was saved")
+    return record
+
+
+def _hash_of_record(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def discard(directory: Path) -> None:

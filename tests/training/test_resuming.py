@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from decausal.errors import UserError
 from decausal.models.facts import read_facts
 from decausal.secrets import arguments_without_secrets, is_secret, without_secrets
-from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoints, discard, sealed
+from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoint_to_resume, checkpoints, discard, sealed
 from tests.runs import assert_same, run, save_source, weights, write_text
 
 SECRET = "hf_ThisIsATokenThatNobodyMayRead"
@@ -71,32 +72,49 @@ def test_no_file_of_a_run_holds_a_secret(root: Path):
     assert [path for path in found if SECRET.encode() in path.read_bytes()] == []
 
 
-@pytest.mark.parametrize("damage", ["flipped", "zeroed"])
-def test_damage_in_any_sealed_file_is_noticed_and_the_checkpoint_before_serves(root: Path, tmp_path: Path, damage: str):
-    names = json.loads((root / "out" / "checkpoint-4" / SEAL).read_text())["sizes"]
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": lambda piece: bytes(byte ^ 1 for byte in piece),
+    "zeroed": lambda piece: bytes(len(piece)),
+    "cut": lambda piece: b"",
+}
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["begin", "middle", "end"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_in_any_sealed_file_is_named_and_the_checkpoint_before_serves(
+    root: Path, tmp_path: Path, damage: Callable[[bytes], bytes], place: float, caplog: pytest.LogCaptureFixture
+):
     out = shutil.copytree(root / "out", tmp_path / "out")
-    for name in names:
-        path = out / "checkpoint-4" / name
+    names = json.loads((out / "checkpoint-4" / SEAL).read_text())["sizes"]
+    for path in [*(out / "checkpoint-4" / name for name in names), out / "checkpoint-4" / SEAL]:
         before = path.read_bytes()
-        if not before:
+        start = int(place * max(0, len(before) - 16))
+        broken = before[:start] + damage(before[start : start + 16]) + before[start + 16 :]
+        if broken == before:  # empty, or nothing but zeros there
             continue
-        middle = len(before) // 2
-        piece = before[middle : middle + 16]
-        broken = bytes(len(piece)) if damage == "zeroed" else bytes(byte ^ 1 for byte in piece)
-        if broken == piece:
-            continue
-        path.write_bytes(before[:middle] + broken + before[middle + 16 :])
-        with pytest.raises(UserError, match=f"{path.name} is damaged"):
-            resumed(root, out, resume_from_checkpoint=str(out / "checkpoint-4"))
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"not a checkpoint to resume from: \S*{path.name} is (damaged|missing)"):
+            checkpoint_to_resume(out, str(out / "checkpoint-4"))
+        caplog.clear()
+        assert checkpoint_to_resume(out, "true") == out / "checkpoint-2"
+        assert f"{path.name} is " in caplog.text
         path.write_bytes(before)
-    path.write_bytes(before[:middle] + broken + before[middle + 16 :])
+    assert checkpoint_to_resume(out, "true") == out / "checkpoint-4"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", SEAL])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(root: Path, tmp_path: Path, name: str):
+    out = shutil.copytree(root / "out", tmp_path / "out")
+    path = out / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:-9] + b"\0" * 9)
     resumed(root, out)
     assert_same(weights(out), weights(root / "out"))
 
 
-def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_in_silence(root: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["optimizer.pt", SEAL])
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_in_silence(root: Path, tmp_path: Path, name: str):
     out = copied(root, tmp_path)
-    path = out / "checkpoint-2" / "optimizer.pt"
+    path = out / "checkpoint-2" / name
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match=r"every checkpoint .* is damaged; .*--overwrite true"):
         resumed(root, out)
