@@ -9,6 +9,12 @@ from typing import Any
 
 HIDDEN = "[removed]"
 
+# A model's own files name tokens of text in any way, so only these are taken for secrets there.
+_SECRET_OF_A_MODEL = re.compile(
+    r"token|(.*_)?((auth|access|api|hub|hf)_token|password|passwd|passphrase|secret|(api|access|private|secret)_key)",
+    re.IGNORECASE,
+)
+
 # Vocabulary has tokens, too: those are no secrets.
 _TOKENS_OF_TEXT = re.compile(r"(mask|eos|bos|pad|unk|sep|cls|end|stop|special|image|prefix|suffix|middle)_token")
 _SECRET_NAME = re.compile(
@@ -24,6 +30,17 @@ def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a token, a key or a password."""
     name = name.lstrip("-").replace("-", "_")
     return _SECRET_NAME.search(name) is not None and _TOKENS_OF_TEXT.fullmatch(name) is None
+
+
+def secret_in(settings: Any) -> str | None:
+    """Returns the name of a model's setting, at any depth, whose text can only be a secret; None: there is none."""
+    parts = settings if isinstance(settings, list) else []
+    if isinstance(settings, Mapping):
+        parts = list(settings.values())
+        for name, value in settings.items():
+            if isinstance(value, str) and value and _SECRET_OF_A_MODEL.fullmatch(str(name)):
+                return str(name)
+    return next((found for part in parts if (found := secret_in(part)) is not None), None)
 
 
 def without_secrets(value: Any) -> Any:

@@ -10,8 +10,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
+from decausal.exchange.tokenizer_files import read_json
 from decausal.models.adapt import LOADING_ERRORS
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
+from decausal.secrets import secret_in
+
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class ConvertedFiles(NamedTuple):
@@ -32,6 +36,7 @@ def open_converted(directory: Path) -> ConvertedFiles:
     """
     facts = read_facts(directory)
     _refuse_links_out(directory)
+    _refuse_secrets(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -67,6 +72,14 @@ def _refuse_links_out(directory: Path) -> None:
                 f"{path} is a link to a file outside {directory}, which is not handed on: replace it by a copy, or "
                 "remove it"
             )
+
+
+def _refuse_secrets(directory: Path) -> None:
+    """Raises UserError for a secret in settings that came with the source and would be handed on with them."""
+    for name in _SETTINGS:
+        path = directory / name
+        if path.is_file() and (secret := secret_in(read_json(path))) is not None:
+            raise UserError(f"{path} holds a secret, '{secret}', which is not handed on: remove it from the file")
 
 
 def end_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -52,6 +52,20 @@ def test_links_of_the_hubs_cache_and_inside_the_directory_are_followed(directory
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (blobs / "1").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("key", ["token", "use_auth_token", "api_key", "hub_token", "DB_PASSWORD"])
+def test_a_secret_in_a_sources_settings_is_refused_by_name(directory: Path, tmp_path: Path, name: str, key: str):
+    values = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps(values | {"more": [{key: "no form by which to know it"}]}))
+    with pytest.raises(UserError, match=f"{name} holds a secret, '{key}'"):
+        export_plain(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Switches and tokens of text are none.
+    harmless = {key: True, "audio_token": "<a>", "eos_token": "</s>"}
+    (directory / name).write_text(json.dumps(values | {"more": [harmless]}))
+    export_plain(directory, tmp_path / "out")
+
+
 def test_names_of_code_are_not_handed_on(directory: Path, tmp_path: Path):
     for name in ("config.json", "tokenizer_config.json"):
         values = json.loads((directory / name).read_text()) | {"auto_map": {"AutoConfig": "theirs.Config"}}
