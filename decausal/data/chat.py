@@ -1,205 +1,197 @@
-"""Which tokens of a conversation are the assistant's: found in the text that the chat template renders."""
+"""Which tokens of a conversation are the assistant's: as the chat template marks them, or found in what it renders."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from decausal.data.answers import Closings, Document, Span, Tell, documents_of, is_trained
+from decausal.data.forms import Record
+from decausal.data.reading import say
+from decausal.data.template import ADVICE, marks_answers, readable, refuse_without_template, render
 from decausal.errors import UserError
 
-Message = dict[str, Any]
-Tokens = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]  # ids, and which are the assistant's
-Span = tuple[int, int]  # first character, and the one after the last
+Ids = Int32[np.ndarray, " n"]
+SpecialIds = Int32[np.ndarray, " special"]
+Tokens = tuple[Ids, Bool[np.ndarray, " n"]]  # ids, and which are the assistant's
 
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-END_MARKER = "\uf8f0"  # a private-use character, which no template and no text writes
+# Every way to end a turn: templates may end a call of a tool in a way of its own, and the last turn of all.
+TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+CALL = {"type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
+CALLING_TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "a23456789"}]},
+    {"role": "tool", "name": "a", "tool_call_id": "a23456789", "content": "a"},
+    {"role": "assistant", "content": "a"},
+]
 
 
 def encode_conversations(
-    conversations: Sequence[tuple[str, list[Message]]],
-    tokenizer: PreTrainedTokenizerBase,
-    special_ids: Int32[np.ndarray, " special"],
-) -> list[Tokens]:
-    """Returns each conversation's token ids, and which of them are answers or the end-of-turn token of an answer.
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell = say
+) -> list[list[Tokens]]:
+    """Returns for each conversation the ids of its documents, and which of them are answers or an answer's end of turn.
 
-    Answers are what the template marks as `{% generation %}`. In a template without such marks, an answer begins where
-    the prompt before it, rendered with its generation prompt, ends; and it ends where its content ends. An assistant's
-    message that opens the conversation is no answer. A last answer that the template does not end gets EOS.
+    Answers are what the template marks as `{% generation %}`. In a template without such marks, an answer is what
+    follows the messages before it, rendered with the generation prompt. A conversation is one document where the
+    template renders earlier turns alike once others follow; else as many as it takes, so that each answer stands behind
+    the prompt that it will have. What opens a conversation is no answer, nor is a message of weight 0. An answer at a
+    document's end that the template does not end gets EOS.
 
     Args:
-        conversations: pairs of an origin, for errors, and messages.
+        records: with "messages" and maybe "tools", and an origin for errors.
         tokenizer: a fast tokenizer with a chat template.
         special_ids: ids of the tokens that are no text.
+        tell: called with what the user should know of the template.
 
     Raises:
         UserError: the tokenizer has no template, the template refuses the messages, or answers cannot be found in it.
     """
-    refuse_without_template(tokenizer, conversations[0][0])
+    refuse_without_template(tokenizer, records[0]["origin"])
     if not tokenizer.is_fast:
-        raise UserError(f"{conversations[0][0]}: 'messages' need a fast tokenizer, to find the answers' tokens")
-    if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        found = [_marked_by_template(messages, tokenizer, special_ids, origin) for origin, messages in conversations]
-    else:
-        found = _found_in_text(conversations, tokenizer, special_ids)
-    return [_with_end(tokens, special_ids, tokenizer) for tokens in found]
+        raise UserError(f"{records[0]['origin']}: 'messages' need a fast tokenizer, to find the answers' tokens")
+    encoder = _Encoder(tokenizer, special_ids, tell)
+    return [[encoder.with_end(tokens) for tokens in documents] for documents in encoder.encode(records)]
 
 
-def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: Int32[np.ndarray, " special"]) -> list[int]:
-    """Returns the tokens that answers end with in training on conversations; none without a template that can be read.
+def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds) -> list[int]:
+    """Returns the special tokens that answers end with in training on conversations.
 
-    A template may end a turn in two ways: GLM's writes the next role's token, and nothing at the very end.
+    A template may end a turn in several ways: GLM's writes the next role's token, and nothing at the very end. Where it
+    takes no ordinary conversation, that is told in a line.
     """
-    if tokenizer.chat_template is None or not tokenizer.is_fast:
+    if not tokenizer.chat_template or not tokenizer.is_fast:
         return []
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
-    try:
-        [(ids, is_answer)] = encode_conversations([("chat template", turns)], tokenizer, special_ids)
-    except UserError:
-        return []
-    ends: list[int] = []
-    for last in np.flatnonzero(is_answer & ~np.append(is_answer[1:], False)):
-        run = ids[max(last - 1, 0) : last + 1]  # perhaps followed by a newline
-        ends += run[np.isin(run, special_ids)][-1:].tolist()
+    encoder, ends = _Encoder(tokenizer, special_ids, lambda line: None), list[int]()
+    for turns in (TURNS, CALLING_TURNS):
+        try:
+            [documents] = encode_conversations(
+                [{"origin": "an example", "messages": turns}], tokenizer, special_ids, lambda line: None
+            )
+        except UserError as error:
+            if turns is TURNS:
+                say(f"which tokens end an answer is not known beside EOS, because of the chat template: {error}")
+            continue
+        ends += [end for tokens in documents for end in encoder.ends(tokens)]
     return list(dict.fromkeys(ends))
 
 
-def _with_end(
-    tokens: Tokens, special_ids: Int32[np.ndarray, " special"], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-    """Ends the last answer with EOS where the template ends it with nothing: else the model would learn no end."""
-    ids, is_answer = tokens
-    if not is_answer.any() or tokenizer.eos_token_id is None:
+class _Encoder:
+    """Conversations to tokens, by one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell) -> None:
+        self._tokenizer, self._special_ids, self._tell = tokenizer, special_ids, tell
+        self._closings = Closings(tokenizer.convert_ids_to_tokens(special_ids.tolist()))
+
+    def encode(self, records: Sequence[Record]) -> list[list[Tokens]]:
+        found: list[list[Tokens]] = [[] for _ in records]
+        waiting: list[tuple[int, Document]] = []
+        for number, record in enumerate(records):
+            origin, tools = record["origin"], record.get("tools", ())
+            messages = readable(record["messages"], self._tokenizer, origin, tools=tools)
+            record = {"origin": origin, "messages": messages, "tools": tools}
+            if not any(is_trained(messages, index) for index in range(len(messages))):
+                raise UserError(f"{origin}: no message of the assistant's answers another one and is to be trained on")
+            if marks_answers(self._tokenizer, tools):
+                found[number].append(self._marked_by_template(record))
+            else:
+                documents = documents_of(messages, tools, self._tokenizer, origin, self._closings, self._tell)
+                waiting += [(number, document) for document in documents]
+        for (number, _), tokens in zip(waiting, self._tokens([each for _, each in waiting]), strict=True):
+            found[number].append(tokens)
+        return found
+
+    def _tokens(self, documents: Sequence[Document]) -> list[Tokens]:
+        if not documents:
+            return []
+        texts = [document.text for document in documents]
+        batch = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens: list[Tokens] = []
+        for document, token_ids, offsets in zip(documents, batch["input_ids"], batch["offset_mapping"], strict=True):
+            ids = np.array(token_ids, dtype=np.int32)
+            characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            is_answer = np.zeros(len(ids), dtype=bool)
+            for span in document.answers:
+                is_answer |= _tokens_within(span, characters)
+            tokens.append((ids, is_answer))
         return tokens
-    last = int(np.flatnonzero(is_answer)[-1])
-    has_end = np.isin(ids[max(last - 1, 0) : last + 1], special_ids).any()
-    if has_end or np.isin(ids[last + 1 :], special_ids).any() or tokenizer.decode(ids[last + 1 :]).strip():
-        return tokens
-    kept = ids[: last + 1]
-    return np.append(kept, np.int32(tokenizer.eos_token_id)), np.append(is_answer[: last + 1], True)
 
+    def _marked_by_template(self, record: Record) -> Tokens:
+        messages, origin = record["messages"], record["origin"]
+        ids, is_answer = self._marks(record, len(messages))
+        is_special = np.isin(ids, self._special_ids)
+        for first, stop in _runs(is_answer):
+            if not self._is_end(ids[self._last(ids, first, stop)]) and stop < len(ids):
+                is_answer[stop] = is_special[stop]
+        if not is_answer.any():
+            raise UserError(f"{origin}: the chat template's generation block marks no token of the answers")
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and not is_trained(messages, index):
+                self._clear(record, index, is_answer)
+        return ids, is_answer
 
-def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    """Raises UserError where a tokenizer cannot read the conversation of `origin`."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{origin}: 'messages' need a chat template and this tokenizer has none; "
-            "set tokenizer.chat_template, or give 'prompt' and 'completion'"
+    def _marks(self, record: Record, number: int) -> Tokens:
+        rendered = render(
+            record["messages"][:number],
+            self._tokenizer,
+            record["origin"],
+            tools=record["tools"],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
         )
+        ids = np.array(rendered["input_ids"], dtype=np.int32)
+        return ids, np.array(rendered["assistant_masks"], dtype=bool)
 
-
-def _marked_by_template(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, special_ids: Int32[np.ndarray, " special"], origin: str
-) -> Tokens:
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _refusal(origin, error) from None
-    ids = np.array(rendered["input_ids"], dtype=np.int32)
-    is_answer = np.array(rendered["assistant_masks"], dtype=bool)
-    is_special = np.isin(ids, special_ids)
-    for last in np.flatnonzero(is_answer & ~np.append(is_answer[1:], False)):
-        has_end = is_special[max(last - 1, 0) : last + 1].any()  # perhaps followed by a newline
-        if not has_end and last + 1 < len(ids):
-            is_answer[last + 1] = is_special[last + 1]
-    if not is_answer.any():
-        raise UserError(f"{origin}: the chat template's generation block marks no token of the answers")
-    return ids, is_answer
-
-
-def _found_in_text(
-    conversations: Sequence[tuple[str, list[Message]]],
-    tokenizer: PreTrainedTokenizerBase,
-    special_ids: Int32[np.ndarray, " special"],
-) -> list[Tokens]:
-    texts: list[str] = []
-    spans: list[list[Span]] = []
-    for origin, messages in conversations:
-        text = render(messages, tokenizer, origin)
-        texts.append(text)
-        spans.append(_answer_spans(messages, text, tokenizer, origin))
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens: list[Tokens] = []
-    for text, answers, token_ids, offsets in zip(
-        texts, spans, batch["input_ids"], batch["offset_mapping"], strict=True
-    ):
-        ids = np.array(token_ids, dtype=np.int32)
-        characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        is_answer = np.zeros(len(ids), dtype=bool)
-        for span in answers:
-            is_answer |= _tokens_within(span, characters)
-            end = _end_of_turn(span[1], text, ids, characters, special_ids, tokenizer.eos_token_id)
-            is_answer |= _tokens_within((span[1], end), characters)
-        tokens.append((ids, is_answer))
-    return tokens
-
-
-def _answer_spans(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, origin: str) -> list[Span]:
-    """Finds the assistant's answers in the rendered conversation, as spans of characters."""
-    ends = _content_ends(messages, text, tokenizer, origin)
-    spans: list[Span] = []
-    for index, end in zip(_assistant_indices(messages), ends, strict=True):
-        if index == 0:  # answers nothing, and there is no prompt to tell it from
-            continue
-        prompt = render(messages[:index], tokenizer, origin, add_generation_prompt=True)
-        if not text.startswith(prompt):
+    def _clear(self, record: Record, index: int, is_answer: Bool[np.ndarray, " n"]) -> None:
+        """Takes the marks off a message: those runs that come with it when it is rendered."""
+        before, with_it = (len(_runs(self._marks(record, number)[1])) if number else 0 for number in (index, index + 1))
+        runs = _runs(is_answer)
+        if with_it > len(runs):
             raise UserError(
-                f"{origin}: cannot tell the answer in message {index + 1} from its prompt, because the chat template "
-                "renders earlier messages differently once the answer follows; use a template with {% generation %}"
+                f"{record['origin']}: cannot leave message {index + 1} untrained, because the chat template marks "
+                f"earlier answers differently once others follow; {ADVICE}"
             )
-        spans.append((len(prompt), end))
-    return spans
+        for first, stop in runs[before:with_it]:
+            is_answer[first:stop] = False
+
+    def with_end(self, tokens: Tokens) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+        """Ends the last answer with EOS where the template ends it with nothing: else the model would learn no end."""
+        ids, is_answer = tokens
+        if not is_answer.any() or self._tokenizer.eos_token_id is None:
+            return tokens
+        first, stop = _runs(is_answer)[-1]
+        behind = ids[stop:]
+        is_followed = np.isin(behind, self._special_ids).any() or self._tokenizer.decode(behind).strip()
+        if self._is_end(ids[self._last(ids, first, stop)]) or is_followed:
+            return tokens
+        eos_token_id = np.int32(self._tokenizer.eos_token_id)
+        return np.append(ids[:stop], eos_token_id), np.append(is_answer[:stop], True)
+
+    def ends(self, tokens: Tokens) -> list[int]:
+        """The special tokens that the answers end with, spaces behind them left aside."""
+        ids, is_answer = tokens
+        lasts = [int(ids[self._last(ids, first, stop)]) for first, stop in _runs(is_answer)]
+        return [last for last in lasts if self._is_end(last)]
+
+    def _is_end(self, token_id: int | np.integer) -> bool:
+        return bool(np.isin(token_id, self._special_ids))
+
+    def _last(self, ids: Ids, first: int, stop: int) -> int:
+        """The place of the last token of a run that is more than spaces."""
+        for place in range(stop - 1, first, -1):
+            if self._tokenizer.decode([int(ids[place])]).strip():
+                return place
+        return first
 
 
-def _assistant_indices(messages: list[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _content_ends(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, origin: str) -> list[int]:
-    """Finds where each answer's content ends, by rendering the conversation again with a marker there.
-
-    Rendering the conversation up to the answer would not do: many templates treat the last answer differently.
-    """
-    if not any(message.get("tool_calls") for message in messages):
-        for keep in (str, str.rstrip):  # some templates strip the content
-            marked = [
-                message | {"content": keep(message["content"]) + END_MARKER}
-                if message["role"] == "assistant"
-                else message
-                for message in messages
-            ]
-            parts = render(marked, tokenizer, origin).split(END_MARKER)
-            if "".join(parts) == text:
-                return np.cumsum([len(part) for part in parts[:-1]]).tolist()
-    raise UserError(
-        f"{origin}: cannot find the answers in what the chat template renders (it rewrites them, or they hold "
-        "tool calls); use a template with {% generation %}"
-    )
-
-
-def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, origin: str, add_generation_prompt: bool = False
-) -> str:
-    """Returns the text that the chat template makes of messages.
-
-    Raises:
-        UserError: the template refuses them; names `origin`.
-    """
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _refusal(origin, error) from None
-
-
-def _refusal(origin: str, error: Exception) -> UserError:
-    return UserError(f"{origin}: the chat template refuses these messages ({' '.join(str(error).split())})")
+def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
+    """The stretches where a flag is set."""
+    bounds = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return [(int(first), int(stop)) for first, stop in bounds.reshape(-1, 2)]
 
 
 def _tokens_within(span: Span, characters: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, " n"]:
@@ -211,21 +203,3 @@ def _tokens_within(span: Span, characters: Int[np.ndarray, "n 2"]) -> Bool[np.nd
     is_overlapping = (first < span[1]) & (last > span[0])
     is_trimmed = (first == last) & (last > span[0]) & (last <= span[1])
     return is_overlapping | is_trimmed
-
-
-def _end_of_turn(
-    answer_end: int,
-    text: str,
-    ids: Int32[np.ndarray, " n"],
-    characters: Int[np.ndarray, "n 2"],
-    special_ids: Int32[np.ndarray, " special"],
-    eos_token_id: int | None,
-) -> int:
-    """Returns where the end-of-turn token ends: a special token right behind the answer, or EOS behind spaces."""
-    after_spaces = len(text) - len(text[answer_end:].lstrip())
-    eos_ids = [] if eos_token_id is None else [eos_token_id]
-    for start, ends_turn in ((answer_end, special_ids), (after_spaces, eos_ids)):
-        found = np.flatnonzero((characters[:, 0] == start) & np.isin(ids, ends_turn))
-        if len(found):
-            return int(characters[found[0], 1])
-    return answer_end

@@ -2,7 +2,7 @@
 
 A record is {"origin": where it was read, ...} with one of three contents:
     "text": a document to model as it is;
-    "messages": a conversation, a list of {"role", "content"};
+    "messages": a conversation, a list of messages, and maybe "tools"; see `decausal.data.messages.read_messages`;
     "prompt" and "completion"; those of a task with exact answers also name their "task".
 The text of a long file comes in pieces, each a record with "is_start" and "is_end".
 """
@@ -15,6 +15,7 @@ from decausal.data.corpus import stdlib_documents
 from decausal.data.files import File
 from decausal.data.formats import Located, kind, objects, text_pieces
 from decausal.data.forms import Form, Record, UnknownFormError, form_of
+from decausal.data.messages import Message
 from decausal.data.reading import Account, Reading
 from decausal.data.sources import Data, Source, Stdlib, Tasks, find_sources
 from decausal.data.tables import HubDataset, SavedDataset
@@ -43,10 +44,11 @@ def read_sources(sources: list[Source], reading: Reading, account: Account) -> I
         account.sources.append(str(source))
         try:
             for record in _read(source, reading, account):
-                if _is_blank(record):
+                if _is_blank(record, reading.needs_answers):
                     account.num_blank += 1
                 else:
                     account.num_records += record.get("is_start", True)
+                    account.num_conversations += "messages" in record
                     yield record
         except UnknownFormError as error:
             if not (isinstance(source, File) and source.format == "csv" and not source.is_named):
@@ -138,8 +140,18 @@ class _Records:
         return self._form
 
 
-def _is_blank(record: Record) -> bool:
-    """Whether there is nothing to learn from: no text, no completion, or no answer."""
+def _is_blank(record: Record, needs_answers: bool) -> bool:
+    """Whether there is nothing to learn from: no text, completion or answer; without a need of those, no prompt."""
     if "messages" in record:
-        return not any(message["content"].strip() for message in record["messages"] if message["role"] == "assistant")
+        messages = record["messages"]
+        if not needs_answers:
+            return not any(_says_something(message) for message in messages)
+        answers = (message for message in messages if message["role"] == "assistant" and message.get("weight", 1))
+        return not any(_says_something(message) for message in answers)
+    if not needs_answers and "prompt" in record:
+        return not (record["prompt"] + record["completion"]).strip()
     return not record.get("text", record.get("completion", "")).strip()
+
+
+def _says_something(message: Message) -> bool:
+    return bool((message["content"] or "").strip() or message.get("tool_calls"))

@@ -66,8 +66,9 @@ class SpecialTokens:
 
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True) -> Encoded:
-    """Returns one record's tokens; see `encode_batch`."""
-    return encode_batch([record], tokenizer, append_eos=append_eos)[0]
+    """Returns the tokens of a record that makes one document; see `encode_batch`."""
+    (document,) = encode_batch([record], tokenizer, append_eos=append_eos)
+    return document
 
 
 def encode_stream(
@@ -117,11 +118,12 @@ def _encode_good(
 def encode_batch(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
 ) -> list[Encoded]:
-    """Returns the tokens of records, as `decausal.data.documents` makes them.
+    """Returns the tokens of records, as `decausal.data.documents` makes them, in their order.
 
     A text becomes the tokenizer's own BOS (if it has one), the text and EOS; all but BOS may be masked, and rows may
     cut it anywhere. Of a prompt and its completion, the completion and EOS may be masked. A conversation is rendered by
-    the tokenizer's chat template; of it, the assistant's answers and their end-of-turn tokens may be masked.
+    the tokenizer's chat template; of it, the assistant's answers and their end-of-turn tokens may be masked. It makes
+    several documents where the template renders earlier turns differently once others follow.
 
     Args:
         records: any mix of the three.
@@ -134,27 +136,27 @@ def encode_batch(
     """
     special = SpecialTokens(tokenizer)
     encoders = {"text": _encode_texts, "prompt": _encode_completions, "messages": _encode_messages}
-    encoded: list[Encoded | None] = [None] * len(records)
+    encoded: list[list[Encoded]] = [[] for _ in records]
     for content, encoder in encoders.items():
         indices = [index for index, record in enumerate(records) if content in record]
         if indices:
             documents = encoder([records[index] for index in indices], special, append_eos)
-            for index, document in zip(indices, documents, strict=True):
-                encoded[index] = document
-    complete = [document for document in encoded if document is not None]
+            for index, made in zip(indices, documents, strict=True):
+                encoded[index] = made
+    complete = [document for made in encoded for document in made]
     for document in complete:
         _check(document, special)
     return complete
 
 
-def _encode_texts(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[Encoded]:
+def _encode_texts(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
     for record, text_ids in zip(records, _tokenize([record["text"] for record in records], special), strict=True):
         prefix = special.prefix if record.get("is_start", True) else []
         suffix = [special.end] if append_eos and record.get("is_end", True) else []
-        yield _encoded(record, prefix, text_ids + suffix, splittable=True)
+        yield [_encoded(record, prefix, text_ids + suffix, splittable=True)]
 
 
-def _encode_completions(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[Encoded]:
+def _encode_completions(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
     """Tokenises prompt and completion as one text, unless a token would then reach across their border.
 
     The prompt's ids are always those of the prompt alone: what the model reads when it is asked to complete it.
@@ -165,14 +167,13 @@ def _encode_completions(records: Sequence[Record], special: SpecialTokens, appen
     for record, prompt, whole in zip(records, prompts, wholes, strict=True):
         is_prefix = whole[: len(prompt)] == prompt
         completion = whole[len(prompt) :] if is_prefix else _tokenize([record["completion"]], special)[0]
-        yield _encoded(record, special.prefix + prompt, completion + suffix, splittable=False)
+        yield [_encoded(record, special.prefix + prompt, completion + suffix, splittable=False)]
 
 
-def _encode_messages(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[Encoded]:
-    conversations = [(record["origin"], record["messages"]) for record in records]
-    tokens = encode_conversations(conversations, special.tokenizer, special.ids)
-    for record, (ids, is_answer) in zip(records, tokens, strict=True):
-        yield Encoded(ids, is_answer, record["origin"], splittable=False)
+def _encode_messages(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
+    conversations = encode_conversations(records, special.tokenizer, special.ids)
+    for record, documents in zip(records, conversations, strict=True):
+        yield [Encoded(ids, is_answer, record["origin"], splittable=False) for ids, is_answer in documents]
 
 
 def _tokenize(texts: list[str], special: SpecialTokens) -> list[list[int]]:
@@ -187,12 +188,16 @@ def _encoded(record: Record, visible: list[int], maskable: list[int], splittable
     return Encoded(ids, np.arange(len(ids)) >= len(visible), record["origin"], splittable)
 
 
-def _check(document: Encoded, special: SpecialTokens) -> None:
-    mask_token_id = special.tokenizer.mask_token_id
-    if mask_token_id is not None and (document.ids == mask_token_id).any():
+def refuse_mask_token(ids: Ids, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the token that stands for the unknown is in a text."""
+    if tokenizer.mask_token_id is not None and (ids == tokenizer.mask_token_id).any():
         raise UserError(
-            f"{document.origin}: the text holds the mask token {special.tokenizer.mask_token!r}, which only noise may "
-            "write; remove it from the text, or choose another with --mask_token"
+            f"{origin}: the text holds the mask token {tokenizer.mask_token!r}, which only noise may write; remove it "
+            "from the text, or choose another with --mask_token"
         )
+
+
+def _check(document: Encoded, special: SpecialTokens) -> None:
+    refuse_mask_token(document.ids, document.origin, special.tokenizer)
     if np.isin(document.ids[document.is_maskable], special.ids).all():
         raise UserError(f"{document.origin}: nothing but special tokens; remove this document")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from decausal.data.formats import kind
+from decausal.data.messages import NO_ANSWER, Message, read_messages, read_tools
 from decausal.data.reading import Reading
 from decausal.errors import UserError, refuse_broken_text
 
 Record = dict[str, Any]
 
-# Who speaks in ShareGPT's conversations, by the names that its copies use.
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
 
 class UnknownFormError(UserError):
@@ -29,12 +29,16 @@ class Form:
         fields: The fields that a record has.
         content: Makes a record's content of a row that has them.
         optional: Fields that a row may have as well, empty or null where it does not.
+        beside: The same, but not told.
+        needs_answers: A row without an answer is an error.
     """
 
     name: str | None
     fields: tuple[str, ...]
     content: Callable[[Form, dict[str, Any], str], Record]
     optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    needs_answers: bool = True
 
     def __str__(self) -> str:
         listed = ", ".join(f"'{field}'" for field in (*self.fields[:-1], *self.optional, self.fields[-1]))
@@ -46,7 +50,7 @@ class Form:
 
     def columns(self, found: Collection[str]) -> list[str]:
         """Returns the fields to read of those found."""
-        return [field for field in (*self.fields, *self.optional) if field in found]
+        return [field for field in (*self.fields, *self.optional, *self.beside) if field in found]
 
     def record(self, row: dict[str, Any], origin: str) -> Record:
         """Makes a record of a row.
@@ -54,7 +58,8 @@ class Form:
         Raises:
             UserError: A field is missing or of another type, or a text is no text.
         """
-        missing = [field for field in self.fields if field not in row]
+        may_lack_answer = len(self.fields) > 1 and not self.needs_answers
+        missing = [field for field in (self.fields[:-1] if may_lack_answer else self.fields) if field not in row]
         if missing:
             raise UserError(f"{origin}: no field '{missing[0]}', which earlier records have; found {listed(row)}")
         record = self.content(self, row, origin)
@@ -69,16 +74,20 @@ def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
         UnknownFormError: There is no such form; says which flags would help.
     """
     own = Form(None, (reading.text_field,), _text)
-    pair = Form(None, (reading.prompt_field, reading.completion_field), _pair)
-    chosen = (pair,) if reading.maps_fields else (own, Form(None, ("messages",), _conversation), pair, *KNOWN)
+    pair = Form(None, (reading.prompt_field, reading.completion_field), _pair, beside=("tools",))
+    chosen = [pair] if reading.maps_fields else [own, CONVERSATION, pair, *KNOWN]
+    if not reading.needs_answers:
+        chosen.append(Form(None, (reading.prompt_field,), _prompt, beside=("tools",)))
     for form in chosen:
         if form.fits(found):
-            return form
+            return replace(form, needs_answers=reading.needs_answers)
     if reading.maps_fields:
         raise UnknownFormError(
             f"{origin}: found {listed(found)}, but --prompt_field and --completion_field ask for "
             f"'{reading.prompt_field}' and '{reading.completion_field}'"
         )
+    if reading.needs_answers and reading.prompt_field in found:
+        raise UnknownFormError(f"{origin}: found {listed(found)}, and no '{reading.completion_field}': {TO_ANSWER}")
     hint = "; name the fields: --text_field NAME, or --prompt_field NAME --completion_field NAME" if found else ""
     raise UnknownFormError(
         f"{origin}: found {listed(found)}, but a record has '{reading.text_field}', or 'messages', "
@@ -106,8 +115,26 @@ def _text(form: Form, row: dict[str, Any], origin: str) -> Record:
 
 
 def _pair(form: Form, row: dict[str, Any], origin: str) -> Record:
+    """A prompt and its completion: two texts, or two lists of messages, of which the second one is to be learned."""
     prompt, completion = form.fields
-    return {"prompt": _string(row, prompt, origin), "completion": _string(row, completion, origin)}
+    if not isinstance(row[prompt], list):
+        return {"prompt": _string(row, prompt, origin), "completion": _answer(form, row, completion, origin)}
+    given: list[Message] = [message | {"weight": 0} for message in read_messages(row[prompt], origin, prompt)]
+    if not form.needs_answers and not row.get(completion):
+        return _record_of(form, given, row, origin)
+    if not isinstance(row[completion], list):
+        raise UserError(
+            f"{origin}: field '{prompt}' holds a list and '{completion}' {kind(row[completion])}; give two lists of "
+            "messages, or two strings"
+        )
+    return _record_of(form, [*given, *read_messages(row[completion], origin, completion)], row, origin)
+
+
+def _prompt(form: Form, row: dict[str, Any], origin: str) -> Record:
+    (prompt,) = form.fields
+    if isinstance(row[prompt], list):
+        return _record_of(form, read_messages(row[prompt], origin, prompt), row, origin)
+    return {"prompt": _string(row, prompt, origin), "completion": ""}
 
 
 def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
@@ -115,39 +142,24 @@ def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
     *parts, answer = form.fields
     given = [_string(row, part, origin) for part in parts]
     given += [_string(row, part, origin) for part in form.optional if row.get(part)]
-    return {"prompt": "\n\n".join(given) + "\n", "completion": _string(row, answer, origin)}
+    return {"prompt": "\n\n".join(given) + "\n", "completion": _answer(form, row, answer, origin)}
+
+
+def _answer(form: Form, row: dict[str, Any], field: str, origin: str) -> str:
+    """The last field's text; "" where there is none and no need of one."""
+    return "" if not form.needs_answers and row.get(field) is None else _string(row, field, origin)
 
 
 def _conversation(form: Form, row: dict[str, Any], origin: str) -> Record:
-    return {"messages": _messages(row[form.fields[0]], origin)}
+    (field,) = form.fields
+    return _record_of(form, read_messages(row[field], origin, field), row, origin)
 
 
-def _share_gpt(form: Form, row: dict[str, Any], origin: str) -> Record:
-    turns = row[form.fields[0]]
-    if isinstance(turns, list):
-        turns = [_as_message(turn) if isinstance(turn, dict) else turn for turn in turns]
-    return {"messages": _messages(turns, origin, form.fields[0])}
-
-
-def _as_message(turn: dict[str, Any]) -> dict[str, Any]:
-    if "from" not in turn:
-        return turn
-    speaker = turn["from"]
-    return {"role": SPEAKERS.get(speaker, speaker), "content": turn.get("value")}
-
-
-def _messages(messages: Any, origin: str, field: str = "messages") -> list[dict[str, Any]]:
-    if not isinstance(messages, list):
-        raise UserError(f"{origin}: field '{field}' holds {kind(messages)}, a list of messages is expected")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f"{origin}: message {number} is {kind(message)}, where {{role, content}} is expected")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UserError(f"{origin}: message {number} has no string '{key}'; found {listed(message)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{origin}: no message has role 'assistant', so there is no answer to learn")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+def _record_of(form: Form, messages: list[Message], row: dict[str, Any], origin: str) -> Record:
+    if form.needs_answers and not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{origin}: {NO_ANSWER}; {TO_ANSWER}")
+    tools = read_tools(row.get("tools"), origin)
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
 def _refuse_broken_texts(value: Any, origin: str) -> None:
@@ -161,9 +173,10 @@ def _refuse_broken_texts(value: Any, origin: str) -> None:
             _refuse_broken_texts(part, origin)
 
 
+CONVERSATION = Form(None, ("messages",), _conversation, beside=("tools",))
 KNOWN = (
-    Form("ShareGPT", ("conversations",), _share_gpt),
-    Form("ShareGPT", ("conversation",), _share_gpt),
+    Form("ShareGPT", ("conversations",), _conversation, beside=("tools",)),
+    Form("ShareGPT", ("conversation",), _conversation, beside=("tools",)),
     Form("Alpaca", ("instruction", "output"), _question, optional=("input",)),
     Form("Dolly", ("instruction", "response"), _question, optional=("context",)),
     Form("HumanEval", ("prompt", "canonical_solution"), _pair),

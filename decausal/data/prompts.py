@@ -1,13 +1,15 @@
 """The same sources that training rows are made of, as prompts: what a model is given to answer.
 
-Of a prompt and its completion, the prompt; of a conversation, all before the assistant's last answer, with the
-template's generation prompt; of a plain text, a prefix of each stretch of tokens that a row would hold.
+Of a prompt and its completion, the prompt; of a conversation that ends with an answer, all before it, else all of it,
+with the template's generation prompt; of a plain text, a prefix of each stretch of tokens that a row would hold.
+Completions and last answers may be missing.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 
@@ -17,23 +19,27 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from decausal.data.chat import refuse_without_template, render
 from decausal.data.documents import read_sources
-from decausal.data.encode import BATCH_RECORDS, Encoded, encode_stream
+from decausal.data.encode import BATCH_RECORDS, Encoded, SpecialTokens, encode_stream, refuse_mask_token
 from decausal.data.forms import Record
 from decausal.data.reading import Account, Reading, say
 from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
+from decausal.data.template import readable, refuse_without_template, render
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " _"]
 
 
 class Prompts:
-    """Prompts as token ids, one behind the other; prompt i is `ids[starts[i]:starts[i + 1]]`."""
+    """Prompts as token ids, one behind the other; prompt i is `ids[starts[i]:starts[i + 1]]`.
 
-    def __init__(self, ids: Ids, starts: Int64[np.ndarray, " m"]) -> None:
-        self._ids, self._starts = ids, starts
+    Attributes:
+        has_conversations: Whether some of them are put through the chat template.
+    """
+
+    def __init__(self, ids: Ids, starts: Int64[np.ndarray, " m"], has_conversations: bool = False) -> None:
+        self._ids, self._starts, self.has_conversations = ids, starts, has_conversations
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -42,11 +48,11 @@ class Prompts:
         return torch.from_numpy(self._ids[self._starts[index] : self._starts[index + 1]].astype(np.int64))
 
     @classmethod
-    def of(cls, prompts: Iterable[Ids]) -> Prompts:
+    def of(cls, prompts: Iterable[Ids], has_conversations: bool = False) -> Prompts:
         """Joins prompts."""
         held = list(prompts)
         starts = np.cumsum([0, *(len(prompt) for prompt in held)], dtype=np.int64)
-        return cls(np.concatenate([np.empty(0, dtype=np.int32), *held]).astype(np.int32), starts)
+        return cls(np.concatenate([np.empty(0, dtype=np.int32), *held]).astype(np.int32), starts, has_conversations)
 
 
 def load_prompts(
@@ -73,7 +79,7 @@ def load_prompts(
         UserError: the data cannot be read or encoded, there is no prompt in it, or none leaves room for an answer.
     """
     longest = max_length - block_size
-    reading, account = reading or Reading(), Account()
+    reading, account = replace(reading or Reading(), needs_answers=False), Account()
     sources = find_sources(data, reading.split, account)
     records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
     on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
@@ -88,7 +94,7 @@ def load_prompts(
         account.refuse_if_all_bad()
     say(account.line(sum(map(len, kept))))
     _report_dropped(len(kept), dropped_lengths, max_length, block_size)
-    return Prompts.of(kept)
+    return Prompts.of(kept, bool(account.num_conversations))
 
 
 def _report_dropped(num_kept: int, dropped_lengths: list[int], max_length: int, block_size: int) -> None:
@@ -114,19 +120,20 @@ def prompts_of(
     on_bad: Callable[[UserError], None] | None = None,
 ) -> Iterator[Ids]:
     """Yields the prompts of records, those without room for an answer included; see `load_prompts`."""
-    for is_conversation, group in groupby(records, lambda record: "messages" in record):
-        if is_conversation:
-            while some := list(islice(group, BATCH_RECORDS)):
-                yield from _conversation_prompts(some, tokenizer, on_bad)
-        else:
+    for kind, group in groupby(records, _kind):
+        if kind == "text":
             for document in encode_stream(group, tokenizer, on_bad=on_bad):
-                yield from _document_prompts(document, max_length, longest, prompt_fraction)
+                yield from _pieces(document, max_length, longest, prompt_fraction)
+            continue
+        while some := list(islice(group, BATCH_RECORDS)):
+            yield from _given(some, tokenizer, on_bad)
 
 
-def _document_prompts(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
-    if not document.splittable:
-        yield document.ids[: int(document.is_maskable.argmax())]
-        return
+def _kind(record: Record) -> str:
+    return next(kind for kind in ("messages", "prompt", "text") if kind in record)
+
+
+def _pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
     for start in range(0, len(document.ids), max_length):
         piece = document.ids[start : start + max_length]
         length = min(int(len(piece) * prompt_fraction), len(piece) - 1, longest)
@@ -134,26 +141,43 @@ def _document_prompts(document: Encoded, max_length: int, longest: int, prompt_f
             yield piece[: max(1, length)]
 
 
-def _conversation_prompts(
+def _given(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[UserError], None] | None
 ) -> Iterator[Ids]:
-    texts: list[str] = []
+    """The prompts of conversations and of completions, all of one kind, as the model reads them before an answer."""
+    prefix = SpecialTokens(tokenizer).prefix
+    texts: list[tuple[str, str, list[int]]] = []
     for record in records:
+        origin = record["origin"]
         try:
-            texts.append(_conversation_prompt(record, tokenizer))
+            if "messages" in record:
+                texts.append((origin, _conversation_prompt(record, tokenizer), []))
+            else:
+                texts.append((origin, record["prompt"], prefix))
         except UserError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
-    if texts:
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield np.array(ids, dtype=np.int32)
+            _bad(error, on_bad)
+    batch = tokenizer([text for _, text, _ in texts], add_special_tokens=False, verbose=False) if texts else None
+    for (origin, _, before), given in zip(texts, batch["input_ids"] if batch else [], strict=True):
+        ids = np.array([*before, *given], dtype=np.int32)
+        try:
+            refuse_mask_token(ids, origin, tokenizer)
+        except UserError as error:
+            _bad(error, on_bad)
+        else:
+            yield ids
+
+
+def _bad(error: UserError, on_bad: Callable[[UserError], None] | None) -> None:
+    if on_bad is None:
+        raise error
+    on_bad(error)
 
 
 def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     refuse_without_template(tokenizer, record["origin"])
-    messages = record["messages"]
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    if not last:  # an answer to nothing has no prompt
+    messages, tools = record["messages"], record.get("tools", ())
+    given = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not given:  # an answer to nothing has no prompt
         return ""
-    return render(messages[:last], tokenizer, record["origin"], add_generation_prompt=True)
+    given = readable(given, tokenizer, record["origin"], tools=tools, add_generation_prompt=True)
+    return render(given, tokenizer, record["origin"], tools=tools, add_generation_prompt=True)

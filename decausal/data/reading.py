@@ -25,6 +25,7 @@ class Reading:
         prompt_field, completion_field: The fields that hold a prompt and its completion.
         split: Which split of a data set.
         on_bad_record: "error": a record that cannot be used raises. "skip": it is left out and counted.
+        needs_answers: Whether a prompt without an answer is of no use.
     """
 
     text_field: str = "text"
@@ -32,6 +33,7 @@ class Reading:
     completion_field: str = "completion"
     split: str = "train"
     on_bad_record: OnBadRecord = "error"
+    needs_answers: bool = True
 
     def __post_init__(self) -> None:
         if self.prompt_field == self.completion_field:
@@ -50,6 +52,7 @@ class Account:
     Attributes:
         sources: What held records.
         num_records: Documents read, blank and bad ones not counted.
+        num_conversations: Those of them that are conversations.
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
         left_out: Names of files that were not read, by the reason.
         num_blank: Records without a text or an answer.
@@ -59,6 +62,7 @@ class Account:
 
     sources: list[str] = field(default_factory=list)
     num_records: int = 0
+    num_conversations: int = 0
     forms: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     num_blank: int = 0

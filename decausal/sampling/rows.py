@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decausal.data.encode import SpecialTokens
+from decausal.data.template import render
 from decausal.errors import UserError, refuse_broken_text
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
@@ -223,7 +224,7 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
         if not tokenizer.chat_template:
             raise UserError("chat=True needs a chat template, and this model's tokenizer has none: leave chat out")
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = render(message, tokenizer, "the prompt", add_generation_prompt=True)
     # As documents are encoded for training: what the tokenizer puts before a text, never what it puts behind one.
     before = [] if chat else SpecialTokens(tokenizer).prefix
     ids = [*before, *text_ids(tokenizer, text)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import TemplateError
-
+from decausal.data.template import render
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
@@ -130,8 +129,5 @@ class Conversation:
     def _ids(self, messages: list[Message]) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         tokenizer = self._converted.tokenizer
-        try:
-            text = tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses this conversation: {error}") from None
+        text = render([*system, *messages], tokenizer, "the conversation", add_generation_prompt=True)
         return text_ids(tokenizer, text)

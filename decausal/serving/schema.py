@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from decausal.data.messages import text_of
 from decausal.errors import nearest
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.lengths import SEARCHES
@@ -119,13 +120,10 @@ def _stop(value: Any) -> list[str] | None:
 
 
 def _content(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        texts = [part.get("text") for part in value]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-    raise ValueError("must be a string or a list of parts of type 'text'")
+    try:
+        return text_of(value)
+    except ValueError:
+        raise ValueError("must be a string or a list of parts of type 'text'") from None
 
 
 def _parts(value: Any) -> list[Piece] | None:

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from decausal.data.chat import answer_end_ids
-from decausal.data.encode import SpecialTokens
 from decausal.data.rows import PackedRows
+from decausal.data.template import set_template
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
@@ -134,6 +133,7 @@ def _prepare(
     refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(settings, start, model, tokenizer, args)
     mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
+    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     recipe = asdict(settings) | training | {"revision": start.commit}
     facts = ConversionFacts(
         layout=settings.layout,
@@ -143,11 +143,11 @@ def _prepare(
         mask_token_id=mask_token_id,
         recipe={name: value for name, value in recipe.items() if name != "output_dir"},
         sampler=settings.sampler or {},
-        end_token_ids=answer_end_ids(tokenizer, SpecialTokens(tokenizer).ids),
         **start.history(),
     )
-    _count_as_ends(model, tokenizer, facts.end_token_ids)
     rows = rows_of_run(settings, args, model, tokenizer, facts)
+    facts = rows.facts
+    _count_as_ends(model, tokenizer, facts.end_token_ids)
     if measure is None and settings.eval_data is not None:
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _measure_on(held_out, settings, tokenizer, facts)

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from decausal.data.block_collator import BlockCollator
+from decausal.data.chat import answer_end_ids
+from decausal.data.encode import SpecialTokens
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
@@ -34,11 +36,13 @@ class RunRows:
     Attributes:
         stream: the run's rows.
         collator: makes batches of them.
+        facts: the run's facts, with the tokens that end the answers of conversations where there are any.
         decoding: how rollouts are made; None where there are none.
     """
 
     stream: TrainingStream | OnPolicyStream
     collator: Callable[[Sequence[dict[str, Any]]], Batch]
+    facts: ConversionFacts
     decoding: Decoding | None = None
 
 
@@ -57,7 +61,8 @@ def rows_of_run(
     collator = _collator(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
-        return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator)
+        facts = _with_ends(facts, tokenizer, bool(rows.account.num_conversations))
+        return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator, facts)
     prompts = _prompts(settings, tokenizer, args.seed)
     first_row, end_row = _course(args, settings, len(prompts))
     on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)
@@ -65,9 +70,17 @@ def rows_of_run(
     if first_row:
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
         corpus = _stream(settings, rows, first_row, args.seed)
-    return RunRows(
-        OnPolicyStream(on_policy, corpus), OnPolicyCollator(collator), _decoding(settings, model, tokenizer, facts)
-    )
+    facts = _with_ends(facts, tokenizer, prompts.has_conversations)
+    decoding = _decoding(settings, model, tokenizer, facts)
+    return RunRows(OnPolicyStream(on_policy, corpus), OnPolicyCollator(collator), facts, decoding)
+
+
+def _with_ends(facts: ConversionFacts, tokenizer: PreTrainedTokenizerBase, has_conversations: bool) -> ConversionFacts:
+    """Adds what the chat template ends answers with, where a run trains conversations or answers them."""
+    if not has_conversations:
+        return facts
+    ends = answer_end_ids(tokenizer, SpecialTokens(tokenizer).ids)
+    return replace(facts, end_token_ids=list(dict.fromkeys([*facts.end_token_ids, *ends])))
 
 
 def corpus_rows(

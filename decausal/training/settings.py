@@ -88,6 +88,12 @@ class ConversionSettings:
     on_bad_record: Literal["error", "skip"] = _setting(
         "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
     )
+    chat_template: str | None = _setting(
+        None, "a file with the chat template for conversations, saved with the model; unset: the tokenizer's own"
+    )
+    chat_template_kwargs: dict | None = _setting(  # noqa: RUF009
+        None, "values that the template reads, saved with it as defaults: '{\"enable_thinking\": false}'"
+    )
     data_fraction: float = _setting(1.0, "share of the documents to train on; the same seed chooses the same documents")
     max_length: int = _setting(512, "tokens in a packed row; at most the model's context")
 

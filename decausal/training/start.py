@@ -83,6 +83,7 @@ class Start:
             "source": self.source,
             "source_revision": self.facts.source_revision,
             "earlier_stages": [*self.facts.earlier_stages, self.facts.recipe],
+            "end_token_ids": self.facts.end_token_ids,
         }
 
 

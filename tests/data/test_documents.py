@@ -255,7 +255,7 @@ def test_a_completion_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     [
         ("hello", "field 'messages' holds a string, a list of messages is expected"),
         (["hello"], "message 1 is a string"),
-        ([CHAT[0], {"role": "assistant"}], "message 2 has no string 'content'; found 'role'"),
+        ([CHAT[0], {"role": "assistant"}], "message 2 has no content, and no tool calls in its place"),
         ([{"content": "one?"}, CHAT[1]], "message 1 has no string 'role'; found 'content'"),
         ([CHAT[0]], "no message has role 'assistant'"),
         ([], "no message has role 'assistant'"),

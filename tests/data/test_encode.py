@@ -42,10 +42,8 @@ SPACED_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] | trim }} "
     "<|endoftext|>{% else %}[INST] {{ message['content'] | trim }} [/INST]{% endif %}{% endfor %}"
 )
-# As DeepSeek-R1's: the generation prompt opens a thought that no rendered answer has.
-UNFAITHFUL_TEMPLATE = THINKING_TEMPLATE.replace(
-    "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<thought>{% endif %}"
-)
+# The question is rendered differently once it is answered.
+UNFAITHFUL_TEMPLATE = THINKING_TEMPLATE.replace("<|im_start|>{{", "<|im_start|>{{ messages | length }}{{")
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
@@ -126,10 +124,13 @@ def test_answers_and_their_ends_of_turn_are_maskable_and_all_else_is_visible() -
     assert not encoded.splittable
 
 
-def test_answers_are_found_where_only_the_last_one_is_rendered_with_a_thought() -> None:
+def test_answers_stand_behind_their_own_prompts_where_only_the_last_one_is_rendered_with_a_thought() -> None:
     tokenizer = with_template(THINKING_TEMPLATE)
-    encoded = encode({"origin": "x", "messages": CHAT}, tokenizer)
-    assert maskable_text(encoded, tokenizer) == [ANSWERED[0], "<think></think>" + ANSWERED[1]]
+    first, last = encode_batch([{"origin": "x", "messages": CHAT}], tokenizer)
+    assert first.ids.tolist() == tokenizer.apply_chat_template(CHAT[:3])["input_ids"]
+    assert last.ids.tolist() == tokenizer.apply_chat_template(CHAT)["input_ids"]
+    assert maskable_text(first, tokenizer) == ["<think></think>" + ANSWERED[0]]
+    assert maskable_text(last, tokenizer) == ["<think></think>" + ANSWERED[1]]
 
 
 def test_answers_are_found_where_the_template_strips_them_and_ends_turns_behind_a_space() -> None:
@@ -233,7 +234,7 @@ def test_a_document_that_holds_the_mask_token_is_refused(content: dict[str, Any]
 
 def test_messages_without_a_chat_template_are_refused_with_what_to_do() -> None:
     message = refusal({"origin": "here:7", "messages": CHAT}, tiny_tokenizer())
-    assert "this tokenizer has none; set tokenizer.chat_template, or give 'prompt' and 'completion'" in message
+    assert "this tokenizer has none; give one with --chat_template FILE, or give 'prompt' and 'completion'" in message
 
 
 def test_a_template_that_changes_the_prompt_once_it_is_answered_is_refused() -> None:
@@ -243,7 +244,7 @@ def test_a_template_that_changes_the_prompt_once_it_is_answered_is_refused() -> 
 
 def test_a_template_that_rewrites_answers_is_refused() -> None:
     tokenizer = with_template(THINKING_TEMPLATE.replace("['content'] }}", "['content'] | length }}"))
-    assert "cannot find the answers" in refusal({"origin": "here:7", "messages": CHAT}, tokenizer)
+    assert "the chat template rewrites its content" in refusal({"origin": "here:7", "messages": CHAT}, tokenizer)
 
 
 def test_a_template_that_marks_no_answer_is_refused() -> None:

@@ -102,7 +102,10 @@ def test_an_unknown_form_proposes_the_flags(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ({"conversations": "hello"}, "field 'conversations' holds a string, a list of messages is expected"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "message 1 has no string 'content'"),
+        (
+            {"conversations": [{"from": "gpt", "value": None}]},
+            "message 1 has no content, and no tool calls in its place",
+        ),
         ({"question": "a", "answer": 3}, "field 'answer' holds a number, a string is expected"),
     ],
 )

@@ -35,13 +35,14 @@ def test_of_a_completion_the_prompt_is_all_that_is_not_learned(tmp_path):
         assert prompts[index].tolist() == document.ids[~document.is_maskable].tolist()
 
 
-def test_of_a_conversation_the_prompt_ends_with_the_generation_prompt_of_the_last_answer(tmp_path):
+def test_of_a_conversation_the_prompt_is_what_stands_before_an_answer_at_its_end(tmp_path):
     tokenizer = tiny_tokenizer(chat=True)
     messages = turns("one", "two", "three", "four")
     data = write(tmp_path / "a.jsonl", [{"messages": messages}, {"messages": [*messages, turns("five")[0]]}])
     prompts = load_prompts(data, tokenizer, 200, 4)
-    expected = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
-    assert [tokenizer.decode(prompts[index]) for index in range(2)] == [expected] * 2
+    given = [messages[:3], [*messages, turns("five")[0]]]
+    expected = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in given]
+    assert [tokenizer.decode(prompts[index]) for index in range(2)] == expected
     document = next(encode_stream(read_documents(data), tokenizer))
     assert prompts[0].tolist() == document.ids[: len(prompts[0])].tolist()
     assert document.is_maskable[len(prompts[0])]
@@ -83,12 +84,45 @@ def test_prompts_that_leave_no_room_are_left_out_and_told(tmp_path):
     [
         ([{"prompt": "x" * 13, "completion": "y"}], "no prompt leaves room for an answer: .*longest has 13 tokens"),
         ([{"prompt": "", "completion": "y"}], "no prompt leaves room for an answer: 1 without a token"),
-        ([{"prompt": "x", "completion": " "}], "no text in"),
+        ([{"prompt": " ", "completion": " "}], "no text in"),
     ],
 )
 def test_data_without_a_usable_prompt_is_an_error(tmp_path, records, message):
     with pytest.raises(UserError, match=message):
         load_prompts(write(tmp_path / "a.jsonl", records), tiny_tokenizer(), 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("records", "written"),
+    [
+        ([{"prompt": "one"}], "one"),
+        ([{"prompt": "one", "completion": ""}, {"prompt": "one"}], "one"),
+        ([{"prompt": "one", "completion": None}], "one"),
+        ([{"instruction": "one", "output": ""}], "one\n"),
+        ([{"messages": turns("one")}], "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"),
+        ([{"prompt": turns("one")}], "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            [{"prompt": turns("one"), "completion": turns("one", "two")[1:]}],
+            "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ],
+)
+def test_answers_may_be_missing_for_those_who_write_them_and_for_nobody_else(tmp_path, records, written):
+    data, tokenizer = write(tmp_path / "a.jsonl", records), tiny_tokenizer(chat=True)
+    prompts = load_prompts(data, tokenizer, 64, 4)
+    assert [tokenizer.decode(prompts[index]) for index in range(len(prompts))] == [written] * len(records)
+    assert prompts.has_conversations == written.startswith("<")
+    if "two" not in json.dumps(records):
+        with pytest.raises(UserError, match=r"opdlm|documents are empty|holds null|which earlier records have"):
+            list(read_documents(data))
+
+
+def test_a_mask_token_in_a_prompt_is_refused_with_its_place(tmp_path):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    for record in ({"prompt": "a <mask>"}, {"messages": turns("a <mask>")}):
+        with pytest.raises(UserError, match=r"a.jsonl:1: the text holds the mask token '<mask>'"):
+            load_prompts(write(tmp_path / "a.jsonl", [record]), tokenizer, 64, 4)
 
 
 def test_a_conversation_without_a_template_is_an_error_that_names_it(tmp_path):

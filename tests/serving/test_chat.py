@@ -192,6 +192,6 @@ def test_without_a_template_or_with_one_that_refuses_the_error_says_so(model: Co
             Conversation(model)
         tokenizer.chat_template = "{{ raise_exception('only in French') }}"
         told = notes(talk(Conversation(model, **SHORT), ["hi"]))
-        assert told == ["the chat template refuses this conversation: only in French"]
+        assert told == ["the conversation: the chat template refuses these messages (only in French)"]
     finally:
         tokenizer.chat_template = CHAT_TEMPLATE

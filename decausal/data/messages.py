@@ -1,0 +1,156 @@
+"""Messages of conversations, as data sets and requests hold them, to messages that chat templates read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from decausal.data.formats import kind
+from decausal.errors import UserError
+
+Message = dict[str, Any]
+
+# Who speaks in ShareGPT's conversations, by the names that its copies use.
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+# What data sets call whether a message is trained on: "weight" is OpenAI's and Mistral's name, "loss" ms-swift's.
+WEIGHTS = ("weight", "train", "training", "trainable", "loss")
+NO_ANSWER = "no message has role 'assistant', so there is no answer to learn"
+
+
+def read_messages(value: Any, origin: str, field: str = "messages") -> list[Message]:
+    """Returns messages as chat templates read them.
+
+    A content of text parts becomes one text. An assistant's message may have tool calls and null for content. What a
+    table holds as null because another row has it is dropped at every depth. A message that is not to be trained on
+    has "weight": 0, whatever its data set calls it.
+
+    Args:
+        value: A list of messages, of {"role", "content"} or ShareGPT's {"from", "value"}; or one written as JSON.
+        origin: Where it was read, for errors.
+        field: The field that holds it.
+
+    Raises:
+        UserError: It holds something else, or a part that is no text.
+    """
+    messages = _parsed(value)
+    if not isinstance(messages, list):
+        raise UserError(f"{origin}: field '{field}' holds {kind(messages)}, a list of messages is expected")
+    return [_message(message, f"{origin}: message {number}") for number, message in enumerate(messages, start=1)]
+
+
+def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
+    """Returns the tools that a conversation may call, from a list of them or one written as JSON; null is none.
+
+    Raises:
+        UserError: It is no list of objects.
+    """
+    tools = _parsed(value)
+    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+    if not value or tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{origin}: field 'tools' holds {kind(value)}, a list of objects is expected, or one as JSON")
+    return without_nulls(tools)
+
+
+def without_nulls(value: Any) -> Any:
+    """Drops what is null from objects at every depth: a table gives each row the fields of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def text_of(content: Any) -> str:
+    """Returns a message's content as one text.
+
+    Raises:
+        ValueError: It is neither a string nor a list of text parts; says what it is.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"is {kind(content)}, where a string or a list of parts of type 'text' is expected")
+    for part in content:
+        found = part.get("type", "text") if isinstance(part, dict) else None
+        if found != "text" or not isinstance(part.get("text"), str):
+            told = (
+                f"a part of type '{found}'" if isinstance(found, str) and found != "text" else "a part without a text"
+            )
+            raise ValueError(f"holds {told}: only parts of type 'text' can be read")
+    return "".join(part["text"] for part in content)
+
+
+def parsed_arguments(given: Any) -> dict[str, Any]:
+    """Returns a tool call's arguments as an object; OpenAI's clients write them as JSON.
+
+    Raises:
+        ValueError: They are no object; says why.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError("must be an object, written as JSON")
+    return found
+
+
+def _message(given: Any, where: str) -> Message:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} is {kind(given)}, where {{role, content}} is expected")
+    found = without_nulls(given)
+    if "from" in found and "role" not in found:
+        speaker, content = found.pop("from"), found.pop("value", None)
+        found = {"role": SPEAKERS.get(speaker, speaker), "content": content, **found}
+    if not isinstance(found.get("role"), str):
+        raise UserError(f"{where} has no string 'role'; found {', '.join(map(repr, found)) or 'nothing'}")
+    calls = _tool_calls(found.pop("tool_calls", None), where)
+    content = found.get("content")
+    if content is None and not calls:
+        raise UserError(f"{where} has no content, and no tool calls in its place")
+    try:
+        found["content"] = None if content is None else text_of(content)
+    except ValueError as error:
+        raise UserError(f"{where}: its content {error}") from None
+    if found["role"] == "developer":  # OpenAI's newer name, which few templates know
+        found["role"] = "system"
+    is_trained = _is_trained(found, where)
+    found = {key: part for key, part in found.items() if key not in WEIGHTS}
+    return found | ({"tool_calls": calls} if calls else {}) | ({} if is_trained else {"weight": 0})
+
+
+def _is_trained(message: Message, where: str) -> bool:
+    for name in WEIGHTS:
+        if name in message and message[name] not in (0, 1):
+            raise UserError(f"{where}: '{name}' is {message[name]!r}, and a message is trained on (1) or not (0)")
+    return all(message.get(name, 1) for name in WEIGHTS)
+
+
+def _tool_calls(given: Any, where: str) -> list[dict[str, Any]]:
+    calls = _parsed(given)
+    if not calls:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' holds {kind(calls)}, a list of objects is expected")
+    return [_tool_call(call, f"{where}, tool call {number}") for number, call in enumerate(calls, start=1)]
+
+
+def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where} names no function; write {{'function': {{'name', 'arguments'}}}}")
+    try:
+        function = function | {"arguments": parsed_arguments(function.get("arguments", {}))}
+    except ValueError as error:
+        raise UserError(f"{where}: its 'arguments' {error}") from None
+    return call | {"function": function} if "function" in call else function
+
+
+def _parsed(value: Any) -> Any:
+    """A column of a table may hold lists as JSON; any other string is given back as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

@@ -1,0 +1,255 @@
+"""The chat template: which one a tokenizer has, and the text that it makes of messages."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from decausal.data.messages import Message
+from decausal.errors import UserError
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RESERVED = frozenset({"messages", "conversations", "tools", "add_generation_prompt"})
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+# transformers drops what is null before a template sees it, and DeepSeek's ask whether the content is null.
+KEEPS_NULL = (
+    "{%- set kept = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set kept.messages = kept.messages + [message if 'content' in message else dict(message, content=none)] -%}"
+    "{%- endfor -%}{%- set messages = kept.messages -%}"
+)
+ADVICE = "give another with --chat_template FILE"
+
+
+class TemplateRefusalError(UserError):
+    """The chat template does not take a conversation, or leaves a part of it out.
+
+    Attributes:
+        reason: What it says, without where.
+        message: The index of the message with what is left out, or None.
+    """
+
+    def __init__(self, text: str, reason: str, message: int | None = None) -> None:
+        super().__init__(text)
+        self.reason, self.message = reason, message
+
+
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | Path | None = None, kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Gives a tokenizer a chat template, and values for what it reads beside the messages.
+
+    The values become the template's defaults, so that they are saved with it and hold wherever it is used.
+
+    Args:
+        tokenizer: Is changed.
+        template: A file, or the text of a template; None: the one that the tokenizer has.
+        kwargs: Values by name, such as {"enable_thinking": False}.
+
+    Raises:
+        UserError: There is no such file or no template in it, or the template does not read a name.
+    """
+    if template is not None:
+        tokenizer.chat_template = _read(str(template))
+        _refuse_broken(tokenizer, str(template))
+    if not kwargs:
+        return
+    if not tokenizer.chat_template:
+        raise UserError("--chat_template_kwargs: this tokenizer has no chat template; give one with --chat_template")
+    for name in kwargs:
+        if not name.isidentifier() or is_reserved(name, tokenizer):
+            raise UserError(f"--chat_template_kwargs: '{name}' is not the chat template's to read; leave it out")
+        if not reads(name, tokenizer):
+            raise UserError(f"--chat_template_kwargs: the chat template reads no '{name}'; leave it out")
+    defaults = "".join(
+        f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}" for name, value in kwargs.items()
+    )
+    held = tokenizer.chat_template
+    if isinstance(held, dict):
+        tokenizer.chat_template = {name: defaults + text for name, text in held.items()}
+    else:
+        tokenizer.chat_template = defaults + held
+
+
+def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Raises UserError where a tokenizer cannot read the conversation of `origin`."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{origin}: 'messages' need a chat template and this tokenizer has none; "
+            "give one with --chat_template FILE, or give 'prompt' and 'completion'"
+        )
+
+
+def is_reserved(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a name belongs to the messages or to transformers, and so is no value of the template's."""
+    return name in RESERVED or name in inspect.signature(tokenizer.apply_chat_template).parameters
+
+
+def reads(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's template, or one of its templates, reads a value of this name."""
+    held = tokenizer.chat_template
+    texts = held.values() if isinstance(held, dict) else [held]
+    return any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts)
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()) -> bool:
+    """Whether the template itself marks what the assistant writes, as `{% generation %}`."""
+    try:
+        return bool(GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=list(tools) or None)))
+    except ValueError:  # of several templates none is for this; to render says so
+        return False
+
+
+def render(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    origin: str,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    add_generation_prompt: bool = False,
+    **options: Any,
+) -> Any:
+    """Returns the text that the chat template makes of messages.
+
+    Args:
+        messages: As `read_messages` makes them; what says whether they are trained on is kept from the template.
+        tokenizer: Has a chat template.
+        origin: Where the messages were read, for errors.
+        tools: What the assistant may call.
+        add_generation_prompt: Begin an answer behind the messages.
+        **options: Of `apply_chat_template`, and values that the template reads.
+
+    Raises:
+        TemplateRefusalError: The template refuses them; names `origin`.
+    """
+    given = [{key: part for key, part in message.items() if key != "weight"} for message in messages]
+    options.setdefault("tokenize", False)
+    try:
+        if any("content" in message and message["content"] is None for message in given):
+            held = tokenizer.get_chat_template(tools=list(tools) or None)
+            options["chat_template"] = KEEPS_NULL + held
+        return tokenizer.apply_chat_template(
+            given, tools=list(tools) or None, add_generation_prompt=add_generation_prompt, **options
+        )
+    except TEMPLATE_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise TemplateRefusalError(f"{origin}: the chat template refuses these messages ({reason})", reason) from None
+
+
+def readable(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    origin: str,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    **options: Any,
+) -> list[Message]:
+    """Returns messages with their tool calls as this template reads them, and refuses one that leaves them out.
+
+    Templates differ: the arguments of a call are an object to most and JSON to some; an assistant's message that only
+    calls has no content, or null, or "".
+
+    Args:
+        messages, tokenizer, origin, tools, **options: See `render`.
+
+    Raises:
+        TemplateRefusalError: The template refuses the messages in every form, or leaves tool calls or tools out.
+    """
+    found = list(messages)
+    calling = [index for index, message in enumerate(found) if message.get("tool_calls")]
+
+    def text(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = tools) -> str:
+        return render(messages, tokenizer, origin, tools=tools, **options)
+
+    if calling:
+        found, rendered = _first_readable(found, text)
+        without = [{key: part for key, part in message.items() if key != "tool_calls"} for message in found]
+        if _is_same(rendered, text, without):
+            reason = f"leaves the tool calls of message {calling[0] + 1} out"
+            advice = "write calls as content, or give a template that reads them with --chat_template FILE"
+            raise TemplateRefusalError(f"{origin}: the chat template {reason}; {advice}", reason, calling[0])
+    if tools and text(found) == text(found, ()):
+        reason = "leaves 'tools' out"
+        advice = "give one that reads them with --chat_template FILE, or write them into the system's message"
+        raise TemplateRefusalError(f"{origin}: the chat template {reason}; {advice}", reason)
+    return found
+
+
+def _first_readable(messages: list[Message], text: Any) -> tuple[list[Message], str]:
+    refusal: TemplateRefusalError | None = None
+    for empty in ({}, {"content": None}, {"content": ""}):
+        for as_json in (False, True):
+            form = [_in_form(message, as_json, empty) for message in messages]
+            try:
+                rendered = text(form)
+            except TemplateRefusalError as error:
+                refusal = refusal or error
+                continue
+            return form, rendered
+    assert refusal is not None
+    raise refusal
+
+
+def _in_form(message: Message, as_json: bool, empty: dict[str, str | None]) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [_call_in_form(call, as_json) for call in message["tool_calls"]]
+    found = message | {"tool_calls": calls}
+    if not message.get("content"):
+        found.pop("content", None)
+        found |= empty
+    return found
+
+
+def _call_in_form(call: dict[str, Any], as_json: bool) -> dict[str, Any]:
+    if "function" in call:
+        return call | {"function": _call_in_form(call["function"], as_json)}
+    given = call["arguments"]
+    return call | {"arguments": json.dumps(given, ensure_ascii=False) if as_json else given}
+
+
+def _is_same(rendered: str, text: Any, others: list[Message]) -> bool:
+    try:
+        return text(others) == rendered
+    except TemplateRefusalError:
+        return False
+
+
+def _read(template: str) -> str:
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        text = Path(template).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--chat_template {template}: {error.strerror}; give a file with a Jinja template") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--chat_template {template} is not text in UTF-8; give a file with a Jinja template") from None
+    if not re.search(r"\bmessages\b", text) or ("{{" not in text and "{%" not in text):
+        raise UserError(f"--chat_template {template} is no chat template: it is no Jinja text that reads 'messages'")
+    return text
+
+
+def _refuse_broken(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        where = f"line {error.lineno}: {' '.join(str(error.message).split())}"
+        told = "the template given" if "{%" in name or "{{" in name else name
+        raise UserError(f"--chat_template {told} is not Jinja ({where}); mend it") from None
+    except TEMPLATE_ERRORS:  # this template may want other messages
+        return
+
+
+def _literal(value: Any) -> str:
+    """Returns a value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_literal(part) for part in value) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
