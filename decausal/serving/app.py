@@ -23,6 +23,7 @@ from decausal.serving.choices import Choice, Delta, TokenLogProb, echoed
 from decausal.serving.counting import num_characters, num_rows
 from decausal.serving.description import describe
 from decausal.serving.errors import ApiError
+from decausal.serving.hosts import Hosts
 from decausal.serving.metrics import Metrics
 from decausal.serving.middleware import Gate, missing_page, refused, wrong_method
 from decausal.serving.plans import Plan, chat_plan, completion_plan
@@ -77,7 +78,8 @@ def create_app(models: Sequence[Served], settings: ServeSettings, metrics: Metri
         app.add_api_route(path, _page(name, media_type), methods=["GET"], include_in_schema=False)
     app.add_exception_handler(ApiError, _tell_api_error)
     app.add_exception_handler(HTTPException, _tell_http_error)
-    app.add_middleware(Gate, api_key=settings.api_key, metrics=metrics, endpoints=ENDPOINTS)
+    hosts = Hosts(settings.host, settings.allowed_hosts)
+    app.add_middleware(Gate, hosts=hosts, api_key=settings.api_key, metrics=metrics, endpoints=ENDPOINTS)
     describe(app, has_key=settings.api_key is not None)
     return app
 

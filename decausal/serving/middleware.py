@@ -1,4 +1,4 @@
-"""Around every request: the key, the size of the body, errors in OpenAI's shape, and counting."""
+"""Around every request: who may ask, the key, errors in OpenAI's shape, and counting."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decausal.errors import nearest
 from decausal.serving.errors import ApiError, error_body
+from decausal.serving.hosts import Hosts
 from decausal.serving.metrics import Metrics
 
 _log = logging.getLogger("decausal.serving")
@@ -24,10 +25,12 @@ def refused(error: ApiError) -> JSONResponse:
 
 
 class Gate:
-    """Asks for the key, counts answers by status, and turns what nobody expected into an error in OpenAI's shape."""
+    """Refuses other sites' pages, asks for the key, counts answers by status, and gives every error OpenAI's shape."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, endpoints: Iterable[str]) -> None:
-        self._app, self._metrics, self._endpoints = app, metrics, frozenset(endpoints)
+    def __init__(
+        self, app: ASGIApp, hosts: Hosts, api_key: str | None, metrics: Metrics, endpoints: Iterable[str]
+    ) -> None:
+        self._app, self._hosts, self._metrics, self._endpoints = app, hosts, metrics, frozenset(endpoints)
         self._expected = None if api_key is None else _encoded(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,9 +51,7 @@ class Gate:
             await send(message)
 
         try:
-            if self._is_refused(path, scope):
-                message = "this server asks for its API key: send it as 'Authorization: Bearer KEY'"
-                error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            if error := self._refusal(path, scope):
                 await refused(error)(scope, receive, counting)
             else:
                 await self._app(scope, receive, counting)
@@ -62,7 +63,15 @@ class Gate:
                 body = error_body(500, "the server failed on this request; its log says more", code="internal_error")
                 await JSONResponse(body, 500)(scope, receive, counting)
 
-    def _is_refused(self, path: str, scope: Scope) -> bool:
+    def _refusal(self, path: str, scope: Scope) -> ApiError | None:
+        if path != "/health" and (error := self._hosts.refusal(scope["headers"])):  # probes call by whatever name
+            return error
+        if self._lacks_key(path, scope):
+            message = "this server asks for its API key: send it as 'Authorization: Bearer KEY'"
+            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return None
+
+    def _lacks_key(self, path: str, scope: Scope) -> bool:
         if self._expected is None or not path.startswith("/v1"):
             return False
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

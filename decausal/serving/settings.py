@@ -32,6 +32,7 @@ class ServeSettings:
         timeout: Seconds that one request may take, the wait included.
         drain: Seconds that answers may go on for when the server is told to end; then streams end with an error event.
         api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
+        allowed_hosts: Further names under which the server is called, behind a proxy for one; `*` allows every one.
         model_name: The name under which clients find the model. None: that of its directory.
         cuda_graphs: Record the passes of a block model as CUDA graphs.
         max_body_bytes: Longest body of a request.
@@ -48,6 +49,7 @@ class ServeSettings:
     timeout: float = 300.0
     drain: float = 5.0
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     model_name: str | None = None
     cuda_graphs: bool = False
     max_body_bytes: int = 4 * 2**20
@@ -64,6 +66,10 @@ class ServeSettings:
             "timeout": (0 < self.timeout < float("inf"), "seconds above 0"),
             "drain": (0 <= self.drain < float("inf"), "seconds of at least 0"),
             "api_key": (self.api_key is None or self.api_key.strip() == self.api_key != "", "a word without spaces"),
+            "allowed_hosts": (
+                all(host and not set(host) & set("/:@ ") for host in self.allowed_hosts),
+                "names without scheme and port, such as llm.example.com, or * for every one",
+            ),
             "model_name": (self.model_name != "", "not empty"),
         }
         for name, (is_accepted, accepted) in rules.items():

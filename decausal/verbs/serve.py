@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 from decausal.errors import UserError
@@ -25,6 +26,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--timeout", type=float, help="seconds that one request may take, the wait included (300)")
     parser.add_argument("--drain", type=float, help="seconds that answers may go on for when the server is ended (5)")
     parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
+    parser.add_argument("--allowed_hosts", help="further names it is called by, separated by commas; * for every one")
     parser.add_argument("--model_name", help="the name that clients know (the directory's)")
     parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
@@ -38,10 +40,13 @@ def run(arguments: list[str]) -> int:
         "timeout",
         "drain",
         "api_key",
+        "allowed_hosts",
         "model_name",
         "cuda_graphs",
     )
     from_environment = {"api_key": os.environ["DECAUSAL_API_KEY"]} if os.environ.get("DECAUSAL_API_KEY") else {}
+    if flags.allowed_hosts is not None:
+        flags.allowed_hosts = tuple(name.strip() for name in flags.allowed_hosts.split(","))
     settings = ServeSettings(**from_environment | given(flags, *names))
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
@@ -51,10 +56,16 @@ def run(arguments: list[str]) -> int:
     check_model(flags.directory, {})
     from decausal.serving.server import serve
 
-    serve(flags.directory, settings, with_source=flags.with_source, on_listening=_tell)
+    tell = partial(_tell, open_to=settings.host if settings.api_key is None else None)
+    serve(flags.directory, settings, with_source=flags.with_source, on_listening=tell)
     return 0
 
 
-def _tell(address: str, names: list[str]) -> None:
+def _tell(address: str, names: list[str], open_to: str | None) -> None:
+    from decausal.serving.hosts import is_public
+
     print(f"{' and '.join(names)}: {address} is the page, {address}/v1 the address for OpenAI's clients", flush=True)
+    if open_to is not None and is_public(open_to):
+        warning = f"warning: whoever reaches {open_to} can use this server: set a key in DECAUSAL_API_KEY"
+        print(warning, file=sys.stderr, flush=True)
     print("Ctrl-C ends", file=sys.stderr, flush=True)

@@ -49,6 +49,26 @@ def test_the_command_tells_its_address_answers_and_ends_when_told(directory: Pat
         _, errors = server.communicate(timeout=60)
     assert server.returncode in (0, 130)
     assert "Traceback" not in errors
+    assert "warning" not in errors
+
+
+def test_whoever_opens_the_server_to_others_without_a_key_is_warned(directory: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, "serve", str(directory), "--port", "0", "--host", "0.0.0.0"]
+    command += ["--allowed_hosts", "llm.example.com, decausal"]
+    variables = {name: value for name, value in environment().items() if name != "DECAUSAL_API_KEY"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+    try:
+        assert server.stdout is not None
+        port = re.findall(r":([0-9]+)/v1", server.stdout.readline())[0]
+        url = f"http://127.0.0.1:{port}/v1/models"
+        hosts = {"decausal:80": 200, "LLM.example.com": 200, "203.0.113.7": 200, "evil.example": 403}
+        assert {host: httpx.get(url, headers={"Host": host}).status_code for host in hosts} == hosts
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert errors.splitlines()[0] == (
+        "warning: whoever reaches 0.0.0.0 can use this server: set a key in DECAUSAL_API_KEY"
+    )
 
 
 def test_what_stands_in_the_way_is_told_in_one_line(

@@ -138,6 +138,9 @@ def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypa
         {"api_key": ""},
         {"api_key": " a"},
         {"model_name": ""},
+        {"allowed_hosts": ("",)},
+        {"allowed_hosts": ("https://llm.example.com",)},
+        {"allowed_hosts": ("llm.example.com:443",)},
     ],
     ids=str,
 )
