@@ -67,7 +67,7 @@ class BatchEngine:
         *,
         max_rows: int = BATCH_SIZE,
         max_length: int | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if not 1 <= max_rows <= MOST_ROWS:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be from 1 to {MOST_ROWS}")

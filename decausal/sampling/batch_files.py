@@ -50,7 +50,7 @@ def run_file(
     *,
     chat: bool = False,
     max_rows: int = BATCH_SIZE,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = None,
     max_length: int | None = None,
     on_error: str = "stop",
     on_progress: OnProgress | None = None,

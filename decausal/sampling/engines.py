@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
+from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.jobs import BlockJobs
-from decausal.sampling.blocks.recording import CudaGraphs
+from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
+from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Engine, Job, Progress
 from decausal.sampling.stopping import refuse_stop_token_ids
+
+logger = logging.getLogger(__name__)
 
 
 def engine_for(
@@ -23,7 +28,7 @@ def engine_for(
     max_rows: int,
     max_length: int,
     is_autoregressive: bool = False,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = None,
 ) -> Engine:
     """Returns an engine for the model's layout; the same jobs give the same answers as `generate` and `infill`.
 
@@ -35,16 +40,15 @@ def engine_for(
         max_rows: Rows in one forward pass.
         max_length: Longest row, given and written tokens together.
         is_autoregressive: Write a causal model's rows from left to right, one token with every pass, with a cache.
-        cuda_graphs: Record the passes of block models, and replay them; on a GPU.
+        cuda_graphs: Record the passes of block models, and replay them; those of the model's own settings are recorded
+            now, others when they come. None: on a GPU, where the model can be recorded.
 
     Raises:
-        UserError: Graphs of a model that reads whole rows, or without a GPU.
+        UserError: Graphs of a model that reads whole rows or cannot be recorded, or without a GPU.
     """
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
-        ends = end_token_ids(converted)
-        record = CudaGraphs() if cuda_graphs else None
-        denoising = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends, record=record)
+        denoising = _block_jobs(converted, max_rows, max_length, cuda_graphs)
     elif cuda_graphs:
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
@@ -53,6 +57,20 @@ def engine_for(
     return _BySettings(
         denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length), vocab_size
     )
+
+
+def _block_jobs(converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None) -> BlockJobs:
+    ends = end_token_ids(converted)
+    if choices(converted.model.device).records if cuda_graphs is None else cuda_graphs:
+        jobs = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends, record=CudaGraphs())
+        try:
+            jobs.record_ahead(settings_for(converted.facts))
+            return jobs
+        except CannotRecordError as error:
+            if cuda_graphs:
+                raise UserError(f"{error}; leave cuda_graphs out") from error
+            logger.warning("%s; passes run as they are", error)
+    return BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends)
 
 
 class _BySettings:

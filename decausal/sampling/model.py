@@ -140,7 +140,7 @@ class DiffusionModel:
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
     def engine(
-        self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None, cuda_graphs: bool = False
+        self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None, cuda_graphs: bool | None = None
     ) -> BatchEngine:
         """Makes an engine for any number of prompts; see `decausal.sampling.batch.BatchEngine`."""
         return BatchEngine(self._converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
@@ -153,7 +153,7 @@ class DiffusionModel:
         chat: bool = False,
         max_rows: int = BATCH_SIZE,
         max_length: int | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         on_error: str = "stop",
         on_progress: OnProgress | None = None,
         **options: Any,

@@ -34,7 +34,7 @@ class ServeSettings:
         api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
         allowed_hosts: Further names under which the server is called, behind a proxy for one; `*` allows every one.
         model_name: The name under which clients find the model. None: that of its directory.
-        cuda_graphs: Record the passes of a block model as CUDA graphs.
+        cuda_graphs: Record the passes of a block model as CUDA graphs. None: on a GPU, where it can be done.
         max_body_bytes: Longest body of a request.
 
     Raises:
@@ -51,7 +51,7 @@ class ServeSettings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     model_name: str | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     max_body_bytes: int = 4 * 2**20
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     parser.add_argument("--max_rows", "--batch_size", type=positive, help="rows written together (16)")
     parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
-    parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
+    parser.add_argument(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record the passes of block models (by default on a GPU, where it can be done)",
+    )
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
     flags = parser.parse_args(arguments)

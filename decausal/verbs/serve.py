@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from functools import partial
@@ -28,7 +29,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
     parser.add_argument("--allowed_hosts", help="further names it is called by, separated by commas; * for every one")
     parser.add_argument("--model_name", help="the name that clients know (the directory's)")
-    parser.add_argument("--cuda_graphs", action="store_true", help="record passes on a GPU (block models)")
+    parser.add_argument(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record the passes of block models (by default on a GPU, where it can be done)",
+    )
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
     flags = parser.parse_args(arguments)
     names = (

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from decausal.devices import ON_CUDA
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.block_cache import BlockCache, decoding
 from decausal.sampling.blocks.engine import BlockEngine, Request
-from decausal.sampling.blocks.recording import CudaGraphs
+from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.rows import BlockRows
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.engines import engine_for
@@ -138,3 +139,58 @@ def test_recordings_are_bounded_and_the_one_not_used_for_longest_goes(monkeypatc
     assert [num_made(), num_made(**drawn), num_made()] == [1, 1, 0]
     assert num_made(**drawn, top_k=2) == 1  # in place of those without top_k
     assert [num_made(), num_made(**drawn)] == [0, 1]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_what_is_recorded_ahead_is_all_that_requests_need(block_size: int, shift: int) -> None:
+    """Long prompts among short ones too: they are read in passes of their own."""
+    tapes = Tapes()
+    settings = SamplerSettings(max_new_tokens=12, threshold=0.5)
+    requests = [Request([5] * (1 + 5 * seed), settings, seed) for seed in range(5)]
+    written = []
+    for record in (tapes, None):
+        engine = BlockEngine(sharp_model(), block_facts(block_size, shift), max_rows=3, max_length=40, record=record)
+        engine.record_ahead(settings)
+        ahead = tapes.num_recorded
+        written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(requests)})
+        assert tapes.num_recorded == ahead > 0
+    assert written[0] == written[1]
+    assert tapes.num_replayed > len(requests)
+
+
+def cannot_record(*_: Any) -> Any:
+    raise CannotRecordError("a pass of this model cannot be recorded: it asks for memory")
+
+
+def test_what_cannot_be_recorded_is_the_servers_to_tell_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda: cannot_record)
+    model = converted(layout="block", block_size=4)
+    with pytest.raises(UserError, match="cannot be recorded: it asks for memory; leave cuda_graphs out"):
+        engine_for(model, max_rows=1, max_length=32, cuda_graphs=True)
+    monkeypatch.setattr("decausal.sampling.engines.choices", lambda _: ON_CUDA)
+    engine_for(model, max_rows=1, max_length=32)  # nobody asked for graphs
+    assert "it asks for memory; passes run as they are" in caplog.text
+
+
+def test_a_request_whose_passes_cannot_be_recorded_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    engine = BlockEngine(sharp_model(), block_facts(4, 0), max_rows=1, max_length=16, record=cannot_record)
+    plain = BlockEngine(sharp_model(), block_facts(4, 0), max_rows=1, max_length=16)
+    request = Request([7, 5], SamplerSettings(max_new_tokens=6))
+    assert [row.ids for row in engine.run([request])] == [row.ids for row in plain.run([request])]
+    assert caplog.text.count("cannot be recorded") == 1
+
+
+def test_on_a_gpu_block_models_are_recorded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes = Tapes()
+    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda: tapes)
+    model = converted(layout="block", block_size=4)
+    engine_for(model, max_rows=1, max_length=32)
+    monkeypatch.setattr("decausal.sampling.engines.choices", lambda _: ON_CUDA)
+    engine_for(model, max_rows=1, max_length=32, cuda_graphs=False)
+    engine_for(converted(), max_rows=1, max_length=32)  # of a model that reads whole rows there is nothing to record
+    assert tapes.num_recorded == 0
+    engine_for(model, max_rows=1, max_length=32)
+    assert tapes.num_recorded > 0

@@ -6,13 +6,14 @@ block is committed by the pass that takes the next block's first step, so n deno
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from decausal.diffusion.layout import Layout
@@ -22,13 +23,16 @@ from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
-from decausal.sampling.blocks.recording import RecordedPasses, Recorder
+from decausal.sampling.blocks.recording import CannotRecordError, RecordedPasses, Recorder
 from decausal.sampling.blocks.requests import ActiveRow, Finished, Request, StepEvent
 from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.settings import SamplerSettings
 
 __all__ = ["BlockEngine", "Finished", "Request", "StepEvent"]
+
+logger = logging.getLogger(__name__)
 
 GROWTH = 128
 """Slots by which a cache without a given length grows at least."""
@@ -159,15 +163,47 @@ class BlockEngine:
             return []
         if not self.is_fused and not self._reader.is_autoregressive:
             self._commit()
-        windows = [row.window for row in active]
-        if self._recorded is not None and self._recorded.takes(windows):
-            self._states, told = self._recorded.run(windows, self._settings)
-        else:
-            self._states = self._reader.predict(windows)
-            num_candidates = sum(row.num_candidates for row in active)
-            told = self._rows.keep(len(active), num_candidates, self._states, self._head(), self._settings)
+        if self._recorded is not None:
+            self._read_prompts()
+        self._states, told = self._pass_over([row.window for row in active])
         self._set_committed()
         return self._take_note(told.tolist(), wants_events)
+
+    def _pass_over(self, windows: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
+        if self._recorded is not None and self._recorded.takes(windows):
+            try:
+                return self._recorded.run(windows, self._settings)
+            except CannotRecordError as error:  # of settings that were not recorded ahead
+                logger.warning("%s; passes go on as they are", error)
+                self._recorded = None
+        states = self._reader.predict(windows)
+        num_candidates = sum(row.num_candidates for row in self._active)
+        return states, self._rows.keep(len(windows), num_candidates, states, self._head(), self._settings)
+
+    def _read_prompts(self) -> None:
+        """Reads what recorded passes are too narrow for in a pass of its own, so that the other rows' can be one."""
+        windows = [
+            range(row.committed, row.start) if len(row.window) > 2 * self.block_size else range(0)
+            for row in self._active
+        ]
+        if not any(windows):
+            return
+        self._reader.commit(windows)
+        for place, (row, window) in enumerate(zip(self._active, windows, strict=True)):
+            if window:
+                self._rows.committed[place] = self._rows.start[place]
+                row.committed = row.start
+                row.num_forwards += 1
+
+    def record_ahead(self, settings: SamplerSettings) -> None:
+        """Records the passes that rows of these settings need, where `record` and a length were given.
+
+        Raises:
+            CannotRecordError: the model does what cannot be recorded.
+        """
+        if self._recorded is not None and self._cache.max_length:
+            with decoding(self.model):
+                self._recorded.record_ahead(settings)
 
     def _head(self) -> Head:
         return head_of(self.model)._replace(banned=self.facts.mask_token_id)

@@ -19,6 +19,7 @@ from decausal.sampling.blocks.recording import Recorder
 from decausal.sampling.blocks.requests import Request, StepEvent
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.log_probs import token_log_probs
+from decausal.sampling.settings import SamplerSettings
 
 
 class BlockJobs:
@@ -53,6 +54,10 @@ class BlockJobs:
         )
         self._jobs: dict[int, Job] = {}
         self._num_passes: dict[int, int] = {}
+
+    def record_ahead(self, settings: SamplerSettings) -> None:
+        """See `BlockEngine.record_ahead`."""
+        self._engine.record_ahead(settings)
 
     @property
     def num_running(self) -> int:

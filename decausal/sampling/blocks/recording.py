@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,10 +20,15 @@ from decausal.errors import UserError, first_line
 from decausal.objectives.head import Head
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.settings import SamplerSettings
 
 FEWEST_KEYS = 128
 MOST_RECORDINGS = 64
 """Recordings held at a time: clients choose settings, so their kinds must not fill the memory."""
+
+
+class CannotRecordError(RuntimeError):
+    """A model does what no recording can hold: no fault of a request."""
 
 
 @runtime_checkable
@@ -44,7 +50,8 @@ class CudaGraphs:
     """Records CUDA graphs, which take their memory from one pool.
 
     Raises:
-        UserError: there is no GPU; when recording, what a model does that cannot be recorded.
+        UserError: there is no GPU.
+        CannotRecordError: when recording, what a model does that cannot be recorded.
     """
 
     def __init__(self) -> None:
@@ -66,9 +73,7 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 function()
         except RuntimeError as error:
-            raise UserError(
-                f"a pass of this model cannot be recorded: {first_line(error)}; leave cuda_graphs out"
-            ) from error
+            raise CannotRecordError(f"a pass of this model cannot be recorded: {first_line(error)}") from error
         return graph.replay
 
 
@@ -106,6 +111,32 @@ class RecordedPasses:
         """Whether no row reads more than two blocks, and all that a pass writes to has its memory."""
         is_ready = self.reader.shift == 0 or self.reader.rows.clean_state is not None
         return is_ready and max(map(len, windows)) <= 2 * self.reader.layout.block_size
+
+    def record_ahead(self, settings: SamplerSettings) -> None:
+        """Records passes of all shapes over rows of these settings, so that no request waits for that; the largest
+        first, from whose memory the smaller ones take theirs.
+
+        Raises:
+            CannotRecordError: see `CudaGraphs`.
+        """
+        reader, rows = self.reader, self.reader.rows
+        shapes = self._shapes()
+        if not shapes:
+            return
+        with rows.unchanged():  # takes the memory that passes write to
+            reader.predict_fixed(1, max(shape.width for shape in shapes), min(shape.num_keys for shape in shapes))
+        for shape in shapes[:MOST_RECORDINGS]:
+            of_rows = RowSettings.of([settings] * shape.num_rows, rows.device)
+            self._recordings[shape, of_rows.kinds] = self._recorded(shape, of_rows)
+
+    def _shapes(self) -> list[_Shape]:
+        """All that occur while the cache has this length, the largest first."""
+        most_rows, most_keys = len(self.reader.rows.start), self.reader.cache.max_length
+        size = self.reader.layout.block_size
+        widths = [1] if self.reader.is_autoregressive else [2 * size, size]
+        rows = sorted({min(1 << power, most_rows) for power in range(most_rows.bit_length() + 1)}, reverse=True)
+        keys = sorted({min(FEWEST_KEYS << power, most_keys) for power in range(most_keys.bit_length())}, reverse=True)
+        return [_Shape(*shape) for shape in product(rows, widths, keys)]
 
     def run(self, windows: list[range], settings: RowSettings) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
         """One pass over rows 0 to b - 1: the states that predict their blocks, and what `BlockRows.keep` tells.
