@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 from decausal.cli import VERBS
 from decausal.models.facts import ConversionFacts, write_facts
+from decausal.verbs.flags import slow_imports
 from tests.runs import environment
 
 SLOW = ("torch", "transformers", "datasets", "pyarrow", "matplotlib")
@@ -168,6 +171,18 @@ def test_a_wrong_path_or_flag_is_told_without_slow_imports(ended, arguments, tol
     assert err.startswith("decausal: error: ")
     assert err.count("\n") == 1
     assert told in err
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_garbage_collector_rests_for_imports_alone(was_enabled, monkeypatch):
+    monkeypatch.setattr(gc, "isenabled", lambda: was_enabled)
+    calls = []
+    monkeypatch.setattr(gc, "disable", lambda: calls.append("disable"))
+    monkeypatch.setattr(gc, "enable", lambda: calls.append("enable"))
+    with contextlib.suppress(ImportError), slow_imports():
+        calls.append("import")
+        raise ImportError
+    assert calls == ["disable", "import", *(["enable"] if was_enabled else [])]
 
 
 def test_what_is_good_goes_on_to_the_imports(directory):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from decausal.sampling.batch_paths import check_job_files
-from decausal.verbs.flags import VerbParser, at_least, given, positive
+from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
@@ -37,7 +37,8 @@ def run(arguments: list[str]) -> int:
     options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
     check_model(flags.directory, options)
     check_job_files(flags.prompts, flags.answers)
-    from decausal.sampling.model import load
+    with slow_imports():
+        from decausal.sampling.model import load
 
     model = load(flags.directory)
     options["cuda_graphs"] = flags.cuda_graphs

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from functools import partial
 
-from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.flags import VerbParser, given, slow_imports
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 
@@ -20,9 +20,10 @@ def run(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     options = sampler_options(flags) | given(flags, "system", "max_new_tokens", "max_length")
     check_model(flags.directory, options)
-    from decausal.sampling.model import load
-    from decausal.serving.conversation import Conversation
-    from decausal.serving.terminal_chat import TerminalChat
+    with slow_imports():
+        from decausal.sampling.model import load
+        from decausal.serving.conversation import Conversation
+        from decausal.serving.terminal_chat import TerminalChat
 
     conversation = Conversation(load(flags.directory).converted, **options)
     is_terminal = sys.stdin.isatty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from decausal.errors import UserError
-from decausal.verbs.flags import leading_positional, print_settings, wants_help
+from decausal.verbs.flags import leading_positional, print_settings, slow_imports, wants_help
 
 _HELP = (
     "  --set ARM.KEY=VALUE           a setting of one arm; may be given several times\n"
@@ -39,11 +39,11 @@ def run(arguments: list[str]) -> int:
     from decausal.compare.inputs import check_inputs
 
     check_inputs(settings, arms)
-    from rich.console import Console
+    with slow_imports():
+        from rich.console import Console
 
-    from decausal.compare.run import run_compare
-    from decausal.exchange.handed_on import without_paths_in
-
+        from decausal.compare.run import run_compare
+        from decausal.exchange.handed_on import without_paths_in
     console = Console(stderr=True, quiet=True) if is_json else None
     found = run_compare(settings, arms, console, f"decausal compare {without_paths_in(arguments)}".strip())
     if is_json:

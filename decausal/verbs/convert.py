@@ -8,6 +8,7 @@ from decausal.verbs.flags import (
     print_settings,
     print_training_arguments,
     recipe_help,
+    slow_imports,
     wants_help,
 )
 
@@ -34,7 +35,8 @@ def run(arguments: list[str]) -> int:
     from decausal.training.inputs import check_conversion
 
     check_conversion(settings, training)  # convert begins with it too, once the imports have cost their seconds
-    from decausal.training.convert import convert
+    with slow_imports():
+        from decausal.training.convert import convert
 
     conversion = convert(settings, training)
     if is_first_process():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import print_settings, wants_help
+from decausal.verbs.flags import print_settings, slow_imports, wants_help
 
 
 def run(arguments: list[str]) -> int:
@@ -17,7 +17,8 @@ def run(arguments: list[str]) -> int:
     from decausal.demo.inputs import check_inputs
 
     check_inputs(settings)
-    from decausal.demo.run import run_demo
+    with slow_imports():
+        from decausal.demo.run import run_demo
 
     run_demo(settings)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from decausal.verbs.flags import VerbParser
+from decausal.verbs.flags import VerbParser, slow_imports
 
 
 def run(arguments: list[str]) -> int:
@@ -16,8 +16,9 @@ def run(arguments: list[str]) -> int:
     from decausal.models.names import check_source
 
     check_source(flags.model, flags.revision, may_be_converted=True)
-    from decausal.models.doctor import probes_as_dict, usable
-    from decausal.models.examination import examine_path, probes_as_table
+    with slow_imports():
+        from decausal.models.doctor import probes_as_dict, usable
+        from decausal.models.examination import examine_path, probes_as_table
 
     probes = examine_path(flags.model, revision=flags.revision)
     if flags.json:

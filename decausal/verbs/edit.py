@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, at_least, given, positive, text_from
+from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports, text_from
 from decausal.verbs.sampling import add_sampler_flags, check_model, check_recording, sampler_options, watching
 
 
@@ -20,7 +20,8 @@ def run(arguments: list[str]) -> int:
     options = sampler_options(flags) | given(flags, "num_tokens", "fraction", "span", "find", "rounds", "groups")
     check_model(flags.directory, options)
     text = _text(flags)
-    from decausal.sampling.model import load
+    with slow_imports():
+        from decausal.sampling.model import load
 
     model = load(flags.directory)
     with watching(model, flags.watch, flags.record) as on_step:

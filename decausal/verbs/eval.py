@@ -11,7 +11,7 @@ from decausal.data.reading import ON_BAD_RECORD, Reading
 from decausal.data.sources import refuse_missing
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, at_least, given, positive, wants_help
+from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports, wants_help
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 NLL = "decausal eval nll DIR --data DATA"
@@ -80,7 +80,8 @@ def _nll(arguments: list[str]) -> int:
     )
     check_model(flags.directory, {})
     refuse_missing(flags.data)
-    from decausal.evaluation.likelihood import evaluate_checkpoint
+    with slow_imports():
+        from decausal.evaluation.likelihood import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(
         flags.directory,
@@ -112,7 +113,8 @@ def _tasks(arguments: list[str]) -> int:
     named(names)
     options = sampler_options(flags) | given(flags, "max_new_tokens")
     check_model(flags.model, options, may_be_source=True)
-    from decausal.evaluation.tasks import evaluate_tasks_of
+    with slow_imports():
+        from decausal.evaluation.tasks import evaluate_tasks_of
 
     scores = evaluate_tasks_of(
         flags.model,

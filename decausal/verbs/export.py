@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from decausal.verbs.flags import VerbParser
+from decausal.verbs.flags import VerbParser, slow_imports
 
 
 def run(arguments: list[str]) -> int:
@@ -29,9 +29,10 @@ def run(arguments: list[str]) -> int:
     results = read_evaluation(flags.evaluation) if flags.evaluation is not None else ()
     refuse_filled(Path(flags.output_dir))
     read_facts(flags.directory)
-    from decausal.exchange.hub import push
-    from decausal.exchange.plain import export_plain
-    from decausal.exchange.sdar import export_sdar
+    with slow_imports():
+        from decausal.exchange.hub import push
+        from decausal.exchange.plain import export_plain
+        from decausal.exchange.sdar import export_sdar
 
     card = ModelCard(flags.name, flags.license, flags.evaluation, results)
     export = export_sdar if flags.format == "sdar" else export_plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import VerbParser, given, text_from
+from decausal.verbs.flags import VerbParser, given, slow_imports, text_from
 from decausal.verbs.sampling import (
     add_sampler_flags,
     check_model,
@@ -25,7 +25,8 @@ def run(arguments: list[str]) -> int:
     options = sampler_options(flags) | given(flags, "max_new_tokens")
     check_model(flags.directory, options)
     prompts = flags.prompts or [text_from(None, "generate")]
-    from decausal.sampling.model import load
+    with slow_imports():
+        from decausal.sampling.model import load
 
     model = load(flags.directory)
     with watching(model, flags.watch and len(prompts) == 1, flags.record) as on_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from decausal.verbs.flags import VerbParser
+from decausal.verbs.flags import VerbParser, slow_imports
 
 
 def run(arguments: list[str]) -> int:
@@ -21,7 +21,8 @@ def run(arguments: list[str]) -> int:
 
     refuse_filled(Path(flags.output_dir))
     refuse_wrong_name(flags.model, flags.revision)
-    from decausal.exchange.importing import import_checkpoint
+    with slow_imports():
+        from decausal.exchange.importing import import_checkpoint
 
     imported = import_checkpoint(
         flags.model,

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, given, positive
+from decausal.verbs.flags import VerbParser, given, positive, slow_imports
 from decausal.verbs.sampling import (
     add_sampler_flags,
     check_model,
@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> int:
     pieces = None if flags.text is None else parse_gaps(flags.text)
     options = sampler_options(flags) | given(flags, "max_gap", "length_search", "batch_size")
     check_model(flags.directory, options)
-    from decausal.sampling.model import load
+    with slow_imports():
+        from decausal.sampling.model import load
 
     model = load(flags.directory)
     with watching(model, flags.watch, flags.record) as on_step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import is_first_process, print_settings, print_training_arguments, wants_help
+from decausal.verbs.flags import is_first_process, print_settings, print_training_arguments, slow_imports, wants_help
 
 
 def run(arguments: list[str]) -> int:
@@ -22,7 +22,8 @@ def run(arguments: list[str]) -> int:
     from decausal.training.inputs import check_pretraining
 
     check_pretraining(settings, training)
-    from decausal.training.pretrain import pretrain
+    with slow_imports():
+        from decausal.training.pretrain import pretrain
 
     trained = pretrain(settings, training)
     if is_first_process():

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from decausal.errors import UserError
 from decausal.serving.settings import ServeSettings
-from decausal.verbs.flags import VerbParser, given
+from decausal.verbs.flags import VerbParser, given, slow_imports
 from decausal.verbs.sampling import check_model
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -59,7 +59,8 @@ def run(arguments: list[str]) -> int:
             f"serve needs {', '.join(missing)}, which the extra 'serve' brings: pip install 'decausal[serve]'"
         )
     check_model(flags.directory, {})
-    from decausal.serving.server import serve
+    with slow_imports():
+        from decausal.serving.server import serve
 
     tell = partial(_tell, open_to=settings.host if settings.api_key is None else None)
     serve(flags.directory, settings, with_source=flags.with_source, on_listening=tell)
