@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decausal.config import coerce
-from decausal.demo.arms import Recorder, arm_settings
+from decausal.demo.arms import MeasuringCallback, arm_settings
 from decausal.demo.held_out import HeldOut, prepare
 from decausal.demo.history import Crossing, Measurement, crossing
 from decausal.demo.settings import DemoSettings
@@ -103,7 +103,7 @@ def _run(demo: DemoSettings, changes: str, held_out: HeldOut, is_bf16: bool) -> 
     hints = get_type_hints(ConversionSettings)
     pairs = (change.partition("=") for change in changes.split())
     conversion = replace(conversion, **{name: coerce(value, hints[name], name) for name, _, value in pairs})
-    recorder = Recorder("aligned", held_out.likelihood, _NoView())
+    recorder = MeasuringCallback("aligned", held_out.likelihood, _NoView())
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         training["output_dir"] = str(Path(folder, "run"))
         with contextlib.redirect_stdout(nowhere):

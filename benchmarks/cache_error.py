@@ -39,8 +39,9 @@ from decausal.objectives.head import logits
 from decausal.provenance import provenance
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.rows import Row, padded, text_ids
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import text_ids
 
 EXACT = "exact"
 
@@ -85,8 +86,11 @@ def decoded(converted: Converted, row: Row, settings: SamplerSettings) -> Decode
     """Decodes a row, and beside every pass that used a cache reads the whole row, to compare."""
     model, _, facts = converted
     device = next(model.parameters()).device
-    ids, is_open, document_ids = (part.to(device) for part in padded([row], facts.mask_token_id))
-    zero = torch.zeros(1, dtype=torch.long, device=device)
+    ids = torch.tensor([row.ids(facts.mask_token_id)], device=device)
+    is_open = torch.zeros_like(ids, dtype=torch.bool)
+    for span in row.spans():
+        is_open[:, span.start : span.stop] = True
+    zero, document_ids = torch.zeros(1, dtype=torch.long, device=device), torch.zeros_like(ids)
     own = RowSettings.of([settings], device)
     rows = OpenRows(ids, is_open, is_open.clone(), document_ids, zero, zero.clone(), zero, own, is_whole=True)
     denoiser = Denoiser(model, facts, 1)

@@ -35,8 +35,10 @@ from decausal.data.documents import read_documents
 from decausal.data.encode import encode
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
 from decausal.provenance import provenance
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import CudaGraphs
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 
 BASELINE = "transformers"
@@ -151,19 +153,20 @@ class Workload:
         case, engine = self.cases[name], self.engine_of(name, batch_size)
         size = engine.block_size
         for prompt in self.prompts[:batch_size].tolist():
-            engine.submit(Request(prompt, case.settings))
+            row = Row((prompt, []), (case.settings.max_new_tokens,), "the prompt")
+            engine.submit(Job(row, case.settings, case.settings.seed))
         start = self.clock()
-        first_events = engine.step()
+        first_steps = engine.step()
         first = self.clock()
-        num_passes, finished = 0, [event.finished for event in first_events if event.finished]
-        while engine.num_unfinished:
-            finished += [event.finished for event in engine.step() if event.finished]
+        num_passes, ended = 0, {step.ticket: step.ended for step in first_steps if step.ended}
+        while engine.num_running:
+            ended |= {step.ticket: step.ended for step in engine.step() if step.ended}
             num_passes += 1
         end = self.clock()
-        rows = sorted(finished, key=lambda row: row.ticket)
-        num_first = sum(len(event.ids) for event in first_events)
-        num_blocks = [len(row.whole_ids) // size for row in rows]
-        num_steps = [1 + max(row.row_step_of_token) for row in rows]
+        rows = [ended[ticket] for ticket in sorted(ended)]
+        num_first = sum(len(step.ids) for step in first_steps)
+        num_blocks = [len(row.blocks.ids) // size for row in rows]
+        num_steps = [1 + max(row.step_of_token) for row in rows]
         return Run(
             prefill_seconds=first - start,
             seconds=end - first,

@@ -28,9 +28,12 @@ import decausal
 from decausal.data.documents import read_documents
 from decausal.models import backbone
 from decausal.provenance import provenance
-from decausal.sampling.rows import Row, fill_rows, text_ids
+from decausal.sampling.engines import write
+from decausal.sampling.jobs import BATCH_SIZE, Job
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import score_tokens
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import text_ids
 
 Judged = list[list[float]]
 
@@ -88,10 +91,11 @@ def mended(model: Any, judged: Judged, wrong: list[list[int]], right: list[list[
     for values, ids in zip(judged, wrong, strict=True):
         worst = sorted(range(len(values)), key=values.__getitem__)[:count]
         rows.append(Row.opened(ids, sorted(place + 1 for place in worst), "the row"))
-    filled = fill_rows(model._converted, rows, SamplerSettings())
+    jobs = [Job(row, SamplerSettings(), seed) for seed, row in enumerate(rows)]
+    ended = write(model.converted, jobs, batch_size=BATCH_SIZE)
     right_now = was_slip = broken = 0
-    for done, with_slips, without in zip(filled, wrong, right, strict=True):
-        for now, before, true in zip(done.ids, with_slips, without, strict=True):
+    for row, done, with_slips, without in zip(rows, ended, wrong, right, strict=True):
+        for now, before, true in zip(row.filled(done.ids), with_slips, without, strict=True):
             was_slip += before != true
             right_now += before != true and now == true
             broken += before == true and now != true

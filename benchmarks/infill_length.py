@@ -34,10 +34,13 @@ from rich.table import Table
 import decausal
 from decausal.data.documents import read_documents
 from decausal.provenance import provenance
+from decausal.sampling.engines import write
 from decausal.sampling.filling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, scored_positions
-from decausal.sampling.rows import Row, fill_rows, text_ids
+from decausal.sampling.jobs import BATCH_SIZE, Job
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import score_tokens
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import text_ids
 
 PREFIX_TOKENS, SUFFIX_TOKENS = 80, 48
 
@@ -124,9 +127,8 @@ def measure(model: Any, gaps: list[Gap], flags: argparse.Namespace) -> dict[str,
         tallies[f"search: {search}"] = by_search(model, gaps, search, flags)
     tallies["the true length"] = Tally()
     for gap in gaps:
-        (filled,) = fill_rows(model._converted, [gap.row(len(gap.truth))], settings)
-        written = filled.ids[len(gap.prefix) : len(gap.prefix) + len(gap.truth)]
-        tallies["the true length"].add(model.tokenizer, gap, written, filled.num_forwards)
+        (ended,) = write(model.converted, [Job(gap.row(len(gap.truth)), settings, 0)], batch_size=1)
+        tallies["the true length"].add(model.tokenizer, gap, ended.ids, ended.num_forwards)
     return tallies
 
 
@@ -134,10 +136,11 @@ def by_rules(model: Any, gaps: list[Gap], settings: SamplerSettings, most: int) 
     tallies = {f"rule: {name}": Tally() for name in RULES}
     for gap in gaps:
         rows = [gap.row(length) for length in range(1, most + 1)]
-        filled = fill_rows(model._converted, rows, settings, seeds=[0] * most)
+        ended = write(model.converted, [Job(row, settings, 0) for row in rows], batch_size=BATCH_SIZE)
+        filled = [row.filled(each.ids) for row, each in zip(rows, ended, strict=True)]
         positions = [scored_positions(row, model.facts.shift) for row in rows]
-        scores = score_tokens(model._converted, [each.ids for each in filled], positions, groups=SCORING_GROUPS)
-        passes = sum(each.num_forwards for each in filled) + most * SCORING_GROUPS
+        scores = score_tokens(model.converted, filled, positions, groups=SCORING_GROUPS)
+        passes = sum(each.num_forwards for each in ended) + most * SCORING_GROUPS
         for name, rule in RULES.items():
             ranked = []
             for row, places, found in zip(rows, positions, scores, strict=True):
@@ -145,8 +148,7 @@ def by_rules(model: Any, gaps: list[Gap], settings: SamplerSettings, most: int) 
                 is_gap = torch.tensor([place in span for place in places])
                 ranked.append(rule(found.log_prob[is_gap], found.log_prob[~is_gap]))
             best = max(range(most), key=ranked.__getitem__)
-            (span,) = rows[best].spans()
-            tallies[f"rule: {name}"].add(model.tokenizer, gap, filled[best].ids[span.start : span.stop], passes)
+            tallies[f"rule: {name}"].add(model.tokenizer, gap, ended[best].ids, passes)
     return tallies
 
 
@@ -160,12 +162,11 @@ def by_search(model: Any, gaps: list[Gap], search: str, flags: argparse.Namespac
         model._converted, texts, settings, max_gap=flags.max_gap, search=search, batch_size=flags.batch_size
     )
     rows = [text.row(each.lengths) for text, each in zip(texts, found, strict=True)]
-    filled = fill_rows(model._converted, rows, settings, seeds=[0] * len(rows), batch_size=flags.batch_size)
+    jobs = [Job(row, settings, 0) for row in rows]
+    ended = write(model.converted, jobs, batch_size=flags.batch_size)
     tally.seconds = time.process_time() - start
-    for gap, row, done, each in zip(gaps, rows, filled, found, strict=True):
-        (span,) = row.spans()
-        written = done.ids[span.start : span.stop]
-        tally.add(model.tokenizer, gap, written, each.num_forwards + done.num_forwards)
+    for gap, done, each in zip(gaps, ended, found, strict=True):
+        tally.add(model.tokenizer, gap, done.ids, each.num_forwards + done.num_forwards)
     return tally
 
 

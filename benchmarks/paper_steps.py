@@ -184,7 +184,8 @@ def decoding_pass(
     model: PreTrainedModel, *, num_rows: int, num_keys: int, block_size: int = 4, device: torch.device = META
 ) -> Tally:
     """A recorded pass of block decoding: every row reads its finished block and denoises the next one."""
-    rows = BlockRows(num_rows, num_keys, block_size, model.config.vocab_size - 1, (0,), device)
+    rows = BlockRows(num_rows, num_keys, block_size, model.config.vocab_size - 1, device)
+    rows.grow_ends(1)
     reader = Reader(model, Layout("block", block_size), 0, BlockCache(model.config, num_rows, num_keys), rows)
     settings = RowSettings.of([SamplerSettings(threshold=0.9)] * num_rows, torch.device("cpu"))
     settings = moved_settings(settings, device)

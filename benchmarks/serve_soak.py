@@ -34,10 +34,12 @@ from serve import Server, made, quantile, serving
 from decausal.models.checkpoint import load_converted
 from decausal.provenance import provenance
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.rows import Row, prompt_ids, text_after
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids
+from decausal.sampling.texts import prompt_ids, text_after
 
 PROMPTS = ["class Point:\n", "import ", "def read(path):\n", "    try:\n        return ", "for i in range("]
 BAD: list[tuple[bytes, int]] = [

@@ -18,7 +18,8 @@ from decausal.data.rows import load_rows
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt, load_source
-from decausal.models.checkpoint import ConversionFacts, save_converted
+from decausal.models.checkpoint import save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.questions import Answers

@@ -10,7 +10,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from decausal.models.checkpoint import read_facts, save_converted
+from decausal.models.checkpoint import save_converted
+from decausal.models.facts import read_facts
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import ROOT, write_text
 from tests.sampling.tiny_models import converted

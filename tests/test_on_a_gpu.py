@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.trainer import ConversionTrainer
 from tests.exact.test_on_policy_runs import ON_POLICY
 from tests.runs import TRAINING, assert_same, run, save_source, weights, write_text
-from tests.sampling.block_decoding import block_facts, sharp_model
+from tests.sampling.block_decoding import block_facts, job_of, sharp_model
+from tests.sampling.denoising import in_order
 
 DEVICE = "cuda"
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block"}
@@ -106,11 +107,11 @@ def test_the_host_never_waits_inside_a_step(
 def test_rows_are_decoded_as_on_a_cpu(shift: int) -> None:
     schedules = ({"num_steps": 2}, {"threshold": 0.5}, {"num_steps": 3, "temperature": 1.0, "top_k": 5})
     rows = [
-        Request([7, 5, 9, 11, 4][: 1 + index], SamplerSettings(max_new_tokens=14, **schedule), seed=index)
+        job_of([7, 5, 9, 11, 4][: 1 + index], SamplerSettings(max_new_tokens=14, **schedule), seed=index)
         for index, schedule in enumerate(schedules)
     ]
     written = []
     for device in (DEVICE, "cpu"):
         engine = BlockEngine(sharp_model().to(device), block_facts(4, shift), max_rows=2)
-        written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(rows)})
+        written.append(in_order(engine, rows))
     assert written[0] == written[1]

@@ -39,7 +39,7 @@ class Event:
 Tell = Callable[[Event], None]
 
 
-class Recorder(TrainerCallback):
+class BudgetCallback(TrainerCallback):
     """Measures a run after shares of its budget and records it, with a checkpoint each time.
 
     Its clock runs in training only, rollouts included: not while the model is prepared, measured or saved.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from decausal.compare.arms import ArmRun
 from decausal.compare.budget import Budget, steps_for_minutes
 from decausal.compare.measuring import Measure
-from decausal.compare.recorder import Event, Recorder, Tell
+from decausal.compare.recorder import BudgetCallback, Event, Tell
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
 from decausal.compare.settings import Schedule
 from decausal.errors import UserError
@@ -111,7 +111,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
     tell(Event(run.name, "began"))
     model = None
     if overwrite or not is_finished(directory):
-        recorder = Recorder(
+        recorder = BudgetCallback(
             run.name,
             planned.budget,
             measure.settings.points,

@@ -91,7 +91,7 @@ def train_arm(
         UserError: as `convert`.
     """
     conversion_settings, training = arm_settings(settings, arm, is_bf16=is_bf16)
-    recorder = Recorder(arm, likelihood, view)
+    recorder = MeasuringCallback(arm, likelihood, view)
     view.begin(arm)
     # transformers prints each log line; the view shows what is in them
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -101,7 +101,7 @@ def train_arm(
     )
 
 
-class Recorder(TrainerCallback):
+class MeasuringCallback(TrainerCallback):
     """Measures a run before its first step, wherever the trainer evaluates, and after its last.
 
     Its clock runs in training only: not while the model is prepared, measured or saved.

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.documents import Record, read_documents
-from decausal.sampling.bidirectional.sampler import OnStep
+from decausal.sampling.jobs import OnStep
 from decausal.sampling.model import DiffusionModel
 
 MOST_DOCUMENTS = 500  # of a large data set, the first ones are choice enough

@@ -12,10 +12,10 @@ from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import Generation, continuation, end_token_ids
-from decausal.sampling.jobs import Job
-from decausal.sampling.rows import BATCH_SIZE, Row, prompt_ids
+from decausal.sampling.generate import Generation, continuation, continuing
+from decausal.sampling.jobs import BATCH_SIZE, Job
 from decausal.sampling.settings import MOST_ROWS, SamplerSettings
+from decausal.sampling.stopping import end_token_ids
 
 LONGEST = 4096
 """Tokens of a row where neither the model nor the caller says how many."""
@@ -123,9 +123,7 @@ class BatchEngine:
                 for progress in self._engine.step() if running else ():
                     if progress.ended is not None:
                         index, prompt, job = running.pop(progress.ticket)
-                        finished[index] = continuation(
-                            self.converted, prompt.text, job.row.given[0], progress.ended, job.settings
-                        )
+                        finished[index] = continuation(self.converted, prompt.text, job, progress.ended)
                 while num_told in finished:
                     answer = finished.pop(num_told)
                     num_told += 1
@@ -155,10 +153,7 @@ class BatchEngine:
             finished[index] = error
 
     def _job(self, wanted: Wanted) -> Job:
-        ids, settings = prompt_ids(self.converted, wanted.text, wanted.chat), wanted.settings
-        row = Row((ids, []), (settings.max_new_tokens,), wanted.name)
-        row.check(self.converted)
-        return Job(row, settings, settings.seed, self._ends)
+        return continuing(self.converted, wanted.text, wanted.settings, self._ends, chat=wanted.chat, name=wanted.name)
 
 
 def longest_row(converted: Converted, max_length: int | None) -> int:

@@ -17,7 +17,7 @@ from decausal.sampling.batch import BatchEngine, Wanted
 from decausal.sampling.batch_paths import check_job_files, recorded_settings, settings_path
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import Generation
-from decausal.sampling.rows import BATCH_SIZE
+from decausal.sampling.jobs import BATCH_SIZE
 from decausal.sampling.settings import ALIASES, SamplerSettings
 
 ON_ERROR = ("stop", "record")

@@ -1,23 +1,24 @@
-"""The engine that fits a model, and each job to the engine that fits its settings."""
+"""The engine that fits a model, each job to the engine that fits its settings, and rows written from end to end."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from decausal.devices import choices
 from decausal.errors import UserError
+from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
-from decausal.sampling.blocks.jobs import BlockJobs
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.defaults import settings_for
-from decausal.sampling.generate import end_token_ids
-from decausal.sampling.jobs import Engine, Job, Progress
-from decausal.sampling.stopping import refuse_stop_token_ids
+from decausal.sampling.jobs import Ended, Engine, Job, OnStep, Progress, refuse_batch_size, run
+from decausal.sampling.stopping import end_token_ids, refuse_stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def engine_for(
     """
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
-        denoising = _block_jobs(converted, max_rows, max_length, cuda_graphs)
+        denoising = _block_engine(converted, max_rows, max_length, cuda_graphs)
     elif cuda_graphs:
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
@@ -59,18 +60,49 @@ def engine_for(
     )
 
 
-def _block_jobs(converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None) -> BlockJobs:
-    ends = end_token_ids(converted)
+def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step: OnStep | None = None) -> list[Ended]:
+    """Writes rows with an engine of their own, `batch_size` at a time: as one ends the next one enters.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        jobs: The rows; what becomes of one depends neither on the others nor on `batch_size`.
+        batch_size: Rows in one forward pass.
+        on_step: See `jobs.OnStep`.
+
+    Returns:
+        How each row ended, in the order of `jobs`.
+
+    Raises:
+        UserError: A row that the model cannot read or an engine cannot write; a batch size below 1.
+    """
+    refuse_batch_size(batch_size)
+    if not jobs:
+        return []
+    for job in jobs:
+        job.row.check(converted)
+    context, block_size = context_length(converted.model.config), converted.facts.block_size or 1
+    longest = -(-max(job.row.length for job in jobs) // block_size) * block_size
+    max_length = longest if context is None else min(longest, context)
+    engine = engine_for(converted, max_rows=min(batch_size, len(jobs)), max_length=max_length, cuda_graphs=False)
+    ended = dict(run(engine, jobs, on_step))
+    return [ended[index] for index in range(len(jobs))]
+
+
+def _block_engine(converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None) -> BlockEngine:
+    def make(**options: Any) -> BlockEngine:
+        model, tokenizer, facts = converted
+        return BlockEngine(model, facts, max_rows=max_rows, max_length=max_length, tokenizer=tokenizer, **options)
+
     if choices(converted.model.device).records if cuda_graphs is None else cuda_graphs:
-        jobs = BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends, record=CudaGraphs())
+        engine = make(record=CudaGraphs())
         try:
-            jobs.record_ahead(settings_for(converted.facts))
-            return jobs
+            engine.record_ahead(settings_for(converted.facts), len(end_token_ids(converted)))
+            return engine
         except CannotRecordError as error:
             if cuda_graphs:
                 raise UserError(f"{error}; leave cuda_graphs out") from error
             logger.warning("%s; passes run as they are", error)
-    return BlockJobs(converted, max_rows=max_rows, max_length=max_length, end_token_ids=ends)
+    return make()
 
 
 class _BySettings:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.bidirectional.sampler import OnStep
-from decausal.sampling.blocks.continuing import continue_in_blocks, continue_speculatively
-from decausal.sampling.blocks.engine import Finished
 from decausal.sampling.defaults import settings_for
-from decausal.sampling.jobs import Ended
-from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows, named, prompt_ids, text_after
-from decausal.sampling.stopping import refuse_stop_token_ids, text_before_stop, tokens_to_stop
+from decausal.sampling.engines import write
+from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep, refuse_batch_size
+from decausal.sampling.rows import Row
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids, text_before_stop
+from decausal.sampling.texts import named, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def generate(
         prompts: Text. An empty prompt starts from the tokenizer's BOS or EOS token.
         chat: Treat each prompt as a user's message and put it through the tokenizer's chat template.
         batch_size: Rows denoised together; it does not change what they become.
-        on_step: See `sampler.OnStep`; called for each batch in turn. With a block model all prompts are one batch.
+        on_step: Called with every step of every row, see `jobs.OnStep`.
         **options: `SamplerSettings` by name, or by the names other samplers use.
 
     Returns:
@@ -67,94 +66,50 @@ def generate(
     Raises:
         UserError: A bad setting, a prompt that does not fit or holds the mask token, no chat template, no start token.
     """
+    refuse_batch_size(batch_size)
     settings = settings_for(converted.facts, **options)
-    refuse_stop_token_ids(settings, converted.model.config.get_text_config().vocab_size)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    names = named("prompt", texts)
-    ids = [prompt_ids(converted, text, chat) for text in texts]
     ends = end_token_ids(converted)
-    if settings.speculative:
-        if on_step is not None:
-            raise UserError("speculative decoding has no steps of denoising to show; leave it out, or do not watch")
-        written = continue_speculatively(converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size)
-        generations = [continuation(converted, *each, settings) for each in zip(texts, ids, written, strict=True)]
-    elif converted.facts.layout == "block":
-        finished = continue_in_blocks(
-            converted, ids, names, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step
-        )
-        generations = [_of_blocks(converted, *each, settings) for each in zip(texts, ids, finished, strict=True)]
-    else:
-        rows = [Row((given, []), (settings.max_new_tokens,), name) for given, name in zip(ids, names, strict=True)]
-        filled = fill_rows(converted, rows, settings, end_token_ids=ends, batch_size=batch_size, on_step=on_step)
-        generations = [
-            _ended(converted, generation(converted, text, "", row, done), row, text, ends, settings)
-            for text, row, done in zip(texts, rows, filled, strict=True)
-        ]
+    jobs = [
+        continuing(converted, text, settings.updated(seed=settings.seed + index), ends, chat=chat, name=name)
+        for index, (text, name) in enumerate(zip(texts, named("prompt", texts), strict=True))
+    ]
+    ended = write(converted, jobs, batch_size=batch_size, on_step=on_step)
+    generations = [continuation(converted, *each) for each in zip(texts, jobs, ended, strict=True)]
     return generations[0] if isinstance(prompts, str) else generations
 
 
-def generation(converted: Converted, prefix: str, suffix: str, row: Row, filled: Filled) -> Generation:
-    """Returns what a row with one gap became, as text."""
-    (gap,) = row.spans()
-    written = [position for position in gap if filled.step_of_token[position] >= 0]
-    new_ids = [filled.ids[position] for position in written]
-    text = text_after(converted.tokenizer, row.given[0], new_ids)
-    return Generation(
-        text=text,
-        full_text=prefix + text + suffix,
-        ids=new_ids,
-        step_of_token=[filled.step_of_token[position] for position in written],
-        num_forwards=filled.num_forwards,
-        tokens_per_forward=filled.tokens_per_forward,
-    )
+def continuing(
+    converted: Converted, prompt: str, settings: SamplerSettings, ends: tuple[int, ...], *, chat: bool, name: str
+) -> Job:
+    """The job that continues a prompt.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        prompt: Text.
+        settings: How it is continued; its `seed` is the row's own.
+        ends: Tokens that end the answer, see `stopping.end_token_ids`.
+        chat: Put the prompt through the tokenizer's chat template.
+        name: What error messages call it.
+
+    Raises:
+        UserError: As `texts.prompt_ids`; a prompt that the model cannot read.
+    """
+    row = Row((prompt_ids(converted, prompt, chat), []), (settings.max_new_tokens,), name)
+    row.check(converted)
+    return Job(row, settings, settings.seed, ends)
 
 
-def continuation(
-    converted: Converted, prompt: str, given: list[int], ended: Ended, settings: SamplerSettings
-) -> Generation:
+def continuation(converted: Converted, prompt: str, job: Job, ended: Ended) -> Generation:
     """Returns what an engine made of a prompt, as text."""
-    text = text_before_stop(converted.tokenizer, given, ended.ids, settings)
+    text = text_before_stop(converted.tokenizer, job.row.given[0], ended.ids, job.settings)
     return Generation(
         text=text,
         full_text=prompt + text,
         ids=ended.ids,
         step_of_token=ended.step_of_token,
         num_forwards=ended.num_forwards,
-        tokens_per_forward=len(ended.ids) / ended.num_forwards,
+        tokens_per_forward=ended.tokens_per_forward,
         finish_reason=ended.reason,
+        block_of_token=None if ended.blocks is None else ended.blocks.of_token,
     )
-
-
-def _of_blocks(
-    converted: Converted, prompt: str, given: list[int], row: Finished, settings: SamplerSettings
-) -> Generation:
-    written = continuation(converted, prompt, given, row.ended, settings)
-    return replace(written, block_of_token=row.block_of_token)
-
-
-def _ended(
-    converted: Converted, whole: Generation, row: Row, prompt: str, ends: Sequence[int], settings: SamplerSettings
-) -> Generation:
-    """A bidirectional row with the reason why it ended, cut where a stop text is complete."""
-    num_new = tokens_to_stop(converted.tokenizer, row.given[0], whole.ids, 0, settings)
-    if num_new is None:
-        return replace(whole, finish_reason="end" if whole.ids and whole.ids[-1] in ends else "length")
-    text = text_before_stop(converted.tokenizer, row.given[0], whole.ids, settings)
-    return replace(
-        whole,
-        text=text,
-        full_text=prompt + text,
-        ids=whole.ids[:num_new],
-        step_of_token=whole.step_of_token[:num_new],
-        tokens_per_forward=num_new / whole.num_forwards,
-        finish_reason="stop",
-    )
-
-
-def end_token_ids(converted: Converted) -> tuple[int, ...]:
-    """The tokenizer's EOS first, then what else the model's generation settings and its facts count as an end."""
-    generation_config = getattr(converted.model, "generation_config", None)
-    listed = getattr(generation_config, "eos_token_id", None)
-    ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    ends += converted.facts.end_token_ids
-    return tuple(dict.fromkeys(end for end in ends if end is not None))

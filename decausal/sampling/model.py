@@ -14,14 +14,13 @@ from decausal.sampling import batch_files
 from decausal.sampling import generate as generating
 from decausal.sampling.batch import BatchEngine
 from decausal.sampling.batch_files import BatchResult, OnProgress
-from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.editing import edit as editing
 from decausal.sampling.editing.edit import GROUPS, Edit, TokenConfidence
 from decausal.sampling.filling import infilling
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.infilling import MAX_GAP, Filling
 from decausal.sampling.generate import Generation
-from decausal.sampling.rows import BATCH_SIZE
+from decausal.sampling.jobs import BATCH_SIZE, OnStep
 
 
 class DiffusionModel:

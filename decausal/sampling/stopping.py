@@ -1,4 +1,4 @@
-"""Where a text or a token that ends a row first stands in it."""
+"""What ends a row: end tokens, and the first stop text or stop token in it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from decausal.errors import UserError
+from decausal.models.checkpoint import Converted
 from decausal.sampling.borders import Border
-from decausal.sampling.rows import text_after
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import text_after
 
 _special_ids: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
+
+
+def end_token_ids(converted: Converted) -> tuple[int, ...]:
+    """The tokenizer's EOS first, then what else the model's generation settings and its facts count as an end."""
+    generation_config = getattr(converted.model, "generation_config", None)
+    listed = getattr(generation_config, "eos_token_id", None)
+    ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    ends += converted.facts.end_token_ids
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
 
 
 def tokens_to_stop(

@@ -91,7 +91,7 @@ class TokenTexts:
         return self.alone(token).startswith(BROKEN) and self.bytes_of(token)[0] >> 6 == 0b10
 
     def _joined(self, ids: Sequence[int | None]) -> list[str]:
-        """The texts of the first tokens, up to where a character ends, an open position comes or none can end."""
+        """The texts of the first tokens, up to where a character ends or an open position comes; else of one."""
         pieces: list[str] = []
         shown = ""
         for number, token in enumerate(ids, start=1):
@@ -99,12 +99,14 @@ class TokenTexts:
                 return pieces
             text = self.alone(token) if number == 1 else self._text(ids[:number])
             is_whole = not text.endswith(BROKEN)
-            told = text if is_whole or number == len(ids) else text.rstrip(BROKEN)
+            told = text if is_whole or number == len(ids) < MOST_TOKENS else text.rstrip(BROKEN)
             pieces.append(told[len(shown) :])
             shown = told
             if is_whole:
                 return pieces
-        return pieces
+        if len(ids) < MOST_TOKENS:  # the row is over
+            return pieces
+        return [self.alone(ids[0])]  # what it begins ends nowhere; the tokens after it may begin a character themselves
 
     def _text(self, ids: Sequence[int | None]) -> str:
         return self._decode(ids).removeprefix(self._before)

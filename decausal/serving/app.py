@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from decausal.sampling.log_probs import given_log_probs
+from decausal.sampling.scoring import given_log_probs
 from decausal.serving import responses
 from decausal.serving.call import Asked, Call, Stream, give_up_when_left
 from decausal.serving.choices import Choice, Delta, TokenLogProb, echoed
@@ -27,7 +27,7 @@ from decausal.serving.hosts import Hosts
 from decausal.serving.metrics import Metrics
 from decausal.serving.middleware import Gate, missing_page, refused, wrong_method
 from decausal.serving.plans import Plan, chat_plan, completion_plan
-from decausal.serving.reading import Readers, Work, read_body
+from decausal.serving.reading import Readers, Work, client_left, read_body
 from decausal.serving.schema import ChatBody, CompletionBody, parse
 from decausal.serving.served import Served, find
 from decausal.serving.settings import ServeSettings

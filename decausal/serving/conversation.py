@@ -11,9 +11,10 @@ from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import end_token_ids
 from decausal.sampling.jobs import Job
-from decausal.sampling.rows import Row, text_ids
+from decausal.sampling.rows import Row
+from decausal.sampling.stopping import end_token_ids
+from decausal.sampling.texts import text_ids
 from decausal.serving.choices import Choice
 
 Message = dict[str, str]

@@ -9,8 +9,8 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.filling.gaps import Piece, split_gaps
 from decausal.sampling.filling.lengths import GappedText
-from decausal.sampling.rows import ids_behind, named, prompt_ids
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import ids_after, named, prompt_ids
 from decausal.serving.counting import Work, refuse_long_ids, refuse_long_text, refuse_many_gaps
 from decausal.serving.errors import bad_request
 from decausal.serving.schema import CompletionBody
@@ -42,7 +42,7 @@ def completion_texts(
     texts, behind = [], []
     if body.suffix:
         refuse_long_text(converted.tokenizer, body.suffix, max_total_tokens, "the suffix", "suffix", work)
-        behind = ids_behind(converted.tokenizer, body.suffix)
+        behind = ids_after(converted.tokenizer, body.suffix)
     wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a row has a gap, whether or not it is written
     is_unknown = bool(behind) and body.max_tokens is None
     is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)

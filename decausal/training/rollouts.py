@@ -15,7 +15,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from decausal.models.facts import ConversionFacts
-from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.jobs import Ended, Job, run
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 
 NEVER = torch.iinfo(torch.int64).max
@@ -91,24 +93,28 @@ class Decoding:
             self.facts,
             max_rows=min(self.max_rows, len(tasks)),
             max_length=max(len(task.prompt_ids) + task.num_new_tokens for task in tasks),
-            end_token_ids=self.end_token_ids,
         )
-        requests = (
-            Request(task.prompt_ids.tolist(), self.settings.updated(max_new_tokens=task.num_new_tokens), task.seed)
+        jobs = [
+            Job(
+                Row((task.prompt_ids.tolist(), []), (task.num_new_tokens,), "the prompt"),
+                self.settings,
+                task.seed,
+                self.end_token_ids,
+            )
             for task in tasks
-        )
-        finished = {row.ticket: row for row in engine.run(requests)}
-        return [as_rollout(task.prompt_ids, finished[ticket], engine.block_size) for ticket, task in enumerate(tasks)]
+        ]
+        ended = dict(run(engine, jobs))
+        return [as_rollout(task.prompt_ids, ended[index], engine.block_size) for index, task in enumerate(tasks)]
 
 
-def as_rollout(prompt_ids: Int[Tensor, " P"], row: Finished, block_size: int) -> Rollout:
+def as_rollout(prompt_ids: Int[Tensor, " P"], row: Ended, block_size: int) -> Rollout:
     """Puts the prompt before the blocks that were written.
 
     Behind the end some positions were perhaps never kept: there the end token stands, for a clean row holds no masks.
     """
-    first = row.first_block * block_size
-    ids = torch.cat([prompt_ids[:first], torch.tensor(row.whole_ids, dtype=torch.int64)])
-    steps = torch.cat([torch.full((first,), -1), torch.tensor(row.whole_steps, dtype=torch.int64)])
+    first = row.blocks.first * block_size
+    ids = torch.cat([prompt_ids[:first], torch.tensor(row.blocks.ids, dtype=torch.int64)])
+    steps = torch.cat([torch.full((first,), -1), torch.tensor(row.blocks.steps, dtype=torch.int64)])
     is_never = (steps < 0) & (torch.arange(len(ids)) >= len(prompt_ids))
     return Rollout(
         ids=torch.where(is_never, row.ids[-1], ids),
@@ -116,5 +122,5 @@ def as_rollout(prompt_ids: Int[Tensor, " P"], row: Finished, block_size: int) ->
         end=len(prompt_ids) + len(row.ids),
         step_of_token=torch.where(is_never, NEVER, steps),
         num_forwards=row.num_forwards,
-        has_ended=row.finish_reason == "end",
+        has_ended=row.reason == "end",
     )

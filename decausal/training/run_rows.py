@@ -20,8 +20,8 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
-from decausal.sampling.generate import end_token_ids
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids
 from decausal.training.on_policy import OnPolicyCollator, OnPolicyRows, OnPolicyStream, RolloutPlan
 from decausal.training.rollouts import Decoding
 from decausal.training.run import rows_per_step, run_length

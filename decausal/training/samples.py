@@ -17,7 +17,7 @@ from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import generate
-from decausal.sampling.rows import prompt_ids
+from decausal.sampling.texts import prompt_ids
 from decausal.training.sample_prompts import SamplePrompt
 
 SAMPLES_FILE = "samples.jsonl"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decausal.errors import UserError
 from decausal.sampling.settings import CACHES, CONFIDENCES, ORDERS, REMASKINGS, SamplerSettings
 from decausal.verbs.flags import given, positive
+
+if TYPE_CHECKING:
+    from decausal.sampling.jobs import OnStep, Progress
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,21 +116,21 @@ def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
 
 
 @contextmanager
-def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[Callable[..., None] | None]:
+def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[OnStep | None]:
     """Shows the steps in the terminal, writes them to a file, both or neither; yields what to call after each step."""
-    from decausal.sampling.watching.record import Recorder
+    from decausal.sampling.watching.record import Recording
     from decausal.sampling.watching.watch import Watch
 
     with ExitStack() as stack:
-        viewers: list[Callable[..., None]] = []
+        viewers: list[OnStep] = []
         if record is not None:
-            viewers.append(stack.enter_context(Recorder(record, model.tokenizer)))
+            viewers.append(stack.enter_context(Recording(record, model.tokenizer)))
         if is_watched:
             viewers.append(stack.enter_context(Watch(model.tokenizer)))
 
-        def show(*step: Any) -> None:
+        def show(progress: Progress) -> None:
             for viewer in viewers:
-                viewer(*step)
+                viewer(progress)
 
         yield show if viewers else None
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from decausal.models.checkpoint import save_converted
-from decausal.sampling.rows import text_ids
+from decausal.sampling.texts import text_ids
 from tests.sampling.tiny_models import converted
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

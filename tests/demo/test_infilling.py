@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from decausal.data.corpus import embedded_model_path
 from decausal.demo.infilling import Gap, _pieces, choose_gap
-from decausal.sampling.rows import text_ids
+from decausal.sampling.texts import text_ids
 from tests.families import tiny_tokenizer
 
 CODE = "".join(f"def f{number}(a, b):\n    c = a + {number}\n    return c\n\n" for number in range(8))

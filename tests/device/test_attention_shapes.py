@@ -12,13 +12,14 @@ from counting import AttentionShapes
 from decausal.diffusion.layout import Layout
 from decausal.models.attention_plans import MOST_PLANS, SHORTEST
 from decausal.models.backbone import body_forward
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES
-from tests.sampling.block_decoding import block_facts, sharp_model
+from tests.sampling.block_decoding import block_facts, job_of, sharp_model
+from tests.sampling.denoising import in_order
 from tests.sampling.tiny_models import converted
 
 NUM_PASSES = 100
@@ -37,7 +38,7 @@ def test_decoding_and_rollouts_plan_no_attention(block_size: int) -> None:
     engine = BlockEngine(sharp_model(), block_facts(block_size), max_rows=3)
     settings = SamplerSettings(max_new_tokens=20, num_steps=2)
     with AttentionShapes() as seen:
-        list(engine.run(Request([5] * (1 + seed % 9), settings, seed) for seed in range(32)))
+        in_order(engine, [job_of([5] * (1 + seed % 9), settings, seed) for seed in range(32)])
     assert seen.num_calls > NUM_PASSES * engine.model.config.num_hidden_layers
     assert not seen.planned
     assert torch.backends.cuda.cudnn_sdp_enabled()

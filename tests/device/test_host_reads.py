@@ -9,13 +9,12 @@ import torch
 from counting import HostReads, OneDevice
 
 from decausal.sampling.bidirectional.row_engine import RowEngine
-from decausal.sampling.bidirectional.sampler import denoise
-from decausal.sampling.blocks.engine import BlockEngine, Request
-from decausal.sampling.jobs import Job
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.jobs import Job, run
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
-from tests.sampling.block_decoding import block_facts, sharp_model
+from tests.sampling.block_decoding import block_facts, job_of, sharp_model
 from tests.sampling.tiny_models import converted
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,22 +54,21 @@ def test_a_pass_of_whole_rows_asks_the_device_twice(kind: str) -> None:
 
 
 def test_denoising_asks_the_device_twice_a_pass_and_once_when_a_row_ends() -> None:
-    model, _, facts = converted()
-    ids = torch.full((2, 12), 5)
-    is_open = torch.arange(12) >= torch.tensor([[4], [8]])
+    engine = RowEngine(converted(), max_rows=2, max_length=12)
+    settings = SamplerSettings(num_steps=8)
+    jobs = [Job(Row(([5] * given, []), (12 - given,), "row"), settings, 0) for given in (4, 8)]
     passes = []
     with HostReads() as seen:
-        found = denoise(model, facts, ids, is_open, SamplerSettings(num_steps=8), on_step=lambda *_: passes.append(1))
-    assert found.num_forwards.tolist() == [8, 4]
-    once = 4  # what is checked before the first pass, and what the rows' lengths are, at the start and at either end
-    assert seen.reads.total() <= 2 * len(passes) + once + 2, seen.reads
+        ended = dict(run(engine, jobs, passes.append))
+    assert [ended[index].num_forwards for index in (0, 1)] == [8, 4]
+    assert seen.reads.total() <= 2 * max(8, 4) + len(jobs), seen.reads
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_a_pass_of_blocks_asks_the_device_once(block_size: int) -> None:
     engine = BlockEngine(sharp_model(), block_facts(block_size), max_rows=2, max_length=32)
     for seed in (0, 1):
-        engine.submit(Request([5, 7, 9, 11], SamplerSettings(max_new_tokens=16, num_steps=2), seed))
+        engine.submit(job_of([5, 7, 9, 11], SamplerSettings(max_new_tokens=16, num_steps=2), seed))
     for _ in range(3):
         engine.step()
     with HostReads() as seen:

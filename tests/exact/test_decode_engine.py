@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from decausal.diffusion.doubled import double
 from decausal.models.backbone import body_forward
-from decausal.sampling.blocks.engine import BlockEngine, Finished, Request
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.jobs import Ended, Job
 from decausal.sampling.settings import SamplerSettings
 from tests.families import SLIDING_WINDOW
-from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, decode, sharp_model
+from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, decode, job_of, sharp_model
+from tests.sampling.denoising import drained, in_order
 from tests.sampling.tape import Tapes
 
 MODEL = sharp_model()
@@ -44,43 +46,39 @@ layouts = {"block_size": block_sizes, "shift": st.sampled_from([0, 1]), "causal_
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> Request:
+def jobs(draw: st.DrawFn) -> Job:
     own = SamplerSettings(
         max_new_tokens=draw(st.integers(1, 14)), confidence=draw(orders), **draw(schedules), **draw(draws)
     )
-    return Request(draw(prompts), own, seed=draw(st.integers(0, 99)))
+    return job_of(draw(prompts), own, seed=draw(st.integers(0, 99)), ends=(END,))
 
 
 def engine_of(facts: Any, model: PreTrainedModel = MODEL, padding: int | None = None, **options: Any) -> BlockEngine:
-    engine = BlockEngine(model, facts, **{"max_rows": 4, "end_token_ids": (END,), **options})
+    engine = BlockEngine(model, facts, **{"max_rows": 4, **options})
     if padding is not None:
         engine._reader.free_padding = padding
     return engine
 
 
-def run(engine: BlockEngine, rows: list[Request]) -> list[Finished]:
-    return sorted(engine.run(rows), key=lambda row: row.ticket)
-
-
-def told(row: Finished) -> tuple[Any, ...]:
-    return row.ids, row.block_of_token, row.step_of_token, row.finish_reason
+def told(row: Ended) -> tuple[Any, ...]:
+    return row.ids, row.blocks.of_token, row.blocks.step_of_token, row.reason
 
 
 @settings(max_examples=24, deadline=None)
 @given(
     **layouts,
-    rows=st.lists(requests(), min_size=1, max_size=4),
+    rows=st.lists(jobs(), min_size=1, max_size=4),
     max_rows=st.integers(1, 4),
     padding=st.sampled_from([0, 5, NEVER]),
 )
 def test_rows_are_what_passes_over_whole_rows_give(
-    block_size: int, shift: int, causal_context: bool, rows: list[Request], max_rows: int, padding: int
+    block_size: int, shift: int, causal_context: bool, rows: list[Job], max_rows: int, padding: int
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
-    found = run(engine_of(facts, max_rows=max_rows, padding=padding), rows)
+    found = in_order(engine_of(facts, max_rows=max_rows, padding=padding), rows)
     assert len(found) == len(rows)
-    for row, request in zip(found, rows, strict=True):
-        expected = decode(MODEL, facts, request.prompt_ids, request.settings, request.seed, (END,))
+    for row, job in zip(found, rows, strict=True):
+        expected = decode(MODEL, facts, job.row.given[0], job.settings, job.seed, (END,))
         assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
         assert row.num_forwards == expected.num_steps
 
@@ -98,10 +96,10 @@ FAMILY_MODELS = {
 def test_rows_of_other_families_are_what_passes_over_whole_rows_give(family: str, shift: int) -> None:
     model, facts = FAMILY_MODELS[family], block_facts(4, shift)
     own = SamplerSettings(max_new_tokens=9, threshold=0.6)
-    rows = [Request([7, 5, 9, 11, 4, 8][:length], own) for length in (1, 4, 6)]
+    rows = [job_of([7, 5, 9, 11, 4, 8][:length], own, ends=(END,)) for length in (1, 4, 6)]
     windows = {"mistral": SLIDING_WINDOW, "gemma3": SLIDING_WINDOW, "gemma2": SLIDING_WINDOW}
-    for row, request in zip(run(engine_of(facts, model), rows), rows, strict=True):
-        expected = decode(model, facts, request.prompt_ids, own, 0, (END,), window=windows.get(family))
+    for row, job in zip(in_order(engine_of(facts, model), rows), rows, strict=True):
+        expected = decode(model, facts, job.row.given[0], own, 0, (END,), window=windows.get(family))
         assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
 
 
@@ -121,23 +119,23 @@ class RecordedStates:
 
 
 @settings(max_examples=14, deadline=None)
-@given(**layouts, request=requests())
+@given(**layouts, job=jobs())
 @torch.no_grad()
 def test_states_are_those_of_the_row_that_is_trained_on(
-    block_size: int, shift: int, causal_context: bool, request: Request
+    block_size: int, shift: int, causal_context: bool, job: Job
 ) -> None:
     """Identity 3: every state an engine decided from stands in a row of clean and noised tokens."""
     facts = block_facts(block_size, shift, causal_context)
     engine = engine_of(facts)
     states = RecordedStates(engine)
-    (row,) = engine.run([request])
-    size, first = block_size, row.first_block * block_size
-    clean = torch.tensor([[*request.prompt_ids[:first], *row.whole_ids]])
-    steps = torch.tensor([-1] * first + row.whole_steps)
-    was_given = torch.arange(clean.shape[1]) < len(request.prompt_ids)
+    (row,) = in_order(engine, [job])
+    size, first = block_size, row.blocks.first * block_size
+    clean = torch.tensor([[*job.row.given[0][:first], *row.blocks.ids]])
+    steps = torch.tensor([-1] * first + row.blocks.steps)
+    was_given = torch.arange(clean.shape[1]) < len(job.row.given[0])
     blocks = torch.arange(clean.shape[1]) // size
     pass_number = 0
-    for block in range(row.first_block, clean.shape[1] // size):
+    for block in range(row.blocks.first, clean.shape[1] // size):
         here = blocks == block
         num_steps = 1 + max(steps[here & ~was_given].tolist())
         for step in range(num_steps):
@@ -162,7 +160,7 @@ def test_states_are_those_of_the_row_that_is_trained_on(
 @settings(max_examples=14, deadline=None)
 @given(
     **layouts,
-    rows=st.lists(requests(), min_size=2, max_size=6),
+    rows=st.lists(jobs(), min_size=2, max_size=6),
     max_rows=st.integers(1, 5),
     num_early=st.integers(0, 5),
     padding=st.sampled_from([0, NEVER]),
@@ -171,61 +169,60 @@ def test_a_row_is_the_same_alone_in_any_batch_and_admitted_late(
     block_size: int,
     shift: int,
     causal_context: bool,
-    rows: list[Request],
+    rows: list[Job],
     max_rows: int,
     num_early: int,
     padding: int,
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
-    alone = [replace(run(engine_of(facts), [row])[0], ticket=index) for index, row in enumerate(rows)]
-    assert run(engine_of(facts, max_rows=max_rows, padding=padding), rows) == alone
-    engine, late = engine_of(facts, max_rows=max_rows, padding=padding), []
-    for row in rows[:num_early]:
-        engine.submit(row)
+    alone = [in_order(engine_of(facts), [row])[0] for row in rows]
+    assert in_order(engine_of(facts, max_rows=max_rows, padding=padding), rows) == alone
+    engine, late = engine_of(facts, max_rows=max_rows, padding=padding), {}
+    tickets = [engine.submit(row) for row in rows[:num_early]]
     for row in rows[num_early:]:
-        late += [event.finished for event in engine.step() if event.finished]
-        engine.submit(row)
-    late += list(engine.run())
-    assert sorted(late, key=lambda row: row.ticket) == alone
+        late |= {step.ticket: step.ended for step in engine.step() if step.ended}
+        tickets.append(engine.submit(row))
+    late |= drained(engine)
+    assert [late[ticket] for ticket in tickets] == alone
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     block_size=block_sizes,
-    rows=st.lists(st.tuples(requests(), st.booleans()), min_size=1, max_size=5),
+    rows=st.lists(st.tuples(jobs(), st.booleans()), min_size=1, max_size=5),
     max_rows=st.integers(1, 4),
     padding=st.sampled_from([0, 5, NEVER]),
 )
 def test_first_tokens_from_the_clean_state_are_kept_before_the_others_are_decided(
-    block_size: int, rows: list[tuple[Request, bool]], max_rows: int, padding: int
+    block_size: int, rows: list[tuple[Job, bool]], max_rows: int, padding: int
 ) -> None:
     facts = block_facts(block_size)
     asked = [
         replace(row, settings=replace(row.settings, first_token_from_clean=is_first_alone))
         for row, is_first_alone in rows
     ]
-    expected = [decode(MODEL, facts, row.prompt_ids, row.settings, row.seed, (END,)) for row in asked]
+    expected = [decode(MODEL, facts, row.row.given[0], row.settings, row.seed, (END,)) for row in asked]
     for options in ({}, {"is_fused": False}, {"record": Tapes()}):
-        found = run(engine_of(facts, max_rows=max_rows, padding=padding, **options), asked)
+        found = in_order(engine_of(facts, max_rows=max_rows, padding=padding, **options), asked)
         assert [told(row) for row in found] == [(row.ids, row.blocks, row.steps, row.reason) for row in expected]
-        for row, request in zip(found, asked, strict=True):
-            if request.settings.first_token_from_clean and block_size > 1:
-                places = range(row.first_block * block_size, row.first_block * block_size + len(row.whole_ids))
-                steps = dict(zip(places, row.whole_steps, strict=True))
-                starts = [p for p in places if p % block_size == 0 and p >= len(request.prompt_ids)]
+        for row, job in zip(found, asked, strict=True):
+            if job.settings.first_token_from_clean and block_size > 1:
+                places = range(row.blocks.first * block_size, row.blocks.first * block_size + len(row.blocks.ids))
+                steps = dict(zip(places, row.blocks.steps, strict=True))
+                starts = [p for p in places if p % block_size == 0 and p >= len(job.row.given[0])]
                 assert all(steps[p] == 0 and 0 not in [steps[p + i] for i in range(1, block_size)] for p in starts)
 
 
 @settings(max_examples=14, deadline=None)
-@given(**layouts, rows=st.lists(requests(), min_size=1, max_size=4))
+@given(**layouts, rows=st.lists(jobs(), min_size=1, max_size=4))
 def test_commits_in_passes_of_their_own_give_the_same_rows_for_one_pass_more_per_block(
-    block_size: int, shift: int, causal_context: bool, rows: list[Request]
+    block_size: int, shift: int, causal_context: bool, rows: list[Job]
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
-    fused, unfused = (run(engine_of(facts, is_fused=is_fused), rows) for is_fused in (True, False))
-    for one, other, request in zip(fused, unfused, rows, strict=True):
-        num_blocks = len(one.whole_ids) // block_size
-        num_commits = num_blocks - (len(request.prompt_ids) < block_size)  # the prompt's whole blocks are one
+    fused, unfused = (in_order(engine_of(facts, is_fused=is_fused), rows) for is_fused in (True, False))
+    for one, other, job in zip(fused, unfused, rows, strict=True):
+        num_blocks = len(one.blocks.ids) // block_size
+        num_commits = num_blocks - (len(job.row.given[0]) < block_size)  # the prompt's whole blocks are one
         if block_size == 1 and shift == 1:
             num_commits = 0  # the autoregressive model reads no masks: each pass is a commit
         assert other == replace(one, num_forwards=one.num_forwards + num_commits)
@@ -238,15 +235,15 @@ def test_blocks_of_one_token_with_shift_1_write_the_greedy_text_of_the_autoregre
 ) -> None:
     model = sharp_model(family)
     facts = block_facts(1) if layout == "block" else replace(block_facts(1), layout="causal", block_size=None)
-    rows = [Request([7, 5, 9, 11, 4, 8, 20][:length], SamplerSettings(max_new_tokens=12)) for length in (1, 3, 7)]
+    rows = [job_of([7, 5, 9, 11, 4, 8, 20][:length], SamplerSettings(max_new_tokens=12)) for length in (1, 3, 7)]
     calls: list[tuple[int, ...]] = []
     hook = model.base_model.register_forward_pre_hook(
         lambda _, args, options: calls.append(tuple(options["input_ids"].shape)), with_kwargs=True
     )
-    found = run(engine_of(facts, model, end_token_ids=()), rows)
+    found = in_order(engine_of(facts, model), rows)
     hook.remove()
-    for row, request in zip(found, rows, strict=True):
-        ids = torch.tensor([request.prompt_ids])
+    for row, job in zip(found, rows, strict=True):
+        ids = torch.tensor([job.row.given[0]])
         stock = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -266,73 +263,78 @@ def test_random_numbers_are_those_of_seed_step_and_position_alone() -> None:
     """A row that draws at temperature 1 is the reference's, which knows nothing else."""
     facts = block_facts(4)
     own = SamplerSettings(max_new_tokens=16, temperature=1.0, num_steps=2)
-    rows = [Request([5, 6, 7], own, seed=seed) for seed in (0, 1, 2**40)] + [Request([5, 6, 7], replace(own, seed=1))]
-    found = run(engine_of(facts), rows)
-    for row, request in zip(found, rows, strict=True):
-        seed = request.settings.seed if request.seed is None else request.seed
-        assert row.ids == decode(MODEL, facts, request.prompt_ids, own, seed, (END,)).ids
+    rows = [job_of([5, 6, 7], own, seed=seed, ends=(END,)) for seed in (0, 1, 2**40, 1)]
+    found = in_order(engine_of(facts), rows)
+    for row, job in zip(found, rows, strict=True):
+        seed = job.settings.seed if job.seed is None else job.seed
+        assert row.ids == decode(MODEL, facts, job.row.given[0], own, seed, (END,)).ids
     assert found[0].ids != found[1].ids
     assert found[1].ids == found[3].ids
 
 
 @settings(max_examples=10, deadline=None)
-@given(**layouts, request=requests())
+@given(**layouts, job=jobs())
 def test_a_text_of_fewer_tokens_is_the_beginning_of_a_longer_one(
-    block_size: int, shift: int, causal_context: bool, request: Request
+    block_size: int, shift: int, causal_context: bool, job: Job
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
-    rows = [replace(request, settings=replace(request.settings, max_new_tokens=number)) for number in (1, 2, 5, 9, 14)]
-    found = run(engine_of(facts, max_rows=3), rows)
-    for row, shorter in zip(found, rows, strict=True):
-        number = shorter.settings.max_new_tokens
+    numbers = (1, 2, 5, 9, 14)
+    rows = [replace(job, row=replace(job.row, gaps=(number,))) for number in numbers]
+    found = in_order(engine_of(facts, max_rows=3), rows)
+    for row, number in zip(found, numbers, strict=True):
         assert row.ids == found[-1].ids[:number]
-        assert len(row.ids) == number or row.finish_reason == "end"
+        assert len(row.ids) == number or row.reason == "end"
 
 
 @settings(max_examples=10, deadline=None)
-@given(**layouts, rows=st.lists(requests(), min_size=1, max_size=3))
+@given(**layouts, rows=st.lists(jobs(), min_size=1, max_size=3))
 def test_the_whole_blocks_of_a_row_hold_every_state_that_it_visited(
-    block_size: int, shift: int, causal_context: bool, rows: list[Request]
+    block_size: int, shift: int, causal_context: bool, rows: list[Job]
 ) -> None:
     facts = block_facts(block_size, shift, causal_context)
     engine = engine_of(facts)
     tickets = {engine.submit(row): row for row in rows}
     seen: dict[int, dict[tuple[int, int], dict[int, int]]] = {ticket: {} for ticket in tickets}
-    finished = {}
-    while engine.num_unfinished:
-        for event in engine.step():
-            seen[event.ticket][event.block, event.step] = dict(zip(event.positions, event.ids, strict=True))
-            if event.finished:
-                finished[event.ticket] = event.finished
-    for ticket, row in finished.items():
-        first = row.first_block * block_size
-        assert len(row.whole_ids) % block_size == 0
+    ended = {}
+    while engine.num_running:
+        for progress in engine.step():
+            kept = dict(zip(progress.positions, progress.ids, strict=True))
+            seen[progress.ticket][progress.block, progress.block_step] = kept
+            if progress.ended:
+                ended[progress.ticket] = progress.ended
+    for ticket, row in ended.items():
+        first, prompt = row.blocks.first * block_size, tickets[ticket].row.given[0]
+        assert len(row.blocks.ids) % block_size == 0
         by_step: dict[tuple[int, int], dict[int, int]] = {}
-        for place, (token, step) in enumerate(zip(row.whole_ids, row.whole_steps, strict=True), start=first):
-            if place < len(tickets[ticket].prompt_ids):
-                assert (token, step) == (tickets[ticket].prompt_ids[place], -1)
+        for place, (token, step) in enumerate(zip(row.blocks.ids, row.blocks.steps, strict=True), start=first):
+            if place < len(prompt):
+                assert (token, step) == (prompt[place], -1)
             elif step < 0:
                 assert token == MASK
             else:
                 by_step.setdefault((place // block_size, step), {})[place] = token
-        assert by_step == seen[ticket]
-        assert len(by_step) == row.num_forwards == 1 + max(row.row_step_of_token[-1:] + row.row_step_of_token)
+        # A row tells of what it was asked for, its last step of nothing after the end: its blocks hold all the rest.
+        last = next(reversed(seen[ticket]))
+        ends = {step: len(prompt) + (len(row.ids) if step == last else tickets[ticket].row.gaps[0]) for step in by_step}
+        wanted = {step: {p: t for p, t in kept.items() if p < ends[step]} for step, kept in by_step.items()}
+        assert wanted == seen[ticket]
+        assert len(by_step) == row.num_forwards == 1 + max(row.step_of_token[-1:] + row.step_of_token)
         assert VOCAB_SIZE - 1 not in row.ids
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     **layouts,
-    rows=st.lists(requests(), min_size=1, max_size=5),
+    rows=st.lists(jobs(), min_size=1, max_size=5),
     max_rows=st.integers(1, 4),
     max_length=st.sampled_from([None, 64]),
 )
 def test_passes_that_are_recorded_and_replayed_write_what_others_write(
-    block_size: int, shift: int, causal_context: bool, rows: list[Request], max_rows: int, max_length: int | None
+    block_size: int, shift: int, causal_context: bool, rows: list[Job], max_rows: int, max_length: int | None
 ) -> None:
     facts, tapes = block_facts(block_size, shift, causal_context), Tapes()
     sizes = {"max_rows": max_rows, "max_length": max_length}
-    found, expected = (run(engine_of(facts, **sizes, record=record), rows) for record in (tapes, None))
+    found, expected = (in_order(engine_of(facts, **sizes, record=record), rows) for record in (tapes, None))
     assert [told(row) for row in found] == [told(row) for row in expected]
     assert [row.num_forwards for row in found] == [row.num_forwards for row in expected]
 
@@ -341,8 +343,10 @@ def test_passes_that_are_recorded_and_replayed_write_what_others_write(
 def test_passes_of_other_families_can_be_recorded(family: str) -> None:
     model, facts, tapes = FAMILY_MODELS[family], block_facts(4, 1), Tapes()
     own = SamplerSettings(max_new_tokens=21, threshold=0.6)
-    rows = [Request([7, 5, 9, 11, 4, 8][:length], own) for length in (1, 4, 6)]
-    found, expected = (run(engine_of(facts, model, max_length=32, record=record), rows) for record in (tapes, None))
+    rows = [job_of([7, 5, 9, 11, 4, 8][:length], own, ends=(END,)) for length in (1, 4, 6)]
+    found, expected = (
+        in_order(engine_of(facts, model, max_length=32, record=record), rows) for record in (tapes, None)
+    )
     assert [told(row) for row in found] == [told(row) for row in expected]
     assert 0 < tapes.num_recorded < tapes.num_replayed
 
@@ -350,14 +354,13 @@ def test_passes_of_other_families_can_be_recorded(family: str) -> None:
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_recorded_passes_serve_other_rows_and_settings_of_the_same_kinds(block_size: int) -> None:
     facts, tapes = block_facts(block_size, 1), Tapes()
-    options = {"max_length": 32, "end_token_ids": ()}
-    engine = engine_of(facts, **options, record=tapes)
+    engine = engine_of(facts, max_length=32, record=tapes)
     num_recorded = []
     for number in (1, 2, 3):
         own = SamplerSettings(max_new_tokens=12, num_steps=number, temperature=float(number))
-        rows = [Request([7, 5, 9, 11 + number], own, seed=index) for index in range(3)]
-        expected = run(engine_of(facts, **options), rows)
-        assert [told(row) for row in run(engine, rows)] == [told(row) for row in expected]
+        rows = [job_of([7, 5, 9, 11 + number], own, seed=index) for index in range(3)]
+        expected = in_order(engine_of(facts, max_length=32), rows)
+        assert [told(row) for row in in_order(engine, rows)] == [told(row) for row in expected]
         num_recorded.append(tapes.num_recorded)
     # Two steps a block need passes over two blocks and over one; one step a block, or one token, of one kind only.
     assert num_recorded == ([1, 1, 1] if block_size == 1 else [1, 2, 2])

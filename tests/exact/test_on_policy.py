@@ -14,12 +14,14 @@ from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.rollout_states import relative_steps, rows_of, states_of
 from decausal.training.rollouts import Rollout, as_rollout
 from tests.families import VOCAB_SIZE
 from tests.runs import adapted, teacher_of
+from tests.sampling.block_decoding import job_of
+from tests.sampling.denoising import in_order
 
 END_TOKENS = tuple(range(0, VOCAB_SIZE, 7))  # so many that most rollouts end
 Visited = dict[int, list[dict[int, int]]]  # by block: what was known of it, position to token, before each step
@@ -34,21 +36,21 @@ def rolled_out(lengths, block_size, shift, *, causal_context=False, threshold=0.
     """Rollouts, and what the engine told of every pass."""
     model, mask_token_id = a_model()
     facts = ConversionFacts("tiny", "block", shift, mask_token_id, block_size, causal_context=causal_context)
-    engine = BlockEngine(model, facts, max_rows=2, max_length=48, end_token_ids=END_TOKENS)
+    engine = BlockEngine(model, facts, max_rows=2, max_length=48)
     generator = torch.Generator().manual_seed(sum(lengths))
     prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator) for length in lengths]
     for number, prompt in enumerate(prompts):
         budget = -(-(len(prompt) + new_tokens) // block_size) * block_size - len(prompt)
         decoding = SamplerSettings(max_new_tokens=budget, temperature=1.0, threshold=threshold)
-        engine.submit(Request(prompt.tolist(), decoding, seed=number))
+        engine.submit(job_of(prompt.tolist(), decoding, seed=number, ends=END_TOKENS))
     visited: list[Visited] = [{} for _ in prompts]
     finished = {}
-    while engine.num_unfinished:
+    while engine.num_running:
         for event in engine.step():
             known = visited[event.ticket].setdefault(event.block, [_given(prompts[event.ticket], event, block_size)])
             known.append(known[-1] | dict(zip(event.positions, event.ids, strict=True)))
-            if event.finished:
-                finished[event.ticket] = event.finished
+            if event.ended:
+                finished[event.ticket] = event.ended
     return [as_rollout(prompt, finished[number], block_size) for number, prompt in enumerate(prompts)], visited
 
 
@@ -159,8 +161,9 @@ def test_the_students_and_the_teachers_states_speak_of_the_same_token(block_size
 def test_an_end_token_that_comes_first_is_trained_on():
     model, mask_token_id = a_model()
     facts = ConversionFacts("tiny", "block", 0, mask_token_id, 4)
-    engine = BlockEngine(model, facts, max_rows=1, end_token_ids=tuple(range(VOCAB_SIZE)))
-    (row,) = engine.run([Request([5, 6, 7, 8, 9], SamplerSettings(max_new_tokens=11, temperature=1.0))])
+    engine = BlockEngine(model, facts, max_rows=1)
+    settings = SamplerSettings(max_new_tokens=11, temperature=1.0)
+    (row,) = in_order(engine, [job_of([5, 6, 7, 8, 9], settings, ends=tuple(range(VOCAB_SIZE)))])
     rollout = as_rollout(torch.tensor([5, 6, 7, 8, 9]), row, 4)
     assert rollout.has_ended
     assert rollout.end == 6
@@ -173,7 +176,7 @@ def test_a_truncated_rollout_trains_on_all_that_was_written_and_on_nothing_else(
     model, mask_token_id = a_model()
     facts = ConversionFacts("tiny", "block", 0, mask_token_id, 4)
     engine = BlockEngine(model, facts, max_rows=1)
-    (row,) = engine.run([Request([5, 6, 7, 8, 9], SamplerSettings(max_new_tokens=7, temperature=1.0))])
+    (row,) = in_order(engine, [job_of([5, 6, 7, 8, 9], SamplerSettings(max_new_tokens=7, temperature=1.0))])
     rollout = as_rollout(torch.tensor([5, 6, 7, 8, 9]), row, 4)
     assert not rollout.has_ended
     assert rollout.is_answer.nonzero()[:, 0].tolist() == list(range(5, 12))

@@ -275,7 +275,7 @@ def test_what_cannot_be_speculated_is_refused():
     for job, says in [
         (job_of([], own), "empty"),
         (job_of([5] * 7, own), "at most 8"),
-        (Job(Row(([5], [6]), (2,), "the text"), own, 0), "behind a gap"),
+        (Job(Row(([5], [6]), (2,), "the text"), own, 0), "after a gap"),
     ]:
         with pytest.raises(UserError, match=says):
             engine(facts(1)).submit(job)

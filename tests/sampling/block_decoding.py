@@ -16,6 +16,8 @@ from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
 from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.confidence import confidence
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES
 from tests.sampling.stand_ins import conversion_facts
@@ -35,6 +37,18 @@ def block_facts(block_size: int, shift: int = 1, causal_context: bool = False, *
     return conversion_facts(
         MASK, layout="block", block_size=block_size, shift=shift, causal_context=causal_context, **changes
     )
+
+
+def job_of(
+    prompt_ids: list[int],
+    settings: SamplerSettings | None = None,
+    seed: int = 0,
+    name: str = "the prompt",
+    ends: tuple[int, ...] = (),
+) -> Job:
+    """The job that continues a prompt by the settings' `max_new_tokens`."""
+    settings = settings or SamplerSettings()
+    return Job(Row((list(prompt_ids), []), (settings.max_new_tokens,), name), settings, seed, ends)
 
 
 @dataclass

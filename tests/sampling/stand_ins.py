@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
-from decausal.sampling.bidirectional import denoiser, window_cache
+from decausal.sampling.bidirectional import denoiser, row_engine, window_cache
 
 
 def conversion_facts(mask_token_id: int, **changes: Any) -> ConversionFacts:
@@ -38,11 +38,13 @@ class WrittenModel(nn.Module):
     def __init__(self, logits_of: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.logits_of = logits_of
+        self.device_marker = nn.Parameter(torch.zeros(1))
         self.shapes: list[tuple[int, ...]] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> WrittenModel:
         monkeypatch.setattr(window_cache, "body_forward", self._body_forward)
         monkeypatch.setattr(denoiser, "head_of", lambda model: Head(torch.eye(vocab_size)))
+        monkeypatch.setattr(row_engine, "decoding", lambda model: torch.no_grad())
         return self
 
     @staticmethod

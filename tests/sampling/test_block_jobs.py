@@ -11,12 +11,10 @@ import torch
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import BatchEngine
-from decausal.sampling.blocks.jobs import BlockJobs
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.rows import Row, prompt_ids
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import prompt_ids
 from tests.sampling.test_row_engine import PROMPTS, converted, job
 
 SETTINGS = [
@@ -58,7 +56,7 @@ def test_a_stored_rule_for_first_tokens_holds_in_jobs_as_in_generate() -> None:
 
 
 def test_watched_rows_tell_of_every_kept_token_how_probable_it_was(model: Converted) -> None:
-    engine = BlockJobs(model, max_rows=3, max_length=64, end_token_ids=end_token_ids(model))
+    engine = engine_for(model, max_rows=3, max_length=64)
     plain = job(model, "import", 0, 10, num_steps=2)
     watched = Job(**{**vars(plain), "is_watched": True})
     asking = Job(**{**vars(plain), "num_top_log_probs": 3})
@@ -99,12 +97,11 @@ def test_a_causal_model_writes_its_most_probable_tokens_from_left_to_right() -> 
 
 
 def test_what_block_models_cannot_do_is_refused_before_the_first_pass(model: Converted) -> None:
-    engine = BlockJobs(model, max_rows=1, max_length=16, end_token_ids=end_token_ids(model))
+    engine = engine_for(model, max_rows=1, max_length=16)
     for wrong, says in [
-        (job(model, "import", 0, 4, suffix="\n"), "behind a gap"),
+        (job(model, "import", 0, 4, suffix="\n"), "after a gap"),
         (job(model, "import", 0, 4, remask=True, num_steps=2), "remask"),
         (job(model, "import", 0, 40), "only 16 fit"),
-        (Job(Row(([1], []), (2,), "the prompt"), SamplerSettings(), 0, (5,)), "ends rows at"),
     ]:
         with pytest.raises(UserError, match=says):
             engine.submit(wrong)
@@ -112,7 +109,7 @@ def test_what_block_models_cannot_do_is_refused_before_the_first_pass(model: Con
 
 
 def test_a_cancelled_row_leaves_its_place(model: Converted) -> None:
-    engine = BlockJobs(model, max_rows=2, max_length=64, end_token_ids=end_token_ids(model))
+    engine = engine_for(model, max_rows=2, max_length=64)
     jobs = [job(model, prompt, 3, 8, num_steps=2) for prompt in PROMPTS[:4]]
     tickets = [engine.submit(each) for each in jobs]
     engine.step()

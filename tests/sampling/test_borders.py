@@ -16,8 +16,8 @@ from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import fill
 from decausal.sampling.filling.lengths import GappedText
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.rows import text_ids
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import text_ids
 from tests.families import tiny_tokenizer
 from tests.sampling.tiny_models import converted
 

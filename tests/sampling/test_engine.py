@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import count, islice
 from typing import Any
 
 import pytest
@@ -14,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decausal.errors import UserError
 from decausal.sampling import selection
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.jobs import Job
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES, MAX_LENGTH, tiny_tokenizer
-from tests.sampling.block_decoding import MASK, block_facts, sharp_model
+from tests.sampling.block_decoding import MASK, block_facts, job_of, sharp_model
+from tests.sampling.denoising import drained, in_order
 from tests.sampling.stand_ins import conversion_facts
 
 MODEL = sharp_model()
@@ -38,75 +39,76 @@ def test_every_pass_of_the_model_is_counted_and_no_other() -> None:
     made = engine(max_rows=1)
     calls: list[int] = []
     hook = MODEL.base_model.register_forward_hook(lambda *call: calls.append(1))
-    (row,) = made.run([Request(PROMPT, OWN)])
+    (row,) = in_order(made, [job_of(PROMPT, OWN)])
     hook.remove()
     # The prompt's tail leaves 3 positions of the first block, then 2 whole blocks: 2 steps each.
     assert row.num_forwards == len(calls) == 6
     assert row.tokens_per_forward == 10 / 6
-    assert row.row_step_of_token == [
-        step + 2 * (block - 1) for block, step in zip(row.block_of_token, row.step_of_token, strict=True)
+    assert row.step_of_token == [
+        step + 2 * (block - 1) for block, step in zip(row.blocks.of_token, row.blocks.step_of_token, strict=True)
     ]
-
-
-def test_a_queue_without_end_is_taken_row_by_row() -> None:
-    taken = count()
-    rows = engine(max_rows=2).run(Request(prompt_of(next(taken)), OWN) for _ in count())
-    assert len(list(islice(rows, 5))) == 5
-    assert next(taken) < 12
 
 
 def test_places_are_filled_as_rows_finish() -> None:
     made = engine(max_rows=2)
     for number in (3, 14, 6, 1):
-        made.submit(Request(PROMPT, replace(OWN, max_new_tokens=number)))
+        made.submit(job_of(PROMPT, replace(OWN, max_new_tokens=number)))
     in_use, order = [], []
-    while made.num_unfinished:
-        events = made.step()
-        in_use.append(len(events))
-        order += [event.ticket for event in events if event.finished]
+    while made.num_running:
+        steps = made.step()
+        in_use.append(len(steps))
+        order += [step.ticket for step in steps if step.ended]
     assert order == [0, 2, 3, 1]
     assert in_use[:-1] == [2] * (len(in_use) - 1)
 
 
+def test_rows_with_other_end_tokens_share_a_batch() -> None:
+    (whole,) = in_order(engine(), [job_of(PROMPT, replace(OWN, max_new_tokens=24))])
+    ends = [(), (whole.ids[3],), (whole.ids[9], MASK - 1), (whole.ids[6],)]
+    jobs = [job_of(PROMPT, replace(OWN, max_new_tokens=24), ends=each) for each in ends]
+    assert in_order(engine(max_rows=2), jobs) == [in_order(engine(), [job])[0] for job in jobs]
+    assert [row.reason for row in in_order(engine(), jobs)] == ["length", "end", "end", "end"]
+
+
 def test_a_cancelled_row_leaves_no_trace() -> None:
-    rows = [Request(prompt_of(index), replace(OWN, max_new_tokens=6 + index)) for index in range(5)]
-    expected = {row.ticket: row.ids for row in engine().run(rows)}
+    rows = [job_of(prompt_of(index), replace(OWN, max_new_tokens=6 + index)) for index in range(5)]
+    expected = in_order(engine(), rows)
     made = engine()
     tickets = [made.submit(row) for row in rows]
     made.step()
     made.step()
-    assert made.cancel(tickets[1])  # in use
-    assert made.cancel(tickets[4])  # waiting
-    assert not made.cancel(tickets[4])
-    assert made.num_unfinished == 3
-    assert {row.ticket: row.ids for row in made.run()} == {ticket: expected[ticket] for ticket in (0, 2, 3)}
+    made.cancel(tickets[1])  # running
+    made.cancel(tickets[4])  # waiting
+    made.cancel(tickets[4])  # nothing any more
+    assert (made.num_running, made.num_waiting) == (3, 0)
+    assert drained(made) == {tickets[index]: expected[index] for index in (0, 2, 3)}
 
 
 def test_a_row_ends_with_the_end_token_once_all_before_it_is_kept() -> None:
-    long = engine().run([Request(PROMPT, replace(OWN, max_new_tokens=24))])
+    long = in_order(engine(), [job_of(PROMPT, replace(OWN, max_new_tokens=24))])
     (row,) = long
     for end in sorted(set(row.ids)):
         first = row.ids.index(end)
-        (ended,) = engine(end_token_ids=(MASK - 1, end)).run([Request(PROMPT, replace(OWN, max_new_tokens=24))])
+        (ended,) = in_order(engine(), [job_of(PROMPT, replace(OWN, max_new_tokens=24), ends=(MASK - 1, end))])
         assert ended.ids[-1] == end
-        assert ended.finish_reason == "end"
+        assert ended.reason == "end"
         assert end not in ended.ids[:-1]
         if ended.ids[:-1] == row.ids[:first]:
             assert ended.num_forwards <= row.num_forwards
 
 
 def test_an_end_token_in_the_prompt_ends_nothing() -> None:
-    (plain,) = engine().run([Request([5, 7, 9], OWN)])
+    (plain,) = in_order(engine(), [job_of([5, 7, 9], OWN)])
     ends = tuple({5, 7, 9} - set(plain.ids))
     assert ends
-    (row,) = engine(end_token_ids=ends).run([Request([5, 7, 9], OWN)])
+    (row,) = in_order(engine(), [job_of([5, 7, 9], OWN, ends=ends)])
     assert row.ids == plain.ids
 
 
 def test_positions_behind_a_kept_end_are_no_candidates_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is surest of the third position, which ends the row: the fourth is never decided."""
     sure = torch.tensor([0.6, 0.7, 0.9, 0.5])
-    made = engine(block_facts(4, shift=0), max_rows=1, end_token_ids=(3,))
+    made = engine(block_facts(4, shift=0), max_rows=1)
     tokens = torch.tensor([5, 6, 3, 8])
     counts: list[int] = []
 
@@ -116,9 +118,9 @@ def test_positions_behind_a_kept_end_are_no_candidates_any_more(monkeypatch: pyt
         return tokens[index], sure[index]
 
     monkeypatch.setattr("decausal.sampling.blocks.rows.candidates", candidates)
-    (row,) = made.run([Request([4] * 4, SamplerSettings(max_new_tokens=8, num_steps=4))])
-    assert (row.ids, row.step_of_token, row.finish_reason) == ([5, 6, 3], [2, 1, 0], "end")
-    assert (row.whole_ids, row.whole_steps) == ([5, 6, 3, MASK], [2, 1, 0, -1])
+    (row,) = in_order(made, [job_of([4] * 4, SamplerSettings(max_new_tokens=8, num_steps=4), ends=(3,))])
+    assert (row.ids, row.blocks.step_of_token, row.reason) == ([5, 6, 3], [2, 1, 0], "end")
+    assert (row.blocks.ids, row.blocks.steps) == ([5, 6, 3, MASK], [2, 1, 0, -1])
     assert counts == [4, 2, 1]
 
 
@@ -129,15 +131,15 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(block_size: int
     prompt = tokenizer("x = ")["input_ids"]
     make = lambda: BlockEngine(model, facts, max_rows=2, tokenizer=tokenizer)  # noqa: E731
     own = SamplerSettings(max_new_tokens=24, temperature=3.0, threshold=0.5, top_k=200)
-    (whole,) = make().run([Request(prompt, own)])
+    (whole,) = in_order(make(), [job_of(prompt, own)])
     texts = [tokenizer.decode(whole.ids[:number]) for number in range(25)]
     stops = [texts[last][len(texts[first]) :] for first, last in ((2, 3), (5, 9), (11, 13), (20, 24))]
     stops = [stop for stop in stops if stop and "\ufffd" not in stop]
     assert stops
     for stop in stops:
-        (row,) = make().run([Request(prompt, replace(own, stop=("no such text", stop)))])
+        (row,) = in_order(make(), [job_of(prompt, replace(own, stop=("no such text", stop)))])
         expected = next(number for number in range(25) if stop in texts[number])
-        assert (row.ids, row.finish_reason) == (whole.ids[:expected], "stop")
+        assert (row.ids, row.reason) == (whole.ids[:expected], "stop")
 
 
 def test_logits_are_made_at_masked_positions_of_the_current_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +147,10 @@ def test_logits_are_made_at_masked_positions_of_the_current_blocks_alone(monkeyp
     plain = selection.logits
     monkeypatch.setattr(selection, "logits", lambda states, head: counts.append(len(states)) or plain(states, head))
     rows = [
-        Request([5] * 6, replace(OWN, max_new_tokens=6, num_steps=4)),
-        Request([5] * 4, replace(OWN, max_new_tokens=4)),
+        job_of([5] * 6, replace(OWN, max_new_tokens=6, num_steps=4)),
+        job_of([5] * 4, replace(OWN, max_new_tokens=4)),
     ]
-    list(engine().run(rows))
+    in_order(engine(), rows)
     # Two open positions one by one, then a block one by one; beside them four in two steps.
     assert counts == [2 + 4, 1 + 2, 4, 3, 2, 1]
 
@@ -165,10 +167,10 @@ class Operations(TorchDispatchMode):
 def test_operators_of_a_pass_do_not_grow_with_the_batch(own: SamplerSettings) -> None:
     counts = []
     for num_rows in (2, 16):
-        made = engine(max_rows=num_rows, max_length=32, end_token_ids=(3,))
+        made = engine(max_rows=num_rows, max_length=32)
         made._reader.free_padding = 10**9
         for _ in range(num_rows):
-            made.submit(Request(PROMPT, own))
+            made.submit(job_of(PROMPT, own, ends=(3,)))
         made.step()
         with Operations() as operations:
             made.step()
@@ -179,55 +181,55 @@ def test_operators_of_a_pass_do_not_grow_with_the_batch(own: SamplerSettings) ->
 def test_the_weights_are_the_models_own_and_it_is_left_in_training() -> None:
     model = sharp_model("llama", attention_dropout=0.5).train()
     made = engine(model=model)
-    before = next(made.run([Request(PROMPT, OWN)])).ids
-    assert before == next(engine(model=model).run([Request(PROMPT, OWN)])).ids  # without dropout
+    before = in_order(made, [job_of(PROMPT, OWN)])[0].ids
+    assert before == in_order(engine(model=model), [job_of(PROMPT, OWN)])[0].ids  # without dropout
     assert model.training
     with torch.no_grad():
         for weight in model.base_model.layers.parameters():
             weight.mul_(1.5)
-    after = next(made.run([Request(PROMPT, OWN)])).ids
-    assert after == next(engine(model=model).run([Request(PROMPT, OWN)])).ids
+    after = in_order(made, [job_of(PROMPT, OWN)])[0].ids
+    assert after == in_order(engine(model=model), [job_of(PROMPT, OWN)])[0].ids
     assert after != before
-    for row in made.run([Request(PROMPT, OWN)]):
+    for row in in_order(made, [job_of(PROMPT, OWN)]):
         assert torch.is_grad_enabled()
         assert row.ids == after
 
 
 def test_adapters_take_part() -> None:
     model = sharp_model("llama")
-    before = next(engine(model=model).run([Request(PROMPT, OWN)])).ids
+    before = in_order(engine(model=model), [job_of(PROMPT, OWN)])[0].ids
     wrapped = get_peft_model(
         model, LoraConfig(r=4, target_modules=["v_proj", "o_proj"], init_lora_weights=False)
     ).double()
-    assert next(engine(model=wrapped).run([Request(PROMPT, OWN)])).ids != before
+    assert in_order(engine(model=wrapped), [job_of(PROMPT, OWN)])[0].ids != before
     with wrapped.disable_adapter():
-        assert next(engine(model=wrapped).run([Request(PROMPT, OWN)])).ids == before
+        assert in_order(engine(model=wrapped), [job_of(PROMPT, OWN)])[0].ids == before
 
 
 def test_memory_that_is_taken_at_once_stays_where_it_is() -> None:
     made = engine(max_rows=2, max_length=32)
-    list(made.run([Request(PROMPT, OWN)]))
+    in_order(made, [job_of(PROMPT, OWN)])
     held = [tensor.data_ptr() for layer in made._cache.layers for tensor in (layer.keys, layer.values)]
-    list(made.run([Request(prompt_of(index), OWN) for index in range(5)]))
+    in_order(made, [job_of(prompt_of(index), OWN) for index in range(5)])
     assert held == [tensor.data_ptr() for layer in made._cache.layers for tensor in (layer.keys, layer.values)]
 
 
 REFUSED = {
-    "remasking": (Request(PROMPT, SamplerSettings(remask=True, max_new_tokens=4)), "remask"),
-    "a mask in the prompt": (Request([5, MASK], OWN), "holds the mask token"),
-    "nothing to start from": (Request([], OWN), "with shift 1 the first token cannot be predicted"),
-    "a prompt that leaves no block": (Request([5] * MAX_LENGTH, OWN), f"shorten it to {MAX_LENGTH - 1} tokens"),
-    "more than fits": (Request([5] * 10, SamplerSettings(max_new_tokens=60)), f"write at most {MAX_LENGTH - 10}"),
-    "a stop text without tokenizer": (Request(PROMPT, SamplerSettings(stop=("x",))), "need a tokenizer"),
+    "remasking": (job_of(PROMPT, SamplerSettings(remask=True, max_new_tokens=4)), "remask"),
+    "a mask in the prompt": (job_of([5, MASK], OWN), "holds the mask token"),
+    "nothing to start from": (job_of([], OWN), "with shift 1 the first token cannot be predicted"),
+    "a prompt that leaves no block": (job_of([5] * MAX_LENGTH, OWN), f"shorten it to {MAX_LENGTH - 1} tokens"),
+    "more than fits": (job_of([5] * 10, SamplerSettings(max_new_tokens=60)), f"write at most {MAX_LENGTH - 10}"),
+    "a stop text without tokenizer": (job_of(PROMPT, SamplerSettings(stop=("x",))), "need a tokenizer"),
 }
 
 
-@pytest.mark.parametrize(("request_", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_bad_requests_are_refused_before_any_pass(request_: Request, message: str) -> None:
+@pytest.mark.parametrize(("job", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_requests_are_refused_before_any_pass(job: Job, message: str) -> None:
     made = engine()
     with pytest.raises(UserError, match=message):
-        made.submit(request_)
-    assert made.num_unfinished == 0
+        made.submit(job)
+    assert made.num_running == made.num_waiting == 0
 
 
 def test_bad_engines_are_refused() -> None:
@@ -244,12 +246,12 @@ def test_bad_engines_are_refused() -> None:
 def test_a_context_that_is_no_multiple_of_the_block_is_used_up_to_its_last_whole_block() -> None:
     made = engine(block_facts(5), max_length=19)
     own = SamplerSettings(max_new_tokens=10)
-    assert len(next(made.run([Request([5] * 5, own)])).ids) == 10
+    assert len(in_order(made, [job_of([5] * 5, own)])[0].ids) == 10
     with pytest.raises(UserError, match="only 15 fit, in blocks of 5: write at most 9"):
-        made.submit(Request([5] * 6, own))
+        made.submit(job_of([5] * 6, own))
 
 
 def test_an_empty_prompt_is_enough_without_shift() -> None:
-    (row,) = engine(block_facts(4, shift=0)).run([Request([], OWN)])
+    (row,) = in_order(engine(block_facts(4, shift=0)), [job_of([], OWN)])
     assert len(row.ids) == 10
-    assert row.block_of_token == [0] * 4 + [1] * 4 + [2] * 2
+    assert row.blocks.of_token == [0] * 4 + [1] * 4 + [2] * 2

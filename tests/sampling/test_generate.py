@@ -13,11 +13,12 @@ from torch import Tensor
 from decausal.errors import UserError
 from decausal.models import backbone
 from decausal.models.checkpoint import Converted, save_converted
-from decausal.sampling.bidirectional.sampler import SamplerSettings, denoise
 from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import Generation, generate
 from decausal.sampling.model import DiffusionModel, load
+from decausal.sampling.settings import SamplerSettings
 from tests.families import EOS_ID, MAX_LENGTH
+from tests.sampling.denoising import denoise
 from tests.sampling.tiny_models import converted
 
 

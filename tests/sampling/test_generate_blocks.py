@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from torch import Tensor
 
 import decausal
 from decausal.cli import main
@@ -18,6 +16,8 @@ from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling.generate import generate
+from decausal.sampling.jobs import Progress
+from decausal.sampling.watching.followed import Followed
 from decausal.sampling.watching.watch import Watch
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
@@ -62,20 +62,18 @@ def test_a_row_does_not_depend_on_its_batch(model: Converted, options: dict[str,
 
 def test_observing_a_row_does_not_change_it_and_the_last_frame_is_the_result(model: Converted) -> None:
     plain = generate(model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2)
-    frames: list[tuple[int, Tensor, Tensor, Tensor]] = []
-    seen = generate(
-        model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2, on_step=lambda *frame: frames.append(frame)
-    )
+    told: list[Progress] = []
+    seen = generate(model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2, on_step=told.append)
     assert seen == plain
-    assert [step for step, *_ in frames] == list(range(len(frames)))
-    kept = torch.stack([newly_kept for *_, newly_kept in frames]).sum(0)
-    assert kept.max() == 1
-    _, ids, is_open, _ = frames[-1]
-    assert not is_open.any()
-    for row, generation in enumerate(seen):
-        first = len(model.tokenizer(PROMPTS[row])["input_ids"])
-        assert ids[row, first : first + len(generation.ids)].tolist() == generation.ids
-        assert kept[row].sum() == len(generation.ids)
+    for index, generation in enumerate(seen):
+        own = [progress for progress in told if progress.ticket == index]
+        assert [progress.step for progress in own] == list(range(generation.num_forwards))
+        followed = Followed(own[0].row)
+        for progress in own:
+            followed.take(progress)
+        first = len(model.tokenizer(PROMPTS[index])["input_ids"])
+        assert followed.kept[first : followed.length] == generation.ids
+        assert [followed.step_of[first + place] for place in range(len(generation.ids))] == generation.step_of_token
 
 
 def test_the_live_view_shows_block_models(model: Converted, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +102,9 @@ def test_text_ends_before_a_stop_text(model: Converted, layout: str) -> None:
 def test_bad_input_is_told_by_the_prompts_name(model: Converted) -> None:
     with pytest.raises(UserError, match="prompt 2 has 70 tokens"):
         generate(model, ["x", "x" * 70], max_new_tokens=4)
-    with pytest.raises(UserError, match="the prompt has 2 tokens and max_new_tokens=63, but only 64 fit"):
+    with pytest.raises(
+        UserError, match="the prompt has 2 tokens and 63 are to be written: 65 exceed the model's context of 64"
+    ):
         generate(model, "xy", max_new_tokens=63)
     with pytest.raises(UserError, match="remask"):
         generate(model, "x", max_new_tokens=4, remask=True)

@@ -11,14 +11,18 @@ import pytest
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import infill
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Engine, Job, Progress, run
 from decausal.sampling.model import DiffusionModel
-from decausal.sampling.rows import Row, prompt_ids
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids
+from decausal.sampling.texts import prompt_ids
+from tests.sampling.block_decoding import job_of
+from tests.sampling.denoising import in_order
 from tests.sampling.tiny_models import converted
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2"]
@@ -36,9 +40,10 @@ def test_text_is_what_the_weights_write_under_causal_attention(model: Converted)
 
 
 def _greedy(causal: Converted, prompt: str, max_new_tokens: int) -> list[int]:
-    engine = BlockEngine(causal.model, causal.facts, max_rows=1, end_token_ids=(causal.tokenizer.eos_token_id,))
+    engine = BlockEngine(causal.model, causal.facts, max_rows=1)
     ids = causal.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    (row,) = engine.run([Request(ids, SamplerSettings(max_new_tokens=max_new_tokens), 0)])
+    settings = SamplerSettings(max_new_tokens=max_new_tokens)
+    (row,) = in_order(engine, [job_of(ids, settings, ends=(causal.tokenizer.eos_token_id,))])
     return row.ids
 
 
@@ -122,15 +127,13 @@ def test_it_is_refused_where_rows_are_denoised(model: Converted) -> None:
     with pytest.raises(UserError, match="speculative"):
         infill(bidirectional, "a", "b", 3, speculative=True)
     with pytest.raises(UserError, match="speculative"):
-        BlockEngine(model.model, model.facts, max_rows=1).submit(Request([5], SamplerSettings(speculative=True), 0))
+        BlockEngine(model.model, model.facts, max_rows=1).submit(job_of([5], SamplerSettings(speculative=True)))
     causal = Converted(model.model, model.tokenizer, replace(model.facts, layout="causal", block_size=None))
     options = {"max_new_tokens": 4, "speculative": True}
     with pytest.raises(UserError, match="causal"):
         generate(causal, "a", **options)
     gap = Job(Row(([5], [6]), (2,), "the text"), SamplerSettings(speculative=True), 0)
-    with pytest.raises(UserError, match="behind a gap"):
+    with pytest.raises(UserError, match="after a gap"):
         engine_for(bidirectional, max_rows=1, max_length=9).submit(gap)
-    with pytest.raises(UserError, match="watch"):
-        generate(model, "a", on_step=lambda *_: None, **options)
     with pytest.raises(UserError, match="mask token"):
         generate(model, model.tokenizer.mask_token, **options)

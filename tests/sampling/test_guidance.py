@@ -9,9 +9,10 @@ import torch
 
 from decausal.diffusion.shift import predicting_index
 from decausal.models import backbone
-from decausal.sampling.bidirectional.sampler import SamplerSettings, denoise
 from decausal.sampling.generate import generate
 from decausal.sampling.selection import guided
+from decausal.sampling.settings import SamplerSettings
+from tests.sampling.denoising import denoise
 from tests.sampling.stand_ins import conversion_facts, written
 from tests.sampling.tiny_models import converted
 

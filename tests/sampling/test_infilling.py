@@ -16,13 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from decausal.errors import UserError
 from decausal.models import backbone
 from decausal.models.checkpoint import Converted
-from decausal.sampling.bidirectional.sampler import SamplerSettings, denoise
 from decausal.sampling.filling.gaps import Piece, parse_gaps, split_gaps
 from decausal.sampling.filling.infilling import fill, infill
 from decausal.sampling.filling.lengths import CONTEXT_TOKENS, SCORING_GROUPS, coarse_lengths
-from decausal.sampling.rows import Row, ids_behind, prompt_ids, text_ids
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import score_tokens
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import ids_after, prompt_ids, text_ids
 from tests.families import MAX_LENGTH
+from tests.sampling.denoising import denoise
 from tests.sampling.tiny_models import converted
 
 MODEL = converted()
@@ -341,6 +343,6 @@ def test_text_behind_a_gap_gets_no_space_that_its_tokenizer_puts_before_a_text()
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "ab")) == ["▁a", "b"]
-    assert tokenizer.convert_ids_to_tokens(ids_behind(tokenizer, "ab")) == ["a", "b"]
-    assert tokenizer.convert_ids_to_tokens(ids_behind(tokenizer, " ab")) == ["▁a", "b"]
-    assert ids_behind(tokenizer, "") == []
+    assert tokenizer.convert_ids_to_tokens(ids_after(tokenizer, "ab")) == ["a", "b"]
+    assert tokenizer.convert_ids_to_tokens(ids_after(tokenizer, " ab")) == ["▁a", "b"]
+    assert ids_after(tokenizer, "") == []

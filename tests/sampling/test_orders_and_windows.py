@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decausal.errors import UserError
-from decausal.sampling.bidirectional.sampler import Denoised, SamplerSettings, denoise
+from decausal.sampling.settings import SamplerSettings
+from tests.sampling.denoising import Denoised, denoise
 from tests.sampling.stand_ins import conversion_facts, sure_of, written
 
 VOCAB_SIZE = 5

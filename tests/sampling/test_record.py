@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image, ImageSequence
 
 from decausal.cli import main
 from decausal.errors import UserError
 from decausal.sampling.generate import generate
+from decausal.sampling.jobs import Progress
+from decausal.sampling.rows import Row
 from decausal.sampling.watching.animation import Cell, Page
-from decausal.sampling.watching.record import Recorder
+from decausal.sampling.watching.record import Recording
 from decausal.sampling.watching.watch import colour_of_step
 from tests.families import tiny_tokenizer
+from tests.sampling.denoising import steps
 from tests.sampling.tiny_models import converted
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "if x:\n  <y"
-IDS = torch.tensor([TOKENIZER(TEXT)["input_ids"]] * 2)
+IDS = TOKENIZER(TEXT)["input_ids"]
 ORDER = [3, 1, 0, 2]
 """Positions from 2 on that are open, in the order in which they are kept."""
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
-def play(recorder: Recorder) -> None:
-    is_open = torch.zeros_like(IDS, dtype=torch.bool)
-    is_open[:, 2:6] = True
-    for step, offset in enumerate(ORDER):
-        newly_kept = torch.zeros_like(is_open)
-        newly_kept[:, 2 + offset] = True
-        is_open = is_open & ~newly_kept
-        recorder(step, IDS.masked_fill(is_open, 0), is_open.clone(), newly_kept)
-    recorder(4, IDS, is_open, torch.zeros_like(is_open))
+def play(recording: Recording) -> None:
+    for step in steps(IDS, ORDER):
+        recording(step)
+        recording(replace(step, ticket=1))  # another row, which is not drawn
 
 
 def texts_at(svg: ElementTree.Element, moment: float) -> tuple[str, int]:
@@ -55,14 +53,14 @@ def texts_at(svg: ElementTree.Element, moment: float) -> tuple[str, int]:
 
 
 def test_an_svg_shows_each_step_in_its_time_and_needs_nothing_else(tmp_path: Path) -> None:
-    with Recorder(tmp_path / "a.svg", TOKENIZER) as recorder:
+    with Recording(tmp_path / "a.svg", TOKENIZER) as recorder:
         play(recorder)
     assert len(recorder.frames) == 5
     source = (tmp_path / "a.svg").read_text()
     assert "script" not in source
     assert source.count("http") == 1
     svg = ElementTree.fromstring(source)
-    pieces = [TOKENIZER.decode([token]) for token in IDS[0].tolist()]
+    pieces = [TOKENIZER.decode([token]) for token in IDS]
     step = 0.35 / (4 * 0.35 + 2.5)
     for frame in range(5):
         still_open = {2 + offset for offset in ORDER[frame:]}
@@ -75,7 +73,7 @@ def test_an_svg_shows_each_step_in_its_time_and_needs_nothing_else(tmp_path: Pat
 
 
 def test_a_gif_has_a_frame_for_each_step_and_rests_on_the_last(tmp_path: Path) -> None:
-    with Recorder(tmp_path / "a.GIF", TOKENIZER, num_columns=20) as recorder:
+    with Recording(tmp_path / "a.GIF", TOKENIZER, num_columns=20) as recorder:
         play(recorder)
     with Image.open(tmp_path / "a.GIF") as image:
         assert image.info["loop"] == 0
@@ -96,18 +94,15 @@ def test_a_token_that_is_revised_is_shown_in_the_place_of_the_last_one() -> None
 
 
 def test_an_error_leaves_no_file_and_remasked_positions_are_boxes_again(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "a.svg", TOKENIZER)
+    recorder = Recording(tmp_path / "a.svg", TOKENIZER)
     play(recorder)
     with pytest.raises(KeyboardInterrupt), recorder:
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with Recorder(tmp_path / "b.svg", TOKENIZER) as recorder:
-        is_open = torch.zeros_like(IDS, dtype=torch.bool)
-        is_open[:, 2:4] = True
-        first, second = is_open.clone(), is_open.clone()
-        first[:, 3] = second[:, 2] = False
-        recorder(0, IDS, is_open & ~first, first)
-        recorder(1, IDS, is_open & ~second, second)
+    with Recording(tmp_path / "b.svg", TOKENIZER) as recorder:
+        row = Row((IDS[:2], IDS[4:]), (2,), "the row")
+        recorder(Progress(0, 0, [2], IDS[2:3], row=row))
+        recorder(Progress(0, 1, [3], IDS[3:4], reopened=[2]))
     assert [[cell.text is None for cell in frame[2:4]] for frame in recorder.frames] == [
         [True, True],
         [False, True],
@@ -118,7 +113,7 @@ def test_an_error_leaves_no_file_and_remasked_positions_are_boxes_again(tmp_path
 def test_models_of_both_layouts_are_recorded_to_their_last_token(tmp_path: Path) -> None:
     for facts in ({}, {"layout": "block", "block_size": 4, "shift": 0}):
         model = converted(**facts)
-        with Recorder(tmp_path / "a.svg", model.tokenizer) as recorder:
+        with Recording(tmp_path / "a.svg", model.tokenizer) as recorder:
             written = generate(model, "def f(", max_new_tokens=10, num_steps=3, on_step=recorder)
         assert len(recorder.frames) == written.num_forwards + 1
         last = [cell.step for cell in recorder.frames[-1]]
@@ -139,4 +134,4 @@ def test_a_recording_that_cannot_be_made_is_refused_before_the_model_is_looked_f
     assert main(["generate", "none", "a", "b", "--record", "a.svg"]) == 2
     assert "2 are given: give one" in capsys.readouterr().err
     with pytest.raises(UserError, match="neither"):
-        Recorder("a", TOKENIZER)
+        Recording("a", TOKENIZER)

@@ -12,15 +12,17 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.block_cache import BlockCache, decoding
-from decausal.sampling.blocks.engine import BlockEngine, Request
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.rows import BlockRows
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.engines import engine_for
+from decausal.sampling.jobs import run
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 from tests.families import FAMILIES
-from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, sharp_model
+from tests.sampling.block_decoding import MASK, VOCAB_SIZE, block_facts, job_of, sharp_model
+from tests.sampling.denoising import in_order
 from tests.sampling.tape import Tapes
 from tests.sampling.tiny_models import converted
 
@@ -40,7 +42,8 @@ def test_a_pass_is_computed_on_one_device_alone(kind: dict[str, Any], shift: int
     """On the device of no numbers every look at one, and every tensor from elsewhere, is an error."""
     model = FAMILIES["qwen3"](vocab_size=VOCAB_SIZE).eval().to("meta")
     device = torch.device("meta")
-    rows = BlockRows(4, 64, block_size, MASK, (3,), device)
+    rows = BlockRows(4, 64, block_size, MASK, device)
+    rows.grow_ends(1)
     rows.clean_state = torch.zeros(4, model.config.hidden_size, device=device)
     reader = Reader(model, Layout("block", block_size), shift, BlockCache(model.config, 4, 64), rows)
     settings = RowSettings.of([SamplerSettings(**kind)] * 4, device)
@@ -56,15 +59,16 @@ def test_a_cache_that_grows_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) ->
     tapes = Tapes()
     engine = BlockEngine(sharp_model(), block_facts(4), max_rows=1, record=tapes)
 
-    def run(length: int) -> int:
-        list(engine.run([Request([7, 5, 9, 11, 4, 8, 6][:length], SamplerSettings(max_new_tokens=6, num_steps=2))]))
+    def num_recorded(length: int) -> int:
+        settings = SamplerSettings(max_new_tokens=6, num_steps=2)
+        in_order(engine, [job_of([7, 5, 9, 11, 4, 8, 6][:length], settings)])
         return tapes.num_recorded
 
-    run(2)  # the first row gives the cache its length
-    before = run(2)
-    assert run(2) == before > 0
-    run(7)  # longer
-    assert run(2) > before
+    num_recorded(2)  # the first row gives the cache its length
+    before = num_recorded(2)
+    assert num_recorded(2) == before > 0
+    num_recorded(7)  # longer
+    assert num_recorded(2) > before
 
 
 def test_graphs_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,14 +89,14 @@ def test_graphs_of_a_model_that_reads_whole_rows_are_refused() -> None:
 def test_graphs_write_what_passes_without_them_write(block_size: int, shift: int) -> None:
     model = sharp_model().cuda()
     rows = [
-        Request([7, 5, 9, 11, 4, 8][:length], SamplerSettings(max_new_tokens=20, **kind), seed=length)
+        job_of([7, 5, 9, 11, 4, 8][:length], SamplerSettings(max_new_tokens=20, **kind), seed=length)
         for length, kind in enumerate(KINDS, start=1)
     ]
     for options in ({"max_length": 32}, {"max_length": None}):
         written = []
         for record in (CudaGraphs(), None):
             engine = BlockEngine(model, block_facts(block_size, shift), max_rows=3, record=record, **options)
-            written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(rows)})
+            written.append(in_order(engine, rows))
         assert written[0] == written[1]
 
 
@@ -104,13 +108,13 @@ def test_a_place_whose_row_filled_the_cache_is_computed_in_vain_without_harm(blo
     written = []
     for record in (Tapes(), None):
         engine = BlockEngine(sharp_model(), block_facts(block_size, shift), max_rows=4, max_length=24, record=record)
-        requests = [
-            Request([5] * (24 - budget), SamplerSettings(max_new_tokens=budget, num_steps=1), seed)
+        jobs = [
+            job_of([5] * (24 - budget), SamplerSettings(max_new_tokens=budget, num_steps=1), seed)
             for seed, budget in enumerate(budgets)
         ]
-        written.append({row.ticket: row.ids for row in engine.run(requests)})
+        written.append([(index, ended.ids) for index, ended in run(engine, jobs)])
     assert written[0] == written[1]
-    assert next(iter(written[0])) == 3
+    assert written[0][0][0] == 3
 
 
 def test_no_number_that_clients_choose_makes_a_recording_of_its_own() -> None:
@@ -119,7 +123,7 @@ def test_no_number_that_clients_choose_makes_a_recording_of_its_own() -> None:
     counts = []
     for top_k in (9, *range(9, 17)):  # the first run only makes what recordings read
         settings = SamplerSettings(max_new_tokens=6, num_steps=1, temperature=1.0, top_k=top_k)
-        list(engine.run([Request([7, 5], settings)]))
+        in_order(engine, [job_of([7, 5], settings)])
         counts.append(tapes.num_recorded)
     assert len(set(counts[1:])) == 1
     assert counts[-1] > 0
@@ -132,7 +136,7 @@ def test_recordings_are_bounded_and_the_one_not_used_for_longest_goes(monkeypatc
 
     def num_made(**kind: Any) -> int:
         before = tapes.num_recorded
-        list(engine.run([Request([7, 5], SamplerSettings(max_new_tokens=6, **kind))]))
+        in_order(engine, [job_of([7, 5], SamplerSettings(max_new_tokens=6, **kind))])
         return tapes.num_recorded - before
 
     drawn = {"temperature": 1.0}
@@ -147,16 +151,16 @@ def test_what_is_recorded_ahead_is_all_that_requests_need(block_size: int, shift
     """Long prompts among short ones too: they are read in passes of their own."""
     tapes = Tapes()
     settings = SamplerSettings(max_new_tokens=12, threshold=0.5)
-    requests = [Request([5] * (1 + 5 * seed), settings, seed) for seed in range(5)]
+    jobs = [job_of([5] * (1 + 5 * seed), settings, seed) for seed in range(5)]
     written = []
     for record in (tapes, None):
         engine = BlockEngine(sharp_model(), block_facts(block_size, shift), max_rows=3, max_length=40, record=record)
-        engine.record_ahead(settings)
+        engine.record_ahead(settings, num_ends=0)
         ahead = tapes.num_recorded
-        written.append({row.ticket: (row.ids, row.step_of_token) for row in engine.run(requests)})
+        written.append([(row.ids, row.blocks.step_of_token) for row in in_order(engine, jobs)])
         assert tapes.num_recorded == ahead > 0
     assert written[0] == written[1]
-    assert tapes.num_replayed > len(requests)
+    assert tapes.num_replayed > len(jobs)
 
 
 def cannot_record(*_: Any) -> Any:
@@ -178,8 +182,8 @@ def test_what_cannot_be_recorded_is_the_servers_to_tell_at_its_start(
 def test_a_request_whose_passes_cannot_be_recorded_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     engine = BlockEngine(sharp_model(), block_facts(4, 0), max_rows=1, max_length=16, record=cannot_record)
     plain = BlockEngine(sharp_model(), block_facts(4, 0), max_rows=1, max_length=16)
-    request = Request([7, 5], SamplerSettings(max_new_tokens=6))
-    assert [row.ids for row in engine.run([request])] == [row.ids for row in plain.run([request])]
+    job = job_of([7, 5], SamplerSettings(max_new_tokens=6))
+    assert in_order(engine, [job])[0].ids == in_order(plain, [job])[0].ids
     assert caplog.text.count("cannot be recorded") == 1
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decausal.sampling.bidirectional.sampler import Denoised, SamplerSettings, denoise
+from decausal.sampling.settings import SamplerSettings
+from tests.sampling.denoising import Denoised, denoise
 from tests.sampling.stand_ins import conversion_facts, written
 
 TABLE = [[0.1, 0.2, 0.3, 0.4]] * 16

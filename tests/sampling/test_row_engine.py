@@ -14,10 +14,12 @@ from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import infill
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.rows import Row, prompt_ids, text_after, text_ids
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids
+from decausal.sampling.texts import prompt_ids, text_after, text_ids
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
 

@@ -9,8 +9,9 @@ from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.filling.lengths import GappedText
 from decausal.sampling.filling.searching import SearchingEngine, SearchJob
 from decausal.sampling.jobs import Job
-from decausal.sampling.rows import Row, prompt_ids
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import prompt_ids
 from tests.sampling.tiny_models import converted
 
 MODEL = converted()

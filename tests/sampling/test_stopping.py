@@ -11,11 +11,11 @@ from tokenizers import AddedToken
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.stopping import text_before_stop, tokens_to_stop
+from decausal.sampling.stopping import end_token_ids, text_before_stop, tokens_to_stop
 from tests.families import tiny_tokenizer
 from tests.sampling.tiny_models import converted
 

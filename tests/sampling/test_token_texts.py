@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from decausal.sampling.rows import text_after
+from decausal.sampling.texts import text_after
 from decausal.sampling.token_texts import BROKEN, TokenTexts
 from tests.families import EOS, EOS_ID, tiny_tokenizer
 
@@ -54,6 +54,13 @@ def test_a_character_belongs_to_the_token_that_completes_it() -> None:
     assert TEXTS.of(ids) == ["a", "", "", "", "😀", "b"]
     assert TEXTS.of([*ids[:3], None, *ids[4:]]) == ["a", "", "", None, "", "b"]
     assert TEXTS.of([ids[1], EOS_ID]) == ["", BROKEN]
+
+
+def test_bytes_that_begin_a_character_in_vain_take_none_from_those_behind_them() -> None:
+    first, *rest = ids_of("ࡡ")  # three bytes, a token each
+    for count in range(5):
+        found = TEXTS.of([*[first] * count, first, *rest])
+        assert "".join(found).replace(BROKEN, "") == "ࡡ"
 
 
 def test_special_tokens_have_names_where_they_are_shown() -> None:

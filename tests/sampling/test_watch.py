@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
-import torch
 from rich.console import Console
 
 from decausal.sampling.watching.watch import OPEN_POSITION, Watch
 from tests.families import tiny_tokenizer
+from tests.sampling.denoising import steps
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "if x:\n  y"
-IDS = torch.tensor([TOKENIZER(TEXT)["input_ids"]] * 2)
+IDS = TOKENIZER(TEXT)["input_ids"]
 ORDER = [3, 1, 0, 2]
 """Positions from 2 on that are open, in the order in which they are kept."""
 
 
 def play(watch: Watch) -> None:
-    is_open = torch.zeros_like(IDS, dtype=torch.bool)
-    is_open[:, 2:6] = True
     with watch:
-        for step, offset in enumerate(ORDER):
-            newly_kept = torch.zeros_like(is_open)
-            newly_kept[:, 2 + offset] = True
-            is_open = is_open & ~newly_kept
-            watch(step, IDS.masked_fill(is_open, 0), is_open.clone(), newly_kept)
+        for step in steps(IDS, ORDER):
+            watch(step)
+            watch(replace(step, ticket=1))  # another row, which is not shown
 
 
 def console(is_terminal: bool) -> Console:
@@ -51,7 +48,7 @@ def test_frames_show_open_positions_as_blocks_where_they_stand() -> None:
     draw = watch.frame
     watch.frame = lambda *arguments: frames.append(draw(*arguments).plain) or draw(*arguments)
     play(watch)
-    pieces = [TOKENIZER.decode([token]) for token in IDS[0].tolist()]
+    pieces = [TOKENIZER.decode([token]) for token in IDS]
     for step, frame in enumerate(frames):
         still_open = {2 + offset for offset in ORDER[step + 1 :]}
         assert frame == "".join(OPEN_POSITION if i in still_open else piece for i, piece in enumerate(pieces))
@@ -64,10 +61,9 @@ def test_in_a_terminal_each_step_has_its_colour_and_the_last_frame_stays() -> No
     play(watch)
     output = terminal.file.getvalue()
     assert "\x1b[" in output
-    last = watch.frame(IDS[0].tolist(), set(), set())
-    colours = [watch._style(position, is_new=False).color for position in range(2, 6)]
-    assert len(set(colours)) == 4
-    assert watch._style(0, is_new=False).color is None
+    last = watch.frame(watch._followed)
+    colours = [span.style.color for span in last.spans if span.style.color is not None]
+    assert len(set(colours)) == len(colours) == 4  # given text has none
     assert last.plain == TEXT
 
 
@@ -79,11 +75,19 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
     assert terminal.file.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_a_row_that_finished_earlier_is_not_drawn_again() -> None:
+def test_what_lies_after_an_early_end_is_not_shown() -> None:
     plain = console(False)
     watch = Watch(TOKENIZER, plain)
-    play(watch)
-    before = plain.file.getvalue()
-    nothing = torch.zeros_like(IDS, dtype=torch.bool)
-    watch(4, IDS, nothing, nothing)
-    assert plain.file.getvalue() == before
+    for step in steps(IDS, [2, 0], end=1):
+        watch(step)
+    output = plain.file.getvalue()
+    assert "after step 2: 4 of 4 positions" in output
+    assert output.endswith(TOKENIZER.decode(IDS[:3]) + "\n")
+
+
+def test_every_round_of_an_edit_is_shown_from_its_beginning() -> None:
+    plain = console(False)
+    watch = Watch(TOKENIZER, plain)
+    for _ in range(2):
+        play(watch)
+    assert plain.file.getvalue().count("after step 4: 4 of 4 positions") == 2

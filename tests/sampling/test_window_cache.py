@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
-from decausal.sampling.bidirectional.sampler import Denoised, SamplerSettings, denoise
 from decausal.sampling.filling.infilling import infill
 from decausal.sampling.generate import generate
-from decausal.sampling.rows import Row, padded, prompt_ids, text_ids
+from decausal.sampling.rows import Row
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import prompt_ids, text_ids
 from tests.families import FAMILIES, SLIDING_WINDOW, tiny_tokenizer
+from tests.sampling.denoising import Denoised, denoise
 from tests.sampling.stand_ins import conversion_facts
 from tests.sampling.tiny_models import converted
 
@@ -46,9 +47,14 @@ def filled(model: Converted, **options: Any) -> Denoised:
         Row((before[:3], behind[:2], behind), (5, 6), "second"),
         Row((before[:7], []), (13,), "third"),
     ]
-    ids, is_open, document_ids = padded(rows, model.facts.mask_token_id)
+    lengths = [row.length for row in rows]
+    ids, is_open = torch.zeros(3, max(lengths), dtype=torch.long), torch.zeros(3, max(lengths), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : row.length] = torch.tensor(row.ids(0))
+        for span in row.spans():
+            is_open[index, span.start : span.stop] = True
     settings = SamplerSettings().updated(**options)
-    return denoise(model.model, model.facts, ids, is_open, settings, document_ids=document_ids)
+    return denoise(model.model, model.facts, ids, is_open, settings, lengths=lengths)
 
 
 def same(first: Denoised, second: Denoised) -> bool:
@@ -82,7 +88,9 @@ def test_in_a_model_of_one_layer_a_cache_that_is_never_renewed_is_exact(
 def test_what_is_read_is_the_row_once_for_each_window_and_else_the_window() -> None:
     model = converted(shift=1)
     row = Row((prompt_ids(model, "import"), text_ids(model.tokenizer, "a b c d e")), (8,), "row")
-    ids, is_open, _ = padded([row], model.facts.mask_token_id)
+    ids, is_open = torch.tensor([row.ids(0)]), torch.zeros(1, row.length, dtype=torch.bool)
+    for span in row.spans():
+        is_open[:, span.start : span.stop] = True
     first, length = row.spans()[0].start, row.length
     read = {}
     for cache, refresh in (("none", None), ("prefix", None), ("dual", None), ("dual", 2)):
@@ -119,12 +127,3 @@ def test_a_row_with_a_cache_does_not_depend_on_its_batch_mates(
         infill(model, prompt, suffix, 7, seed=5 + i, **options)
         for i, (prompt, suffix) in enumerate(zip(PROMPTS, [" = b", "", "x"], strict=True))
     ]
-
-
-def test_rows_of_several_documents_have_no_cache() -> None:
-    model = converted(shift=0)
-    ids, is_open = torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)
-    settings = SamplerSettings(window=2, cache="dual")
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    with pytest.raises(UserError, match="rows of one document"):
-        denoise(model.model, model.facts, ids, is_open, settings, document_ids=documents)

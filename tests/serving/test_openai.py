@@ -13,9 +13,12 @@ import pytest
 
 from decausal.models.checkpoint import Converted
 from decausal.sampling.defaults import settings_for
+from decausal.sampling.engines import write
 from decausal.sampling.filling.infilling import fill, infill
 from decausal.sampling.generate import generate
-from decausal.sampling.rows import Row, fill_rows, text_after
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row
+from decausal.sampling.texts import text_after
 from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
@@ -84,8 +87,8 @@ def test_a_prompt_of_ids_before_a_suffix_stays_as_it_was_sent(model: Converted, 
     found = client.completions.create(model="tiny", prompt=ids, suffix="\ny = 2", max_tokens=6, seed=4)
     behind = model.tokenizer("\ny = 2", add_special_tokens=False)["input_ids"]
     settings = settings_for(model.facts, seed=4)
-    (filled,) = fill_rows(model, [Row((ids, behind), (6,), "the prompt")], settings)
-    assert found.choices[0].text == text_after(model.tokenizer, ids, filled.ids[len(ids) : len(ids) + 6])
+    (ended,) = write(model, [Job(Row((ids, behind), (6,), "the prompt"), settings, 4)], batch_size=1)
+    assert found.choices[0].text == text_after(model.tokenizer, ids, ended.ids)
 
 
 def test_a_suffix_without_a_length_is_filled_as_infill_finds_it(model: Converted, client: openai.OpenAI) -> None:

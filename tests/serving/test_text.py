@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from decausal.sampling.borders import Border
-from decausal.sampling.rows import text_after
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import cut_at_stop
+from decausal.sampling.texts import text_after
 from decausal.serving.text import TextStream, possible_stop
 from tests.families import EOS_ID, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from decausal.data.encode import encode
 from decausal.exchange.plain import export_plain
 from decausal.models.checkpoint import load_converted
 from decausal.models.facts import read_facts
-from decausal.sampling.generate import end_token_ids
+from decausal.sampling.stopping import end_token_ids
 from tests.chat_templates import TEMPLATES, tokenizer_like
 from tests.families import FAMILIES
 from tests.runs import run

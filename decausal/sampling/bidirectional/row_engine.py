@@ -12,12 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decausal.errors import UserError
+from decausal.models.block_cache import decoding
 from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.bidirectional.denoiser import Denoiser, OpenRows, Step
 from decausal.sampling.borders import Allowed, AllowedTokens
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
-from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.scoring import token_log_probs
 from decausal.sampling.stopping import tokens_to_stop
 
 
@@ -25,6 +27,7 @@ from decausal.sampling.stopping import tokens_to_stop
 class _Running:
     """A row in a place of the batch, as the host knows it."""
 
+    place: int
     ticket: int
     job: Job
     span: range  # from its first open position to its last
@@ -46,7 +49,10 @@ class _Step(NamedTuple):
 class RowEngine:
     """Denoises up to `max_rows` rows together; more wait, and take the place of the first that ends.
 
-    A row becomes what `sampler.denoise` makes of it with the same seed, alone or with others.
+    Each step runs the body over the rows in its places, and the head at the masked positions of their current windows
+    (with `settings.remask` "p2" also at kept ones). It draws one candidate per masked position and keeps the best. The
+    mask token is never drawn. A row is a function of its own ids, seed and settings: it depends neither on the rows
+    beside it nor on padding nor on when it came.
 
     Args:
         converted: Model, tokenizer and facts; the layout is "bidirectional" or "causal".
@@ -55,33 +61,38 @@ class RowEngine:
     """
 
     def __init__(self, converted: Converted, *, max_rows: int, max_length: int) -> None:
-        model, self._tokenizer, self._facts = converted
-        self._denoiser = Denoiser(model.eval(), self._facts, max_rows)
+        self._model, self._tokenizer, self._facts = converted
+        refuse_blocks(self._facts)
+        self._denoiser = Denoiser(self._model, self._facts, max_rows)
         self._max_length = max_length
         self._places: list[_Running | None] = [None] * max_rows
         self._waiting: deque[tuple[int, Job]] = deque()
         self._next_ticket = 0
         self._gathered: tuple[tuple[int, ...], RowSettings] | None = None
-        device = next(model.parameters()).device
+        device = next(self._model.parameters()).device
         shape = (max_rows, max_length)
         self._ids = torch.zeros(shape, dtype=torch.long, device=device)
         self._is_open = torch.zeros(shape, dtype=torch.bool, device=device)
         self._is_masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self._document_ids = torch.zeros(shape, dtype=torch.long, device=device)
-        self._allowed = AllowedTokens(self._tokenizer, len(model.get_output_embeddings().weight), device)
+        self._allowed = AllowedTokens(self._tokenizer, len(self._denoiser.head.weight), device)
         self._allowed_index = torch.full(shape, -1, device=device)
         self._seeds = torch.zeros(max_rows, dtype=torch.long, device=device)
-        self._steps = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self._steps, self._num_read = torch.zeros(2, max_rows, dtype=torch.long, device=device)
 
     @property
     def num_running(self) -> int:
-        """Rows that hold a place."""
-        return sum(place is not None for place in self._places)
+        """Rows that hold a place, or will in the next step."""
+        return min(len(self._places), self._num_unfinished)
 
     @property
     def num_waiting(self) -> int:
         """Rows that wait for one."""
-        return len(self._waiting)
+        return self._num_unfinished - self.num_running
+
+    @property
+    def _num_unfinished(self) -> int:
+        return len(self._waiting) + sum(place is not None for place in self._places)
 
     def submit(self, job: Job) -> int:
         """Takes a row on and returns its ticket.
@@ -110,37 +121,47 @@ class RowEngine:
         self._places = [None if place and place.ticket == ticket else place for place in self._places]
         self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != ticket)
 
-    @torch.no_grad()
     def step(self) -> list[Progress]:
-        """Fills free places, takes all rows one step further, and tells of each."""
-        for place, running in enumerate(self._places):
-            if running is None and self._waiting:
-                self._places[place] = self._admitted(place, *self._waiting.popleft())
-        places = [place for place, running in enumerate(self._places) if running is not None]
-        return self._advance(places) if places else []
+        """Fills free places, takes all rows one step further, and reports on each."""
+        with decoding(self._model):
+            self._admit()
+            places = [place for place, running in enumerate(self._places) if running is not None]
+            return self._advance(places) if places else []
 
-    def _admitted(self, place: int, ticket: int, job: Job) -> _Running:
-        row, spans = job.row, job.row.spans()
-        ids = row.ids(self._facts.mask_token_id)
-        is_open = torch.zeros(row.length, dtype=torch.bool)
-        for span in spans:
-            is_open[span.start : span.stop] = True
-        device = self._ids.device
-        self._ids[place, : row.length] = torch.tensor(ids, device=device)
-        self._is_open[place] = False
-        self._is_open[place, : row.length] = is_open.to(device)
-        self._is_masked[place] = self._is_open[place]
-        self._document_ids[place] = -1
-        self._document_ids[place, : row.length] = 0
-        self._allowed_index[place] = -1
-        for position, which in self._allowed.numbers(spans, row.borders).items():
-            self._allowed_index[place, position] = which
-        self._seeds[place] = job.seed
-        self._steps[place] = 0
-        self._denoiser.forget(place)
-        span = range(spans[0].start, spans[-1].stop)
-        given = {position: ids[position] for position in span if not is_open[position]}
-        return _Running(ticket, job, span, given)
+    def _admit(self) -> None:
+        """Fills free places with rows that wait, and writes these to the device, all at once."""
+        free = [place for place, running in enumerate(self._places) if running is None]
+        new = [(place, *self._waiting.popleft()) for place in free[: len(self._waiting)]]
+        if not new:
+            return
+        shape, mask_token_id = (len(new), self._max_length), self._facts.mask_token_id
+        ids, allowed = torch.full(shape, mask_token_id), torch.full(shape, -1)
+        is_open, document_ids = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
+        for i, (place, ticket, job) in enumerate(new):
+            row, spans = job.row, job.row.spans()
+            whole = row.ids(mask_token_id)
+            ids[i, : row.length] = torch.tensor(whole)
+            document_ids[i, : row.length] = 0
+            for span in spans:
+                is_open[i, span.start : span.stop] = True
+            for position, which in self._allowed.numbers(spans, row.borders).items():
+                allowed[i, position] = which
+            span = range(spans[0].start, spans[-1].stop)
+            given = {position: whole[position] for position in set(span).difference(*spans)}
+            self._places[place] = _Running(place, ticket, job, span, given)
+            self._denoiser.forget(place)
+        index = torch.tensor([place for place, _, _ in new], device=self._ids.device)
+        seeds = torch.tensor([job.seed for _, _, job in new])
+        for held, values in (
+            (self._ids, ids),
+            (self._is_open, is_open),
+            (self._is_masked, is_open),
+            (self._document_ids, document_ids),
+            (self._allowed_index, allowed),
+            (self._seeds, seeds),
+        ):
+            held[index] = values.to(held.device)
+        self._steps[index] = 0
 
     def _advance(self, places: list[int]) -> list[Progress]:
         rows = [running for running in (self._places[place] for place in places) if running is not None]
@@ -173,6 +194,7 @@ class RowEngine:
         self._ids[index, :length] = open_rows.ids
         self._is_masked[index, :length] = open_rows.is_masked
         self._steps[index] = open_rows.steps
+        self._num_read[index] += step.num_tokens_read
         new, reopened = _by_row(step, open_rows.ids)
         return _Step(new, reopened, self._log_probs(rows, step, open_rows.ids))
 
@@ -219,6 +241,7 @@ class RowEngine:
             if running.job.num_top_log_probs is not None
             else [],
             ended=self._ended(running),
+            row=running.job.row if number == 0 else None,
         )
 
     def _ended(self, running: _Running) -> Ended | None:
@@ -251,6 +274,20 @@ class RowEngine:
             step_of_token=[running.step_of[position] for position in written],
             num_forwards=running.num_forwards,
             reason=reason,
+            num_tokens_read=int(self._num_read[running.place]),
+        )
+
+
+def refuse_blocks(facts: ConversionFacts) -> None:
+    """Refuses models that are not denoised as whole rows.
+
+    Raises:
+        UserError: A "block" layout.
+    """
+    if facts.layout == "block":
+        raise UserError(
+            f"this model has layout 'block' (block size {facts.block_size}): it is denoised block by block, not as "
+            "whole rows; use generate, or engine_for, which finds the engine that fits"
         )
 
 
@@ -260,8 +297,11 @@ def _as_confidence(score: float, job: Job) -> float:
 
 
 def _by_row(step: Step, tokens: Int[Tensor, "A T"]) -> tuple[list[list[tuple[int, int, float]]], list[list[int]]]:
-    """Brings what a step did to the host in one piece: of each row, (position, token, score) of new ones, and positions
-    opened again."""
+    """Brings what a step did to the host in one piece.
+
+    Returns:
+        Of each row, (position, token, score) of what is new, and the positions that are open again.
+    """
     parts = [step.is_new, tokens, step.scores]
     if step.is_reopened is not None:
         parts.append(step.is_reopened)

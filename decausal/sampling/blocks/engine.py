@@ -1,4 +1,4 @@
-"""Decoding of block models, and of autoregressive ones as blocks of one token: many requests, one batch.
+"""Decoding of block models, and of autoregressive ones as blocks of one token: many rows, one batch.
 
 Each pass of the model reads, per row, what is not in the cache yet and the block that is being denoised. A finished
 block is committed by the pass that takes the next block's first step, so n denoising steps cost n passes.
@@ -7,12 +7,12 @@ block is committed by the pass that takes the next block's first step, so n deno
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,14 +23,14 @@ from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
-from decausal.sampling.blocks.recording import CannotRecordError, RecordedPasses, Recorder
-from decausal.sampling.blocks.requests import ActiveRow, Finished, Request, StepEvent
+from decausal.sampling.blocks.active_row import ActiveRow
+from decausal.sampling.blocks.recording import CannotRecordError, PassRecorder, RecordedPasses
 from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.blocks.windows import Reader
+from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.scoring import token_log_probs
 from decausal.sampling.settings import SamplerSettings
-
-__all__ = ["BlockEngine", "Finished", "Request", "StepEvent"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +45,25 @@ class BlockEngine:
     The model is the caller's own: its weights are read in every pass, so it can be trained between calls.
 
     Args:
-        model: any stock causal LM, or a PEFT wrapper around one. In eval mode while it decodes.
-        facts: layout, block size, shift, mask token. A "causal" layout is decoded as blocks of one token with shift 1.
-        max_rows: rows decoded together.
-        max_length: most tokens of a row, in whole blocks; memory for that is taken at once. None: the model's context,
+        model: Any stock causal LM, or a PEFT wrapper around one. In eval mode while it decodes.
+        facts: Layout, block size, shift, mask token. A "causal" layout is decoded as blocks of one token with shift 1.
+        max_rows: Rows decoded together.
+        max_length: Most tokens of a row, in whole blocks; memory for that is taken at once. None: the model's context,
             and memory grows with the rows.
-        end_token_ids: tokens that end a row.
-        tokenizer: needed for stop texts alone.
+        tokenizer: Needed for stop texts alone.
         is_fused: False commits each block in a pass of its own: one pass more per block, the same tokens.
-        record: what records passes that are run again and again, `CudaGraphs()` on a GPU. The weights then stay where
+        record: What records passes that are run again and again, `CudaGraphs()` on a GPU. The weights then stay where
             they are in memory; they may change in place.
 
     Raises:
-        UserError: a bidirectional layout; a model that takes no such cache; no room for a block.
+        UserError: A bidirectional layout; a model that takes no such cache; no room for a block.
 
     Example:
-        >>> engine = BlockEngine(model, facts, max_rows=16, end_token_ids=(0,))
-        >>> for row in engine.run(Request(ids, SamplerSettings(max_new_tokens=64)) for ids in prompts):
-        ...     print(row.ids, row.tokens_per_forward)
+        >>> engine = BlockEngine(model, facts, max_rows=16)
+        >>> settings = SamplerSettings(threshold=0.9)
+        >>> jobs = [Job(Row((ids, []), (64,), "the prompt"), settings, seed=0, end_token_ids=(0,)) for ids in prompts]
+        >>> for index, ended in run(engine, jobs):
+        ...     print(index, ended.ids, ended.tokens_per_forward)
     """
 
     def __init__(
@@ -72,16 +73,14 @@ class BlockEngine:
         *,
         max_rows: int,
         max_length: int | None = None,
-        end_token_ids: Sequence[int] = (),
         tokenizer: Any = None,
         is_fused: bool = True,
-        record: Recorder | None = None,
+        record: PassRecorder | None = None,
     ) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
         self.model, self.facts, self.tokenizer = model, facts, tokenizer
         self.max_rows, self.is_fused = max_rows, is_fused
-        self.end_token_ids = tuple(end_token_ids)
         self.layout, self.shift = _as_blocks(facts)
         config = stock_model(model).base_model.config
         self.capacity = _capacity(context_length(config), max_length, self.block_size)
@@ -90,13 +89,12 @@ class BlockEngine:
         device = stock_model(model).get_input_embeddings().weight.device
         length = 0 if max_length is None else self.capacity
         cache = BlockCache(config, max_rows, length)
-        rows = BlockRows(max_rows, length, self.block_size, facts.mask_token_id, self.end_token_ids, device)
+        rows = BlockRows(max_rows, length, self.block_size, facts.mask_token_id, device)
         self._reader, self._rows, self._cache = Reader(model, self.layout, self.shift, cache, rows), rows, cache
         self._queue: deque[ActiveRow] = deque()
         self._active: list[ActiveRow] = []
         self._settings: RowSettings | None = None
         self._next_ticket = 0
-        self._states: Float[Tensor, "b K D"] | None = None
         self._recorded: RecordedPasses | None = None
         if record is not None:
             self._recorded = RecordedPasses(self._reader, self._head, record)
@@ -107,56 +105,42 @@ class BlockEngine:
         return self.layout.block_size
 
     @property
-    def num_unfinished(self) -> int:
-        """Rows in use or in the queue."""
-        return len(self._active) + len(self._queue)
+    def num_running(self) -> int:
+        """Rows that hold a place, or will in the next step."""
+        return min(self.max_rows, len(self._active) + len(self._queue))
 
-    def submit(self, request: Request) -> int:
-        """Puts a request into the queue and returns its ticket.
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait for one."""
+        return len(self._active) + len(self._queue) - self.num_running
+
+    def submit(self, job: Job) -> int:
+        """Puts a row into the queue and returns its ticket.
 
         Raises:
-            UserError: a prompt that holds the mask token or leaves no room; remasking; speculation; stop
-                texts without a tokenizer.
+            UserError: Text after a gap; a prompt that holds the mask token or leaves no room; remasking; speculation;
+                stop texts without a tokenizer.
         """
-        self._refuse(request)
+        self._refuse(job)
         ticket = self._next_ticket
         self._next_ticket += 1
-        self._queue.append(ActiveRow(ticket, request, self.block_size))
+        self._queue.append(ActiveRow(ticket, job, self.block_size))
         return ticket
 
-    def cancel(self, ticket: int) -> bool:
-        """Drops a row, queued or in use; it never finishes. False: there is none of that ticket."""
-        for row in self._queue:
-            if row.ticket == ticket:
-                self._queue.remove(row)
-                return True
+    def cancel(self, ticket: int) -> None:
+        """Drops a row, waiting or running; it never ends."""
+        self._queue = deque(row for row in self._queue if row.ticket != ticket)
         for place, row in enumerate(self._active):
             if row.ticket == ticket:
                 self._release([place])
-                return True
-        return False
-
-    def step(self) -> list[StepEvent]:
-        """Runs one pass over the rows in use, after filling free places from the queue; one event per row."""
-        with decoding(self.model):
-            return self._advance(wants_events=True)
-
-    def run(self, requests: Iterable[Request] = ()) -> Iterator[Finished]:
-        """Writes all requests, taken as places become free, and yields rows as they finish."""
-        source = iter(requests)
-        while True:
-            for request in islice(source, max(0, 2 * self.max_rows - self.num_unfinished)):
-                self.submit(request)
-            if not self.num_unfinished:
                 return
-            finished: list[Finished] = []
-            with decoding(self.model):
-                while not finished and self.num_unfinished:
-                    finished = [event.finished for event in self._advance(wants_events=False) if event.finished]
-            yield from finished
 
-    def _advance(self, *, wants_events: bool) -> list[StepEvent]:
-        """One pass. Without `wants_events`, only events of rows that finish."""
+    def step(self) -> list[Progress]:
+        """Runs one pass over the running rows, after filling free places from the queue; reports on each of them."""
+        with decoding(self.model):
+            return self._advance()
+
+    def _advance(self) -> list[Progress]:
         self._admit()
         active = self._active
         if not active:
@@ -165,9 +149,9 @@ class BlockEngine:
             self._commit()
         if self._recorded is not None:
             self._read_prompts()
-        self._states, told = self._pass_over([row.window for row in active])
+        states, told = self._pass_over([row.window for row in active])
         self._set_committed()
-        return self._take_note(told.tolist(), wants_events)
+        return self._take_note(told.tolist(), states)
 
     def _pass_over(self, windows: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
         if self._recorded is not None and self._recorded.takes(windows):
@@ -195,13 +179,18 @@ class BlockEngine:
                 row.committed = row.start
                 row.num_forwards += 1
 
-    def record_ahead(self, settings: SamplerSettings) -> None:
+    def record_ahead(self, settings: SamplerSettings, num_ends: int) -> None:
         """Records the passes that rows of these settings need, where `record` and a length were given.
+
+        Args:
+            settings: Of the rows.
+            num_ends: How many tokens end a row, at most.
 
         Raises:
             CannotRecordError: the model does what cannot be recorded.
         """
         if self._recorded is not None and self._cache.max_length:
+            self._make_room_for_ends(num_ends)
             with decoding(self.model):
                 self._recorded.record_ahead(settings)
 
@@ -224,25 +213,60 @@ class BlockEngine:
             for row in self._active:
                 row.committed = row.start
 
-    def _take_note(self, told: list[list[int]], wants_events: bool) -> list[StepEvent]:
-        """Brings the host's knowledge up to date; rows whose block is done finish or go on to the next."""
-        size, events, leaving = self.block_size, [], []
-        for place, (row, news) in enumerate(zip(self._active, told, strict=True)):
-            block, step, finished = row.start, row.step, None
-            row.note_step(num_candidates=news[2 * size])
-            if not news[2 * size + 1]:
-                finished = row.end_block(news[:size], news[size : 2 * size], self.end_token_ids, self.tokenizer)
-                if finished:
-                    leaving.append(place)
-            if wants_events or finished:
-                kept = [offset for offset in range(size) if news[size + offset] == step]
-                positions, ids = [block + offset for offset in kept], [news[offset] for offset in kept]
-                events.append(StepEvent(row.ticket, block // size, step, positions, ids, finished))
+    def _take_note(self, told: list[list[int]], states: Float[Tensor, "b K D"]) -> list[Progress]:
+        """Brings the host's knowledge up to date; rows whose block is done end or go on to the next."""
+        size = self.block_size
+        kept = [
+            [offset for offset in range(size) if news[size + offset] == row.step]
+            for row, news in zip(self._active, told, strict=True)
+        ]
+        log_probs = self._log_probs(kept, told, states)
         is_done = [not news[2 * size + 1] for news in told]
+        steps = [
+            self._progress(row, news, offsets, found, done)
+            for row, news, offsets, found, done in zip(self._active, told, kept, log_probs, is_done, strict=True)
+        ]
         if any(is_done):
             self._rows.next_blocks(len(told), is_done)
-        self._release(leaving)
-        return events
+        self._release([place for place, step in enumerate(steps) if step.ended is not None])
+        return steps
+
+    def _progress(
+        self, row: ActiveRow, news: list[int], offsets: list[int], log_probs: list[TokenLogProbs], is_done: bool
+    ) -> Progress:
+        """Takes one row's share of a pass."""
+        size, start, step, row_step = self.block_size, row.start, row.step, row.row_step
+        row.note_step(num_candidates=news[2 * size])
+        ended = row.end_block(news[:size], news[size : 2 * size], self.tokenizer) if is_done else None
+        # The last block is written whole; what lies after the end of the text belongs to nobody.
+        stop = row.limit if ended is None else row.prompt_length + len(ended.ids)
+        offsets = [offset for offset in offsets if start + offset < stop]
+        log_probs = log_probs[: len(offsets)]
+        return Progress(
+            ticket=row.ticket,
+            step=row_step,
+            positions=[start + offset for offset in offsets],
+            ids=[news[offset] for offset in offsets],
+            confidence=[math.exp(log_prob) for log_prob, _ in log_probs],
+            log_probs=log_probs if row.job.num_top_log_probs is not None else [],
+            ended=ended,
+            row=row.job.row if row_step == 0 else None,
+            block=start // size,
+            block_step=step,
+        )
+
+    def _log_probs(
+        self, kept: list[list[int]], told: list[list[int]], states: Float[Tensor, "b K D"]
+    ) -> list[list[TokenLogProbs]]:
+        """Of the tokens kept in rows whose jobs ask, at the cost of the head at those; empty for the others."""
+        asking = [place for place, row in enumerate(self._active) if row.job.wants_log_probs and kept[place]]
+        if not asking:
+            return [[] for _ in kept]
+        wanted = torch.cat([states[place, kept[place]] for place in asking])
+        tokens = [told[place][offset] for place in asking for offset in kept[place]]
+        counts = [self._active[place].job.num_top_log_probs or 0 for place in asking for _ in kept[place]]
+        found = iter(token_log_probs(wanted, self._head(), tokens, counts))
+        return [[next(found) for _ in offsets] if place in asking else [] for place, offsets in enumerate(kept)]
 
     def _admit(self) -> None:
         """Fills free places from the queue and writes what is new to the device."""
@@ -250,7 +274,7 @@ class BlockEngine:
             self._active.append(self._queue.popleft())
             self._settings = None
         if self._settings is None:
-            self._settings = RowSettings.of([row.request.settings for row in self._active], self._rows.device)
+            self._settings = RowSettings.of([row.job.settings for row in self._active], self._rows.device)
         new = [(place, row) for place, row in enumerate(self._active) if row.is_new]
         if not new:
             return
@@ -259,17 +283,26 @@ class BlockEngine:
             length = max(longest, min(self.capacity, self._cache.max_length + GROWTH))
             self._cache.grow(length)
             self._rows.grow(length)
-            if self._recorded is not None:
-                self._recorded.forget()
+            self._forget_recordings()
+        self._make_room_for_ends(max(len(row.job.end_token_ids) for _, row in new))
         self._rows.admit([self._new_row(place, row) for place, row in new])
         for _, row in new:
             row.is_new = False
 
     def _new_row(self, place: int, row: ActiveRow) -> NewRow:
-        request = row.request
-        seed = request.settings.seed if request.seed is None else request.seed
-        is_first_alone = request.settings.first_token_from_clean
-        return NewRow(place, list(request.prompt_ids), row.limit, seed, is_first_alone)
+        job = row.job
+        is_first_alone = job.settings.first_token_from_clean
+        return NewRow(place, row.prompt, row.limit, job.seed, is_first_alone, job.end_token_ids)
+
+    def _make_room_for_ends(self, num_ends: int) -> None:
+        if num_ends > self._rows.ends.shape[1]:
+            self._rows.grow_ends(num_ends)
+            self._forget_recordings()
+
+    def _forget_recordings(self) -> None:
+        """Where tensors have moved, passes are recorded anew."""
+        if self._recorded is not None:
+            self._recorded.forget()
 
     def _release(self, places: list[int]) -> None:
         """Gives places to rows of the queue; into those that stay free the last rows move."""
@@ -285,30 +318,34 @@ class BlockEngine:
                 self._rows.move(last, place)
                 self._cache.move_row(last, place)
 
-    def _refuse(self, request: Request) -> None:
-        settings, num_given, size = request.settings, len(request.prompt_ids), self.block_size
+    def _refuse(self, job: Job) -> None:
+        row, settings, size = job.row, job.settings, self.block_size
         settings.refuse_speculative()
         settings.refuse_layout(self.facts.layout, self.facts.shift)
+        if len(row.gaps) > 1 or row.given[-1]:
+            raise UserError(
+                f"{row.name} has text after a gap, which a model of layout '{self.facts.layout}' cannot see: leave it "
+                "out, or take a model of layout 'bidirectional'"
+            )
         if settings.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer: give BlockEngine its tokenizer, or leave stop out")
-        if self.facts.mask_token_id in request.prompt_ids:
+        if self.facts.mask_token_id in row.given[0]:
             raise UserError(
-                f"{request.name} holds the mask token (id {self.facts.mask_token_id}), which stands for open "
+                f"{row.name} holds the mask token (id {self.facts.mask_token_id}), which stands for open "
                 "positions: take it out"
             )
+        num_given, (num_wanted,) = len(row.given[0]), row.gaps
         if self.shift == 1 and not num_given:
-            raise UserError(
-                f"{request.name} is empty: with shift 1 the first token cannot be predicted; give one token"
-            )
+            raise UserError(f"{row.name} is empty: with shift 1 the first token cannot be predicted; give one token")
         room = self.capacity - num_given
         if num_given // size * size + size > self.capacity:
             raise UserError(
-                f"{request.name} has {num_given} tokens; {self.capacity} fit, in blocks of {size}, and one block must "
+                f"{row.name} has {num_given} tokens; {self.capacity} fit, in blocks of {size}, and one block must "
                 f"stay free: shorten it to {self.capacity - 1} tokens or fewer"
             )
-        if settings.max_new_tokens > room:
+        if num_wanted > room:
             raise UserError(
-                f"{request.name} has {num_given} tokens and max_new_tokens={settings.max_new_tokens}, but only "
+                f"{row.name} has {num_given} tokens and max_new_tokens={num_wanted}, but only "
                 f"{self.capacity} fit, in blocks of {size}: write at most {room}, or shorten it"
             )
 

@@ -32,7 +32,7 @@ class CannotRecordError(RuntimeError):
 
 
 @runtime_checkable
-class Recorder(Protocol):
+class PassRecorder(Protocol):
     """Records a function that reads and writes tensors, and returns what runs it again on these very tensors."""
 
     def __call__(
@@ -104,7 +104,7 @@ class RecordedPasses:
 
     reader: Reader
     head: Callable[[], Head]
-    record: Recorder
+    record: PassRecorder
     _recordings: dict[Any, _Recording] = field(default_factory=dict)
 
     def takes(self, windows: list[range]) -> bool:

@@ -26,6 +26,7 @@ class NewRow:
         limit: first position that is not wanted any more.
         seed: of its random numbers.
         is_first_alone: the first token of each block is kept in a step of its own.
+        ends: tokens that end it.
     """
 
     place: int
@@ -33,6 +34,7 @@ class NewRow:
     limit: int
     seed: int
     is_first_alone: bool = False
+    ends: tuple[int, ...] = ()
 
 
 class BlockRows:
@@ -44,6 +46,7 @@ class BlockRows:
         committed: positions before this one have their keys and values in the cache, [R].
         limit: first position that is not wanted any more, [R].
         seed: of random numbers, [R].
+        ends: tokens that end each row, -1 where it has fewer, [R E].
         step: denoising steps that the block has had, [R].
         is_first_alone: a block's first token is kept in a step of its own, [R].
         block_ids: the block, masked positions holding the mask token, [R K].
@@ -61,7 +64,6 @@ class BlockRows:
         length: int,
         block_size: int,
         mask_token_id: int,
-        ends: tuple[int, ...],
         device: torch.device,
     ) -> None:
         def vector(dtype: torch.dtype = torch.long) -> Tensor:
@@ -73,7 +75,7 @@ class BlockRows:
         self.block_size, self.mask_token_id, self.device = block_size, mask_token_id, device
         self.offsets = torch.arange(block_size, device=device)
         self._places = torch.arange(num_rows * block_size, device=device)
-        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self.ends = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
         self.ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         self.start, self.committed, self.limit, self.seed, self.step = (vector() for _ in range(5))
         self.is_first_alone = vector(torch.bool)
@@ -83,9 +85,11 @@ class BlockRows:
 
     def grow(self, length: int) -> None:
         """Makes room for rows of `length` tokens."""
-        grown = self.ids.new_zeros(len(self.ids), length)
-        grown[:, : self.ids.shape[1]] = self.ids
-        self.ids = grown
+        self.ids = _widened(self.ids, length, 0)
+
+    def grow_ends(self, num_ends: int) -> None:
+        """Makes room for rows with so many end tokens."""
+        self.ends = _widened(self.ends, num_ends, -1)
 
     def move(self, source: int, target: int) -> None:
         """Copies a row over another one."""
@@ -101,7 +105,7 @@ class BlockRows:
             tensor.copy_(before)
 
     def _tensors(self) -> list[Tensor]:
-        fixed = ("offsets", "ends", "_places")
+        fixed = ("offsets", "_places")
         return [value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in fixed]
 
     def admit(self, rows: list[NewRow]) -> None:
@@ -110,8 +114,10 @@ class BlockRows:
         starts = [len(row.prompt_ids) // size * size for row in rows]
         longest = max(starts) + size
         ids = torch.full((len(rows), longest), self.mask_token_id)
+        ends = torch.full((len(rows), self.ends.shape[1]), -1)
         for index, row in enumerate(rows):
             ids[index, : len(row.prompt_ids)] = torch.tensor(row.prompt_ids, dtype=torch.long)
+            ends[index, : len(row.ends)] = torch.tensor(row.ends, dtype=torch.long)
         numbers = torch.tensor(
             [
                 [row.place, start, len(row.prompt_ids), row.limit, row.seed, row.is_first_alone]
@@ -122,7 +128,7 @@ class BlockRows:
         ids = ids.to(self.device)
         position = start[:, None] + self.offsets
         is_open = position >= given[:, None]
-        self.ids[place, :longest] = ids
+        self.ids[place, :longest], self.ends[place] = ids, ends.to(self.device)
         self.start[place], self.limit[place], self.seed[place] = start, limit, seed
         self.committed[place], self.step[place] = 0, 0
         self.is_first_alone[place] = is_first_alone.bool()
@@ -163,8 +169,8 @@ class BlockRows:
         kept_in.copy_(torch.where(is_kept, step[:, None], kept_in))
         is_masked &= ~is_kept
         is_candidate.copy_(is_masked)
-        if len(self.ends):
-            is_end = (block_ids[..., None] == self.ends).any(-1) & self.is_open[here] & ~is_masked
+        if self.ends.shape[1]:
+            is_end = (block_ids[..., None] == self.ends[here, None]).any(-1) & self.is_open[here] & ~is_masked
             is_candidate &= is_end.cumsum(1) == 0
         is_wanted = is_candidate & (self._positions(here) < self.limit[here, None])
         step += 1
@@ -244,3 +250,10 @@ class BlockRows:
         all_tokens = tokens.new_zeros(num_rows * size).index_copy_(0, index, tokens)
         all_scores = scores.new_full((num_rows * size,), -torch.inf).index_copy_(0, index, scores)
         return all_tokens.view(shape), all_scores.view(shape)
+
+
+def _widened(rows: Int[Tensor, "R n"], width: int, fill: int) -> Int[Tensor, "R w"]:
+    """More columns, holding `fill`."""
+    wider = rows.new_full((len(rows), width), fill)
+    wider[:, : rows.shape[1]] = rows
+    return wider

@@ -27,8 +27,8 @@ from decausal.models.block_cache import decoding, refuse_uncacheable
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.speculative_rows import Read, SpeculativeRows
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
-from decausal.sampling.log_probs import token_log_probs
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.scoring import token_log_probs
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import tokens_to_stop
 
@@ -88,12 +88,12 @@ class SpeculativeEngine:
         """Takes a row on and returns its ticket.
 
         Raises:
-            UserError: Text behind a gap, no token to start from, or more than `max_length`.
+            UserError: Text after a gap, no token to start from, or more than `max_length`.
         """
         row = job.row
         if len(row.gaps) > 1 or row.given[-1]:
             raise UserError(
-                f"{row.name} has text behind a gap, and speculative decoding writes from left to right: leave one of "
+                f"{row.name} has text after a gap, and speculative decoding writes from left to right: leave one of "
                 "them out"
             )
         if not row.given[0]:
@@ -158,14 +158,17 @@ class SpeculativeEngine:
 
     def _log_probs(self, rows: list[_Running], read: Read) -> list[list[TokenLogProbs]]:
         """Of the tokens of rows that ask, under causal attention; empty for the others."""
-        asking = [(row, place) for place, row in enumerate(rows) if row.is_asking]
+        asking = [(row, place) for place, row in enumerate(rows) if row.job.wants_log_probs]
         if not asking:
             return [[] for _ in rows]
         states = torch.cat([read.states[place, : len(read.tokens[place])] for _, place in asking])
         tokens = [token for _, place in asking for token in read.tokens[place]]
         counts = [row.job.num_top_log_probs or 0 for row, place in asking for _ in read.tokens[place]]
         found = iter(token_log_probs(states, self._rows.head, tokens, counts))
-        return [[next(found) for _ in new] if row.is_asking else [] for row, new in zip(rows, read.tokens, strict=True)]
+        return [
+            [next(found) for _ in new] if row.job.wants_log_probs else []
+            for row, new in zip(rows, read.tokens, strict=True)
+        ]
 
 
 @dataclass
@@ -186,10 +189,6 @@ class _Running:
     def length(self) -> int:
         return len(self.prompt) + len(self.ids)
 
-    @property
-    def is_asking(self) -> bool:
-        return self.job.is_watched or self.job.num_top_log_probs is not None
-
     def take(self, tokens: list[int], log_probs: list[TokenLogProbs], tokenizer: Any) -> Progress:
         """Adds what a pass brought, up to an end token, a stop text or the limit."""
         first, step = len(self.ids), self.num_forwards
@@ -206,6 +205,7 @@ class _Running:
             confidence=[math.exp(log_prob) for log_prob, _ in log_probs[: len(kept)]],
             log_probs=[] if self.job.num_top_log_probs is None else log_probs[: len(kept)],
             ended=None if reason is None else Ended(self.ids, self.pass_of_token, self.num_forwards, reason),
+            row=self.job.row if step == 0 else None,
         )
 
     def _extend(self, tokens: list[int], tokenizer: Any) -> str | None:

@@ -14,12 +14,13 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.editing.changes import Change, apply
 from decausal.sampling.editing.encoded import EncodedText, encode_texts
+from decausal.sampling.engines import write
 from decausal.sampling.filling.infilling import refuse_layout
-from decausal.sampling.rows import BATCH_SIZE, Filled, Row, fill_rows
+from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
 
@@ -139,7 +140,7 @@ def edit(
         rounds: At most.
         groups: See `confidences`.
         batch_size: Rows in the model at once; it does not change the result.
-        on_step: See `sampler.OnStep`.
+        on_step: See `jobs.OnStep`.
         **options: `SamplerSettings` by name; text i draws from `seed` + i.
 
     Returns:
@@ -231,12 +232,16 @@ class _Draft:
         self.has_changed = False
         self.num_rewritten = self.num_rounds = self.num_forwards = 0
 
-    def take(self, filled: Filled) -> None:
-        self.has_changed = filled.ids != self.ids
-        self.ids = filled.ids
+    def row(self) -> Row:
+        return Row.opened(self.ids, self.opened, self.encoded.name)
+
+    def take(self, ended: Ended) -> None:
+        ids = self.row().filled(ended.ids)
+        self.has_changed = ids != self.ids
+        self.ids = ids
         self.num_rewritten += len(self.opened)
         self.num_rounds += 1
-        self.num_forwards += filled.num_forwards
+        self.num_forwards += ended.num_forwards
 
     def edit(self, converted: Converted) -> Edit:
         changes = self.encoded.changes(self.ids, converted.tokenizer)
@@ -271,8 +276,6 @@ def _choose(
 def _rewrite(
     converted: Converted, drafts: list[_Draft], settings: SamplerSettings, batch_size: int, on_step: OnStep | None
 ) -> None:
-    rows = [Row.opened(draft.ids, draft.opened, draft.encoded.name) for draft in drafts]
-    seeds = [draft.seed for draft in drafts]
-    filled = fill_rows(converted, rows, settings, seeds=seeds, batch_size=batch_size, on_step=on_step)
-    for draft, done in zip(drafts, filled, strict=True):
-        draft.take(done)
+    jobs = [Job(draft.row(), settings, draft.seed) for draft in drafts]
+    for draft, ended in zip(drafts, write(converted, jobs, batch_size=batch_size, on_step=on_step), strict=True):
+        draft.take(ended)

@@ -14,7 +14,8 @@ from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError, refuse_broken_text
 from decausal.models.checkpoint import Converted
 from decausal.sampling.editing.changes import Change
-from decausal.sampling.rows import Row, named, prompt_ids, text_after
+from decausal.sampling.rows import Row
+from decausal.sampling.texts import named, prompt_ids, text_after
 
 CONTEXT_IDS = 64
 """Tokens before rewritten ones that are decoded with them: enough for a tokenizer to place its spaces."""

@@ -10,20 +10,15 @@ from typing import Any
 from decausal.errors import UserError, nearest
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
-from decausal.sampling.bidirectional.sampler import OnStep
 from decausal.sampling.defaults import settings_for
+from decausal.sampling.engines import write
 from decausal.sampling.filling.gaps import Piece, split_gaps
 from decausal.sampling.filling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
 from decausal.sampling.generate import Generation
-from decausal.sampling.rows import (
-    BATCH_SIZE,
-    Filled,
-    Row,
-    fill_rows,
-    named,
-    text_after,
-)
+from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
+from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import named, text_after
 
 MAX_GAP = 32
 """The most tokens of a gap of unknown length, unless asked otherwise."""
@@ -79,7 +74,7 @@ def fill(
         max_gap: The most tokens in a gap of unknown length; fewer where the model's context ends.
         length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
         batch_size: Rows in the model at once; it does not change what they become.
-        on_step: See `sampler.OnStep`; called while the text is filled, not while lengths are tried.
+        on_step: See `jobs.OnStep`; called while the text is filled, not while lengths are tried.
         **options: `SamplerSettings` by name, or by the names other samplers use. Text i draws from `seed` + i.
 
     Returns:
@@ -101,8 +96,9 @@ def fill(
     ]
     found = _search(converted, gapped, settings, max_gap, length_search, batch_size)
     rows = [text.row(search.lengths) for text, search in zip(gapped, found, strict=True)]
-    filled = fill_rows(converted, rows, settings, batch_size=batch_size, on_step=on_step)
-    fillings = [_filling(converted, given, *each) for (given, _), *each in zip(split, rows, filled, found, strict=True)]
+    jobs = [Job(row, settings, text.seed) for row, text in zip(rows, gapped, strict=True)]
+    ended = write(converted, jobs, batch_size=batch_size, on_step=on_step)
+    fillings = [_filling(converted, given, *each) for (given, _), *each in zip(split, rows, ended, found, strict=True)]
     return fillings[0] if is_one else fillings
 
 
@@ -215,19 +211,18 @@ def _search(
     return choose_lengths(converted, texts, settings, max_gap=max_gap, search=length_search, batch_size=batch_size)
 
 
-def _filling(converted: Converted, given: list[str], row: Row, filled: Filled, search: Search) -> Filling:
-    spans = row.spans()
-    ids = [filled.ids[span.start : span.stop] for span in spans]
+def _filling(converted: Converted, given: list[str], row: Row, ended: Ended, search: Search) -> Filling:
+    whole, ids = row.filled(ended.ids), row.by_gap(ended.ids)
     texts = [
-        border.inside(text_after(converted.tokenizer, filled.ids[: span.start], new))
-        for span, new, border in zip(spans, ids, row.borders, strict=True)
+        border.inside(text_after(converted.tokenizer, whole[: span.start], new))
+        for span, new, border in zip(row.spans(), ids, row.borders, strict=True)
     ]
-    num_forwards = filled.num_forwards + search.num_forwards
+    num_forwards = ended.num_forwards + search.num_forwards
     return Filling(
         texts=texts,
         full_text=given[0] + "".join(chain(*zip(texts, given[1:], strict=True))),
         ids=ids,
-        step_of_token=[filled.step_of_token[span.start : span.stop] for span in spans],
+        step_of_token=row.by_gap(ended.step_of_token),
         lengths=list(row.gaps),
         num_forwards=num_forwards,
         tokens_per_forward=sum(row.gaps) / num_forwards,

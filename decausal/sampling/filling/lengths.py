@@ -20,9 +20,12 @@ from dataclasses import dataclass, field
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.borders import Border, split_at_borders
-from decausal.sampling.rows import Row, fill_rows, ids_behind, prompt_ids
+from decausal.sampling.engines import write
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.texts import ids_after, prompt_ids
 
 CONTEXT_TOKENS = 8
 """Given tokens on each side of a gap that a filling is judged by."""
@@ -63,7 +66,7 @@ class GappedText:
             UserError: There is nothing to start a row from, see `prompt_ids`.
         """
         texts, borders = split_at_borders(converted.tokenizer, given, lengths)
-        before, behind = prompt_ids(converted, texts[0]), [ids_behind(converted.tokenizer, text) for text in texts[1:]]
+        before, behind = prompt_ids(converted, texts[0]), [ids_after(converted.tokenizer, text) for text in texts[1:]]
         return cls((before, *behind), tuple(lengths), name, seed, borders)
 
     def row(self, lengths: Sequence[int]) -> Row:
@@ -204,17 +207,16 @@ def choose_lengths(
     shift = converted.facts.shift
     searches = [LengthSearch(text, text.longest(max_gap, context), shift, search) for text in texts]
     while running := [each for each in searches if each.asked]:
-        rows = [row for each in running for row in each.asked]
-        seeds = [each.text.seed for each in running for _ in each.asked]
+        jobs = [Job(row, settings, each.text.seed) for each in running for row in each.asked]
         places = [each.scored_positions(index) for each in running for index in range(len(each.asked))]
-        filled = fill_rows(converted, rows, settings, seeds=seeds, batch_size=batch_size)
-        ids = [row.ids for row in filled]
+        ended = write(converted, jobs, batch_size=batch_size)
+        ids = [job.row.filled(each.ids) for job, each in zip(jobs, ended, strict=True)]
         scores = score_tokens(converted, ids, places, groups=SCORING_GROUPS, batch_size=batch_size)
         start = 0
         for each in running:
             part = slice(start, start + len(each.asked))
             start = part.stop
-            each.take(ids[part], [row.num_forwards for row in filled[part]], scores[part])
+            each.take(ids[part], [row.num_forwards for row in ended[part]], scores[part])
     return [each.found for each in searches]
 
 

@@ -6,30 +6,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jaxtyping import Bool, Int
-from torch import Tensor
-
+from decausal.errors import UserError
+from decausal.sampling.jobs import Progress
 from decausal.sampling.token_texts import TokenTexts
 from decausal.sampling.watching.animation import Cell, Frame, write_gif, write_svg
+from decausal.sampling.watching.followed import Followed
 from decausal.sampling.watching.recording_path import check_recording
 
 WRITERS = {".svg": write_svg, ".gif": write_gif}
 
 
-class Recorder:
-    """Records one row of the batch while it is denoised: pass it as `on_step` inside a `with` block.
+class Recording:
+    """Records one row while it is written: pass it as `on_step` inside a `with` block.
 
     The file is written at the end of the block, unless that ends in an error. Open positions are boxes, tokens have
     the colour of the step in which they were kept. An edit of several rounds is one recording.
 
     Example:
-        >>> with Recorder("denoising.svg", model.tokenizer) as recorder:
-        ...     model.infill(prefix, suffix, length=48, on_step=recorder)
+        >>> with Recording("denoising.svg", model.tokenizer) as recording:
+        ...     model.infill(prefix, suffix, length=48, on_step=recording)
 
     Args:
         path: Ends in .svg or .gif.
         tokenizer: Decodes.
-        row: Which row of the batch.
+        row: Which row of the call, from 0.
         num_columns: Characters of a line.
 
     Raises:
@@ -39,10 +39,10 @@ class Recorder:
     def __init__(self, path: str | Path, tokenizer: Any, row: int = 0, num_columns: int = 80) -> None:
         self.path, self.tokenizer, self.row, self.num_columns = check_recording(path), tokenizer, row, num_columns
         self.frames: list[Frame] = []
-        self._step_of_position: dict[int, int] = {}
+        self._followed: Followed | None = None
         self._texts = TokenTexts(tokenizer)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Recording:
         return self
 
     def __exit__(
@@ -54,24 +54,18 @@ class Recorder:
             except OSError as problem:
                 raise UserError(f"cannot write the recording '{self.path}': {problem.strerror}") from None
 
-    def __call__(
-        self, step: int, ids: Int[Tensor, "B T"], is_open: Bool[Tensor, "B T"], newly_kept: Bool[Tensor, "B T"]
-    ) -> None:
-        """Takes a row after a step: the signature of `sampler.OnStep`."""
-        opened = set(is_open[self.row].nonzero().squeeze(1).tolist())
-        new = newly_kept[self.row].nonzero().squeeze(1).tolist()
-        if not new and self.frames:  # the row has ended, others have not
+    def __call__(self, progress: Progress) -> None:
+        """Takes a step of any row and draws the one that is recorded: the signature of `jobs.OnStep`."""
+        if progress.ticket != self.row:
             return
-        tokens = ids[self.row].tolist()
-        if step == 0:
-            self._step_of_position.clear()
-            self.frames.append(self._frame(tokens, opened.union(new)))
-        self._step_of_position.update(dict.fromkeys(new, step))
-        for position in opened:
-            self._step_of_position.pop(position, None)
-        self.frames.append(self._frame(tokens, opened))
+        if progress.row is not None:
+            self._followed = Followed(progress.row)
+            self.frames.append(self._frame(self._followed))
+        if self._followed is not None:
+            self._followed.take(progress)
+            self.frames.append(self._frame(self._followed))
 
-    def _frame(self, tokens: list[int], opened: set[int]) -> Frame:
-        kept = [None if position in opened else token for position, token in enumerate(tokens)]
-        texts = self._texts.of(kept)
-        return tuple(Cell(text, self._step_of_position.get(position)) for position, text in enumerate(texts))
+    def _frame(self, followed: Followed) -> Frame:
+        texts = self._texts.of(followed.kept[: followed.length])
+        texts += [""] * (len(followed.kept) - followed.length)
+        return tuple(Cell(text, followed.step_of.get(position)) for position, text in enumerate(texts))
