@@ -212,7 +212,9 @@ def source_of(converted: Converted) -> PreTrainedModel:
         UserError: when it is not at hand, or what has its name now has another vocabulary.
     """
     model, tokenizer, facts = converted
-    source, source_tokenizer = load_source(facts.source, dtype=model.dtype, revision=facts.source_revision)
+    source, source_tokenizer = load_source(
+        facts.source, dtype=model.dtype, revision=facts.source_revision, merge_adapter=True
+    )
     vocabulary = tokenizer.get_vocab()
     if any(vocabulary.get(token) != token_id for token, token_id in source_tokenizer.get_vocab().items()):
         raise UserError(f"{facts.source} is no longer the source: its vocabulary is not the converted model's")

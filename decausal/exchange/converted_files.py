@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -12,6 +14,8 @@ from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
 from decausal.exchange.tokenizer_files import read_json
 from decausal.models.adapt import LOADING_ERRORS
+from decausal.models.checkpoint import load_converted, save_converted, saved_dtype
+from decausal.models.directories import adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
 from decausal.secrets import secret_in
 
@@ -26,6 +30,22 @@ class ConvertedFiles(NamedTuple):
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tensors: TensorFiles
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yields a converted model's directory; for a checkpoint that holds adapters, one in which they are merged.
+
+    Raises:
+        UserError: as `load_converted`.
+    """
+    if not (directory / FACTS_FILE).is_file() or adapter_of(directory) is None:
+        yield directory
+        return
+    model, tokenizer, facts = load_converted(directory)
+    with TemporaryDirectory(prefix="decausal-") as merged:
+        save_converted(merged, model, tokenizer, facts, dtype=saved_dtype(facts))
+        yield Path(merged)
 
 
 def open_converted(directory: Path) -> ConvertedFiles:

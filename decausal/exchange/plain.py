@@ -9,7 +9,7 @@ import torch
 
 from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard, names_base_model
-from decausal.exchange.converted_files import ConvertedFiles, open_converted
+from decausal.exchange.converted_files import ConvertedFiles, open_converted, whole_directory
 from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
@@ -35,10 +35,13 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
     Raises:
         UserError: `directory` is no whole converted model, or `output_dir` is not empty.
     """
-    output_dir, directory = Path(output_dir), Path(directory)
-    refuse_filled(output_dir)
+    refuse_filled(Path(output_dir))
+    with whole_directory(Path(directory)) as whole:
+        return _export(whole, Path(output_dir), card or ModelCard())
+
+
+def _export(directory: Path, output_dir: Path, card: ModelCard) -> Exported:
     source = open_converted(directory)
-    card = card or ModelCard()
     with staged(output_dir) as staging:
         has_second_head = _has_second_head(source)
         if has_second_head:

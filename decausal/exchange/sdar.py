@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from decausal.errors import UserError
 from decausal.exchange import configuration_sdar
 from decausal.exchange.card import CARD, ModelCard
-from decausal.exchange.converted_files import ConvertedFiles, end_token_ids, open_converted
+from decausal.exchange.converted_files import ConvertedFiles, end_token_ids, open_converted, whole_directory
 from decausal.exchange.engines import SGLANG_SETTINGS, launch_commands, sglang_settings
 from decausal.exchange.exported import Exported
 from decausal.exchange.handed_on import facts_to_hand_on
@@ -43,12 +43,16 @@ def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCar
     Raises:
         UserError: SDAR cannot express the model (with the reason), its files are broken, or `output_dir` is not empty.
     """
-    output_dir = Path(output_dir)
-    refuse_filled(output_dir)
-    source = open_converted(Path(directory))
-    reason = refusal(source.facts, source.config)
-    if reason is not None:
-        raise UserError(f"{directory} cannot be exported as SDAR: {reason}; --format hf takes any converted model")
+    refuse_filled(Path(output_dir))
+    with whole_directory(Path(directory)) as whole:
+        source = open_converted(whole)
+        reason = refusal(source.facts, source.config)
+        if reason is not None:
+            raise UserError(f"{directory} cannot be exported as SDAR: {reason}; --format hf takes any converted model")
+        return _export(source, Path(output_dir), card or ModelCard())
+
+
+def _export(source: ConvertedFiles, output_dir: Path, card: ModelCard) -> Exported:
     refuse_other_tensors(source.tensors.shapes(), expected_tensors(source.config), source.directory)
     mask_token_id = engine_mask_token(source.tokenizer, source.config.vocab_size)
     facts = replace(source.facts, mask_token_id=mask_token_id)
@@ -61,7 +65,7 @@ def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCar
         shutil.copyfile(configuration_sdar.__file__, staging / "configuration_sdar.py")
         (staging / SGLANG_SETTINGS).write_text(yaml.safe_dump(sglang_settings(facts)), encoding="utf-8")
         _save_tokenizer(source.tokenizer, staging)
-        text = (card or ModelCard()).text(facts, source.config, form="sdar", commands=commands)
+        text = card.text(facts, source.config, form="sdar", commands=commands)
         (staging / CARD).write_text(text, encoding="utf-8")
     return Exported(output_dir, facts, commands, _notes(source, facts))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,10 +23,14 @@ from transformers import (
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
+from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation, refusal
-from decausal.models.names import located
+from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomplete
+from decausal.models.gguf_files import check_gguf, is_gguf
+from decausal.models.names import adapter_directory, gguf_path, located
 
 BIDIRECTIONAL = Layout("bidirectional")
+_DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 DEFAULT_MASK_TOKEN = "<|mask|>"
 # What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
 LOADING_ERRORS = (
@@ -43,16 +51,19 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    merge_adapter: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads an autoregressive model and its tokenizer, to be converted or to teach. Never runs a repository's own code.
 
     Attention runs under SDPA, or eagerly where the architecture needs that (soft-capped scores, attention sinks).
 
     Args:
-        model_name_or_path: a directory, a hub id, or ``"tiny"`` or ``"tiny-tasks"`` for an embedded model.
+        model_name_or_path: a directory or GGUF file, a hub id or a GGUF file there (owner/name/file.gguf), or an
+            embedded model: ``"tiny"``, ``"tiny-tasks"``.
         dtype: type of the weights.
         revision: branch, tag or commit of a hub id.
         attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
+        merge_adapter: take a PEFT adapter too, merged into its base.
 
     Returns:
         The model in eval mode, and its tokenizer.
@@ -60,17 +71,48 @@ def load_source(
     Raises:
         UserError: when there is no such model, it cannot be read, or it is not a decoder-only causal language model.
     """
-    path, revision = located(model_name_or_path, revision)
+    path, revision = located(model_name_or_path, revision, merge_adapter=merge_adapter)
+    adapter = None if is_gguf(path) else adapter_directory(path, revision)
+    if adapter is not None:
+        refuse_incomplete(adapter)
+        return _load_merged(adapter, dtype, attn_implementation)
     config = _config(path, revision)
     reason = refusal(config)
     if reason is not None:
         raise UserError(f"{path} cannot be converted: {reason}; give a decoder-only causal language model")
+    if revision is None and not is_gguf(path):
+        refuse_incomplete(Path(path))
+    model = load_weights(
+        path,
+        config,
+        dtype=dtype,
+        revision=revision,
+        attn_implementation=attn_implementation,
+    )
+    return model, _tokenizer(path, revision)
+
+
+def load_weights(
+    path: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model of a known configuration in eval mode, quantized weights as plain numbers.
+
+    Raises:
+        UserError: the weights cannot be read, or are not those of a causal language model.
+    """
+    name, where = _files(path, revision)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path,
+            name,
+            **where,
+            **_dequantizing(config, where),
             config=config,
             dtype=dtype,
-            revision=revision,
             attn_implementation=attn_implementation or attention_implementation(config),
             trust_remote_code=False,
             output_loading_info=True,
@@ -83,7 +125,43 @@ def load_source(
             f"{path} is not a causal language model: its weights lack {missing[0]} ({len(missing)} tensors missing); "
             "give a checkpoint with its output head"
         )
-    return model.eval(), _tokenizer(path, revision)
+    _forget_quantization(model)
+    return model.to(dtype).eval()
+
+
+def _dequantizing(config: PretrainedConfig, where: dict[str, Any]) -> dict[str, Any]:
+    """Keywords under which transformers loads quantized weights as plain numbers."""
+    if "gguf_file" in where:
+        made = getattr(transformers, "GgufConfig", None)  # versions without it have no other way
+        return {} if made is None else {"quantization_config": made(gguf_file=where["gguf_file"], dequantize=True)}
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return {}
+    return {"quantization_config": _DEQUANTIZED[stored["quant_method"]](dequantize=True)}
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """What is written of the model later must not say that its weights are quantized."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+
+
+def _load_merged(
+    directory: Path, dtype: torch.dtype, attn_implementation: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    adapter = adapter_of(directory)
+    try:
+        model, tokenizer = load_source(
+            adapter.base, revision=adapter.revision, attn_implementation=attn_implementation, merge_adapter=True
+        )
+    except UserError as error:
+        raise UserError(f"{directory} is a PEFT adapter on {adapter.base}, which cannot be loaded: {error}") from error
+    model = merged(model, directory).to(dtype)
+    return model, _tokenizer(str(directory), None) if has_tokenizer(directory) else tokenizer
 
 
 def source_config(model_name_or_path: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -92,20 +170,29 @@ def source_config(model_name_or_path: str | Path, revision: str | None = None) -
     Raises:
         UserError: when there is no such model, or it cannot be read.
     """
-    return _config(*located(model_name_or_path, revision, may_be_converted=True))
+    path, commit = located(model_name_or_path, revision, may_be_converted=True, merge_adapter=True)
+    adapter = None if is_gguf(path) else adapter_directory(path, commit)
+    return _config(path, commit) if adapter is None else source_config(*adapter_of(adapter))
 
 
-def source_commit(model_name_or_path: str | Path, revision: str | None = None) -> str | None:
+def source_commit(
+    model_name_or_path: str | Path, revision: str | None = None, *, merge_adapter: bool = False
+) -> str | None:
     """Returns the commit that a source, or a converted model, on the hub has now; None for one that is here.
 
     Raises:
-        UserError: when there is no such model.
+        UserError: when there is no such model, or it is an adapter and none will do.
     """
-    return located(model_name_or_path, revision, may_be_converted=True)[1]
+    return located(model_name_or_path, revision, may_be_converted=True, merge_adapter=merge_adapter)[1]
 
 
 def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
-    """Returns the type in which a model's weights are stored, as its configuration says; float32 if it does not."""
+    """Returns the type in which a model's weights are stored, as its configuration says; float32 if it does not.
+
+    For a GGUF file, which holds several types of few bits, it is bfloat16.
+    """
+    if is_gguf(str(model_name_or_path)):
+        return torch.bfloat16
     return getattr(source_config(model_name_or_path, revision), "dtype", None) or torch.float32
 
 
@@ -169,18 +256,34 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
             parameter[token_id] = trained.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
 
 
+def _files(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers is to read from, and the keywords that say which file or commit."""
+    if is_gguf(path):
+        file = gguf_path(path, revision)
+        return str(file.parent), {"gguf_file": file.name}
+    return path, {"revision": revision}
+
+
 def _config(path: str, revision: str | None) -> PretrainedConfig:
+    name, where = _files(path, revision)
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, **where, trust_remote_code=False)
     except LOADING_ERRORS as error:
+        if is_gguf(path):
+            kind = check_gguf(gguf_path(path, revision)).architecture
+            raise UserError(
+                f"{path} holds a model of architecture '{kind}', which transformers cannot read from GGUF "
+                f"({first_line(error)}); give the model's directory"
+            ) from error
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own (trust_remote_code), which is never run" if needs_code else first_line(error)
         raise UserError(f"{path} holds no model that transformers can read: {reason}") from error
 
 
 def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    name, where = _files(path, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
     # Where its files are missing, transformers makes one that knows special tokens alone and drops every text.

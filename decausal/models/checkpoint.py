@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from decausal.errors import UserError, first_line
 from decausal.files import write_whole
-from decausal.models.adapt import LOADING_ERRORS
+from decausal.models.adapt import LOADING_ERRORS, adapt, load_source, source_dtype
+from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
+from decausal.models.directories import Adapter, adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts, write_facts
-from decausal.models.mask_row import fold_mask_row
-from decausal.models.names import converted_directory
+from decausal.models.mask_row import fold_mask_row, put_mask_row
+from decausal.models.names import converted_directory, is_converted
 
 
 class Converted(NamedTuple):
@@ -60,6 +62,19 @@ def save_converted(
     write_facts(directory, facts)
 
 
+def saved_dtype(facts: ConversionFacts) -> torch.dtype:
+    """The type in which the run that `facts` tell of writes its final weights."""
+    name, revision = facts.recipe.get("model_name_or_path", facts.source), facts.recipe.get("revision")
+    return dtype_to_save(facts.recipe.get("save_dtype", "source"), name, revision)
+
+
+def dtype_to_save(save_dtype: str, model_name_or_path: str, revision: str | None) -> torch.dtype:
+    """The type of the setting `save_dtype`, for a run that begins with a model."""
+    if save_dtype == "source":
+        return source_dtype(model_name_or_path, revision)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[save_dtype]
+
+
 def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Casts each tensor once, however many names it has: transformers writes tied weights once by their memory."""
     cast: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -89,7 +104,7 @@ def load_converted(
     """Loads a converted model in eval mode, after checking that its facts and its files tell the same story.
 
     Args:
-        model_name_or_path: a directory or a hub id.
+        model_name_or_path: a directory or a hub id; adapters in a checkpoint of a run are merged into their base.
         dtype: type of the weights.
         device: where they go.
         revision: branch, tag or commit of a hub id.
@@ -100,6 +115,9 @@ def load_converted(
     """
     path = converted_directory(model_name_or_path, revision)
     facts = read_facts(path)
+    adapter = adapter_of(path)
+    if adapter is not None:
+        return _with_adapter(path, facts, adapter, dtype, device, attn_implementation)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -117,6 +135,46 @@ def load_converted(
         raise UserError(f"{path} holds {FACTS_FILE} but its weights lack {min(info['missing_keys'])}")
     _refuse_disagreement(path, facts, model, tokenizer)
     return Converted(model.eval().to(device), tokenizer, facts)
+
+
+def _with_adapter(
+    path: Path,
+    facts: ConversionFacts,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attn_implementation: str | None,
+) -> Converted:
+    """Loads a checkpoint of a run that trains adapters: the model that the run began with, and what it has learned."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if is_converted(adapter.base, adapter.revision):
+            model, base_tokenizer, _ = load_converted(
+                adapter.base, revision=adapter.revision, attn_implementation=attn_implementation
+            )
+        else:
+            model, base_tokenizer = load_source(
+                adapter.base, revision=adapter.revision, attn_implementation=attn_implementation, merge_adapter=True
+            )
+    except UserError as error:
+        raise UserError(f"{path} holds adapters on {adapter.base}, which cannot be loaded: {error}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+    adapt(model, base_tokenizer, mask_token=tokenizer.mask_token, layout=facts.attention)
+    model = merged(model, path)
+    put_mask_row(model, facts.mask_token_id, path)
+    count_as_ends(model, tokenizer, facts.end_token_ids)
+    _refuse_disagreement(path, facts, model, tokenizer)
+    return Converted(model.eval().to(device=device, dtype=dtype), tokenizer, facts)
+
+
+def count_as_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> None:
+    """Writes the ends of answers into the generation settings, where every other program looks for them."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [tokenizer.eos_token_id if listed is None else listed]
+    missing = [end for end in end_token_ids if end not in listed]
+    if missing:
+        model.generation_config.eos_token_id = [end for end in listed if end is not None] + missing
 
 
 def _refuse_disagreement(

@@ -12,7 +12,9 @@ from decausal.models.names import is_converted
 
 
 def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:
-    """Examines an AR model (a directory, a hub id or "tiny") or a converted one (what holds decausal.json).
+    """Examines an AR model (what `load_source` takes) or a converted one (what holds decausal.json).
+
+    A PEFT adapter is examined as it is when merged into its base.
 
     Raises:
         UserError: there is no such model or it cannot be read. An architecture that is refused is a finding, no error.
@@ -23,7 +25,7 @@ def examine_path(model_name_or_path: str, *, revision: str | None = None) -> lis
     config = source_config(model_name_or_path, revision)
     if refusal(config) is not None:
         return [architecture_probe(config)]
-    model, tokenizer = load_source(model_name_or_path, revision=revision)
+    model, tokenizer = load_source(model_name_or_path, revision=revision, merge_adapter=True)
     return examine(model, tokenizer)
 
 

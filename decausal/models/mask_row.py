@@ -87,6 +87,14 @@ def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
         embedding.mask_row.copy_(row)
 
 
+def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None:
+    """Puts the row that lies beside an adapter's weights, if there is one, into the matrix of a stock model."""
+    if (checkpoint / MASK_ROW_FILE).is_file():
+        weight = stock_model(model).get_input_embeddings().weight
+        with torch.no_grad():
+            weight[mask_token_id] = load_file(checkpoint / MASK_ROW_FILE)[MASK_ROW].to(weight)
+
+
 def settle_mask_row(model: nn.Module) -> None:
     """Ends what `freeze_embeddings` began: the row goes back into its matrix for good, and the model is stock again."""
     embedding = stock_model(model).get_input_embeddings()

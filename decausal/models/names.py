@@ -9,7 +9,16 @@ from pathlib import Path
 
 from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.errors import UserError
+from decausal.models.directories import (
+    ADAPTER_FILE,
+    adapter_of,
+    refuse_adapter,
+    refuse_incomplete,
+    refuse_no_model,
+    refuse_quantized,
+)
 from decausal.models.facts import FACTS_FILE, ConversionFacts, not_converted, read_facts
+from decausal.models.gguf_files import check_gguf, is_gguf, repository_and_file
 
 ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 
@@ -20,29 +29,83 @@ def is_hub_id(name: str) -> bool:
 
 
 def located(
-    model_name_or_path: str | Path, revision: str | None = None, *, may_be_converted: bool = False
+    model_name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    may_be_converted: bool = False,
+    merge_adapter: bool = False,
 ) -> tuple[str, str | None]:
-    """Returns a directory and no commit, or an id on the hub and its commit, so that all files are of one commit.
+    """Returns a directory or GGUF file and no commit, or a name on the hub and its commit: all files are of one commit.
+
+    Args:
+        model_name_or_path: a directory, a GGUF file, an embedded model, owner/name or owner/name/file.gguf.
+        revision: branch, tag or commit on the hub.
+        may_be_converted: a converted model will do.
+        merge_adapter: a PEFT adapter will do.
 
     Raises:
-        UserError: there is no such model, or it is converted and may not be.
+        UserError: there is no such model, it is not of a kind that will do, or its files are not whole.
     """
     name = str(model_name_or_path)
     if name in EMBEDDED_MODELS:
         return str(embedded_model_path(name)), None
     path = Path(name).expanduser()
+    if is_gguf(name) and not path.is_dir():
+        return _located_gguf(name, path, revision)
     if path.is_dir():
         if not may_be_converted:
             _refuse_converted(name, path)
+        if not merge_adapter:
+            refuse_adapter(name, path)
+        refuse_no_model(path)
         return str(path), None
     if path.exists():
-        raise UserError(f"{name} is a file; give the model's directory, a hub id, or {ACCEPTED_EMBEDDED}")
+        raise UserError(f"{name} is a file; give the model's directory, a .gguf file, a hub id, or {ACCEPTED_EMBEDDED}")
     if "/" in name and not is_hub_id(name):
         raise UserError(f"model directory {name} does not exist; give a directory, a hub id, or {ACCEPTED_EMBEDDED}")
     path, commit = _described_on_hub(name, revision)
     if not may_be_converted:
         _refuse_converted(name, path)
+    if not merge_adapter:
+        refuse_adapter(name, path)
+    refuse_quantized(name, path)
     return name, commit
+
+
+def _located_gguf(name: str, path: Path, revision: str | None) -> tuple[str, str | None]:
+    if path.exists():
+        check_gguf(path)
+        return str(path), None
+    if repository_and_file(name) is None:
+        raise UserError(f"GGUF file {name} does not exist; give a file here, or owner/name/file.gguf on the hub")
+    path, commit = _gguf_from_hub(name, revision)
+    check_gguf(path)
+    return name, commit
+
+
+def gguf_path(name: str, commit: str | None) -> Path:
+    """Returns where the GGUF file is that `located` has found, once it is here."""
+    return Path(name) if commit is None else _gguf_from_hub(name, commit)[0]
+
+
+def _gguf_from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+    from decausal.hub import fetch
+
+    repository, file = repository_and_file(name)
+    directory, commit = fetch(repository, revision, (file,))
+    return directory / file, commit
+
+
+def adapter_directory(name: str, commit: str | None) -> Path | None:
+    """Returns where the PEFT adapter is that `located` has found, once it is here; None where that is a whole model."""
+    path = Path(name) if commit is None else _described_on_hub(name, commit)[0]
+    if adapter_of(path) is None:
+        return None
+    if commit is None:
+        return path
+    from decausal.hub import fetch
+
+    return fetch(name, commit)[0]
 
 
 def is_converted(model_name_or_path: str | Path, revision: str | None = None) -> bool:
@@ -74,13 +137,24 @@ def converted_directory(model_name_or_path: str | Path, revision: str | None = N
     """
     name = str(model_name_or_path)
     path = Path(name).expanduser()
-    if path.exists() or not is_hub_id(name):
-        return path
-    if not is_converted(name, revision):
-        raise UserError(not_converted(f"{name} on the hub"))
-    from decausal.hub import fetch
+    if not path.exists() and is_hub_id(name):
+        if not is_converted(name, revision):
+            raise UserError(not_converted(f"{name} on the hub"))
+        from decausal.hub import fetch
 
-    return fetch(name, revision)[0]
+        path, _ = fetch(name, revision)
+    _refuse_unusable_converted(path)
+    return path
+
+
+def _refuse_unusable_converted(path: Path) -> None:
+    """Refuses what is no converted model, or lacks files: before its facts are read where those are not the matter."""
+    if path.is_dir() and (path / FACTS_FILE).is_file():
+        read_facts(path)
+        refuse_no_model(path)
+        refuse_incomplete(path)
+    elif path.is_dir():
+        refuse_adapter(str(path), path)
 
 
 def is_left_to_the_hub(name: str) -> bool:
@@ -90,7 +164,11 @@ def is_left_to_the_hub(name: str) -> bool:
 
 
 def check_source(
-    model_name_or_path: str | Path, revision: str | None = None, *, may_be_converted: bool = False
+    model_name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    may_be_converted: bool = False,
+    merge_adapter: bool = False,
 ) -> None:
     """Refuses a wrong name of a model that is to be converted, before anything is imported to load it.
 
@@ -100,7 +178,11 @@ def check_source(
         UserError: as `located`.
     """
     if not is_left_to_the_hub(str(model_name_or_path)):
-        located(model_name_or_path, revision, may_be_converted=may_be_converted)
+        path, commit = located(
+            model_name_or_path, revision, may_be_converted=may_be_converted, merge_adapter=merge_adapter
+        )
+        if commit is None and not is_gguf(path):
+            refuse_incomplete(Path(path), may_lack_weights=True)
 
 
 def check_converted(model_name_or_path: str | Path, *, may_be_source: bool = False) -> ConversionFacts | None:
@@ -119,6 +201,7 @@ def check_converted(model_name_or_path: str | Path, *, may_be_source: bool = Fal
         return None if is_hub_id(name) and not Path(name).expanduser().exists() else facts_of(name)
     path = Path(name).expanduser()
     if path.exists() or not is_hub_id(name):
+        _refuse_unusable_converted(path)
         return read_facts(path)
     if not is_left_to_the_hub(name) and not is_converted(name):
         raise UserError(not_converted(f"{name} on the hub"))
@@ -142,4 +225,4 @@ def _described(model_name_or_path: str | Path, revision: str | None) -> Path:
 def _described_on_hub(name: str, revision: str | None) -> tuple[Path, str]:
     from decausal.hub import fetch  # which imports the hub's client
 
-    return fetch(name, revision, ("config.json", FACTS_FILE), is_shown=False)
+    return fetch(name, revision, ("config.json", FACTS_FILE, ADAPTER_FILE), is_shown=False)

@@ -117,7 +117,9 @@ def source_of(converted: Converted) -> Converted:
         UserError: It is not where it was.
     """
     facts = converted.facts
-    model, tokenizer = load_source(facts.source, revision=facts.source_revision, dtype=converted.model.dtype)
+    model, tokenizer = load_source(
+        facts.source, revision=facts.source_revision, dtype=converted.model.dtype, merge_adapter=True
+    )
     mask_token_id = adapt(model, tokenizer, layout=Layout("causal"))
     model.to(converted.model.device).eval()
     causal = ConversionFacts(facts.source, "causal", 1, mask_token_id, source_revision=facts.source_revision)

@@ -18,10 +18,10 @@ from decausal.data.template import set_template
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
-from decausal.models.adapt import adapt, load_source, source_dtype
+from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
-from decausal.models.checkpoint import save_converted
+from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts, write_facts
@@ -147,7 +147,7 @@ def _prepare(
     )
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     facts = rows.facts
-    _count_as_ends(model, tokenizer, facts.end_token_ids)
+    count_as_ends(model, tokenizer, facts.end_token_ids)
     if measure is None and settings.eval_data is not None:
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _measure_on(held_out, settings, tokenizer, facts)
@@ -176,16 +176,9 @@ def _prepare(
         run_record=run_record(asdict(settings), args, fingerprint(rows.stream)),
         callbacks=callbacks,
     )
-    return _Run(trainer, tokenizer, facts, _save_dtype(settings, start.commit))
-
-
-def _count_as_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> None:
-    """Writes the ends of answers into the generation settings, where every other program looks for them."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [tokenizer.eos_token_id if listed is None else listed]
-    missing = [end for end in end_token_ids if end not in listed]
-    if missing:
-        model.generation_config.eos_token_id = [end for end in listed if end is not None] + missing
+    # Found before training: at its end the source may be out of reach.
+    save_dtype = dtype_to_save(settings.save_dtype, settings.model_name_or_path, start.commit)
+    return _Run(trainer, tokenizer, facts, save_dtype)
 
 
 def _source(
@@ -336,13 +329,6 @@ def _with_samples(
         return found
 
     return measure_and_sample
-
-
-def _save_dtype(settings: ConversionSettings, commit: str | None) -> torch.dtype:
-    """Found before training: at its end the source may be out of reach."""
-    if settings.save_dtype == "source":
-        return source_dtype(settings.model_name_or_path, commit)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.save_dtype]
 
 
 def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:

@@ -25,7 +25,12 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
     check_values(training)
     _check_output(training, overwrite=settings.overwrite)
-    check_source(settings.model_name_or_path, settings.revision, may_be_converted=True)
+    check_source(
+        settings.model_name_or_path,
+        settings.revision,
+        may_be_converted=True,
+        merge_adapter=settings.merge_adapter,
+    )
     if settings.teacher_model_name_or_path is not None:
         check_source(settings.teacher_model_name_or_path)
     _check_data(settings)

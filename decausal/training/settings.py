@@ -60,8 +60,11 @@ class ConversionSettings:
 
     model_name_or_path: str = _setting(
         "tiny",
-        "the AR model to convert, or a converted model to train further: a directory, a hub id, or an embedded model "
-        "(tiny, tiny-tasks)",
+        "the AR model to convert, or a converted model to train further: a directory, a hub id, a GGUF file here or on "
+        "the hub (owner/name/file.gguf), or an embedded model (tiny, tiny-tasks)",
+    )
+    merge_adapter: bool = _setting(
+        False, "where the model is a PEFT adapter: merge it into the model that it was trained on, and convert that"
     )
     revision: str | None = _setting(None, "branch, tag or commit of a hub model")
     attn_implementation: str | None = _setting(

@@ -52,7 +52,9 @@ class Start:
             UserError: it cannot be loaded, or is converted and has another mask token than the one asked for.
         """
         if self.facts is None:
-            return load_source(self.name, revision=self.commit, attn_implementation=attn_implementation)
+            return load_source(
+                self.name, revision=self.commit, attn_implementation=attn_implementation, merge_adapter=True
+            )
         model, tokenizer, _ = load_converted(self.name, revision=self.commit, attn_implementation=attn_implementation)
         if mask_token not in (None, tokenizer.mask_token):
             raise UserError(
@@ -68,7 +70,7 @@ class Start:
         """
         assert self.facts is not None
         try:
-            return load_source(self.source, revision=self.facts.source_revision)
+            return load_source(self.source, revision=self.facts.source_revision, merge_adapter=True)
         except UserError as error:
             raise UserError(
                 f"{self.name} was made from {self.source}, which cannot be loaded to be the teacher ({error}): "
@@ -109,7 +111,7 @@ def find_start(
         settings = _completed(settings, resumed)
         refuse_other_settings(checkpoint, asdict(settings))
         revision = resumed.recipe.get("revision") or revision
-    commit = source_commit(name, revision)
+    commit = source_commit(name, revision, merge_adapter=settings.merge_adapter)
     start = Start(name, commit, facts_of(name, commit))
     path = Path(name).expanduser()
     if name not in EMBEDDED_MODELS and path.resolve().is_relative_to(output_dir.resolve()):

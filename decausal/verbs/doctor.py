@@ -9,13 +9,13 @@ from decausal.verbs.flags import VerbParser, slow_imports
 
 def run(arguments: list[str]) -> int:
     parser = VerbParser("doctor", "Check whether an AR model can be converted, or a converted one used.")
-    parser.add_argument("model", help="a directory, a hub id, or 'tiny'")
+    parser.add_argument("model", help="a directory, a .gguf file, a hub id, or 'tiny'; a PEFT adapter is merged")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
     from decausal.models.names import check_source
 
-    check_source(flags.model, flags.revision, may_be_converted=True)
+    check_source(flags.model, flags.revision, may_be_converted=True, merge_adapter=True)
     with slow_imports():
         from decausal.models.doctor import probes_as_dict, usable
         from decausal.models.examination import examine_path, probes_as_table

@@ -131,7 +131,7 @@ def test_attention_that_contradicts_the_layout_is_refused(tmp_path: Path) -> Non
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert "its model cannot be loaded" in refused(tmp_path)
+    assert "holds no weights (model.safetensors)" in refused(tmp_path)
 
 
 def test_weights_load_in_the_type_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""What a model's directory is and lacks, from file names, JSON and headers: before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decausal.errors import UserError, first_line
+from decausal.models.facts import FACTS_FILE, read_facts
+
+ADAPTER_FILE = "adapter_config.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+DEQUANTIZED = ("fp8", "mxfp4")  # by transformers alone, on any machine
+_UNMERGEABLE = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "CPT")
+_METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
+
+
+class Adapter(NamedTuple):
+    """What a PEFT adapter was trained on: a model's name, and its revision on the hub."""
+
+    base: str
+    revision: str | None
+
+
+def adapter_of(directory: Path) -> Adapter | None:
+    """Returns what the adapter in `directory` was trained on; None where there is a whole model, or none.
+
+    Raises:
+        UserError: the adapter's file cannot be read, or is of a kind that cannot be merged.
+    """
+    path = directory / ADAPTER_FILE
+    if not path.is_file() or (directory / "config.json").is_file():
+        return None
+    settings = _table(path)
+    kind = settings.get("peft_type", "LORA")
+    if kind in _UNMERGEABLE:
+        raise UserError(f"{directory} is a PEFT adapter of type {kind}, which has no merged form; give a whole model")
+    if (directory / FACTS_FILE).is_file():  # of a run of ours: its recipe has the name as it was given
+        recipe = read_facts(directory).recipe
+        if isinstance(recipe.get("model_name_or_path"), str):
+            return Adapter(recipe["model_name_or_path"], recipe.get("revision"))
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path} names no base model; write its name there, as base_model_name_or_path")
+    return Adapter(base, settings.get("revision"))
+
+
+def refuse_adapter(name: str, directory: Path) -> None:
+    """Raises UserError for a PEFT adapter, with what to do; checkpoints of our own runs have facts, and are models."""
+    if (directory / FACTS_FILE).is_file():
+        return
+    adapter = adapter_of(directory)
+    if adapter is not None:
+        raise UserError(
+            f"{name} is a PEFT adapter on {adapter.base} and no whole model: decausal convert {name} "
+            "--merge_adapter true merges it into its base; elsewhere give a model that it was merged into"
+        )
+
+
+def quantization(directory: Path) -> str | None:
+    """The method by which a model's weights are quantized, as its config.json says."""
+    path = directory / "config.json"
+    settings = _table(path).get("quantization_config") if path.is_file() else None
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
+
+
+def refuse_quantized(name: str, directory: Path) -> None:
+    """Raises UserError for weights that transformers cannot turn back into plain numbers by itself."""
+    method = quantization(directory)
+    if method is not None and method not in DEQUANTIZED:
+        raise UserError(
+            f"the weights of {name} are quantized ({_METHODS.get(method, method)}), and training needs plain ones: "
+            "give the model from which they were made"
+        )
+
+
+def refuse_no_model(directory: Path) -> None:
+    """Refuses a directory that describes no model, or one whose weights are quantized.
+
+    Raises:
+        UserError: one line that says what to do.
+    """
+    if adapter_of(directory) is not None:
+        return
+    if not (directory / "config.json").is_file():
+        gguf = min(directory.glob("*.gguf"), default=None)
+        hint = f"give the file: {gguf}" if gguf else "give a model's directory"
+        raise UserError(f"{directory} holds no model that transformers can read: it has no config.json; {hint}")
+    refuse_quantized(str(directory), directory)
+
+
+def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> None:
+    """Refuses a directory that describes a model which cannot be loaded, by what is missing or cut off in it.
+
+    Args:
+        directory: holds a config.json, or a PEFT adapter.
+        may_lack_weights: one without any weights is let pass: its architecture may be what is wrong with it.
+
+    Raises:
+        UserError: one line that names the file and says what to do.
+    """
+    if adapter_of(directory) is not None:
+        _refuse_cut_off(directory / "adapter_model.safetensors")
+        return
+    files = list(_weight_files(directory))
+    if not files and may_lack_weights:
+        return
+    if not files:
+        raise UserError(f"{directory} holds no weights ({_SINGLE[0]}); fetch them, or give another directory")
+    for path in files:
+        _refuse_cut_off(path)
+    if not has_tokenizer(directory):
+        raise UserError(f"{directory} holds no tokenizer (tokenizer.json); copy it there from the model's source")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(next(directory.glob(name), None) for name in _TOKENIZERS)
+
+
+def _weight_files(directory: Path) -> Iterator[Path]:
+    """The files that hold the weights, in the order in which transformers looks for them."""
+    for name in _SINGLE:
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            yield directory / name
+            return
+        if index.is_file():
+            for shard in sorted(set(_shards(index))):
+                if not (directory / shard).is_file():
+                    raise UserError(f"{directory} lacks {shard}, which {index.name} names; fetch it again")
+                yield directory / shard
+            return
+
+
+def _shards(index: Path) -> list[str]:
+    names = _table(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no weight_map; fetch it again")
+    return list(names.values())
+
+
+def _refuse_cut_off(path: Path) -> None:
+    """Refuses a file that is shorter than it says, or only stands for one that Git LFS has not fetched."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start == b"version ":
+                raise UserError(f"{path} is a pointer of Git LFS and holds no weights; fetch them with git lfs pull")
+            if path.suffix != ".safetensors":
+                return
+            length = int.from_bytes(start, "little")
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is broken: its header is no JSON; fetch it again") from error
+    if header is None:
+        raise UserError(f"{path} is cut off or broken: its header ends beyond its {size} bytes; fetch it again")
+    needed = 8 + length + max(_ends(header), default=0)
+    if size < needed:
+        raise UserError(f"{path} is cut off: it has {size} bytes, and needs {needed}; fetch it again")
+
+
+def _ends(header: Any) -> Iterator[int]:
+    for name, entry in header.items() if isinstance(header, dict) else ():
+        if name != "__metadata__" and isinstance(entry, dict):
+            yield int((entry.get("data_offsets") or (0, 0))[1])
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table; fetch it again")
+    return found
