@@ -133,6 +133,18 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     )
 
 
+def refuse_unlike_templates(runs: Sequence[ArmRun]) -> None:
+    """Raises UserError where arms would read conversations by different templates, and held-out ones too."""
+    first, *others = runs
+    for run in others:
+        for name in ("chat_template", "chat_template_kwargs"):
+            if getattr(run.conversion, name, None) != getattr(first.conversion, name, None):
+                raise UserError(
+                    f"{first.arm.name} and {run.arm.name} have another {name}: what they are measured on would differ; "
+                    f"give --{name} for all"
+                )
+
+
 def refuse_unlike_facts(runs: Sequence[ArmRun]) -> None:
     """Raises UserError where arms would read and decode in different ways: that alone would tell them apart."""
     first, *others = runs

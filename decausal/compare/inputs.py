@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from decausal.compare.arms import Arm, ArmRun, arm_run, refuse_unlike_facts
+from decausal.compare.arms import Arm, ArmRun, arm_run, refuse_unlike_facts, refuse_unlike_templates
 from decausal.compare.settings import CompareSettings
 from decausal.data.sources import refuse_missing, task_source
 from decausal.data.tasks import Example
+from decausal.data.template_file import read_template
 from decausal.errors import UserError, nearest
 from decausal.models.names import check_source
 from decausal.training.run_directory import RUN_FILE, refuse_taken
@@ -32,6 +33,8 @@ def check_inputs(settings: CompareSettings, arms: Sequence[Arm]) -> None:
     check_source(settings.model_name_or_path)
     for data in dict.fromkeys(run.conversion.data for run in runs):
         refuse_missing(data)
+    if runs[0].conversion.chat_template is not None:
+        read_template(runs[0].conversion.chat_template)
     if settings.eval == "tasks":
         held_out_problems(settings)
     else:
@@ -49,6 +52,7 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
         hint = nearest(settings.reference, names)
         raise UserError(f"--reference {settings.reference}: no arm is called so{hint} Arms: {', '.join(names)}")
     runs = [arm_run(settings, arm, seed, is_bf16=is_bf16) for seed in settings.seeds for arm in arms]
+    refuse_unlike_templates(runs)
     if not settings.any_facts:
         refuse_unlike_facts(runs)
     return runs

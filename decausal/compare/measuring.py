@@ -19,6 +19,7 @@ from decausal.compare.settings import SPECULATIVE, STATIC, CompareSettings, Sche
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.sources import task_source
 from decausal.data.tasks import Example
+from decausal.data.template import set_template
 from decausal.devices import best_device
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
@@ -53,6 +54,7 @@ class Measure(ABC):
         self.ar_tokenizer = copy.deepcopy(tokenizer)
         self._start = copy.deepcopy(self.source)
         self._mask_token_id = adapt(self._start, tokenizer, mask_token=run.conversion.mask_token)
+        set_template(tokenizer, run.conversion.chat_template, run.conversion.chat_template_kwargs)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         device = best_device()
         self.source.to(device)

@@ -13,6 +13,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.messages import Message
+from decausal.data.template_file import read_template
 from decausal.errors import UserError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -56,7 +57,7 @@ def set_template(
         UserError: There is no such file or no template in it, or the template does not read a name.
     """
     if template is not None:
-        tokenizer.chat_template = _read(str(template))
+        tokenizer.chat_template = read_template(template)
         _refuse_broken(tokenizer, str(template))
     if not kwargs:
         return
@@ -219,20 +220,6 @@ def _is_same(rendered: str, text: Any, others: list[Message]) -> bool:
         return text(others) == rendered
     except TemplateRefusalError:
         return False
-
-
-def _read(template: str) -> str:
-    if "{{" in template or "{%" in template:
-        return template
-    try:
-        text = Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--chat_template {template}: {error.strerror}; give a file with a Jinja template") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--chat_template {template} is not text in UTF-8; give a file with a Jinja template") from None
-    if not re.search(r"\bmessages\b", text) or ("{{" not in text and "{%" not in text):
-        raise UserError(f"--chat_template {template} is no chat template: it is no Jinja text that reads 'messages'")
-    return text
 
 
 def _refuse_broken(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

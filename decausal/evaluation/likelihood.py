@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from decausal.data.reading import Reading
 from decausal.data.rows import load_rows
 from decausal.data.sources import Data
 from decausal.data.stream import Rows
+from decausal.data.template import set_template
 from decausal.devices import best_device
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
@@ -157,6 +158,8 @@ def evaluate_checkpoint(
     data: Data,
     *,
     reading: Reading | None = None,
+    chat_template: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int = 512,
     num_rows: int | None = None,
     samples_per_row: int = 8,
@@ -171,6 +174,7 @@ def evaluate_checkpoint(
     Args:
         directory: what `decausal convert` wrote.
         data, reading: see `decausal.data.rows.load_rows`.
+        chat_template, chat_template_kwargs: see `decausal.data.template.set_template`.
         max_length: tokens per row, T: how much a token can read at most.
         num_rows, samples_per_row, batch_size, seed: see `evaluate_nll`.
         with_source: load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
@@ -183,6 +187,7 @@ def evaluate_checkpoint(
     converted = load_converted(directory, dtype, device or best_device())
     model, tokenizer, facts = converted
     refuse_longer_rows(max_length, model.config)
+    set_template(tokenizer, chat_template, chat_template_kwargs)
     rows = load_rows(data, tokenizer, max_length, reading=reading)
     with _shown_progress() as on_progress:
         likelihood = evaluate_nll(

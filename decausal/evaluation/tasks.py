@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.names import is_converted
-from decausal.sampling.generate import generate
+from decausal.sampling.generate import end_token_ids, generate
 
 BATCH_SIZE = 64
 EXAMPLES_PER_TASK = 100
@@ -140,7 +140,7 @@ def evaluate_tasks(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    tokenizer = model[1]
+    tokenizer, ends = model[1], ends_of(model)
     prompts = [problem.prompt for problem in problems]
     max_new_tokens = max_new_tokens or longest_completion(problems, tokenizer)
     if isinstance(model, Converted):
@@ -150,7 +150,7 @@ def evaluate_tasks(
         if options:
             raise UserError(f"{', '.join(options)}: for converted models only; an AR model writes greedily")
         written = write_greedily(*model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return score(problems, written, tokenizer)
+    return score(problems, written, tokenizer, ends)
 
 
 def evaluate_tasks_of(
@@ -196,14 +196,29 @@ def longest_completion(problems: Sequence[Example], tokenizer: PreTrainedTokeniz
     return 1 + max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
 
 
-def score(problems: Sequence[Example], written: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> TaskScores:
+def ends_of(model: Converted | ArModel) -> tuple[int, ...]:
+    """Returns the tokens that end what a model writes."""
+    if isinstance(model, Converted):
+        return end_token_ids(model)
+    listed = getattr(model[0].generation_config, "eos_token_id", None)
+    ends = [model[1].eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
+def score(
+    problems: Sequence[Example],
+    written: Sequence[Written],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+) -> TaskScores:
     """Checks what was written after each problem's prompt; tasks come in the order in which they first appear.
 
-    The text up to the end token is the completion. Special tokens in it are text like any other, so they make it wrong.
+    The text up to the first of `ends` is the completion. Special tokens in it are text like any other, so they make it
+    wrong.
     """
     by_task: dict[str, list[tuple[bool, Written]]] = defaultdict(list)
     for problem, one in zip(problems, written, strict=True):
-        text = tokenizer.decode(_before_end(one.ids, tokenizer.eos_token_id), skip_special_tokens=False)
+        text = tokenizer.decode(_before_end(one.ids, ends), skip_special_tokens=False)
         by_task[problem.task.name].append((is_right(problem, text), one))
     return TaskScores(
         tuple(
@@ -228,7 +243,8 @@ def write_greedily(
     max_new_tokens: int,
 ) -> list[Written]:
     """Completes prompts with an AR model by transformers' own generate: greedy, batched, keys and values cached."""
-    end, prefix = tokenizer.eos_token_id, SpecialTokens(tokenizer).prefix
+    ends, prefix = ends_of((model, tokenizer)), SpecialTokens(tokenizer).prefix
+    end = ends[0]
     prompt_ids = [prefix + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     written = []
     for start in range(0, len(prompts), batch_size):
@@ -242,16 +258,16 @@ def write_greedily(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=end,
-            eos_token_id=end,
+            eos_token_id=list(ends),
         )
         for row in completed[:, length:].tolist():
-            new_ids = row[: row.index(end) + 1] if end in row else row
+            new_ids = row[: len(_before_end(row, ends)) + 1]
             written.append(Written(new_ids, num_forwards=len(new_ids)))
     return written
 
 
-def _before_end(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _before_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return list(takewhile(lambda each: each not in ends, ids))
 
 
 def _figures(scores: TaskScore | TaskScores) -> dict[str, Any]:

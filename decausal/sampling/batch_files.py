@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -191,7 +192,11 @@ def _count_lines(path: Path) -> int:
 def _job_facts(converted: Converted, settings: SamplerSettings, chat: bool) -> dict[str, Any]:
     """What decides the answers, but for the prompts."""
     facts = {"source": converted.facts.source, "layout": converted.facts.layout, "shift": converted.facts.shift}
-    return json.loads(json.dumps({"model": facts, "settings": asdict(settings), "chat": chat}))
+    told: dict[str, Any] = {"model": facts, "settings": asdict(settings), "chat": chat}
+    if chat:
+        template = json.dumps(converted.tokenizer.chat_template)
+        told["chat_template"] = sha256(template.encode()).hexdigest()[:16]
+    return json.loads(json.dumps(told))
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from decausal.data.template import set_template
 from decausal.devices import best_device, decoding_dtype
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.sampling import batch_files
@@ -177,6 +178,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> DiffusionModel:
     """Loads a converted checkpoint, ready to sample.
 
@@ -186,12 +189,15 @@ def load(
         device: None: CUDA where there is one, else the CPU.
         dtype: Of the weights. None: bfloat16 on CUDA, float32 on the CPU.
         revision: Branch, tag or commit of a hub id.
+        chat_template: A file with another chat template than the checkpoint's own, or its text.
+        chat_template_kwargs: Values that the chat template reads.
 
     Raises:
-        UserError: No such checkpoint, or its facts and weights disagree.
+        UserError: No such checkpoint, or its facts and weights disagree; or no such template.
     """
     device = best_device() if device is None else torch.device(device)
     dtype = dtype or decoding_dtype(device)
     converted = load_converted(model_name_or_path, dtype, device, revision)
+    set_template(converted.tokenizer, chat_template, chat_template_kwargs)
     converted.model.eval()
     return DiffusionModel(converted)

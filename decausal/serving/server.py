@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from decausal.data.template import set_template
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.model import load
@@ -36,12 +37,14 @@ def models_of(
     Raises:
         UserError: No such checkpoint or source.
     """
-    loaded = load(directory)
+    loaded = load(directory, chat_template=settings.chat_template, chat_template_kwargs=settings.chat_template_kwargs)
     converted = Converted(loaded.model, loaded.tokenizer, loaded.facts)
     name = settings.model_name or Path(directory).resolve().name
     models = [served(name, converted, settings, metrics)]
     if with_source:
-        models.append(served(f"{name}-source", source_of(converted), settings, metrics, is_source=True))
+        source = source_of(converted)
+        set_template(source.tokenizer, settings.chat_template, settings.chat_template_kwargs)
+        models.append(served(f"{name}-source", source, settings, metrics, is_source=True))
     return models
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from decausal.errors import UserError
 from decausal.sampling.settings import COUNTS_BELOW, MOST_ROWS
@@ -34,6 +35,8 @@ class ServeSettings:
         api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
         allowed_hosts: Further names under which the server is called, behind a proxy for one; `*` allows every one.
         model_name: The name under which clients find the model. None: that of its directory.
+        chat_template: A file with another chat template than the model's own, or its text.
+        chat_template_kwargs: Values that the chat template reads, where a request gives no others.
         cuda_graphs: Record the passes of a block model as CUDA graphs. None: on a GPU, where it can be done.
         max_body_bytes: Longest body of a request.
 
@@ -52,6 +55,8 @@ class ServeSettings:
     allowed_hosts: tuple[str, ...] = ()
     model_name: str | None = None
     cuda_graphs: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     max_body_bytes: int = 4 * 2**20
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.data.sources import refuse_missing
+from decausal.data.template_file import read_template
 from decausal.errors import UserError
 from decausal.models.names import check_source
 from decausal.training.argument_values import PRETRAIN_DEFAULTS, check_values
@@ -58,3 +59,5 @@ def _check_data(settings: ConversionSettings | PretrainSettings) -> None:
     for data in (settings.data, settings.eval_data):
         if data is not None:
             refuse_missing(data)
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from decausal.sampling.batch_paths import check_job_files
-from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports
+from decausal.verbs.flags import (
+    VerbParser,
+    add_template_flags,
+    at_least,
+    given,
+    positive,
+    slow_imports,
+    template_options,
+)
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
@@ -33,14 +41,16 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
+    add_template_flags(parser)
     flags = parser.parse_args(arguments)
+    template = template_options(flags, flags.chat)
     options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
     check_model(flags.directory, options)
     check_job_files(flags.prompts, flags.answers)
     with slow_imports():
         from decausal.sampling.model import load
 
-    model = load(flags.directory)
+    model = load(flags.directory, **template)
     options["cuda_graphs"] = flags.cuda_graphs
     with _progress() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)

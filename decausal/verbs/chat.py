@@ -6,7 +6,7 @@ import contextlib
 import sys
 from functools import partial
 
-from decausal.verbs.flags import VerbParser, given, slow_imports
+from decausal.verbs.flags import VerbParser, add_template_flags, given, slow_imports, template_options
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 
@@ -17,7 +17,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="longest answer, in tokens (128)")
     parser.add_argument("--max_length", type=int, help="longest conversation (the model's context, at most 4096)")
     add_sampling_flags(parser)
+    add_template_flags(parser)
     flags = parser.parse_args(arguments)
+    template = template_options(flags)
     options = sampler_options(flags) | given(flags, "system", "max_new_tokens", "max_length")
     check_model(flags.directory, options)
     with slow_imports():
@@ -25,7 +27,7 @@ def run(arguments: list[str]) -> int:
         from decausal.serving.conversation import Conversation
         from decausal.serving.terminal_chat import TerminalChat
 
-    conversation = Conversation(load(flags.directory).converted, **options)
+    conversation = Conversation(load(flags.directory, **template).converted, **options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):

@@ -11,7 +11,16 @@ from decausal.data.reading import ON_BAD_RECORD, Reading
 from decausal.data.sources import refuse_missing
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports, wants_help
+from decausal.verbs.flags import (
+    VerbParser,
+    add_template_flags,
+    at_least,
+    given,
+    positive,
+    slow_imports,
+    template_options,
+    wants_help,
+)
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 NLL = "decausal eval nll DIR --data DATA"
@@ -63,6 +72,7 @@ def _nll(arguments: list[str]) -> int:
     parser.add_argument(
         "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="what a bad record does (error)"
     )
+    add_template_flags(parser)
     parser.add_argument("--max_length", type=at_least(2), default=512, help="tokens in a row (512)")
     parser.add_argument("--num_rows", type=positive, default=64, help="rows to measure on (64)")
     parser.add_argument("--samples_per_row", type=positive, default=8, help="mask patterns per row (8)")
@@ -78,6 +88,7 @@ def _nll(arguments: list[str]) -> int:
         split=flags.dataset_split,
         on_bad_record=flags.on_bad_record,
     )
+    template = template_options(flags)
     check_model(flags.directory, {})
     refuse_missing(flags.data)
     with slow_imports():
@@ -87,6 +98,7 @@ def _nll(arguments: list[str]) -> int:
         flags.directory,
         flags.data,
         reading=reading,
+        **template,
         max_length=flags.max_length,
         num_rows=flags.num_rows,
         samples_per_row=flags.samples_per_row,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 import textwrap
@@ -59,6 +60,43 @@ positive = at_least(1)
 
 def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def add_template_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `template_options` reads."""
+    parser.add_argument("--chat_template", metavar="FILE", help="another chat template (the model's own)")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="values that the chat template reads, such as '{\"enable_thinking\": false}'",
+    )
+
+
+def template_options(flags: argparse.Namespace, chat: bool = True) -> dict[str, Any]:
+    """Returns what `add_template_flags` takes, by name.
+
+    Raises:
+        UserError: There is no such template, or nothing is put through it.
+    """
+    found = given(flags, "chat_template", "chat_template_kwargs")
+    if found and not chat:
+        raise UserError(f"--{next(iter(found))} is for --chat: nothing else is put through the chat template")
+    if "chat_template" in found:
+        from decausal.data.template_file import read_template
+
+        read_template(found["chat_template"])
+    return found
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError('not an object, such as {"enable_thinking": false}')
+    return value
 
 
 def text_from(file: str | None, verb: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decausal.verbs.flags import VerbParser, given, slow_imports, text_from
+from decausal.verbs.flags import VerbParser, add_template_flags, given, slow_imports, template_options, text_from
 from decausal.verbs.sampling import (
     add_sampler_flags,
     check_model,
@@ -20,7 +20,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     add_sampler_flags(parser)
+    add_template_flags(parser)
     flags = parser.parse_args(arguments)
+    template = template_options(flags, flags.chat)
     check_recording(flags, len(flags.prompts))
     options = sampler_options(flags) | given(flags, "max_new_tokens")
     check_model(flags.directory, options)
@@ -28,7 +30,7 @@ def run(arguments: list[str]) -> int:
     with slow_imports():
         from decausal.sampling.model import load
 
-    model = load(flags.directory)
+    model = load(flags.directory, **template)
     with watching(model, flags.watch and len(prompts) == 1, flags.record) as on_step:
         found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
     print_generations(found, as_json=flags.json)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from decausal.errors import UserError
 from decausal.serving.settings import ServeSettings
-from decausal.verbs.flags import VerbParser, given, slow_imports
+from decausal.verbs.flags import VerbParser, add_template_flags, given, slow_imports, template_options
 from decausal.verbs.sampling import check_model
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> int:
         help="record the passes of block models (by default on a GPU, where it can be done)",
     )
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
+    add_template_flags(parser)
     flags = parser.parse_args(arguments)
     names = (
         "host",
@@ -52,7 +53,7 @@ def run(arguments: list[str]) -> int:
     from_environment = {"api_key": os.environ["DECAUSAL_API_KEY"]} if os.environ.get("DECAUSAL_API_KEY") else {}
     if flags.allowed_hosts is not None:
         flags.allowed_hosts = tuple(name.strip() for name in flags.allowed_hosts.split(","))
-    settings = ServeSettings(**from_environment | given(flags, *names))
+    settings = ServeSettings(**from_environment | given(flags, *names) | template_options(flags))
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UserError(

@@ -21,6 +21,7 @@ from decausal.evaluation.tasks import (
     TaskScore,
     TaskScores,
     Written,
+    ends_of,
     evaluate_tasks,
     evaluate_tasks_of,
     longest_completion,
@@ -65,7 +66,7 @@ def converted(layout: str = "bidirectional") -> Converted:
 def test_right_completions_count_and_wrong_ones_do_not() -> None:
     asked = problems(8, "sorting", "reversing")
     answers = written(asked[:4]) + written(asked[4:], "x")
-    scores = score(asked, answers, TOKENIZER)
+    scores = score(asked, answers, TOKENIZER, [END])
     assert [each.task for each in scores.tasks] == ["sorting", "reversing"]
     assert [each.is_right for each in scores.tasks] == [(True, True, False, False)] * 2
     assert scores.accuracy == 0.5
@@ -74,13 +75,33 @@ def test_right_completions_count_and_wrong_ones_do_not() -> None:
 @pytest.mark.parametrize("behind_end", [[], [END] * 3, [END, 70, 71]])
 def test_what_stands_behind_the_end_token_does_not_count(behind_end: list[int]) -> None:
     asked = problems(1, "lookup")
-    assert score(asked, [Written(ids_of(asked[0].completion) + behind_end, 1)], TOKENIZER).accuracy == 1
+    assert score(asked, [Written(ids_of(asked[0].completion) + behind_end, 1)], TOKENIZER, [END]).accuracy == 1
+
+
+def test_any_end_of_the_models_ends_an_answer() -> None:
+    asked = problems(1, "lookup")
+    answer = [Written([*ids_of(asked[0].completion), 70, END], 1)]
+    assert score(asked, answer, TOKENIZER, [END, 70]).accuracy == 1
+    assert score(asked, answer, TOKENIZER, [END]).accuracy == 0
+
+
+@pytest.mark.parametrize("kind", ["converted", "ar"])
+def test_writing_stops_at_every_end_that_the_model_has(kind: str) -> None:
+    """Each token of the AR model's answer is made an end in turn."""
+    asked = problems(1, "sorting")
+    measured = (model(), TOKENIZER) if kind == "ar" else converted()
+    whole = evaluate_tasks(measured, asked, max_new_tokens=8).tasks[0].num_tokens
+    ends = range(len(TOKENIZER))
+    measured[0].generation_config.eos_token_id = list(ends)
+    assert set(ends_of(measured)) == set(ends)
+    found = evaluate_tasks(measured, asked, max_new_tokens=8).tasks[0]
+    assert found.num_tokens == 1 < whole
 
 
 def test_a_special_token_amid_a_right_answer_makes_it_wrong() -> None:
     asked = problems(1, "lookup")
     ids = ids_of(asked[0].completion)
-    assert score(asked, [Written([*ids[:2], TOKENIZER.pad_token_id, *ids[2:], END], 1)], TOKENIZER).accuracy == 0
+    assert score(asked, [Written([*ids[:2], TOKENIZER.pad_token_id, *ids[2:], END], 1)], TOKENIZER, [END]).accuracy == 0
 
 
 def test_the_standard_error_is_that_of_a_mean_of_zeros_and_ones() -> None:
@@ -141,7 +162,7 @@ def test_a_converted_model_is_scored_on_what_it_generates(options: dict[str, Any
     asked, student = problems(9, "sorting", "words", "lookup"), converted()
     found = evaluate_tasks(student, asked, batch_size=4, max_new_tokens=6, **options)
     generations = generate(student, [each.prompt for each in asked], max_new_tokens=6, **options)
-    expected = score(asked, [Written(each.ids, each.num_forwards) for each in generations], TOKENIZER)
+    expected = score(asked, [Written(each.ids, each.num_forwards) for each in generations], TOKENIZER, [END])
     assert found == expected
     assert found.tokens_per_forward == sum(len(each.ids) for each in generations) / sum(
         each.num_forwards for each in generations
