@@ -18,6 +18,8 @@ import pytest
 
 from tests.command_line import CommandLine, Ended
 from tests.exchange.public_forms import publish
+from tests.families import EOS_ID, FAMILIES
+from tests.gguf_model import write_gguf
 from tests.local_hub import TOKEN, LocalHub, local_hub
 from tests.runs import assert_same, save_source, weights, write_text
 
@@ -127,6 +129,19 @@ def test_a_part_of_a_data_set_is_what_its_file_holds(decausal, hub, tmp_path, da
     of_hub = convert(decausal, MODEL, data, tmp_path / "hub", *flags)
     of_file = convert(decausal, MODEL, hub.root / "datasets" / "owner" / file, tmp_path / "file")
     assert_same(weights(of_hub), weights(of_file))
+
+
+def test_a_gguf_file_of_the_hub_is_converted_and_recorded_with_its_commit(decausal, hub, tmp_path):
+    packed = hub.root / "models" / "owner" / "packed"
+    packed.mkdir()
+    write_gguf(packed / "tiny-Q8_0.gguf", FAMILIES["llama"](hidden_size=64, bos_token_id=EOS_ID))
+    out = convert(decausal, "owner/packed/tiny-Q8_0.gguf", "owner/texts", tmp_path / "out", "--recipe", "mdm")
+    found = facts(out)
+    assert (found["source"], found["source_revision"]) == (
+        "owner/packed/tiny-Q8_0.gguf",
+        hub.commit("models", "owner/packed"),
+    )
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_resumed_run_stays_with_the_commit_that_it_began_with(decausal, hub, tmp_path):
