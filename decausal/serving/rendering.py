@@ -21,14 +21,18 @@ def conversation_text(body: ChatBody, tokenizer: Any) -> str:
     _refuse_kwargs(body.chat_template_kwargs or {}, tokenizer)
     messages = [_as_template_reads(message, number) for number, message in enumerate(body.messages)]
     options = _ending(body) | (body.chat_template_kwargs or {})
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
     try:
-        messages = readable(messages, tokenizer, "messages", **options)
-        return render(messages, tokenizer, "messages", **options)
+        messages = readable(messages, tokenizer, "messages", tools=tools, **options)
+        return render(messages, tokenizer, "messages", tools=tools, **options)
     except TemplateRefusalError as error:
         if error.message is not None:
             param = f"messages.{error.message}.tool_calls"
             told = f"this model's chat template leaves '{param}' out: write calls as content"
             raise bad_request(told, param) from None
+        if tools and "'tools'" in error.reason:
+            told = "this model's chat template leaves 'tools' out: describe them in a message"
+            raise bad_request(told, "tools") from None
         raise bad_request(f"the chat template refuses this conversation: {error.reason}", "messages") from None
 
 

@@ -36,6 +36,7 @@ from decausal.serving.settings import (
     MAX_STOP_LENGTH,
     MAX_STOPS,
     MAX_TOOL_CALLS,
+    MAX_TOOLS,
     MAX_TOP_LOGPROBS,
 )
 
@@ -199,6 +200,14 @@ class Extension(BaseModel):
     length_search: Literal[SEARCHES] | None = None  # type: ignore[valid-type]
 
 
+class Tool(BaseModel):
+    """What the assistant may call; it goes to the chat template as it was given."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: str
+    function: dict[str, Any] | None = None
+
+
 class FunctionCall(BaseModel):
     """What a tool was called with; the arguments are an object, or one written as JSON."""
 
@@ -274,6 +283,7 @@ class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

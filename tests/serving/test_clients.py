@@ -159,6 +159,19 @@ def test_a_turn_without_content_and_a_tools_answer_reach_the_template(model: Con
     assert "w(Oslo): ]" in text()
 
 
+def test_tools_reach_the_template_as_they_were_given(model: Converted) -> None:
+    tokenizer = deepcopy(model.tokenizer)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t | tojson }};{% endfor %}{{ messages[0].content }}"
+    tool = {"type": "function", "function": {"name": "w", "parameters": {"type": "object", "properties": {}}}}
+
+    def text(**body: Any) -> str:
+        messages = [{"role": "user", "content": "weather?"}]
+        return conversation_text(ChatBody.model_validate({"messages": messages, **body}), tokenizer)
+
+    assert text(tools=[tool], tool_choice="auto") == f"{json.dumps(tool)};weather?"
+    assert text(tools=[]) == text(tools=None) == text() == "weather?"
+
+
 def test_an_open_answer_is_continued(model: Converted, client: httpx.Client) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "He"}]
     asked = {"max_tokens": 6, "seed": 1, "continue_final_message": True}
