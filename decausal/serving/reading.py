@@ -14,11 +14,10 @@ from starlette.requests import Request
 
 from decausal.serving.answer import Places
 from decausal.serving.errors import ApiError
+from decausal.serving.settings import LARGE
 
 Result = TypeVar("Result")
 
-LARGE = 2**16
-"""Bytes of a body, or characters of its texts: from here on it takes its turn among the large ones."""
 MAX_LARGE_BODIES = 8
 """Large bodies in memory at a time; of the others no more is read than a connection's buffer holds."""
 NUM_SMALL_READERS = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import socket
@@ -72,6 +73,7 @@ def serve(
         models = models_of(directory, settings, metrics, with_source=with_source)
         app = create_app(models, settings, metrics)
         _raise_file_limit()
+        gc.freeze()  # what is there now stays: a collection, which stops every thread, need not look at it
         if on_listening:
             host, port = listener.getsockname()[:2]
             on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}", [model.name for model in models])

@@ -19,6 +19,10 @@ MAX_PROMPTS = 16384
 MAX_TOOL_CALLS = 128
 MAX_TOOLS = 128
 MAX_FIELDS = 256
+MAX_BRACKETS = 2**18
+"""Lists and objects of a body, and brackets in its texts: to read a million of them stops every thread for a second."""
+LARGE = 2**16
+"""Bytes of a body, or characters of its texts: from here on it takes its turn among the large ones."""
 
 
 @dataclass(frozen=True)

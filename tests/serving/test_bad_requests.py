@@ -26,7 +26,7 @@ def model() -> Converted:
 
 @pytest.fixture(scope="module")
 def server(model: Converted) -> Iterator[Running]:
-    with running([model, converted(chat=False, layout="causal")], max_rows=2, max_body_bytes=2**20) as found:
+    with running([model, converted(chat=False, layout="causal")], max_rows=2, max_body_bytes=2**21) as found:
         yield found
 
 
@@ -229,6 +229,7 @@ RAW: list[tuple[bytes, str]] = [
     (b'{"prompt": "a", "temperature": Infinity}', "Infinity"),
     (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "digits"),
     (b"[" * 100_000, "recursion"),
+    (b'{"prompt": [' + b"[1]," * 2**18 + b"[1]]}", "brackets, and at most 262144"),
     (b'{"prompt": ' + b'{"a":' * 900 + b"1" + b"}" * 901, "must be a string"),
     (b'{"prompt": "\\u0041", "metadata": ' + b"[" * 990 + b"]" * 990 + b"}", "recursion"),
     (b'{"prompt": "a", "temperature": 1e999}', "to 1e+20"),
@@ -243,10 +244,10 @@ def test_a_body_that_is_no_json_is_refused(client: httpx.Client, raw: bytes, say
 
 
 def test_a_prompt_of_ten_megabytes_is_too_long(client: httpx.Client) -> None:
-    refused(client.post(TEXT, json={"prompt": "a " * 5 * 2**20}), 413, None, "longer than 1048576 bytes")
+    refused(client.post(TEXT, json={"prompt": "a " * 5 * 2**20}), 413, None, "longer than 2097152 bytes")
     in_chunks = (b"x" * 2**16 for _ in range(40))
     headers = {"Content-Type": "application/json"}
-    refused(client.post(TEXT, content=in_chunks, headers=headers), 413, None, "longer than 1048576 bytes")
+    refused(client.post(TEXT, content=in_chunks, headers=headers), 413, None, "longer than 2097152 bytes")
     refused(client.post(TEXT, json={"prompt": "ab " * 2**18}), 400, "prompt", "shorten it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -20,8 +21,9 @@ from decausal.serving.connection import MAX_HEAD_BYTES
 from decausal.serving.counting import CHARACTERS_PER_TOKEN, refuse_long_text
 from decausal.serving.errors import ApiError
 from decausal.serving.plans import completion_plan
-from decausal.serving.reading import LARGE, Work
-from decausal.serving.schema import CompletionBody
+from decausal.serving.reading import Work
+from decausal.serving.schema import CompletionBody, parse
+from decausal.serving.settings import LARGE
 from tests.families import MAX_LENGTH
 from tests.serving.running import Running, converted, running
 
@@ -152,10 +154,30 @@ def test_a_client_that_leaves_while_its_prompts_are_read_frees_its_places_at_onc
     with prompts_read(monkeypatch, lambda: goes_on.wait(30)) as read:
         with connection(server) as client:
             client.sendall(head(len(raw)) + raw)
-            server.wait_for_rows(20)
+            deadline = time.monotonic() + 10
+            while not read and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert server.num_rows == 20
         server.wait_until_idle()  # the thread is still inside of the first prompt
         goes_on.set()
         assert read == ["a"]
+
+
+def test_no_garbage_is_looked_for_among_the_parts_of_a_large_body() -> None:
+    collections: list[str] = []
+
+    def count(phase: str, info: dict[str, Any]) -> None:
+        collections.append(phase)
+
+    raw = b'{"prompt": [' + b"[1]," * LARGE + b"[1]]}"
+    gc.callbacks.append(count)
+    try:
+        with pytest.raises(ApiError, match="at most 16384 prompts"):
+            parse(raw, CompletionBody)
+    finally:
+        gc.callbacks.remove(count)
+    assert collections.count("start") <= 2  # what is due once it may be looked for again
+    assert gc.isenabled()
 
 
 def test_small_bodies_do_not_wait_for_large_ones_of_which_few_are_in_memory(
@@ -191,8 +213,6 @@ def test_small_bodies_do_not_wait_for_large_ones_of_which_few_are_in_memory(
 
 
 def _slow_where_large(goes_on: threading.Event) -> Callable[..., Any]:
-    from decausal.serving.schema import parse
-
     def slow(raw: bytes, kind: type) -> Any:
         if len(raw) > LARGE:
             goes_on.wait(30)
