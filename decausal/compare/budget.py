@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.settings import DEFAULT_TOKENS, CompareSettings
+from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
+from decausal.errors import UserError
 from decausal.training.token_counts import TokenCounts
 
 MEAN_NOISE_LEVEL = 0.5
@@ -53,10 +55,12 @@ def steps_for_tokens(budget: Budget, run: ArmRun, tokenizer: PreTrainedTokenizer
 
     A run ends when its tokens are used up, so an estimate that is too high costs the end of its schedules, and one that
     is too low costs tokens. Of rollouts only the prompts are known beforehand; they are taken to be as long as the
-    data's own answers.
+    data's own answers, or, where it has none, as long as rollouts may be.
     """
     rows = training_rows(run, tokenizer)
-    rows_per_step = run.training["per_device_train_batch_size"] * run.training.get("gradient_accumulation_steps", 1)
+    if isinstance(rows, Prompts):
+        return max(1, round(budget.amount / _counted_per_clean_token(budget, run) / _tokens_of_rollouts(rows, run)))
+    rows_per_step = _rows_per_step(run)
     per_packed_step = rows_per_step * rows.num_tokens / len(rows)
     per_rollout_step = rows_per_step * rows.num_tokens / rows.num_documents
     share_on_corpus = 1.0 if _of(run, "rows", "corpus") == "corpus" else 0.0
@@ -72,17 +76,39 @@ def steps_for_tokens(budget: Budget, run: ArmRun, tokenizer: PreTrainedTokenizer
     return max(1, round(amount / per_step))
 
 
-def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
-    """Returns the rows that `convert` will load: packed now, so that no run's clock has to wait for it."""
+def _rows_per_step(run: ArmRun) -> int:
+    return run.training["per_device_train_batch_size"] * run.training.get("gradient_accumulation_steps", 1)
+
+
+def _tokens_of_rollouts(prompts: Prompts, run: ArmRun) -> float:
+    """Tokens of an optimizer step on rollouts that are as long as they may be."""
+    lengths = [len(prompts[index]) + run.conversion.rollout_tokens for index in range(len(prompts))]
+    return _rows_per_step(run) * sum(min(each, run.conversion.max_length) for each in lengths) / len(lengths)
+
+
+def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows | Prompts:
+    """Returns the rows that `convert` will load: packed now, so that no run's clock has to wait for it.
+
+    Where a run needs no answers and the data hold none, its prompts.
+
+    Raises:
+        UserError: The data cannot be read.
+    """
     conversion = run.conversion
     data = list(conversion.data) if isinstance(conversion.data, tuple) else conversion.data
-    return load_rows(
+    common = {"reading": conversion.reading, "data_fraction": conversion.data_fraction, "seed": run.seed}
+    try:
+        return load_rows(data, tokenizer, conversion.max_length, **common)
+    except UserError:
+        if conversion.rows == "corpus" or conversion.warm_start_steps:
+            raise
+    return load_prompts(
         data,
         tokenizer,
         conversion.max_length,
-        reading=conversion.reading,
-        data_fraction=conversion.data_fraction,
-        seed=run.seed,
+        conversion.block_size,
+        prompt_fraction=conversion.prompt_fraction,
+        **common,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from decausal.compare.arms import arm_run, read_arms, refuse_unlike_facts
+from decausal.compare.arms import arm_run, read_arms, refuse_unlike_facts, refuse_unlike_templates
+from decausal.compare.budget import Budget, steps_for_tokens, training_rows
 from decausal.compare.settings import CompareSettings
 from decausal.errors import UserError
+from tests.families import tiny_tokenizer
 
 
 def runs(recipes: str, *overrides: str, seed: int = 0, shared: dict[str, str] | None = None, **settings: Any) -> list:
@@ -68,3 +71,21 @@ def test_arms_that_decode_in_different_ways_are_refused() -> None:
     with pytest.raises(UserError, match=r"mdm has shift 1, other has 0.*--any_facts"):
         refuse_unlike_facts(runs("mdm,other=mdm", "other.shift=0"))
     refuse_unlike_facts(runs("mdm,repr-align"))
+
+
+def test_a_run_on_prompts_without_answers_has_a_length(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "the hat "}) + "\n")
+    shared = {"rollout_tokens": "8", "gradient_accumulation_steps": "1", "per_device_train_batch_size": "2"}
+    (run,) = runs("opdlm", shared=shared, data=str(tmp_path / "prompts.jsonl"))
+    tokenizer = tiny_tokenizer()
+    per_step = 2 * (len(tokenizer("the hat ").input_ids) + 8)
+    assert steps_for_tokens(Budget("tokens", 10.0 * per_step), run, tokenizer) == 10
+    (run,) = runs("bd3lm", data=str(tmp_path / "prompts.jsonl"))
+    with pytest.raises(UserError, match="no 'completion': a prompt without an answer is for recipes"):
+        training_rows(run, tokenizer)
+
+
+def test_arms_under_different_chat_templates_are_refused() -> None:
+    with pytest.raises(UserError, match="bd3lm and opdlm have another chat_template_kwargs"):
+        refuse_unlike_templates(runs("bd3lm,opdlm", 'opdlm.chat_template_kwargs={"a": 1}'))
+    refuse_unlike_templates(runs("bd3lm,opdlm", shared={"chat_template": "a.jinja"}))
