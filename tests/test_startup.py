@@ -135,6 +135,9 @@ def directory(tmp_path_factory):
         (root / name).mkdir()
     (root / "text.txt").write_text("to be or not to be\n")
     (root / "full" / "a.txt").write_text("years of work\n")
+    (root / "model" / "config.json").write_text('{"model_type": "qwen3"}')
+    (root / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # no tensors
+    (root / "model" / "tokenizer.json").touch()
     write_facts(root / "model", ConversionFacts(source="tiny", layout="bidirectional", shift=1, mask_token_id=3))
     return root
 
