@@ -151,7 +151,7 @@ def test_a_recipes_loss_is_the_recorded_value_of_its_papers_formula(name: str) -
 
 def loss_of(settings: ConversionSettings) -> float:
     """The weighted loss of the first step on the hand-written batch, by the settings' own collator and terms."""
-    batch = _collator(settings, facts_of(settings), None)(items_of(settings))
+    batch = _collator(settings, facts_of(settings), context=None, row_multiple=1)(items_of(settings))
     supervision = _supervision(settings, facts_of(settings).attention, MASK, NUM_LAYERS, num_steps=100)
     head = Head(torch.eye(VOCABULARY, dtype=torch.float64), banned=MASK)
     states = student_states(batch, settings)
