@@ -90,7 +90,11 @@ def _settings_tables(settings_type: type, groups: dict[str, str]) -> str:
 
 
 def _attributes(settings_type: type) -> dict[str, str]:
-    return dict(_entries(_sections(inspect.getdoc(settings_type) or "").get("Attributes", "")))
+    """What the docstrings of a class and of its bases say of their attributes."""
+    found: dict[str, str] = {}
+    for kind in reversed(settings_type.__mro__):
+        found |= _entries(_sections(inspect.cleandoc(kind.__doc__ or "")).get("Attributes", ""))
+    return found
 
 
 def _table_head(*names: str) -> str:

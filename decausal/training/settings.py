@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from decausal.data.reading import Reading
 from decausal.errors import UserError
-from decausal.sampling.settings import BLOCKS_ONLY, SamplerSettings
+from decausal.sampling.settings import BLOCKS, SamplerSettings, names_for
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -306,7 +306,7 @@ class ConversionSettings:
         if self.layout not in (None, layout):
             layout, block_size, causal_context, sampler = self.layout, None, False, None
         if self.shift not in (None, shift):
-            sampler = {name: value for name, value in (sampler or {}).items() if name not in BLOCKS_ONLY}
+            sampler = {name: value for name, value in (sampler or {}).items() if name not in names_for(BLOCKS)}
         facts = {"layout": layout, "block_size": block_size, "causal_context": causal_context, "shift": shift}
         facts["sampler"] = sampler or None
         return replace(self, **{name: value for name, value in facts.items() if getattr(self, name) is None})

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from decausal.errors import UserError
-from decausal.sampling.settings import CACHES, CONFIDENCES, ORDERS, REMASKINGS, SamplerSettings
+from decausal.sampling.settings import SETTINGS
 from decausal.verbs.flags import given, positive
 
 if TYPE_CHECKING:
@@ -26,66 +26,15 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `sampler_options` reads."""
-    parser.add_argument("--num_steps", "--steps", "--denoising_steps", type=int, help="denoising steps, spread evenly")
-    parser.add_argument("--threshold", "--confidence_threshold", type=float, help="keep all that is as sure (0.9)")
-    parser.add_argument("--entropy_bound", type=float, help="keep what is nearly independent, in nats")
-    parser.add_argument("--confidence", choices=CONFIDENCES, help="what 'sure' means")
-    parser.add_argument("--temperature", type=float, help="0 takes the most probable token (0)")
-    parser.add_argument("--top_k", type=int, help="draw among this many of the most probable tokens")
-    parser.add_argument("--top_p", type=float, help="draw among the fewest tokens with this probability")
-    parser.add_argument("--min_p", type=float, help="least probability, as a share of the likeliest token's")
-    parser.add_argument("--seed", type=int, help="the same seed writes the same text; text i draws from seed + i (0)")
-    parser.add_argument("--stop", action="append", help="a text that ends a row; may be repeated")
-    parser.add_argument(
-        "--stop_token_ids", type=int, action="append", metavar="ID", help="a token that ends a row; may be repeated"
-    )
-    parser.add_argument(
-        "--speculative", action="store_true", default=None, help="masks draft what the same weights verify causally"
-    )
-    parser.add_argument(
-        "--first_token_from_clean",
-        action=argparse.BooleanOptionalAction,
-        help="keep a block's first token before the others are decided, as Fast-dLLM v2 does",
-    )
-    parser.add_argument("--order", choices=ORDERS, help="what is kept first (confidence)")
-    parser.add_argument("--window", type=int, help="open positions that are decided at a time, left to right")
-    parser.add_argument("--cache", choices=CACHES, help="what a pass inside a window does not read again (none)")
-    parser.add_argument("--cache_refresh", type=int, help="passes after which the whole row is read again")
-    parser.add_argument("--guidance", type=float, help="lead away from what the model writes without the prompt (0)")
-    parser.add_argument(
-        "--remask", action="store_const", const="p2", help="let kept tokens be reconsidered: --remasking p2"
-    )
-    parser.add_argument("--remasking", dest="remask", choices=("none", *REMASKINGS), help="how tokens are opened again")
-    parser.add_argument("--remask_rate", type=float, help="of remdm and remdm_loop: chance of a kept token (0.02)")
+    """Adds the flags that `sampler_options` reads: those of every sampler setting."""
+    for name, setting in SETTINGS.items():
+        for flag in setting.flags:
+            names = flag.names if "dest" in flag.options else (f"--{name}", *flag.names)
+            parser.add_argument(*names, **flag.options, help=flag.help)
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
-    return given(flags, *_OPTIONS)
-
-
-_OPTIONS = (
-    "num_steps",
-    "threshold",
-    "entropy_bound",
-    "confidence",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "order",
-    "window",
-    "cache",
-    "cache_refresh",
-    "guidance",
-    "remask",
-    "remask_rate",
-    "first_token_from_clean",
-    "speculative",
-)
+    return given(flags, *(name for name, setting in SETTINGS.items() if setting.flags))
 
 
 def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = False) -> None:
@@ -101,7 +50,7 @@ def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = 
 
     facts = check_converted(name, may_be_source=may_be_source)
     if facts is not None:
-        settings_for(facts, **{key: options[key] for key in options if key in SamplerSettings.__dataclass_fields__})
+        settings_for(facts, **{key: options[key] for key in options if key in SETTINGS})
 
 
 def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:

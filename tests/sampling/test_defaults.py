@@ -98,7 +98,7 @@ def test_generate_refuses_what_the_layout_cannot_honour(facts: dict[str, Any], o
 
 @pytest.mark.parametrize("given", [{"window": 4}, {"first_token_from_clean": True}])
 def test_speculation_and_settings_of_denoising_exclude_each_other(given: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(given))} has no say in speculative decoding"):
+    with pytest.raises(UserError, match=f"{next(iter(given))} does nothing in speculative decoding"):
         SamplerSettings().updated(**given, speculative=True)
 
 

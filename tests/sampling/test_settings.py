@@ -11,7 +11,7 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.candidates import uniform_numbers
 from decausal.sampling.generate import generate
-from decausal.sampling.settings import ALIASES, BIDIRECTIONAL_ONLY, SamplerSettings, canonical
+from decausal.sampling.settings import ALIASES, WHOLE_ROWS, SamplerSettings, canonical, names_for
 from tests.sampling.tiny_models import converted
 
 COUNTS = ("max_new_tokens", "num_steps", "top_k", "window", "cache_refresh")
@@ -99,7 +99,7 @@ SAME = [
 def test_the_last_values_that_are_accepted_do_what_they_say(
     models: dict[str, Converted], extreme: dict[str, Any], plain: dict[str, Any]
 ) -> None:
-    layouts = ["bidirectional"] if set(extreme) & set(BIDIRECTIONAL_ONLY) else ["bidirectional", "block"]
+    layouts = ["bidirectional"] if set(extreme) & set(names_for(WHOLE_ROWS)) else ["bidirectional", "block"]
     for layout in layouts:
         found, wanted = (generate(models[layout], "import", max_new_tokens=8, **each) for each in (extreme, plain))
         assert found.ids == wanted.ids, layout

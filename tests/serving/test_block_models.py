@@ -80,7 +80,7 @@ def test_events_log_probabilities_and_stop_are_there_too(
     [
         ({"suffix": "\n"}, "suffix needs layout"),
         ({"remask": True}, "remask is not possible"),
-        ({"speculative": True, "window": 3}, "window has no say"),
+        ({"speculative": True, "window": 3}, "window does nothing"),
         ({"first_token_from_clean": True}, "first_token_from_clean is not possible under layout 'block' with shift 0"),
         ({"first_token_from_clean": "yes"}, "first_token_from_clean' should be a valid boolean"),
     ],

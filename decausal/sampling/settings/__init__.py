@@ -1,0 +1,164 @@
+"""The sampler's settings. Each file holds what belongs together: fields, the values that they take, contradictions.
+
+A new setting is a field of one of these files, with its rule and its flag. `row_settings` brings it to the device where
+rows of a batch may differ in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from decausal.errors import UserError, nearest
+from decausal.sampling.settings.drawing import NUM_SEEDS, DrawingSettings
+from decausal.sampling.settings.ending import EndingSettings
+from decausal.sampling.settings.field import BLOCKS, COUNTS_BELOW, WHOLE_ROWS, Setting, check
+from decausal.sampling.settings.guidance import GuidanceSettings
+from decausal.sampling.settings.left_to_right import LeftToRightSettings
+from decausal.sampling.settings.remasking import DEFAULT_REMASK_RATE, REMASKINGS, RemaskingSettings
+from decausal.sampling.settings.schedules import CONFIDENCES, DEFAULT_THRESHOLD, ORDERS, SCHEDULES, ScheduleSettings
+from decausal.sampling.settings.windows import CACHES, WindowSettings
+
+__all__ = [
+    "ALIASES",
+    "BLOCKS",
+    "CACHES",
+    "CONFIDENCES",
+    "COUNTS_BELOW",
+    "DEFAULT_REMASK_RATE",
+    "DEFAULT_THRESHOLD",
+    "MOST_ROWS",
+    "NUM_SEEDS",
+    "ORDERS",
+    "REMASKINGS",
+    "SCHEDULES",
+    "SETTINGS",
+    "WHOLE_ROWS",
+    "SamplerSettings",
+    "canonical",
+    "names_for",
+]
+
+MOST_ROWS = 2**16
+"""In one forward pass: an engine makes room for all of them at once."""
+_WHY_NOT = {
+    "block": "a block model is written block by block, each from the exact cache of those before it, and what is "
+    "finished is never opened again",
+    "causal": "a causal model does not see what is after a token",
+}
+
+
+# A dataclass collects the fields of its last base first.
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings(
+    LeftToRightSettings,
+    RemaskingSettings,
+    GuidanceSettings,
+    WindowSettings,
+    DrawingSettings,
+    ScheduleSettings,
+    EndingSettings,
+):
+    """How open positions become tokens. The settings are those of the bases.
+
+    Raises:
+        UserError: A value outside its range, or settings that exclude each other.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _settled(field.name, getattr(self, field.name)))
+        self.complete()
+        for field in dataclasses.fields(self):
+            check(field.name, getattr(self, field.name), field)
+        for family in reversed(type(self).__mro__):
+            contradiction = vars(family).get("contradiction")
+            if contradiction and (text := contradiction(self)):
+                raise UserError(text)
+
+    def refuse_layout(self, layout: str, shift: int | None = 1) -> None:
+        """Refuses what a model of this layout and shift cannot honour.
+
+        Raises:
+            UserError: Names the setting, why, and which models can.
+        """
+        for name in self.given_for_some(BLOCKS):
+            if layout != "block" or shift == 0:
+                raise UserError(
+                    f"{name} is not possible under layout '{layout}' with shift {shift}: only in a model with layout "
+                    "'block' and shift 1 does a finished token predict a block's first one; leave it out"
+                )
+        if layout == "bidirectional":
+            return
+        if layout == "causal" and self.speculative:
+            raise UserError(
+                "speculative decoding drafts with masks, and a model of layout 'causal' has learnt none; leave it out"
+            )
+        for name in self.given_for_some(WHOLE_ROWS):
+            raise UserError(
+                f"{name} is not possible under layout '{layout}': {_WHY_NOT[layout]}; leave it out, or sample from "
+                "a model with layout 'bidirectional'"
+            )
+
+    def given_for_some(self, *kinds: str) -> list[str]:
+        """The settings that are not as by default and that only some models can honour; `kinds`: which, else all."""
+        names = names_for(*(kinds or (WHOLE_ROWS, BLOCKS)))
+        return [name for name in names if getattr(self, name) != _DEFAULTS[name]]
+
+    def updated(self, **options: Any) -> SamplerSettings:
+        """Returns these settings with `options` over them.
+
+        Aliases are understood. A schedule replaces the others; where remasking or the cache is switched off, or
+        `speculative` switched on, the settings that then do nothing are dropped, too.
+
+        Raises:
+            UserError: An unknown name (the nearest is named), one setting given under two names, or a bad value.
+        """
+        changes = canonical(options)
+        if any(changes.get(name) is not None for name in SCHEDULES):
+            changes = dict.fromkeys(SCHEDULES) | changes
+        changes = {name: _settled(name, value) for name, value in changes.items()}
+        details = {name: setting.detail for name, setting in SETTINGS.items() if setting.detail}
+        if changes.get("speculative") is True:
+            dropped = names_for(WHOLE_ROWS, BLOCKS) + [detail for detail, _ in details.values()]
+            changes = {name: _DEFAULTS[name] for name in dropped} | changes
+        for name, (detail, values) in details.items():
+            if name in changes and changes[name] not in values:
+                changes.setdefault(detail, None)
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name, value in changes.items():
+            check(name, value, fields[name])
+            changes[name] = float(value) if SETTINGS[name].rule.is_real and value is not None else value
+        return dataclasses.replace(self, **changes)
+
+
+def names_for(*kinds: str) -> list[str]:
+    """The settings that only some models can honour: `WHOLE_ROWS`, `BLOCKS` or both."""
+    return [name for name, setting in SETTINGS.items() if setting.only in kinds]
+
+
+def canonical(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options under our names for them."""
+    renamed: dict[str, Any] = {}
+    for given, value in options.items():
+        name = ALIASES.get(given, given)
+        if name not in SETTINGS:
+            hint = nearest(given, SETTINGS.keys() | ALIASES.keys()) or f"; accepted: {', '.join(sorted(SETTINGS))}"
+            raise UserError(f"unknown sampler setting '{given}'{hint}")
+        if name in renamed:
+            raise UserError(f"{name} is given twice: '{given}' is another name for it")
+        renamed[name] = value
+    return renamed
+
+
+def _settled(name: str, value: Any) -> Any:
+    settle = SETTINGS[name].settle
+    return value if settle is None else settle(value)
+
+
+SETTINGS: dict[str, Setting] = {field.name: field.metadata["setting"] for field in dataclasses.fields(SamplerSettings)}
+"""What is known of each setting, by name."""
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
+ALIASES = {alias: name for name, setting in SETTINGS.items() for alias in setting.aliases}
+"""Names that other samplers use, and ours."""

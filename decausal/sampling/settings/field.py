@@ -1,0 +1,128 @@
+"""What a sampler setting is made of: its default, the values that it takes, and how it is written as a flag.
+
+Nothing here imports torch: settings are read and refused before that is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from decausal.errors import UserError
+
+COUNTS_BELOW = 2**31
+"""Above any number of tokens or steps, and far enough below 2**63 that engines can compute with it."""
+SMALLEST, LARGEST = 1e-20, 1e20
+"""Bounds of reals above 0. Engines compute in float32, where less would become 0, and more infinite."""
+
+WHOLE_ROWS, BLOCKS = "whole rows", "blocks"
+"""What a setting may be for: models that read in both directions and are denoised as whole rows, or models that are
+written block by block. Most settings are for all."""
+
+
+class Rule(NamedTuple):
+    """The values that a setting takes.
+
+    Attributes:
+        accepts: Whether a value is one of them.
+        text: They in words, as in "it must be ...".
+        is_real: Accepted values become floats.
+    """
+
+    accepts: Callable[[Any], bool]
+    text: str
+    is_real: bool = False
+
+
+class Flag(NamedTuple):
+    """A setting on the command line.
+
+    Attributes:
+        help: One line.
+        options: For `ArgumentParser.add_argument`.
+        names: Further names, and where `options` hold `dest`, the only ones.
+    """
+
+    help: str
+    options: Mapping[str, Any] = {}
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting beside its name, type and default.
+
+    Attributes:
+        rule: The values that it takes; None too, where that is the default.
+        flags: How it is written on the command line; none for those that each verb has a flag of its own for.
+        settle: Turns other ways to write a value into ours, and leaves what it does not know to the rule.
+        only: `WHOLE_ROWS`, `BLOCKS`, or None where every model can honour it.
+        detail: Another setting that says more, and the values of this one that it goes with: else it is dropped.
+        aliases: Names that other samplers use for it.
+    """
+
+    rule: Rule
+    flags: tuple[Flag, ...] = ()
+    settle: Callable[[Any], Any] | None = None
+    only: str | None = None
+    detail: tuple[str, tuple[Any, ...]] | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def setting(default: Any, rule: Rule, *flags: Flag, **more: Any) -> Any:
+    """A dataclass field with its `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(rule, flags, **more)})
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, of numpy's too, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def one_of(names: tuple[str, ...]) -> Rule:
+    """The rule of settings that name something."""
+    return Rule(lambda value: value in names, f"one of {', '.join(names)}")
+
+
+def amount_up_to(largest: float) -> Rule:
+    """The rule of settings that are 0 where they are off."""
+    return Rule(
+        lambda value: is_number(value) and (value == 0 or SMALLEST <= value <= largest),
+        f"0, or a number from {SMALLEST:g} to {largest:g}",
+        is_real=True,
+    )
+
+
+COUNT = Rule(lambda value: is_integer(value) and 1 <= value < COUNTS_BELOW, "an integer of at least 1 and below 2**31")
+SHARE = Rule(
+    lambda value: is_number(value) and SMALLEST <= value <= 1, f"a number from {SMALLEST:g} to 1", is_real=True
+)
+AMOUNT = amount_up_to(LARGEST)
+SWITCH = Rule(lambda value: isinstance(value, bool), "True or False")
+
+
+def check(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Refuses a value that breaks the field's rule.
+
+    Raises:
+        UserError: Names the setting, the value and what is accepted.
+    """
+    rule: Rule = field.metadata["setting"].rule
+    if not (rule.accepts(value) or (value is None and field.default is None)):
+        raise UserError(f"{name}={_shown(value)} is not accepted: it must be {rule.text}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "(thousands of digits)"
+    return text if len(text) <= 80 else f"{text[:77]}..."
