@@ -29,6 +29,8 @@ Turn an autoregressive language model into a diffusion language model.
   decausal serve DIR                   a page to play on, and a server for OpenAI's clients
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
   decausal eval tasks MODEL            share of right answers to small tasks, tokens per forward pass
+  decausal eval harness DIR --tasks A,B
+                                       public benchmarks, by lm-evaluation-harness, beside the AR source
   decausal export DIR --format sdar|hf --output_dir OUT
                                        hand it on: to SGLang and LMDeploy, or with a model card to the hub
   decausal import MODEL --output_dir OUT

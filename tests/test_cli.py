@@ -178,7 +178,8 @@ def test_an_error_that_is_about_no_argument_keeps_its_traceback(error):
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["gsm8k", "DIR"], r"no measure or benchmark 'gsm8k' here.*--data DATA.*decausal batch.*--tasks"),
+        (["gsm8k", "DIR"], r"no measure 'gsm8k' here.*decausal eval harness DIR --tasks gsm8k.*--data DATA.*--tasks"),
+        (["benchmark", "DIR"], "did you mean 'decausal eval harness DIR --tasks TASKS'"),
         (["task", "DIR"], "did you mean 'decausal eval tasks MODEL'"),
         (["perplexity", "DIR"], "did you mean 'decausal eval nll DIR --data DATA'"),
         (["words", "DIR"], "decausal eval tasks MODEL --tasks words"),

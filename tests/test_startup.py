@@ -42,6 +42,7 @@ ANSWERED = [
     *([verb, "--help"] for verb in VERBS),
     ["eval", "nll", "--help"],
     ["eval", "tasks", "--help"],
+    ["eval", "harness", "--help"],
     ["convert", "m", "--print_config"],
     ["convert", "--recipe", "opdlm", "--learning_rate", "1e-4", "--print_config"],
     ["pretrain", "--print_config"],

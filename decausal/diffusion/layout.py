@@ -27,7 +27,8 @@ def visible(
 
     A row of block layout may hold several streams: the clean tokens, and noised copies of them at the same positions. A
     noised token reads its block in its own stream, and the clean tokens of earlier blocks; a clean token reads clean
-    ones alone. Without streams all is one clean stream.
+    ones alone. Without streams all is one clean stream. In a row of causal layout the streams are branches: ways to go
+    on from stream 0 that see it, as far as it precedes them, and not each other.
 
     Documents never see each other. Padding is a document too (id -1): padding reads padding, so that no query is left
     without a key, which softmax would turn into NaN.
@@ -46,13 +47,15 @@ def visible(
         window: W of a sliding-window layer, in tokens; None where a layer reads everything. Distances are between
             positions, whatever the streams.
         query_stream: 0 for clean queries, s >= 1 for those of the s-th noised copy, -1 for padding.
-        key_stream: the same for the keys; given together with `query_stream`, and only for block layouts.
+        key_stream: the same for the keys; given together with `query_stream`, and not for bidirectional layouts.
     """
-    if (query_stream is None) != (key_stream is None) or (query_stream is not None and layout.kind != "block"):
-        raise ValueError("streams are given for queries and keys together, and for block layouts only")
+    if (query_stream is None) != (key_stream is None) or (query_stream is not None and layout.kind == "bidirectional"):
+        raise ValueError("streams are given for queries and keys together, and not for bidirectional layouts")
     is_visible = query_document == key_document
     if layout.kind == "causal":
         is_visible = is_visible & (key_position <= query_position)
+        if query_stream is not None and key_stream is not None:
+            is_visible = is_visible & ((key_stream == 0) | (key_stream == query_stream))
     elif layout.kind == "block":
         is_visible = is_visible & _in_block_order(layout, query_position, key_position, query_stream, key_stream)
     if window is not None:

@@ -32,11 +32,12 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
 from decausal.evaluation.passes import (
-    block_token_nll,
     in_batches,
     measuring,
+    noised_states,
     predicted_tokens,
     spread_indices,
+    state_nll,
     token_nll,
 )
 from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
@@ -112,11 +113,9 @@ def _masked_nll(
     model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, "n"]
 ) -> Float[Tensor, "n"]:
     """Losses of a batch's masked tokens, `index` being their places in [B*T]."""
-    if facts.layout == "block":
-        return block_token_nll(model, head, facts, batch.clean_ids, batch.document_ids, batch.is_masked)
-    noised_ids = batch.clean_ids.masked_fill(batch.is_masked, facts.mask_token_id)
-    token_ids = batch.clean_ids.flatten()[index]
-    return token_nll(model, head, facts.attention, noised_ids, batch.document_ids, index, token_ids, facts.shift)
+    is_masked = batch.is_masked[:, None]
+    states = noised_states(model, facts, batch.clean_ids, batch.document_ids, is_masked)
+    return state_nll(states, head, batch.clean_ids.flatten()[index])
 
 
 def evaluate_ar_nll(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decausal.data.stream import Rows
-from decausal.diffusion.doubled import double
+from decausal.diffusion.doubled import block_starts, double, needs_copy
 from decausal.diffusion.layout import Layout, is_packed
 from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
@@ -117,40 +117,78 @@ def token_nll(
     output = body_forward(
         model, input_ids.to(device), layout, document_ids=None if packed is None else packed.to(device)
     )
-    return _nll(output.last_hidden_state, predicting_index(token_index, shift), head, token_ids)
+    places = predicting_index(token_index, shift).to(device)
+    return state_nll(output.last_hidden_state.flatten(0, 1).index_select(0, places), head, token_ids)
 
 
-def block_token_nll(
+def noised_states(
     model: nn.Module,
-    head: Head,
     facts: ConversionFacts,
     clean_ids: Int[Tensor, "B T"],
     document_ids: Int[Tensor, "B T"],
-    is_masked: Bool[Tensor, "B T"],
-) -> Float[Tensor, "n"]:
-    """As `token_nll`, of the masked tokens of rows under a block layout: each reads its own block as it is noised, and
-    the blocks before it clean. In the order of their flat index into [B*T]."""
-    device = device_of(model)
-    context = context_length(stock_model(model).config)
-    rows = double(
-        clean_ids, document_ids, is_masked, is_masked[:, None], facts.mask_token_id, facts.attention.block_size, context
+    is_masked: Bool[Tensor, "B K T"],
+) -> Float[Tensor, "n D"]:
+    """The states that predict the masked tokens of K noised views of rows, under the layout of the facts.
+
+    Call it inside `measuring`.
+
+    Args:
+        model: any stock causal LM.
+        facts: layout, shift and mask token.
+        clean_ids: packed rows; tensors are moved to the model's device.
+        document_ids: document of each token, -1 for padding.
+        is_masked: what each view masks; a view that masks nothing costs nothing.
+
+    Returns:
+        One state for each masked token, in the order of their flat index into [B*K*T].
+    """
+    if facts.layout == "block":
+        return _block_states(model, facts, clean_ids, document_ids, is_masked)
+    device, is_read = device_of(model), is_masked.any(dim=2)
+    if not is_read.any():
+        is_read[:1, :1] = True  # a model reads at least one row
+    row, _ = is_read.nonzero(as_tuple=True)
+    masked = is_masked[is_read]
+    noised_ids, documents = clean_ids[row].masked_fill(masked, facts.mask_token_id), document_ids[row]
+    packed = documents_if_packed(documents)
+    output = body_forward(
+        model, noised_ids.to(device), facts.attention, document_ids=None if packed is None else packed.to(device)
     )
+    places = predicting_index(masked.flatten().nonzero()[:, 0], facts.shift).to(device)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, places)
+
+
+def _block_states(
+    model: nn.Module,
+    facts: ConversionFacts,
+    clean_ids: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    is_masked: Bool[Tensor, "B K T"],
+) -> Float[Tensor, "n D"]:
+    """As `noised_states`. A row's clean tokens are read once for all its views, and a block is read anew only in views
+    where a state of its own predicts a masked token."""
+    device, attention = device_of(model), facts.attention
+    assert attention.block_size is not None
+    is_copied = needs_copy(is_masked, block_starts(document_ids, attention.block_size), facts.shift)
+    context = context_length(stock_model(model).config)
+    rows = double(clean_ids, document_ids, is_copied, is_masked, facts.mask_token_id, attention.block_size, context)
     output = body_forward(
         model,
         rows.ids.to(device),
-        facts.attention,
+        attention,
         document_ids=rows.document_ids.to(device),
         position_ids=rows.position_ids.to(device),
         stream_ids=rows.stream_ids.to(device),
     )
-    token_index = is_masked.flatten().nonzero()[:, 0]
-    places = rows.predicting_place(1, token_index, facts.shift)
-    return _nll(output.last_hidden_state, places, head, clean_ids.flatten()[token_index])
+    row, view, column = is_masked.nonzero(as_tuple=True)
+    places = rows.predicting_place(view + 1, row * clean_ids.shape[1] + column, facts.shift)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, places.to(device))
 
 
-def _nll(
-    hidden: Float[Tensor, "B S D"], places: Int[Tensor, "n"], head: Head, token_ids: Int[Tensor, "n"]
-) -> Float[Tensor, "n"]:
-    states = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
-    weights = torch.ones(len(token_ids), device=hidden.device)
-    return chunked_cross_entropy(states, head, token_ids.to(hidden.device), weights).nll.double().cpu()
+def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Negative log-likelihood in nats, on the CPU in fp64, of the tokens that states predict.
+
+    The head runs on a chunk at a time: all logits never exist.
+    """
+    weights = torch.ones(len(token_ids), device=states.device)
+    return chunked_cross_entropy(states, head, token_ids.to(states.device), weights).nll.double().cpu()

@@ -1,8 +1,11 @@
-"""Mask patterns of packed rows, drawn for each document or block on its own: what a likelihood is estimated from."""
+"""Mask patterns, drawn for each document or block on its own: what a likelihood is estimated from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -57,3 +60,59 @@ def _units(document_ids: Int[Tensor, "T"], block_size: int | None) -> Int[Tensor
 def stack(views: Sequence[NoisedRow]) -> NoisedRow:
     """Returns one batch of them, each tensor with an axis B in front."""
     return NoisedRow(*(torch.stack(tensors) for tensors in zip(*views, strict=True)))
+
+
+class WeightedPatterns(NamedTuple):
+    """Mask patterns of one row of units, and what a masked token's loss weighs in each.
+
+    The mean over patterns of the weighted losses is unbiased for the sum of the units' NELBOs.
+
+    Attributes:
+        is_masked: what each pattern masks.
+        weight: of each token's loss; 0 where it is not masked.
+        is_exact: tokens of units whose patterns are all there, so that nothing is left to chance.
+    """
+
+    is_masked: Bool[Tensor, "S T"]
+    weight: Float[Tensor, "S T"]
+    is_exact: Bool[Tensor, "T"]
+
+
+def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int) -> WeightedPatterns:
+    """Draws `num_samples` patterns; units that have no more patterns than that get each of theirs once.
+
+    A unit of n tokens has 2^n - 1 patterns that mask anything. Where all units are so small there are only as many
+    patterns as the largest has.
+
+    Args:
+        unit_ids: 0, 1, ... for tokens that are denoised together; -1 for those that are never masked.
+        num_samples: S, at most.
+        seed: with `position`, all the randomness there is.
+        position: number of the row.
+    """
+    is_maskable = unit_ids >= 0
+    unit = unit_ids.clamp(min=0)
+    size = torch.zeros(int(unit.max()) + 1, dtype=torch.int64).index_add_(0, unit, is_maskable.long())
+    num_patterns = 2.0 ** size.clamp(max=60) - 1
+    is_exact = is_maskable & (num_patterns <= num_samples)[unit]
+    if bool(is_exact[is_maskable].all()):
+        num_samples = max(1, int(num_patterns.max()))
+    drawn = draw_unit_patterns(unit_ids.where(~is_exact, -1), num_samples, seed=seed, position=position)
+    is_masked = drawn.is_masked
+    weight = (drawn.num_maskable / drawn.num_masked.clamp(min=1)).double()
+    for number in unit[is_exact].unique().tolist():
+        places = ((unit_ids == number) & is_exact).nonzero()[:, 0]
+        masks, weights = _all_patterns(len(places))
+        is_masked[: len(masks), places] = masks
+        weight[: len(masks), places] = weights[:, None] * num_samples
+    return WeightedPatterns(is_masked, weight.masked_fill(~is_masked, 0), is_exact)
+
+
+@cache
+def _all_patterns(n: int) -> tuple[Bool[Tensor, "P n"], Float[Tensor, "P"]]:
+    """All patterns that mask any of n tokens, and their weights in the NELBO (`decausal.diffusion.nelbo`)."""
+    chosen = [(m, places) for m in range(1, n + 1) for places in combinations(range(n), m)]
+    is_masked = torch.zeros(len(chosen), n, dtype=torch.bool)
+    for row, (_, places) in enumerate(chosen):
+        is_masked[row, list(places)] = True
+    return is_masked, torch.tensor([1 / (m * math.comb(n, m)) for m, _ in chosen], dtype=torch.float64)

@@ -114,10 +114,11 @@ def _score_copies(
         model, ids.to(device), facts.attention, document_ids=None if is_whole else document_ids.to(device)
     )
     states = body.last_hidden_state.flatten(0, 1)[predicting_index(index, facts.shift).to(device)]
-    return _score_states(states, head_of(model)._replace(banned=facts.mask_token_id), targets.to(device))
+    return score_states(states, head_of(model)._replace(banned=facts.mask_token_id), targets.to(device))
 
 
-def _score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
+def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
+    """Scores the tokens that states predict; logits exist for `STATES_PER_CHUNK` states at a time."""
     chunks = []
     for some, tokens in zip(states.split(STATES_PER_CHUNK), targets.split(STATES_PER_CHUNK), strict=True):
         log_probs = logits(some, head).log_softmax(-1).float()

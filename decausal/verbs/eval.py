@@ -11,6 +11,7 @@ from decausal.data.reading import ON_BAD_RECORD, Reading
 from decausal.data.sources import refuse_missing
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
+from decausal.verbs import eval_harness
 from decausal.verbs.flags import (
     VerbParser,
     add_template_flags,
@@ -25,22 +26,24 @@ from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_opt
 
 NLL = "decausal eval nll DIR --data DATA"
 TASKS = "decausal eval tasks MODEL"
+HARNESS = "decausal eval harness DIR --tasks TASKS"
 # What people call the measures, and ours.
 MEASURES = {
     **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), NLL),
     **dict.fromkeys(("tasks", "accuracy"), TASKS),
+    **dict.fromkeys(("harness", "lm_eval", "lm-eval", "benchmark", "benchmarks"), HARNESS),
 }
 
 
 def run(arguments: list[str]) -> int:
-    measures = {"nll": _nll, "tasks": _tasks}
+    measures = {"nll": _nll, "tasks": _tasks, "harness": eval_harness.run}
     if arguments and arguments[0] in measures:
         return measures[arguments[0]](arguments[1:])
     if wants_help(arguments):
-        print(f"usage: {NLL}\n       {TASKS}\n\nEach has its own --help.")
+        print(f"usage: {NLL}\n       {TASKS}\n       {HARNESS}\n\nEach has its own --help.")
         return 0
     if not arguments:
-        raise UserError(f"eval: name what to measure: {NLL}, or {TASKS}")
+        raise UserError(f"eval: name what to measure: {NLL}, {TASKS}, or {HARNESS}")
     raise UserError(f"eval: {_what_instead(arguments[0])}")
 
 
@@ -55,9 +58,8 @@ def _what_instead(name: str) -> str:
     if near := get_close_matches(name.lower(), MEASURES, n=1, cutoff=0.6):
         return f"'{name}' is not known; did you mean '{MEASURES[near[0]]}'?"
     return (
-        f"there is no measure or benchmark '{name}' here. Likelihood of its texts: {NLL}, a file or its id on the hub. "
-        "Answers to its prompts, to score yourself: decausal batch DIR prompts.jsonl answers.jsonl, or decausal serve "
-        f"DIR for harnesses that speak OpenAI's API. Tasks of ours: {TASKS} --tasks {'+'.join(NAMES)}"
+        f"there is no measure '{name}' here. A public benchmark: decausal eval harness DIR --tasks {name}. Likelihood "
+        f"of its texts: {NLL}, a file or its id on the hub. Tasks of ours: {TASKS} --tasks {'+'.join(NAMES)}"
     )
 
 

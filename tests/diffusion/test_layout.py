@@ -138,11 +138,28 @@ def test_a_causal_context_is_causal_where_all_is_clean():
         assert torch.equal(_mask(layout, document_ids, stream_ids=clean), _mask(layout, document_ids))
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_streams_belong_to_block_layouts(kind):
+def test_a_bidirectional_layout_has_no_streams():
     document_ids = _document_ids([3], 0)
-    with pytest.raises(ValueError, match="block layouts only"):
-        _mask(Layout(kind), document_ids, stream_ids=document_ids)
+    with pytest.raises(ValueError, match="not for bidirectional layouts"):
+        _mask(Layout("bidirectional"), document_ids, stream_ids=document_ids)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_branches_of_a_causal_row_see_the_trunk_and_themselves(window):
+    trunk, branches = 3, (2, 4, 1)
+    positions, streams = list(range(trunk)), [0] * trunk
+    for stream, length in enumerate(branches, start=1):
+        positions += range(trunk, trunk + length)
+        streams += [stream] * length
+    documents = torch.zeros(1, len(positions), dtype=torch.int64)
+    places = torch.tensor([positions])
+    mask = attention_mask(Layout("causal"), documents, places, window, stream_ids=torch.tensor([streams]))[0, 0]
+    for stream, length in enumerate(branches, start=1):
+        row = [place for place, of in enumerate(streams) if of in (0, stream)]
+        alone = attention_mask(Layout("causal"), documents[:, : trunk + length], places[:, row], window)[0, 0]
+        assert torch.equal(mask[row][:, row], alone)
+        others = [place for place in range(len(streams)) if place not in row]
+        assert not mask[row][:, others][trunk:].any()
 
 
 def test_positions_restart_in_each_document_and_in_padding():

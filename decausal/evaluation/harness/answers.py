@@ -1,0 +1,11 @@
+"""Figures of tasks whose requests are questions with answers of any length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def bits_of_answer(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """An answer's log-likelihood and its bytes, of which the harness makes bits per byte over all answers."""
+    ((log_likelihood, _),) = results
+    return {"bits_per_byte": (log_likelihood, len(doc["answer"].encode()))}

@@ -1,0 +1,30 @@
+"""A log-likelihood that remembers how sure it is, through the harness and its cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class Estimate(float):
+    """A log-likelihood in nats, with `standard_error`: that of the draw of masks, 0 where nothing was drawn.
+
+    The harness takes a plain number; what it does with it need not know of the error.
+    """
+
+    standard_error: float
+
+    def __new__(cls, value: float, standard_error: float = 0.0) -> Estimate:
+        estimate = super().__new__(cls, value)
+        estimate.standard_error = standard_error
+        return estimate
+
+    def __add__(self, other: float | int) -> Estimate:
+        """The sum of what was drawn independently."""
+        error = math.hypot(self.standard_error, getattr(other, "standard_error", 0.0))
+        return Estimate(float(self) + float(other), error)
+
+    __radd__ = __add__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (float(self), self.standard_error)

@@ -1,0 +1,143 @@
+"""Texts that the harness asks for, written by the engine that fits the model."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from decausal.errors import UserError
+from decausal.evaluation.continuations.scored import in_parts
+from decausal.models.checkpoint import Converted
+from decausal.sampling.defaults import settings_for
+from decausal.sampling.engines import engine_for
+from decausal.sampling.filling.infilling import fill
+from decausal.sampling.jobs import Job, run
+from decausal.sampling.rows import Row
+from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.stopping import end_token_ids, text_before_stop
+from decausal.sampling.texts import ids_after
+
+Request = tuple[str, dict[str, Any]]
+HONOURED = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks", "seed", "infill")
+
+
+class Writer:
+    """Continues contexts; what the harness's `gen_kwargs` do not say is as the model's own sampler settings have it.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        max_rows: Rows in one forward pass.
+        options: `SamplerSettings` by name, over the facts'.
+
+    Raises:
+        UserError: A bad setting.
+    """
+
+    def __init__(self, converted: Converted, max_rows: int, options: dict[str, Any]) -> None:
+        self._converted, self._max_rows = converted, max_rows
+        self._settings = settings_for(converted.facts, **options)
+        self._options = {name: value for name, value in options.items() if name != "seed"}
+
+    def settings_by_name(self) -> dict[str, Any]:
+        """Returns the settings that differ from the defaults of all models."""
+        plain = asdict(SamplerSettings())
+        return {name: value for name, value in asdict(self._settings).items() if value != plain[name]}
+
+    def write(
+        self, requests: Sequence[Request], context_ids: Callable[[str, int], list[int]], default_length: int
+    ) -> Iterator[tuple[int, str]]:
+        """Yields (index, text) of each request as it ends.
+
+        Args:
+            requests: Contexts with the harness's `gen_kwargs`.
+            context_ids: Tokens of a context that leave room for so many new ones.
+            default_length: New tokens where a request does not say how many.
+
+        Raises:
+            UserError: A key of `gen_kwargs` that is not honoured.
+        """
+        holes = [index for index, (_, gen_kwargs) in enumerate(requests) if "infill" in gen_kwargs]
+        yield from self._fill(holes, requests, default_length)
+        seen: Counter[str] = Counter()
+        jobs, numbers = [], []
+        for index, (context, gen_kwargs) in enumerate(requests):
+            if "infill" in gen_kwargs:
+                continue
+            numbers.append(index)
+            settings = self._asked(gen_kwargs, default_length)
+            # A function of the text and of how often it was asked: a continued run draws what a whole one does.
+            seed = settings.seed + zlib.crc32(context.encode("utf-8", "surrogatepass")) + seen[context]
+            seen[context] += 1
+            ids = context_ids(context, settings.max_new_tokens)
+            row = Row((ids, []), (settings.max_new_tokens,), f"request {index + 1}")
+            row.check(self._converted)
+            jobs.append(Job(row, settings, seed, end_token_ids(self._converted)))
+        if not jobs:
+            return
+        for index, ended in run(self._engine(jobs), jobs):
+            job = jobs[index]
+            yield numbers[index], text_before_stop(self._converted.tokenizer, job.row.given[0], ended.ids, job.settings)
+
+    def _fill(
+        self, holes: Sequence[int], requests: Sequence[Request], default_length: int
+    ) -> Iterator[tuple[int, str]]:
+        """Yields (index, text) of requests that have a text behind a hole."""
+        by_options: dict[str, list[int]] = defaultdict(list)
+        for index in holes:
+            before, gen_kwargs = requests[index]
+            asked = {name: value for name, value in gen_kwargs.items() if name not in ("infill", "until")}
+            options = self._hole_options(asked, default_length)
+            if options.get("temperature"):  # what is drawn is a function of the text, so it has a batch of its own
+                options["seed"] += zlib.crc32(before.encode("utf-8", "surrogatepass"))
+            by_options[json.dumps(options, sort_keys=True)].append(index)
+        for options, members in by_options.items():
+            for part in in_parts(members, self._max_rows):
+                texts = [self._with_hole(*requests[index]) for index in part]
+                found = fill(self._converted, texts, batch_size=self._max_rows, **json.loads(options))
+                yield from ((index, filling.texts[0]) for index, filling in zip(part, found, strict=True))
+
+    def _hole_options(self, gen_kwargs: dict[str, Any], default_length: int) -> dict[str, Any]:
+        settings = self._asked(gen_kwargs, default_length)
+        asked = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        given = {name: value for name, value in asked.items() if value}
+        return {**self._options, **given, "max_gap": settings.max_new_tokens, "seed": settings.seed}
+
+    def _with_hole(self, before: str, gen_kwargs: dict[str, Any]) -> list[str | int | None]:
+        told = gen_kwargs["infill"]["as_long_as"]
+        length = None if told is None else max(1, len(ids_after(self._converted.tokenizer, told)))
+        return [before, length, gen_kwargs["infill"]["suffix"]]
+
+    def _engine(self, jobs: Sequence[Job]) -> Any:
+        block_size = self._converted.facts.block_size or 1
+        longest = max(job.row.length for job in jobs)
+        return engine_for(
+            self._converted,
+            max_rows=min(self._max_rows, len(jobs)),
+            max_length=-(-longest // block_size) * block_size,
+            is_autoregressive=self._converted.facts.layout == "causal",
+        )
+
+    def _asked(self, gen_kwargs: dict[str, Any], default_length: int) -> SamplerSettings:
+        if unknown := sorted(set(gen_kwargs) - {*HONOURED, *_LENGTHS}):
+            raise UserError(
+                f"gen_kwargs holds '{unknown[0]}', which a converted model does not honour; accepted: "
+                f"{', '.join(HONOURED)}. Sampler settings are the model's: --model_args pretrained=DIR,threshold=0.9"
+            )
+        asked = normalize_gen_kwargs(gen_kwargs, default_length)
+        options = {name: asked[name] for name in ("top_k", "top_p", "min_p", "seed") if asked.get(name) is not None}
+        if asked["do_sample"]:
+            options["temperature"] = asked["temperature"] or 1.0
+        elif "temperature" in gen_kwargs or "do_sample" in gen_kwargs:
+            options["temperature"] = 0.0
+        until = asked.get("until") or []
+        stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+        return self._settings.updated(max_new_tokens=int(asked["max_gen_toks"]), stop=stop, **options)
+
+
+_LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens")

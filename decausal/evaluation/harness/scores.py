@@ -1,0 +1,230 @@
+"""What the harness found: scores of a converted model, beside its AR source's, and how much of those it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from decausal.evaluation.results import Ratio, ratio_over_rows
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of a task.
+
+    Attributes:
+        task: The task's name.
+        metric: The metric's name; behind a comma the filter of answers, where there is one.
+        value: The model's.
+        standard_error: Over examples, as the harness has it; None where it has none.
+        higher_is_better: None where the harness does not say.
+        num_examples: How many it is from.
+        source: The AR source's value; None without it.
+        source_standard_error: Of that.
+        retention: How much of the source's score is kept, in percent.
+        retention_standard_error: Of that, over examples, which both models share.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    higher_is_better: bool | None
+    num_examples: int
+    source: float | None = None
+    source_standard_error: float | None = None
+    retention: float | None = None
+    retention_standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class HarnessScores:
+    """All figures, and what they are made of.
+
+    Attributes:
+        scores: In the order of the tasks.
+        model: What the model is and which likelihood stands behind its scores, as `DecausalLM.get_model_info` tells.
+        mask_errors: By task, where a NELBO was estimated: the standard error of a request's log-likelihood over the
+            draw of masks, in nats, as a root mean square over requests.
+        settings: What was asked of the harness.
+        source_missing: Why there are no figures of the source.
+    """
+
+    scores: tuple[Score, ...]
+    model: dict[str, Any]
+    mask_errors: dict[str, float]
+    settings: dict[str, Any]
+    source_missing: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "mask_standard_error_nats": self.mask_errors,
+            "source_missing": self.source_missing,
+            "scores": [asdict(score) for score in self.scores],
+        }
+
+    def as_table(self) -> Table:
+        """Returns the figures as a table for a terminal."""
+        table = Table("task", "metric", "made of", title=f"lm-evaluation-harness {self.settings['lm_eval']}")
+        has_source = any(score.source is not None for score in self.scores)
+        for heading in ("examples", "score", "± s.e.", *(("source", "± s.e.", "kept", "± s.e.") if has_source else ())):
+            table.add_column(heading, justify="right")
+        for score in self.scores:
+            cells = [str(score.num_examples), _number(score.value), _number(score.standard_error)]
+            if has_source:
+                cells += [_number(score.source), _number(score.source_standard_error)]
+                cells += [_percent(score.retention), _percent(score.retention_standard_error)]
+            table.add_row(score.task, score.metric, self.settings["made_of"][score.task], *cells)
+        captions = [f"no AR source: {self.source_missing}"] if self.source_missing else []
+        captions += [
+            f"{task}: a NELBO is known to ± {error:.3g} nats (masks)"
+            for task, error in self.mask_errors.items()
+            if error
+        ]
+        if self.settings.get("programs"):
+            held = [name for name, holds in self.settings["programs"].items() if holds]
+            open_ = [name for name, holds in self.settings["programs"].items() if not holds]
+            captions.append(f"programs ran with limits: {', '.join(held)}")
+            captions += [f"NOT enforced on this machine: {', '.join(open_)}"] if open_ else []
+        table.caption = "\n".join(captions) or None
+        return table
+
+
+def scores_of(results: dict[str, Any], source: dict[str, Any] | None = None) -> tuple[Score, ...]:
+    """Reads the figures out of what the harness returns for a model, and for its source."""
+    return tuple(
+        _score(results, source, task, key)
+        for task, figures in results["results"].items()
+        for key in figures
+        if _is_figure(key, figures)
+    )
+
+
+def mask_errors_of(results: dict[str, Any]) -> dict[str, float]:
+    """Root mean square, by task, of the standard errors that log-likelihoods have from the draw of masks."""
+    found = {}
+    for task, samples in results["samples"].items():
+        errors = [error for sample in samples for error in _mask_errors(sample["resps"])]
+        if errors:
+            found[task] = math.sqrt(sum(error * error for error in errors) / len(errors))
+    return found
+
+
+def _mask_errors(answer: Any) -> list[float]:
+    if isinstance(answer, list | tuple):
+        return [error for part in answer for error in _mask_errors(part)]
+    error = getattr(answer, "standard_error", None)
+    return [] if error is None else [error]
+
+
+def _is_figure(key: str, figures: dict[str, Any]) -> bool:
+    return "," in key and "_stderr," not in key and isinstance(figures[key], int | float)
+
+
+def _score(results: dict[str, Any], source: dict[str, Any] | None, task: str, key: str) -> Score:
+    metric, _, answer_filter = key.partition(",")
+    figures = results["results"][task]
+    higher = results["higher_is_better"].get(task, {}).get(metric)
+    counts = results["n-samples"].get(task, {})
+    score = Score(
+        task=task,
+        metric=metric if answer_filter == "none" else key,
+        value=float(figures[key]),
+        standard_error=_error(figures, metric, answer_filter),
+        higher_is_better=higher,
+        num_examples=int(counts.get("effective", figures.get("sample_len", 0))),
+    )
+    if source is None:
+        return score
+    theirs = source["results"][task]
+    kept = retention(
+        metric,
+        higher,
+        (score.value, float(theirs[key])),
+        [_values(run, task, metric, answer_filter) for run in (results, source)],
+    )
+    return Score(
+        **{name: value for name, value in asdict(score).items() if not name.startswith(("source", "retention"))},
+        source=float(theirs[key]),
+        source_standard_error=_error(theirs, metric, answer_filter),
+        retention=kept.value,
+        retention_standard_error=kept.standard_error,
+    )
+
+
+def retention(
+    metric: str, higher_is_better: bool | None, values: tuple[float, float], samples: Sequence[Sequence[Any]]
+) -> Ratio:
+    """How much of the source's score a model keeps, in percent, and the standard error over examples.
+
+    It is score over source where higher is better, source over score where lower is. The error holds that both models
+    answer the same examples.
+
+    Args:
+        metric: The harness's name of it.
+        higher_is_better: None: there is nothing to keep.
+        values: The model's score and the source's.
+        samples: Of each example the model's figure, and the source's: what the harness makes its mean of.
+    """
+    ours, theirs = values if higher_is_better else values[::-1]
+    if higher_is_better is None or not theirs:
+        return Ratio(None, None)
+    percent = 100 * ours / theirs
+    error = _relative_error(metric, samples if higher_is_better else samples[::-1])
+    return Ratio(percent, None if error is None else percent * error)
+
+
+def _relative_error(metric: str, samples: Sequence[Sequence[Any]]) -> float | None:
+    """Standard error of the ratio of two scores over that ratio, from the examples that both are means of."""
+    ours, theirs = samples
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return None
+    if all(isinstance(value, tuple | list) and len(value) == 2 for value in (*ours, *theirs)):
+        (our_sums, counts), (their_sums, _) = (_columns(values) for values in (ours, theirs))
+        if metric == "bits_per_byte":  # the bytes are the same
+            return _over_itself(ratio_over_rows(our_sums, their_sums))
+        return ratio_over_rows(our_sums - their_sums, counts).standard_error  # perplexities: exp of this ratio
+    if not all(isinstance(value, int | float) for value in (*ours, *theirs)):
+        return None
+    our_column, their_column = (torch.tensor(values, dtype=torch.float64) for values in (ours, theirs))
+    if metric == "perplexity":
+        return ratio_over_rows(our_column - their_column, torch.ones_like(our_column)).standard_error
+    return _over_itself(ratio_over_rows(our_column, their_column))
+
+
+def _over_itself(ratio: Ratio) -> float | None:
+    return None if not ratio.value or ratio.standard_error is None else ratio.standard_error / abs(ratio.value)
+
+
+def _columns(pairs: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    table = torch.tensor([list(pair) for pair in pairs], dtype=torch.float64)
+    return table[:, 0], table[:, 1]
+
+
+def _values(run: dict[str, Any], task: str, metric: str, answer_filter: str) -> list[Any]:
+    samples: list[Sample] = run["samples"].get(task, [])
+    chosen = [sample for sample in samples if sample["filter"] == answer_filter and metric in sample]
+    return [sample[metric] for sample in sorted(chosen, key=lambda sample: sample["doc_id"])]
+
+
+def _error(figures: dict[str, Any], metric: str, answer_filter: str) -> float | None:
+    error = figures.get(f"{metric}_stderr,{answer_filter}")
+    return float(error) if isinstance(error, int | float) else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
