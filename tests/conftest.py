@@ -29,6 +29,13 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _gradients_as_before() -> Iterator[None]:
+    """A generator that stops inside `torch.no_grad` would switch gradients off for every later test."""
+    yield
+    assert torch.is_grad_enabled(), "the test leaves gradients switched off"
+
+
+@pytest.fixture(autouse=True)
 def _environment_as_before() -> Iterator[None]:
     """Training arguments set variables by which transformers tells accelerate of FSDP, even where it is refused."""
     before = dict(os.environ)

@@ -49,5 +49,6 @@ def test_half_a_surrogate_pair_is_refused(model: DiffusionModel, call: Callable[
 @pytest.mark.parametrize("verb", [generate, edit])
 def test_standard_input_that_is_not_utf8_is_refused(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"caf\xe9")))
+    monkeypatch.setattr(verb, "check_model", lambda *_: None)
     with pytest.raises(UserError, match=r"standard input is not UTF-8 at byte 3: convert it first"):
         verb.run(["nowhere"])

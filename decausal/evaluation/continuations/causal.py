@@ -63,15 +63,15 @@ def score_causally(
         requests: The continuations.
         batch_size: Requests that go through the model at once; it does not change the scores, but for rounding.
     """
-    with measuring(converted.model):
-        for trees in _batches(requests, batch_size):
+    for trees in _batches(requests, batch_size):
+        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
             scores = _score(converted, trees)
-            of_each = [length for tree in trees for length in tree.lengths]
-            members = [index for tree in trees for index in tree.members]
-            parts = zip(*(part.split(of_each) for part in scores), strict=True)
-            for index, (log_probs, best) in zip(members, parts, strict=True):
-                is_greedy = bool((log_probs >= best).all())
-                yield index, Scored(float(log_probs.double().sum()), 0.0), is_greedy
+        of_each = [length for tree in trees for length in tree.lengths]
+        members = [index for tree in trees for index in tree.members]
+        parts = zip(*(part.split(of_each) for part in scores), strict=True)
+        for index, (log_probs, best) in zip(members, parts, strict=True):
+            is_greedy = bool((log_probs >= best).all())
+            yield index, Scored(float(log_probs.double().sum()), 0.0), is_greedy
 
 
 def _batches(requests: Sequence[Continuation], batch_size: int) -> Iterator[list[Tree]]:

@@ -30,9 +30,10 @@ def written_greedily(
         requests: The continuations.
         batch_size: Requests that go through the model at once.
     """
-    with measuring(converted.model):
-        for batch in in_parts(longest_first(requests), batch_size):
-            yield from zip(batch, _decode(converted, [requests[index] for index in batch]), strict=True)
+    for batch in in_parts(longest_first(requests), batch_size):
+        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
+            is_right = _decode(converted, [requests[index] for index in batch])
+        yield from zip(batch, is_right, strict=True)
 
 
 def _decode(converted: Converted, asked: Sequence[Continuation]) -> list[bool]:

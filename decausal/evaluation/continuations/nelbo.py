@@ -49,15 +49,15 @@ def score_by_nelbo(
         batch_size: Requests that go through the model at once; it does not change the scores, but for rounding.
         seed: Of the masks.
     """
-    with measuring(converted.model):
-        for batch in in_parts(longest_first(requests), batch_size):
-            asked = [requests[index] for index in batch]
-            patterns = [_patterns(request, converted.facts, num_samples, seed) for request in asked]
-            losses = [torch.zeros_like(each.weight) for each in patterns]
+    for batch in in_parts(longest_first(requests), batch_size):
+        asked = [requests[index] for index in batch]
+        patterns = [_patterns(request, converted.facts, num_samples, seed) for request in asked]
+        losses = [torch.zeros_like(each.weight) for each in patterns]
+        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
             for pieces in _passes(asked, patterns):
                 _add_losses(converted, asked, patterns, losses, pieces)
-            for index, each, loss in zip(batch, patterns, losses, strict=True):
-                yield index, _estimate(each, loss)
+        for index, each, loss in zip(batch, patterns, losses, strict=True):
+            yield index, _estimate(each, loss)
 
 
 def units_of(request: Continuation, facts: ConversionFacts) -> Int[Tensor, "T"]:
