@@ -336,7 +336,11 @@ def test_passes_that_are_recorded_and_replayed_write_what_others_write(
     sizes = {"max_rows": max_rows, "max_length": max_length}
     found, expected = (in_order(engine_of(facts, **sizes, record=record), rows) for record in (tapes, None))
     assert [told(row) for row in found] == [told(row) for row in expected]
-    assert [row.num_forwards for row in found] == [row.num_forwards for row in expected]
+    # A prompt that is too long for a recorded pass is read in one of its own.
+    num_alone = [len(job.row.given[0]) // block_size >= 2 for job in rows]
+    assert [row.num_forwards for row in found] == [
+        row.num_forwards + alone for row, alone in zip(expected, num_alone, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILY_MODELS)
