@@ -326,11 +326,12 @@ def test_rollouts_are_refused_under_fsdp1(tmp_path, source, text, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_zero_3_is_refused_before_a_model_is_loaded(tmp_path, text, monkeypatch):
+def test_zero_3_is_refused_before_a_model_is_loaded(source, tmp_path, text, monkeypatch):
     plugin = SimpleNamespace(zero_stage=3)
     monkeypatch.setattr(
         TrainingArguments, "deepspeed_plugin", property(lambda _: plugin, lambda *_: None), raising=False
     )
+    monkeypatch.setattr("decausal.training.convert.load_source", None)  # not called
     with pytest.raises(UserError, match="ZeRO-3 is not accepted"):
-        run(tmp_path / "nowhere", text, tmp_path / "out")
+        run(source, text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
