@@ -35,6 +35,8 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
     if settings.teacher_model_name_or_path is not None:
         check_source(settings.teacher_model_name_or_path)
     _check_data(settings)
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)
     if settings.sample_prompts is not None:
         read_sample_prompts(settings.sample_prompts)
 
@@ -59,5 +61,3 @@ def _check_data(settings: ConversionSettings | PretrainSettings) -> None:
     for data in (settings.data, settings.eval_data):
         if data is not None:
             refuse_missing(data)
-    if settings.chat_template is not None:
-        read_template(settings.chat_template)
