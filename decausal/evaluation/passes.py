@@ -112,13 +112,26 @@ def token_nll(
         token_ids: those tokens.
         shift: which state predicts a token, see `decausal.diffusion.shift`.
     """
+    states = _predicting_states(model, layout, input_ids, document_ids, token_index, shift)
+    return state_nll(states, head, token_ids)
+
+
+def _predicting_states(
+    model: nn.Module,
+    layout: Layout,
+    input_ids: Int[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    token_index: Int[Tensor, "n"],
+    shift: int,
+) -> Float[Tensor, "n D"]:
+    """The states that predict tokens, by flat index into [B*T], from one pass over whole rows."""
     device = device_of(model)
     packed = documents_if_packed(document_ids)
     output = body_forward(
         model, input_ids.to(device), layout, document_ids=None if packed is None else packed.to(device)
     )
     places = predicting_index(token_index, shift).to(device)
-    return state_nll(output.last_hidden_state.flatten(0, 1).index_select(0, places), head, token_ids)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
 def noised_states(
@@ -144,18 +157,14 @@ def noised_states(
     """
     if facts.layout == "block":
         return _block_states(model, facts, clean_ids, document_ids, is_masked)
-    device, is_read = device_of(model), is_masked.any(dim=2)
+    is_read = is_masked.any(dim=2)
     if not is_read.any():
         is_read[:1, :1] = True  # a model reads at least one row
     row, _ = is_read.nonzero(as_tuple=True)
     masked = is_masked[is_read]
     noised_ids, documents = clean_ids[row].masked_fill(masked, facts.mask_token_id), document_ids[row]
-    packed = documents_if_packed(documents)
-    output = body_forward(
-        model, noised_ids.to(device), facts.attention, document_ids=None if packed is None else packed.to(device)
-    )
-    places = predicting_index(masked.flatten().nonzero()[:, 0], facts.shift).to(device)
-    return output.last_hidden_state.flatten(0, 1).index_select(0, places)
+    token_index = masked.flatten().nonzero()[:, 0]
+    return _predicting_states(model, facts.attention, noised_ids, documents, token_index, facts.shift)
 
 
 def _block_states(

@@ -10,7 +10,7 @@ Source: pseudo-log-likelihood, Salazar et al., Masked language model scoring (ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from decausal.diffusion.shift import predicting_index
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.checkpoint import Converted
 from decausal.objectives.head import Head, logits
-from decausal.sampling.jobs import TokenLogProbs
+from decausal.sampling.jobs import Job, TokenLogProbs
 
 LOWEST_LOG_PROB = -9999.0
 """In place of minus infinity, which JSON cannot write."""
@@ -148,6 +148,32 @@ def token_log_probs(
         (value, list(zip(ids[:count], values[:count], strict=True)))
         for value, (ids, values), count in zip(own, alternatives, counts, strict=True)
     ]
+
+
+def job_log_probs(
+    jobs: Sequence[Job],
+    tokens: Sequence[Sequence[int]],
+    states_of: Callable[[int], Float[Tensor, "n D"]],
+    head: Head,
+) -> list[list[TokenLogProbs]]:
+    """Log-probabilities of what a step kept in each row whose job asks; empty for the others, which cost nothing.
+
+    Args:
+        jobs: Of the rows.
+        tokens: Kept in each row.
+        states_of: The states that predict a row's tokens, by its place in `jobs`.
+        head: As in `token_log_probs`.
+    """
+    asking = [place for place, job in enumerate(jobs) if job.wants_log_probs and tokens[place]]
+    found: list[list[TokenLogProbs]] = [[] for _ in jobs]
+    if not asking:
+        return found
+    states = torch.cat([states_of(place) for place in asking])
+    counts = [jobs[place].num_top_log_probs or 0 for place in asking for _ in tokens[place]]
+    each = iter(token_log_probs(states, head, [token for place in asking for token in tokens[place]], counts))
+    for place in asking:
+        found[place] = [next(each) for _ in tokens[place]]
+    return found
 
 
 @torch.no_grad()

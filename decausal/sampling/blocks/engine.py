@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.scoring import token_log_probs
+from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
 
 logger = logging.getLogger(__name__)
@@ -258,15 +257,9 @@ class BlockEngine:
     def _log_probs(
         self, kept: list[list[int]], told: list[list[int]], states: Float[Tensor, "b K D"]
     ) -> list[list[TokenLogProbs]]:
-        """Of the tokens kept in rows whose jobs ask, at the cost of the head at those; empty for the others."""
-        asking = [place for place, row in enumerate(self._active) if row.job.wants_log_probs and kept[place]]
-        if not asking:
-            return [[] for _ in kept]
-        wanted = torch.cat([states[place, kept[place]] for place in asking])
-        tokens = [told[place][offset] for place in asking for offset in kept[place]]
-        counts = [self._active[place].job.num_top_log_probs or 0 for place in asking for _ in kept[place]]
-        found = iter(token_log_probs(wanted, self._head(), tokens, counts))
-        return [[next(found) for _ in offsets] if place in asking else [] for place, offsets in enumerate(kept)]
+        tokens = [[news[offset] for offset in offsets] for news, offsets in zip(told, kept, strict=True)]
+        jobs = [row.job for row in self._active]
+        return job_log_probs(jobs, tokens, lambda place: states[place, kept[place]], self._head())
 
     def _admit(self) -> None:
         """Fills free places from the queue and writes what is new to the device."""

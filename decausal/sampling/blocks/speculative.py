@@ -20,15 +20,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from decausal.errors import UserError
 from decausal.models.block_cache import decoding, refuse_uncacheable
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.speculative_rows import Read, SpeculativeRows
 from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.scoring import token_log_probs
+from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import tokens_to_stop
 
@@ -157,18 +155,13 @@ class SpeculativeEngine:
         return self._gathered[1]
 
     def _log_probs(self, rows: list[_Running], read: Read) -> list[list[TokenLogProbs]]:
-        """Of the tokens of rows that ask, under causal attention; empty for the others."""
-        asking = [(row, place) for place, row in enumerate(rows) if row.job.wants_log_probs]
-        if not asking:
-            return [[] for _ in rows]
-        states = torch.cat([read.states[place, : len(read.tokens[place])] for _, place in asking])
-        tokens = [token for _, place in asking for token in read.tokens[place]]
-        counts = [row.job.num_top_log_probs or 0 for row, place in asking for _ in read.tokens[place]]
-        found = iter(token_log_probs(states, self._rows.head, tokens, counts))
-        return [
-            [next(found) for _ in new] if row.job.wants_log_probs else []
-            for row, new in zip(rows, read.tokens, strict=True)
-        ]
+        """Under causal attention."""
+        return job_log_probs(
+            [row.job for row in rows],
+            read.tokens,
+            lambda place: read.states[place, : len(read.tokens[place])],
+            self._rows.head,
+        )
 
 
 @dataclass

@@ -11,9 +11,9 @@ from decausal.sampling.jobs import Progress
 from decausal.sampling.token_texts import TokenTexts
 from decausal.sampling.watching.animation import Cell, Frame, write_gif, write_svg
 from decausal.sampling.watching.followed import Followed
-from decausal.sampling.watching.recording_path import check_recording
+from decausal.sampling.watching.recording_path import SUFFIXES, check_recording
 
-WRITERS = {".svg": write_svg, ".gif": write_gif}
+WRITERS = dict(zip(SUFFIXES, (write_svg, write_gif), strict=True))
 
 
 class Recording:
