@@ -130,10 +130,6 @@ class Allowed:
     index: Int[Tensor, "A T"]
     tokens: Bool[Tensor, "S V"]
 
-    def rows(self, index: Int[Tensor, "m"], length: int) -> Allowed:
-        """Of some rows, the first columns."""
-        return Allowed(self.index[index, :length], self.tokens)
-
 
 class AllowedTokens:
     """Sets of tokens by what they begin and end with, made when they are first asked for.

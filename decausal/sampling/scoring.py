@@ -88,11 +88,6 @@ def score_tokens(
     return scores
 
 
-def num_passes(positions: Sequence[Sequence[int]], groups: int) -> list[int]:
-    """Returns how many copies of each row `score_tokens` sends through the model."""
-    return [min(groups, len(places)) for places in positions]
-
-
 @torch.no_grad()
 def _score_copies(
     converted: Converted, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]

@@ -55,7 +55,7 @@ class Edit:
     Attributes:
         text: The text now.
         before: The text as it was given.
-        changes: What was replaced, in order; see `edits.apply`, `edits.word_diff`.
+        changes: What was replaced, in order; see `changes.apply` and `changes.word_diff`.
         num_rewritten: Tokens that were masked and written anew, over all rounds; many may have come back.
         num_rounds: Rounds; the last one may have changed nothing.
         num_forwards: Passes of single rows through the model, scoring included.
