@@ -34,7 +34,7 @@ def test_long_runs_compile_their_layers_on_a_gpu_and_short_ones_do_not(num_steps
 
 def test_128_prompts_take_few_passes_on_a_gpu() -> None:
     model = FAMILIES["qwen3"](num_hidden_layers=1).to("meta")
-    rows = BlockRows(2, 8, 4, 0, (), torch.device("meta"))
+    rows = BlockRows(2, 8, 4, 0, torch.device("meta"))
     reader = Reader(model, Layout("block", 4), 0, BlockCache(model.config, 2, 8), rows)
     widths = [16 + 8 * (row % 32) for row in range(128)]
     passes = {}
