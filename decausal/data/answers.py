@@ -8,7 +8,7 @@ the rendering that ends with it, and is trained in a longer one only where that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -76,6 +76,7 @@ def is_trained(messages: Sequence[Message], index: int) -> bool:
 def documents_of(
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]],
+    values: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     origin: str,
     closings: Closings,
@@ -85,13 +86,14 @@ def documents_of(
 
     Args:
         messages, tools, tokenizer, origin: See `decausal.data.template.render`.
+        values: What the template reads beside them.
         closings: The tokenizer's special tokens.
         tell: Called with what the template does to answers that the user should know.
 
     Raises:
         UserError: The template refuses the messages, or changes an answer so that it cannot be told from its prompt.
     """
-    renderings = _Renderings(messages, tools, tokenizer, origin, tell)
+    renderings = _Renderings(messages, tools, values, tokenizer, origin, tell)
     answers = [_answer(renderings, index, closings) for index in range(len(messages)) if is_trained(messages, index)]
     waiting = list(answers)
     found = []
@@ -133,6 +135,7 @@ class _Renderings:
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]]
+    values: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase
     origin: str
     tell: Tell
@@ -160,7 +163,9 @@ class _Renderings:
         )
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        return render(messages, self.tokenizer, self.origin, tools=self.tools, add_generation_prompt=prompt)
+        return render(
+            messages, self.tokenizer, self.origin, tools=self.tools, add_generation_prompt=prompt, **self.values
+        )
 
 
 def _answer(renderings: _Renderings, index: int, closings: Closings) -> _Answer:

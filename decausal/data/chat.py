@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.answers import Closings, Document, Span, Tell, documents_of, is_trained
 from decausal.data.forms import Record
 from decausal.data.reading import say
-from decausal.data.template import ADVICE, marks_answers, readable, refuse_without_template, render
+from decausal.data.template import ADVICE, marks_answers, readable, refuse_without_template, render, template_values
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " n"]
@@ -41,7 +41,7 @@ def encode_conversations(
     document's end that the template does not end gets EOS.
 
     Args:
-        records: with "messages" and maybe "tools", and an origin for errors.
+        records: with "messages", maybe "tools" and "chat_template_kwargs", and an origin for errors.
         tokenizer: a fast tokenizer with a chat template.
         special_ids: ids of the tokens that are no text.
         tell: called with what the user should know of the template.
@@ -90,14 +90,15 @@ class _Encoder:
         waiting: list[tuple[int, Document]] = []
         for number, record in enumerate(records):
             origin, tools = record["origin"], record.get("tools", ())
-            messages = readable(record["messages"], self._tokenizer, origin, tools=tools)
-            record = {"origin": origin, "messages": messages, "tools": tools}
+            values = template_values(record, self._tokenizer, self._tell)
+            messages = readable(record["messages"], self._tokenizer, origin, tools=tools, **values)
+            record = {"origin": origin, "messages": messages, "tools": tools, "values": values}
             if not any(is_trained(messages, index) for index in range(len(messages))):
                 raise UserError(f"{origin}: no message of the assistant's answers another one and is to be trained on")
             if marks_answers(self._tokenizer, tools):
                 found[number].append(self._marked_by_template(record))
             else:
-                documents = documents_of(messages, tools, self._tokenizer, origin, self._closings, self._tell)
+                documents = documents_of(messages, tools, values, self._tokenizer, origin, self._closings, self._tell)
                 waiting += [(number, document) for document in documents]
         for (number, _), tokens in zip(waiting, self._tokens([each for _, each in waiting]), strict=True):
             found[number].append(tokens)
@@ -138,6 +139,7 @@ class _Encoder:
             self._tokenizer,
             record["origin"],
             tools=record["tools"],
+            **record["values"],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

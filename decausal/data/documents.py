@@ -2,7 +2,8 @@
 
 A record is {"origin": where it was read, ...} with one of three contents:
     "text": a document to model as it is;
-    "messages": a conversation, a list of messages, and maybe "tools"; see `decausal.data.messages.read_messages`;
+    "messages": a conversation, a list of messages, see `decausal.data.messages.read_messages`, and maybe "tools"
+        and "chat_template_kwargs";
     "prompt" and "completion"; those of a task with exact answers also name their "task".
 The text of a long file comes in pieces, each a record with "is_start" and "is_end".
 """
@@ -131,7 +132,13 @@ class _Records:
             raise row
         if not isinstance(row, dict):
             raise UserError(f'{origin}: {kind(row)} where an object such as {{"text": "..."}} is expected')
-        return self._form_of(row, origin).record(row, origin)
+        record = self._form_of(row, origin).record(row, origin)
+        if "messages" in record and not self._reading.takes_conversations:
+            raise UserError(
+                f"{origin}: a conversation, and pretraining reads plain text, or prompts and completions; convert and "
+                "its recipe fine-tune read conversations"
+            )
+        return record
 
     def _form_of(self, found: Iterable[str], origin: str) -> Form:
         if self._form is None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from decausal.data.formats import kind
-from decausal.data.messages import NO_ANSWER, Message, read_messages, read_tools
+from decausal.data.messages import NO_ANSWER, Message, read_messages, read_template_kwargs, read_tools
 from decausal.data.reading import Reading
 from decausal.errors import UserError, refuse_broken_text
 
 Record = dict[str, Any]
 
+SYSTEM = ("system", "system_prompt")  # who sets the scene, in a column of its own
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs", *SYSTEM)
 TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
 
@@ -74,10 +76,10 @@ def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
         UnknownFormError: There is no such form; says which flags would help.
     """
     own = Form(None, (reading.text_field,), _text)
-    pair = Form(None, (reading.prompt_field, reading.completion_field), _pair, beside=("tools",))
+    pair = Form(None, (reading.prompt_field, reading.completion_field), _pair, beside=BESIDE_MESSAGES)
     chosen = [pair] if reading.maps_fields else [own, CONVERSATION, pair, *KNOWN]
     if not reading.needs_answers:
-        chosen.append(Form(None, (reading.prompt_field,), _prompt, beside=("tools",)))
+        chosen.append(Form(None, (reading.prompt_field,), _prompt, beside=BESIDE_MESSAGES))
     for form in chosen:
         if form.fits(found):
             return replace(form, needs_answers=reading.needs_answers)
@@ -140,7 +142,8 @@ def _prompt(form: Form, row: dict[str, Any], origin: str) -> Record:
 def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
     """The parts of the prompt as paragraphs, and the answer on a line of its own: these fields hold no line breaks."""
     *parts, answer = form.fields
-    given = [_string(row, part, origin) for part in parts]
+    given = [_system(row, origin)] if _system(row, origin) else []
+    given += [_string(row, part, origin) for part in parts]
     given += [_string(row, part, origin) for part in form.optional if row.get(part)]
     return {"prompt": "\n\n".join(given) + "\n", "completion": _answer(form, row, answer, origin)}
 
@@ -158,8 +161,28 @@ def _conversation(form: Form, row: dict[str, Any], origin: str) -> Record:
 def _record_of(form: Form, messages: list[Message], row: dict[str, Any], origin: str) -> Record:
     if form.needs_answers and not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{origin}: {NO_ANSWER}; {TO_ANSWER}")
-    tools = read_tools(row.get("tools"), origin)
-    return {"messages": messages} | ({"tools": tools} if tools else {})
+    beside = {
+        "tools": read_tools(row.get("tools"), origin),
+        "chat_template_kwargs": read_template_kwargs(row.get("chat_template_kwargs"), origin),
+    }
+    given = {name: value for name, value in beside.items() if value}
+    return {"messages": _with_system(messages, _system(row, origin), origin), **given}
+
+
+def _system(row: dict[str, Any], origin: str) -> str:
+    """What sets the scene, where it has a column of its own; "" where there is none."""
+    return next((_string(row, name, origin) for name in SYSTEM if row.get(name)), "")
+
+
+def _with_system(messages: list[Message], system: str, origin: str) -> list[Message]:
+    if not system:
+        return messages
+    first = messages[0] if messages else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first["content"] != system:
+        raise UserError(f"{origin}: the system's message and the system's field differ; keep one of them")
+    return messages
 
 
 def _refuse_broken_texts(value: Any, origin: str) -> None:
@@ -173,17 +196,17 @@ def _refuse_broken_texts(value: Any, origin: str) -> None:
             _refuse_broken_texts(part, origin)
 
 
-CONVERSATION = Form(None, ("messages",), _conversation, beside=("tools",))
+CONVERSATION = Form(None, ("messages",), _conversation, beside=BESIDE_MESSAGES)
 KNOWN = (
-    Form("ShareGPT", ("conversations",), _conversation, beside=("tools",)),
-    Form("ShareGPT", ("conversation",), _conversation, beside=("tools",)),
-    Form("Alpaca", ("instruction", "output"), _question, optional=("input",)),
-    Form("Dolly", ("instruction", "response"), _question, optional=("context",)),
+    Form("ShareGPT", ("conversations",), _conversation, beside=BESIDE_MESSAGES),
+    Form("ShareGPT", ("conversation",), _conversation, beside=BESIDE_MESSAGES),
+    Form("Alpaca", ("instruction", "output"), _question, optional=("input",), beside=SYSTEM),
+    Form("Dolly", ("instruction", "response"), _question, optional=("context",), beside=SYSTEM),
     Form("HumanEval", ("prompt", "canonical_solution"), _pair),
-    Form("question and answer", ("question", "answer"), _question),
-    Form("question and answer", ("question", "response"), _question),
-    Form("question and answer", ("query", "response"), _question),
-    Form("question and answer", ("problem", "solution"), _question),
-    Form("prompt and answer", ("prompt", "response"), _question),
-    Form("input and output", ("input", "output"), _question),
+    Form("question and answer", ("question", "answer"), _question, beside=SYSTEM),
+    Form("question and answer", ("question", "response"), _question, beside=SYSTEM),
+    Form("question and answer", ("query", "response"), _question, beside=SYSTEM),
+    Form("question and answer", ("problem", "solution"), _question, beside=SYSTEM),
+    Form("prompt and answer", ("prompt", "response"), _question, beside=SYSTEM),
+    Form("input and output", ("input", "output"), _question, beside=SYSTEM),
 )

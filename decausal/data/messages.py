@@ -53,6 +53,20 @@ def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
     return without_nulls(tools)
 
 
+def read_template_kwargs(value: Any, origin: str) -> dict[str, Any]:
+    """Returns what a conversation brings for its chat template to read, from an object or one as JSON; null is none.
+
+    Raises:
+        UserError: It is no object.
+    """
+    found = _parsed(value)
+    if not value or found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"{origin}: field 'chat_template_kwargs' holds {kind(found)}, an object is expected")
+    return without_nulls(found)
+
+
 def without_nulls(value: Any) -> Any:
     """Drops what is null from objects at every depth: a table gives each row the fields of all others."""
     if isinstance(value, dict):

@@ -25,7 +25,7 @@ from decausal.data.forms import Record
 from decausal.data.reading import Account, Reading, say
 from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
-from decausal.data.template import readable, refuse_without_template, render
+from decausal.data.template import readable, refuse_without_template, render, template_values
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " _"]
@@ -179,5 +179,6 @@ def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> 
     given = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not given:  # an answer to nothing has no prompt
         return ""
-    given = readable(given, tokenizer, record["origin"], tools=tools, add_generation_prompt=True)
-    return render(given, tokenizer, record["origin"], tools=tools, add_generation_prompt=True)
+    options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, say)}
+    given = readable(given, tokenizer, record["origin"], **options)
+    return render(given, tokenizer, record["origin"], **options)

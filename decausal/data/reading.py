@@ -26,6 +26,7 @@ class Reading:
         split: Which split of a data set.
         on_bad_record: "error": a record that cannot be used raises. "skip": it is left out and counted.
         needs_answers: Whether a prompt without an answer is of no use.
+        takes_conversations: Whether there is a chat template to put conversations through.
     """
 
     text_field: str = "text"
@@ -34,6 +35,7 @@ class Reading:
     split: str = "train"
     on_bad_record: OnBadRecord = "error"
     needs_answers: bool = True
+    takes_conversations: bool = True
 
     def __post_init__(self) -> None:
         if self.prompt_field == self.completion_field:

@@ -33,7 +33,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 
-FORMAT_VERSION = 4  # raise it whenever the same data would make other rows
+FORMAT_VERSION = 5  # raise it whenever the same data would make other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CHUNK_ROWS = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,25 @@ def set_template(
         tokenizer.chat_template = {name: defaults + text for name, text in held.items()}
     else:
         tokenizer.chat_template = defaults + held
+
+
+def template_values(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns what a conversation brings for its template, those values left out, and told, that no template reads.
+
+    Raises:
+        UserError: A name is not the template's to read.
+    """
+    given = record.get("chat_template_kwargs", {})
+    for name in given:
+        if not name.isidentifier() or is_reserved(name, tokenizer):
+            where = f"{record['origin']}: '{name}' of 'chat_template_kwargs'"
+            raise UserError(f"{where} is not the chat template's to read; leave it out")
+    read = {name: value for name, value in given.items() if reads(name, tokenizer)}
+    for name in (name for name in given if name not in read):
+        tell(f"the chat template reads no '{name}', which 'chat_template_kwargs' of records hold: it changes nothing")
+    return read
 
 
 def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:

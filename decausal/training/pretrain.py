@@ -17,7 +17,6 @@ from decausal.data.sources import Tasks, find_sources
 from decausal.data.stream import Collator, TrainingStream
 from decausal.data.tokenizer import character_tokenizer, train_tokenizer
 from decausal.diffusion.layout import Layout
-from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks
@@ -77,6 +76,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
             refuse_other_arguments(checkpoint, args)
         tokenizer = _tokenizer(settings, checkpoint)
         rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
+        heldout_rows = _heldout_rows(settings, tokenizer)  # now: what is wrong with them is told before training
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
         if checkpoint is not None:
@@ -85,7 +85,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)
         model.config.use_cache = True  # training turns it off
-        heldout, tasks = _measure(settings, model, tokenizer)
+        heldout, tasks = _measure(settings, heldout_rows, model, tokenizer)
         if args.should_save:
             num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
             card = model_card(settings, training, model.num_parameters(), num_tokens, args.max_steps, heldout, tasks)
@@ -97,14 +97,19 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     return Pretrained(output_dir, heldout, tasks)
 
 
+def _heldout_rows(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PackedRows | None:
+    if settings.eval_data is None:
+        return None
+    return load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.reading)
+
+
 def _measure(
-    settings: PretrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    settings: PretrainSettings, rows: PackedRows | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[ArLikelihood | None, TaskScores | None]:
     """Measures the weights as they are saved, rounded to bfloat16, run in float32; on tasks, right answers too."""
-    if settings.eval_data is None:
+    if settings.eval_data is None or rows is None:
         return None, None
     measured = copy.deepcopy(model).float()
-    rows = load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.reading)
     problems = [
         example
         for source in find_sources(settings.eval_data)
@@ -127,10 +132,6 @@ def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTraine
 
 def _texts(settings: PretrainSettings) -> Iterator[str]:
     for record in read_documents(settings.data, settings.reading):
-        if "messages" in record:
-            raise UserError(
-                f"{record['origin']}: pretraining reads plain text, or prompts and completions; this is a conversation"
-            )
         yield record["text"] if "text" in record else record["prompt"] + record["completion"]
 
 

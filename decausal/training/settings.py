@@ -409,7 +409,7 @@ class PretrainSettings:
     @property
     def reading(self) -> Reading:
         """How records are read."""
-        return _reading(self)
+        return replace(_reading(self), takes_conversations=False)
 
     @property
     def context(self) -> int:

@@ -14,6 +14,7 @@ import pytest
 from decausal.data.chat import answer_end_ids
 from decausal.data.documents import read_documents
 from decausal.data.encode import Encoded, SpecialTokens, encode_batch
+from decausal.data.prompts import prompts_of
 from decausal.data.template import render, set_template
 from decausal.errors import UserError
 from tests.chat_templates import TEMPLATES, tokenizer_like, with_template
@@ -220,6 +221,50 @@ def test_tools_reach_the_template() -> None:
     assert all("[AVAILABLE_TOOLS]" in document.partition("⟦")[0] for document in whole)
 
 
+def with_values(values: Any) -> dict[str, Any]:
+    return {"messages": TWO[:2], "chat_template_kwargs": values}
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_the_values_of_a_record_reach_the_template(is_marked: bool, tmp_path: Path) -> None:
+    answer = "{{ m.content + '<|im_end|>' }}"
+    answer = f"{{% generation %}}{answer}{{% endgeneration %}}" if is_marked else answer
+    tokenizer = with_template(
+        "{{ 'mood ' + mood | default('none') }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        f"{{% if m.role == 'assistant' %}}{answer}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_start|>",
+        "<|im_end|>",
+    )
+    for values, mood in (({"mood": "calm"}, "calm"), ('{"mood": "calm"}', "calm"), ({}, "none"), (None, "none")):
+        record = read(tmp_path, with_values(values))
+        (document,) = trained(record, tokenizer)
+        assert document.startswith(f"mood {mood}<|im_start|>user")
+        assert "⟦two<|im_end|>⟧" in document
+        (prompt,) = prompts_of([{"origin": "a", **record}], tokenizer, 99, 99, 0.5)
+        assert tokenizer.decode(prompt) == document.partition("⟦")[0]
+
+
+def test_the_values_of_a_record_go_before_those_of_the_whole_run() -> None:
+    tokenizer = tokenizer_like("qwen3")
+    set_template(tokenizer, kwargs={"enable_thinking": False})
+    thinks, not_told = with_values({"enable_thinking": True}), with_values({})
+    (document,) = trained(thinks, tokenizer)
+    assert "⟦<think>" in document
+    (document,) = trained(not_told, tokenizer)
+    assert "</think>\n\n⟦two" in document
+
+
+def test_values_that_the_template_does_not_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    (document,) = trained(with_values({"moood": 1}), tokenizer_like("qwen2.5"))
+    assert [document] == trained({"messages": TWO[:2]}, tokenizer_like("qwen2.5"))
+    assert "the chat template reads no 'moood', which 'chat_template_kwargs' of records" in capsys.readouterr().err
+    for name in ("tools", "tokenize", "add_generation_prompt", "a b"):
+        with pytest.raises(UserError, match=f"'{name}' of 'chat_template_kwargs' is not the chat template's to read"):
+            trained(with_values({name: True}), tokenizer_like("qwen2.5"))
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "marked"])
 def test_a_message_of_weight_0_is_read_and_not_trained(name: str) -> None:
     tokenizer = tokenizer_like(name) if name != "marked" else tiny_tokenizer(chat=True)
@@ -292,6 +337,7 @@ def test_lists_of_messages_may_be_prompt_and_completion_and_the_completion_is_tr
         ),
         ({"messages": turns("a", "b", tool_calls=[{"id": "x"}])}, "tool call 1 names no function"),
         ({"messages": TWO, "tools": "w"}, "field 'tools' holds a string"),
+        (with_values([1]), "field 'chat_template_kwargs' holds a list, an object is expected"),
         ({"prompt": TWO[:1], "completion": "b"}, "'prompt' holds a list and 'completion' a string"),
         ({"messages": TWO[:1]}, "no answer to learn; .*--recipe opdlm"),
         ({"prompt": "a"}, "found 'prompt', and no 'completion': .*--recipe opdlm"),

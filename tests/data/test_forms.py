@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from decausal.data.documents import read_sources
+from decausal.data.documents import read_documents, read_sources
 from decausal.data.reading import Account, Reading
 from decausal.data.sources import find_sources
 from decausal.errors import UserError
@@ -72,6 +73,41 @@ def test_well_known_forms_are_told_by_their_fields(
     tmp_path: Path, row: dict[str, Any], record: dict[str, Any], form: str
 ) -> None:
     assert read(tmp_path, row, row) == ([record, record], form)
+
+
+SCENE = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("field", ["conversations", "messages"])
+def test_a_system_column_becomes_the_system_turn(tmp_path: Path, field: str, name: str) -> None:
+    rows = [
+        {field: TURNS[1:], name: "Be brief."},  # in the column alone
+        {field: TURNS, name: "Be brief."},  # in both
+        *({field: TURNS[1:], name: nothing} for nothing in ("", None)),
+        {field: TURNS[1:]},
+    ]
+    expected = [{"messages": MESSAGES}] * 2 + [{"messages": MESSAGES[1:]}] * 3
+    assert read(tmp_path, *rows)[0] == expected
+    with pytest.raises(UserError, match=r"jsonl:1: the system's message and the system's field differ; keep one"):
+        read(tmp_path, {field: TURNS, name: "Be long."})
+    with pytest.raises(UserError, match=rf"field '{name}' holds a number, a string is expected"):
+        read(tmp_path, {field: TURNS, name: 3})
+
+
+def test_a_system_column_stands_before_questions_and_prompts_of_messages(tmp_path: Path) -> None:
+    for question, answer in (("question", "response"), ("instruction", "output")):
+        record = {"prompt": "Be brief.\n\none?\n", "completion": "two"}
+        assert read(tmp_path, {"system_prompt": "Be brief.", question: "one?", answer: "two"})[0] == [record]
+    (record,) = read(tmp_path, {"system": "Be brief.", "prompt": MESSAGES[1:2], "completion": MESSAGES[2:]})[0]
+    assert record["messages"] == [SCENE, MESSAGES[1] | {"weight": 0}, MESSAGES[2]]
+
+
+def test_a_system_column_of_a_table_is_read(tmp_path: Path) -> None:
+    rows = [{"system": "Be brief.", "conversations": TURNS[1:]}, {"system": None, "conversations": TURNS[1:]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [record["messages"] for record in read_documents(tmp_path / "a.parquet")]
+    assert found == [MESSAGES, MESSAGES[1:]]
 
 
 def test_named_fields_hold_prompt_and_completion_as_they_are(tmp_path: Path) -> None:

@@ -95,12 +95,16 @@ def test_bpe_is_trained_on_prompts_and_completions_too(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "ar").tokenize("reverse ")) < len("reverse ")
 
 
-def test_conversations_are_refused(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["bpe", "characters"])
+@pytest.mark.parametrize("field", ["data", "eval_data"])
+def test_conversations_are_refused(tmp_path, text, tokenizer, field):
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    settings = PretrainSettings(data=str(tmp_path / "chat.jsonl"), eval_data=None, **SHAPE)
-    with pytest.raises(UserError, match=r"chat.jsonl:1: pretraining reads plain text, or prompts and completions"):
-        pretrain(settings, TRAINING | {"output_dir": str(tmp_path / "ar")})
+    data = {"data": text, "eval_data": text, field: str(tmp_path / "chat.jsonl")}
+    settings = PretrainSettings(tokenizer=tokenizer, **data, **SHAPE)
+    with pytest.raises(UserError, match=r"chat.jsonl:1: a conversation, and pretraining reads plain text, or prompts"):
+        pretrain(settings, TRAINING | {"max_steps": 1, "output_dir": str(tmp_path / "ar")})
+    assert not list(tmp_path.glob("ar/*"))  # before any training
 
 
 class StopAt(TrainerCallback):
