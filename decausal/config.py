@@ -234,6 +234,7 @@ def _described(option: Any) -> str:
     if get_origin(option) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(option))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "values with commas"}
+    names |= {list: "a list: [a, b]", dict: 'a table: {"name": value}'}
     if isinstance(option, type) and issubclass(option, Enum):
         return "one of " + ", ".join(str(choice.value) for choice in option)
     return names.get(get_origin(option) or option, str(option))

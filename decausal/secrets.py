@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _SECRET_TEXT = re.compile(
-    r"\bhf_[A-Za-z0-9_]{8,}|\bsk-[A-Za-z0-9_\-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_\-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
 )
 
 
@@ -34,13 +35,32 @@ def is_secret(name: str) -> bool:
 
 def secret_in(settings: Any) -> str | None:
     """Returns the name of a model's setting, at any depth, whose text can only be a secret; None: there is none."""
-    parts = settings if isinstance(settings, list) else []
-    if isinstance(settings, Mapping):
-        parts = list(settings.values())
-        for name, value in settings.items():
-            if isinstance(value, str) and value and _SECRET_OF_A_MODEL.fullmatch(str(name)):
-                return str(name)
-    return next((found for part in parts if (found := secret_in(part)) is not None), None)
+    return next(iter(drop_secrets(copy.deepcopy(settings))), None)
+
+
+def drop_secrets(settings: Any) -> list[str]:
+    """Takes the settings of a model whose texts can only be secrets out, at any depth, in place.
+
+    Args:
+        settings: What a JSON file holds, or the attributes of a configuration, with others in it.
+
+    Returns:
+        Their names.
+    """
+    if hasattr(settings, "to_dict"):  # a configuration, perhaps a part of another
+        settings = vars(settings)
+    if isinstance(settings, list):
+        return [name for part in settings for name in drop_secrets(part)]
+    if not isinstance(settings, dict):
+        return []
+    found = []
+    for name, value in list(settings.items()):
+        if not isinstance(value, str):
+            found += drop_secrets(value)
+        elif value and (_SECRET_OF_A_MODEL.fullmatch(str(name)) or _SECRET_TEXT.search(value)):
+            del settings[name]
+            found.append(str(name))
+    return found
 
 
 def without_secrets(value: Any) -> Any:
@@ -63,10 +83,12 @@ def without_secrets(value: Any) -> Any:
 
 @contextmanager
 def secrets_set_aside(values: object) -> Iterator[None]:
-    """Takes the secrets out of an object's attributes, for as long as it is written to a file."""
-    held = {name: value for name, value in vars(values).items() if is_secret(name) and value is not None}
+    """Takes the secrets out of an object's attributes, tables among them, for as long as it is written to a file."""
+    plain = {name: value for name, value in vars(values).items() if isinstance(value, str | dict | list)}
+    shown = without_secrets(plain)
+    held = {name: value for name, value in plain.items() if shown.get(name) != value}
     try:
-        vars(values).update(dict.fromkeys(held))
+        vars(values).update({name: shown.get(name) for name in held})
         yield
     finally:
         vars(values).update(held)

@@ -277,11 +277,17 @@ def milestones(
     return found
 
 
+def ar_name(ar: Score) -> str:
+    """How a table names the AR model's figure: of a text it is no bound, as the arms' NELBO is."""
+    return "AR model (exact likelihood)" if ar.threshold is None else "AR model"
+
+
 def ending_sentence(arm: ArmSummary, ar: Score, unit: str) -> str:
     """How near an arm ends to the AR model, under each schedule."""
     parts = []
     for threshold, quality, speed in arm.final:
         share = f", {quality.mean / ar.quality:.1%} of the AR model's" if ar.quality > 0 else ""
+        share += " exact likelihood" if share and threshold is None else ""
         at = "" if threshold is None or speed is None else f" at {speed.mean:.2f} tokens per forward"
         how = " by self-speculation" if threshold == SPECULATIVE else ""
         parts.append(f"{quality.mean:.3f}{share}{at}{how}")

@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from decausal.compare.findings import Curve
+from decausal.compare.findings import Curve, ar_name
 from decausal.compare.records import Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
@@ -64,7 +64,7 @@ def save_figure(
             hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linewidth": 0}
             panels[1].plot([], [], color=palette.text, label="self-speculation", **hollow)
     for axes, score in zip(panels, ar, strict=False):
-        axes.axhline(score.quality, color=palette.text, linestyle=":", linewidth=1.2, label="AR model")
+        axes.axhline(score.quality, color=palette.text, linestyle=":", linewidth=1.2, label=ar_name(score))
         axes.legend(facecolor=palette.background, edgecolor="none", labelcolor=palette.text, fontsize=9)
         style(axes, palette)
     if threshold is None:

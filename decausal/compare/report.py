@@ -15,6 +15,7 @@ from decausal.compare.findings import (
     ParallelLoss,
     Reaching,
     Spread,
+    ar_name,
     ending_sentence,
     milestones,
     parallel_losses,
@@ -167,7 +168,7 @@ def _markdown(comparison: Comparison) -> str:
         ["arm", f"{counted} tokens", "supervised", "generated", "steps", "seconds", *heads],
         ["---", *["---:"] * (5 + len(heads))],
         *(_row(arm, counted, _cells(arm, thresholds)) for arm in arms),
-        ["AR model", *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
+        [ar_name(comparison.ar), *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     facts = provenance()

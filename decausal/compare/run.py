@@ -162,12 +162,12 @@ class _Comparison:
 
     def _tell_plan(self) -> None:
         ar = self.measure.ar_score(is_final=True)
+        quality = f"{self.measure.unit if ar.threshold is not None else 'exact likelihood'} {ar.quality:.3f}"
         arms = ", ".join(dict.fromkeys(planned.run.arm.name for planned in self.plan))
         _say(
             self.console,
             f"[bold]decausal compare[/bold]: {escape(arms)} from {escape(self.settings.model_name_or_path)}",
-            f"  AR model     {self.measure.source.num_parameters() / 1e6:.1f} million parameters, "
-            f"{self.measure.unit} {ar.quality:.3f}",
+            f"  AR model     {self.measure.source.num_parameters() / 1e6:.1f} million parameters, {quality}",
             f"  each run     {self.plan[0].budget.sentence()}; seeds {', '.join(map(str, self.settings.seeds))}",
             f"  measured on  {escape(self.settings.measured_data)}",
         )

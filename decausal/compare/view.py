@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from decausal.compare.findings import ArmSummary
+from decausal.compare.findings import ArmSummary, ar_name
 from decausal.compare.recorder import Event
 from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
@@ -118,7 +118,7 @@ def summary_table(arms: Sequence[ArmSummary], ar: Score, unit: str, counted: str
             table.add_row(*heads, schedule_name(threshold, ""), str(quality), per_forward)
             heads = [""] * len(heads)
         table.add_section()
-    table.add_row("AR model", *[""] * 4, f"{ar.quality:.3f}")
+    table.add_row(ar_name(ar), *[""] * 4, f"{ar.quality:.3f}")
     return table
 
 

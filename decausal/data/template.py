@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.messages import Message
 from decausal.data.template_file import read_template
 from decausal.errors import UserError
+from decausal.secrets import secret_in
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RESERVED = frozenset({"messages", "conversations", "tools", "add_generation_prompt"})
@@ -54,7 +55,8 @@ def set_template(
         kwargs: Values by name, such as {"enable_thinking": False}.
 
     Raises:
-        UserError: There is no such file or no template in it, or the template does not read a name.
+        UserError: There is no such file or no template in it, the template does not read a name, or a value is a
+            secret.
     """
     if template is not None:
         tokenizer.chat_template = read_template(template)
@@ -63,6 +65,8 @@ def set_template(
         return
     if not tokenizer.chat_template:
         raise UserError("--chat_template_kwargs: this tokenizer has no chat template; give one with --chat_template")
+    if (secret := secret_in(dict(kwargs))) is not None:
+        raise UserError(f"--chat_template_kwargs holds a secret, '{secret}', which would be saved: leave it out")
     for name in kwargs:
         if not name.isidentifier() or is_reserved(name, tokenizer):
             raise UserError(f"--chat_template_kwargs: '{name}' is not the chat template's to read; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 
 from decausal.diffusion.layout import Layout
@@ -28,6 +30,9 @@ from decausal.models.architecture import attention_implementation, refusal
 from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomplete
 from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
+from decausal.secrets import drop_secrets
+
+logger = logging.getLogger(__name__)
 
 BIDIRECTIONAL = Layout("bidirectional")
 _DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
@@ -126,18 +131,36 @@ def load_weights(
             "give a checkpoint with its output head"
         )
     _forget_quantization(model)
+    forget_secrets(path, model)
     return model.to(dtype).eval()
+
+
+def forget_secrets(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    """Drops secrets from the settings that came with a model or tokenizer, and says so: saving would write them."""
+    for each in loaded:
+        kept = [each.config, each.generation_config] if isinstance(each, PreTrainedModel) else [each.init_kwargs]
+        if found := list(dict.fromkeys(drop_secrets(kept))):
+            logger.warning(
+                "the settings of %s hold secrets (%s), which are neither used nor recorded", path, ", ".join(found)
+            )
 
 
 def _dequantizing(config: PretrainedConfig, where: dict[str, Any]) -> dict[str, Any]:
     """Keywords under which transformers loads quantized weights as plain numbers."""
     if "gguf_file" in where:
+        _keep_the_bar_of_gguf_quiet()
         made = getattr(transformers, "GgufConfig", None)  # versions without it have no other way
         return {} if made is None else {"quantization_config": made(gguf_file=where["gguf_file"], dequantize=True)}
     stored = getattr(config, "quantization_config", None)
     if not stored:
         return {}
     return {"quantization_config": _DEQUANTIZED[stored["quant_method"]](dequantize=True)}
+
+
+def _keep_the_bar_of_gguf_quiet() -> None:
+    """The bar that transformers shows while a GGUF file is dequantized asks nobody; its other bars ask its switch."""
+    if hasattr(modeling_gguf_pytorch_utils, "tqdm"):
+        modeling_gguf_pytorch_utils.tqdm = transformers.logging.tqdm
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -289,4 +312,5 @@ def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     # Where its files are missing, transformers makes one that knows special tokens alone and drops every text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load the tokenizer of {path}: its vocabulary is missing (tokenizer.json)")
+    forget_secrets(path, tokenizer)
     return tokenizer

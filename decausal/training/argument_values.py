@@ -7,12 +7,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from decausal.errors import UserError
+from decausal.secrets import without_secrets
+from decausal.trainer_fields import trainer_fields
 
-# What every run of ours differs in from transformers' defaults, and why.
-ALWAYS = {
-    "remove_unused_columns": False,  # batches hold names that no model's forward has
-    "logging_nan_inf_filter": False,  # a bad loss stops the run; it is not filtered out of the log
-    "average_tokens_across_devices": True,  # losses are means over the global batch
+# What every run of ours differs in from transformers' defaults.
+ALWAYS: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": True,
+}
+_OF_EVALUATION = "evaluation is by --eval_data, --eval_rows and --sample_prompts"
+_OF_ROWS = "which rows a step reads follows from --seed and its number alone"
+# What a run has no use for, and why.
+WITHOUT_EFFECT = {
+    "remove_unused_columns": "batches hold names that no model's forward has",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "average_tokens_across_devices": "losses are means over the global batch",
+    "label_smoothing_factor": "the losses are those of the recipe",
+    "label_names": "the losses are those of the recipe",
+    "data_seed": _OF_ROWS,
+    "train_sampling_strategy": _OF_ROWS,
+    "length_column_name": _OF_ROWS,
+    "dataloader_drop_last": "every step reads as many rows",
+    "per_device_eval_batch_size": _OF_EVALUATION,
+    "prediction_loss_only": _OF_EVALUATION,
+    "eval_accumulation_steps": _OF_EVALUATION,
+    "eval_do_concat_batches": _OF_EVALUATION,
+    "eval_use_gather_object": _OF_EVALUATION,
+    "include_for_metrics": _OF_EVALUATION,
+    "batch_eval_metrics": _OF_EVALUATION,
+    "bf16_full_eval": _OF_EVALUATION,
+    "fp16_full_eval": _OF_EVALUATION,
+    "do_train": "the command says what is done",
+    "do_eval": "the command says what is done",
+    "do_predict": "the command says what is done",
 }
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 PRETRAIN_DEFAULTS: dict[str, Any] = {
@@ -56,6 +84,14 @@ def check_values(values: Mapping[str, Any]) -> None:
     if max_steps == -1 and not 0 < epochs < math.inf:
         raise UserError(f"--num_train_epochs {epochs}: must be above 0")
     _refuse_whole_model_compilation(values)
+    for name, value in values.items():
+        if name in WITHOUT_EFFECT and value != ALWAYS.get(name, trainer_fields()[name].default):
+            raise UserError(f"--{name} {value} would have no effect: {WITHOUT_EFFECT[name]}; leave it out")
+        if isinstance(value, dict | list) and without_secrets(value) != value:
+            raise UserError(
+                f"--{name} holds a secret, which would be recorded with the run: take it out; libraries read theirs "
+                "from the environment"
+            )
 
 
 def _refuse_whole_model_compilation(values: Mapping[str, Any]) -> None:

@@ -149,11 +149,11 @@ def print_training_arguments(defaults: Mapping[str, Any]) -> None:
     """
     from decausal.config import accepted
     from decausal.trainer_fields import trainer_fields
-    from decausal.training.argument_values import ALWAYS
+    from decausal.training.argument_values import WITHOUT_EFFECT
 
     print(f"\nand transformers' training arguments, which {TRAINING_ARGUMENTS_PAGE} describes:")
     for name, field in trainer_fields().items():
-        if name not in ALWAYS:
+        if name not in WITHOUT_EFFECT:
             print(f"  --{name} (default {defaults.get(name, field.default)!r})")
             print(textwrap.fill(accepted(field.hint), 118, initial_indent=" " * 6, subsequent_indent=" " * 6))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -262,6 +263,9 @@ def test_text_is_compared_by_nelbo_and_the_budget_ends_a_run(folder: Path, capsy
     assert run["settings"]["max_steps"] == 5
     assert report["arms"][0]["final"][0]["quality"]["mean"] == run["measurements"][-1]["scores"][0]["quality"]
     assert not report["quality"]["higher_is_better"]
+    page = (folder / "nll" / "report.md").read_text()
+    assert "| AR model (exact likelihood) |" in page
+    assert re.search(r"mdm ends with NELBO [\d.]+, [\d.]+% of the AR model's exact likelihood\.", page)
 
 
 def test_tasks_need_a_tokenizer_that_reads_them(folder: Path, settings: CompareSettings, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run that was given the canary in every way, the files it left, and what it said."""
     root = tmp_path_factory.mktemp("canary")
     save_source(root / "model", chat=True)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((root / "model" / name).read_text())
+        values |= {"api_key": CANARY, "more": [{"auth_token": CANARY, "kept": 1}], "home": f"https://me:{CANARY}@a.org"}
+        (root / "model" / name).write_text(json.dumps(values))
     (root / "secret").write_text(CANARY)
     (root / "model" / "notes.txt").symlink_to(root / "secret")
     recipe = dict.fromkeys(SECRET_ARGUMENTS, CANARY) | {"layout": "block", "block_size": 4, "shift": 0}
@@ -55,7 +60,9 @@ def holding(directory: Path) -> list[str]:
     return [str(path.relative_to(directory)) for path in files if CANARY.encode() in path.read_bytes()]
 
 
-def test_no_byte_of_a_run_or_of_an_export_is_the_canarys(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_byte_of_a_run_or_of_an_export_is_the_canarys(
+    root: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert "hub_token" in SECRET_ARGUMENTS
     by_flag = [part for name in SECRET_ARGUMENTS for part in (f"--{name}", CANARY)]
     assert convert(root, root / "by-flag", *by_flag, "--layout", "block", "--block_size", "4", "--shift", "0") == 0
@@ -70,7 +77,16 @@ def test_no_byte_of_a_run_or_of_an_export_is_the_canarys(root: Path, capfd: pyte
     (root / "by-flag" / "vocab.txt").symlink_to(root / "secret")
     for form in ("hf", "sdar"):
         assert main(["export", str(root / "by-flag"), "--format", form, "--output_dir", str(root / "linked")]) == 2
-    for wrong in (["--hub_tokens", CANARY], ["--hub_token", CANARY, "--hub_token", CANARY]):
-        convert(root, root / "wrong", *wrong)
+    nested = json.dumps({"more": [{"api_key": CANARY}]})
+    assert convert(root, root / "twice", "--hub_token", CANARY, "--hub_token", CANARY) == 0
+    for wrong in (
+        ["--hub_tokens", CANARY],
+        ["--gradient_checkpointing_kwargs", nested],
+        ["--chat_template_kwargs", nested],
+    ):
+        assert convert(root, root / "wrong", *wrong) == 2
     said = capfd.readouterr()
     assert CANARY not in said.out + said.err
+    assert CANARY not in caplog.text
+    assert "hold secrets (api_key, auth_token, home), which are neither used nor recorded" in caplog.text
+    assert json.loads((root / "by-flag" / "config.json").read_text())["more"] == [{"kept": 1}]

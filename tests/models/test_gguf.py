@@ -13,6 +13,7 @@ from decausal.models.checkpoint import load_converted
 from decausal.models.examination import examine_path
 from decausal.models.gguf_files import check_gguf, repository_and_file
 from decausal.models.names import check_source
+from decausal.reporting.environment import quiet_libraries
 from tests.families import CHAT_TEMPLATE, CHAT_TOKENS, EOS_ID, FAMILIES, VOCABULARY, tiny_tokenizer
 from tests.gguf_model import write_gguf
 from tests.runs import run, weights, write_text
@@ -45,6 +46,12 @@ def test_the_model_is_the_one_that_was_written(file: Path, is_tied: bool) -> Non
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_no_bar_is_shown_where_transformers_is_told_to_show_none(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet_libraries():
+        load_source(file)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_so_are_its_tokenizer_template_and_ends(file: Path) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from decausal.errors import UserError
 from decausal.models.facts import read_facts
-from decausal.secrets import arguments_without_secrets, is_secret, without_secrets
+from decausal.secrets import arguments_without_secrets, is_secret, secrets_set_aside, without_secrets
 from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoint_to_resume, checkpoints, discard, sealed
 from tests.runs import assert_same, run, save_source, weights, write_text
 
@@ -64,6 +65,24 @@ def test_secrets_go_from_tables_texts_and_commands_and_nothing_else_does():
     command = ["--hub_token", SECRET, f"--api_key={SECRET}", "--mask_token", "</s>", f"--data={SECRET}"]
     assert SECRET not in " ".join(arguments_without_secrets(command))
     assert arguments_without_secrets(["--mask_token", "</s>"]) == ["--mask_token", "</s>"]
+
+
+def test_names_of_files_are_no_secrets():
+    for name in ("hf_smollm2_converted", "task-sk-1.jsonl", "hf_data/a.txt"):
+        assert without_secrets(name) == name
+
+
+def test_a_secret_in_a_table_is_set_aside_while_arguments_are_written():
+    values = TrainingArguments(output_dir="out", use_cpu=True, save_strategy="steps", hub_token=SECRET)
+    values.fsdp_config = {"xla": False, "more": [{"api_key": "x"}]}
+    before = dict(vars(values))
+    with secrets_set_aside(values):
+        assert values.hub_token is None
+        assert values.fsdp_config["more"] == [{}]
+        assert vars(values).items() >= {"save_strategy": before["save_strategy"], "output_dir": "out"}.items()
+        assert type(values.save_strategy) is type(before["save_strategy"])
+    assert vars(values) == before
+    assert values.fsdp_config is before["fsdp_config"]
 
 
 def test_no_file_of_a_run_holds_a_secret(root: Path):
