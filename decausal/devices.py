@@ -36,6 +36,7 @@ class Choices:
         row_multiple: training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
         logits_bytes: fp32 logits that a loss holds at a time. CPU: the fastest of 4 to 64 MB on one core at V = 4096
             and 32000; 32 rows were a quarter slower than 64 or more. CUDA: large products, small beside activations.
+        prompt_tokens: most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
         records: passes of block models are recorded and replayed, and prompts are read in passes of their own.
     """
 
@@ -44,6 +45,7 @@ class Choices:
     has_flex: bool
     row_multiple: int
     logits_bytes: int
+    prompt_tokens: int
     records: bool
 
 
@@ -53,6 +55,7 @@ ON_CPU = Choices(
     has_flex=False,
     row_multiple=1,
     logits_bytes=16 * 2**20,
+    prompt_tokens=512,
     records=False,
 )
 ON_CUDA = Choices(
@@ -61,6 +64,7 @@ ON_CUDA = Choices(
     has_flex=True,
     row_multiple=128,
     logits_bytes=2**30,
+    prompt_tokens=2048,
     records=True,
 )
 

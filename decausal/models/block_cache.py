@@ -67,6 +67,11 @@ class BlockCache(Cache):
         for layer in self.layers:
             layer.move_row(source, target)
 
+    def swap_rows(self, one: int, other: int) -> None:
+        """Has two rows change places."""
+        for layer in self.layers:
+            layer.swap_rows(one, other)
+
     def grow(self, max_length: int) -> None:
         """Makes room for rows of `max_length` tokens; what is held stays."""
         for layer in self.layers:
@@ -116,6 +121,12 @@ class _BlockLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]
+
+    def swap_rows(self, one: int, other: int) -> None:
+        if self.is_initialized:
+            for held in (self.keys, self.values):
+                before = held[one].clone()
+                held[one], held[other] = held[other], before
 
     def grow(self, old_length: int, new_length: int) -> None:
         if self.is_initialized:

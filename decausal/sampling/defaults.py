@@ -21,9 +21,32 @@ def settings_for(facts: ConversionFacts, **options: Any) -> SamplerSettings:
     """
     try:
         stored = SamplerSettings().updated(**facts.sampler)
-        stored.refuse_layout(facts.layout, facts.shift)
+        refuse_for(facts, stored)
     except UserError as error:
         raise UserError(f"{FACTS_FILE}, 'sampler': {error}") from error
     settings = stored.updated(**options)
-    settings.refuse_layout(facts.layout, facts.shift)
+    refuse_for(facts, settings)
     return settings
+
+
+def refuse_for(facts: ConversionFacts, settings: SamplerSettings) -> None:
+    """Refuses settings that a model cannot honour.
+
+    Raises:
+        UserError: Names the setting, why, and which models can.
+    """
+    settings.refuse_layout(facts.layout, facts.shift)
+    longest = longest_draft(facts)
+    if settings.draft_length is not None and longest is not None and settings.draft_length > longest:
+        raise UserError(
+            f"draft_length={settings.draft_length} is more than this model has learnt to draft: its blocks of "
+            f"{facts.block_size} hold {longest} drafts; give at most {longest}"
+        )
+
+
+def longest_draft(facts: ConversionFacts) -> int | None:
+    """Tokens that a block's masks draft; None where the model has no blocks, so that any number may be tried.
+
+    Under shift 0 the first mask stands for the token that the causal model writes itself.
+    """
+    return None if facts.block_size is None else facts.block_size - 1 + facts.shift

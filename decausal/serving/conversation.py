@@ -9,7 +9,7 @@ from decausal.data.template import render
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
-from decausal.sampling.defaults import settings_for
+from decausal.sampling.defaults import refuse_for, settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
@@ -62,7 +62,7 @@ class Conversation:
             UserError: A wrong name or value, or one that this model's layout cannot honour; nothing is changed.
         """
         settings = self.settings.updated(**options)
-        settings.refuse_layout(self._converted.facts.layout, self._converted.facts.shift)
+        refuse_for(self._converted.facts, settings)
         self.settings = settings
 
     def ask(self, text: str) -> Iterator[str]:

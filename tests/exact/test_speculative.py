@@ -15,16 +15,19 @@ from transformers import GenerationConfig
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
+from decausal.models.block_cache import BlockCache, cached_forward, decoding, visible_by_layer
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.objectives import head as output_head
+from decausal.sampling.blocks import speculative_rows
+from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.speculative import SpeculativeEngine
-from decausal.sampling.blocks.speculative_rows import probabilities
+from decausal.sampling.candidates import above, truncate
 from decausal.sampling.jobs import Job, run
-from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings import DRAFTS, SamplerSettings
 from tests.families import FAMILIES, VOCAB_SIZE
+from tests.sampling.block_decoding import whole_row_states
 
 CAUSAL = Layout("causal")
 MASK = 3
@@ -40,7 +43,8 @@ def model_of(family):
 
 
 def facts(shift, block_size=4):
-    return ConversionFacts(source="random", layout="block", block_size=block_size, shift=shift, mask_token_id=MASK)
+    layout = "bidirectional" if block_size is None else "block"
+    return ConversionFacts(source="random", layout=layout, block_size=block_size, shift=shift, mask_token_id=MASK)
 
 
 def job_of(prompt, settings, seed=0, ends=(), **options):
@@ -48,9 +52,13 @@ def job_of(prompt, settings, seed=0, ends=(), **options):
     return Job(row, settings, seed, tuple(ends), **options)
 
 
-def engine_of(model, facts, max_rows=16, max_length=64, draft_length=None):
-    converted = Converted(model, None, facts)
-    return SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length, draft_length=draft_length)
+def engine_of(model, facts, max_rows=16, max_length=64, **options):
+    return SpeculativeEngine(Converted(model, None, facts), max_rows=max_rows, max_length=max_length, **options)
+
+
+def own(count, draft="quadratic", draft_length=None, **options):
+    """Settings of verified decoding."""
+    return SamplerSettings(max_new_tokens=count, speculative=True, draft=draft, draft_length=draft_length, **options)
 
 
 def written(engine, jobs):
@@ -79,10 +87,11 @@ def prompt_of(length, seed):
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("shift", [0, 1])
-def test_greedy_text_is_the_causal_models(family, shift):
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_text_is_the_causal_models(family, shift, draft):
     model = model_of(family)
-    jobs = [job_of(prompt_of(n, seed=n), SamplerSettings(max_new_tokens=new)) for n, new in ((1, 11), (9, 7), (4, 1))]
-    for job, row in zip(jobs, written(engine_of(model, facts(shift), 2, draft_length=3), jobs), strict=True):
+    jobs = [job_of(prompt_of(n, seed=n), own(new, draft, 3)) for n, new in ((1, 11), (9, 7), (4, 1))]
+    for job, row in zip(jobs, written(engine_of(model, facts(shift), 2), jobs), strict=True):
         assert row.ids == greedy(model, *job.row.given[:1], *job.row.gaps)
         assert row.reason == "length"
 
@@ -91,31 +100,37 @@ def test_greedy_text_is_the_causal_models(family, shift):
     lengths=st.lists(st.integers(1, 10), min_size=1, max_size=5),
     counts=st.lists(st.integers(1, 9), min_size=5, max_size=5),
     shift=st.integers(0, 1),
-    draft_length=st.integers(1, 5),
+    drafts=st.lists(st.tuples(st.sampled_from(DRAFTS), st.integers(0, 5)), min_size=5, max_size=5),
     max_rows=st.integers(1, 5),
     end=st.integers(5, VOCAB_SIZE - 1),
+    most_read=st.integers(1, 12),
 )
-@settings(max_examples=15, deadline=None)
-def test_greedy_text_ends_where_the_causal_models_does(lengths, counts, shift, draft_length, max_rows, end):
+@settings(max_examples=25, deadline=None)
+def test_greedy_text_ends_where_the_causal_models_does(lengths, counts, shift, drafts, max_rows, end, most_read):
+    """Whatever the rows of a batch draft, and in however many passes their prompts are read."""
     model = model_of("qwen3")
     jobs = [
-        job_of(prompt_of(length, seed=index), SamplerSettings(max_new_tokens=count), ends=[end])
-        for index, (length, count) in enumerate(zip(lengths, counts, strict=False))
+        job_of(prompt_of(length, seed=index), own(count, *draft), ends=[end])
+        for index, (length, count, draft) in enumerate(zip(lengths, counts, drafts, strict=False))
     ]
-    found = written(engine_of(model, facts(shift), max_rows, draft_length=draft_length), jobs)
+    engine = engine_of(model, facts(shift, block_size=None), max_rows)
+    engine._most_read = most_read
+    found = written(engine, jobs)
     for job, row in zip(jobs, found, strict=True):
         expected = greedy(model, *job.row.given[:1], *job.row.gaps, ends=[end])
         assert row.ids == expected
         assert row.reason == ("end" if expected[-1] == end else "length")
         assert row.step_of_token == sorted(row.step_of_token)
         assert row.num_forwards == row.step_of_token[-1] + 1
+        if len(job.row.given[0]) <= most_read and job.settings.draft_length == 0:
+            assert row.num_forwards == len(row.ids)
 
 
 def test_greedy_text_is_that_of_transformers_generate():
     model, prompt = model_of("qwen3"), prompt_of(6, seed=1)
     config = GenerationConfig(do_sample=False, max_new_tokens=12, suppress_tokens=[MASK], pad_token_id=0)
     expected = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
-    (row,) = written(engine_of(model, facts(1)), [job_of(prompt, SamplerSettings(max_new_tokens=12))])
+    (row,) = written(engine_of(model, facts(1)), [job_of(prompt, own(12))])
     assert row.ids == expected
 
 
@@ -127,52 +142,65 @@ def test_a_pass_brings_all_drafts_and_one_token_more_where_all_are_right():
         embeddings.copy_(embeddings[:1].expand_as(embeddings))
     count = 1 + 3 * 5  # the prompt's pass brings one token, every later one m + 1
     for shift, draft_length in product((0, 1), (2, 4)):
-        engine = engine_of(model, facts(shift), draft_length=draft_length)
-        (row,) = written(engine, [job_of([5, 6], SamplerSettings(max_new_tokens=count))])
+        engine = engine_of(model, facts(shift, block_size=None))
+        (row,) = written(engine, [job_of([5, 6], own(count, "quadratic", draft_length))])
         assert row.ids == greedy(model, [5, 6], count)
         assert row.num_forwards == 1 + 15 // (draft_length + 1)
 
 
-@pytest.mark.parametrize(
-    ("shift", "options"),
-    [(1, {"temperature": 1.0}), (0, {"temperature": 1.6, "top_k": 5}), (1, {"temperature": 1.3, "top_p": 0.8})],
-)
-def test_sampled_text_has_the_causal_models_distribution(shift, options):
-    """Pearson's chi-square of three sampled tokens against their exact probabilities, at a chance of 1 in 10,000."""
+DRAWN = [
+    {"temperature": 1.0},
+    {"temperature": 1.6, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 0.9, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=str)
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_drawn_text_is_what_a_causal_engine_draws_with_the_same_seed(options, draft, family):
+    model, causal = model_of(family), ConversionFacts("random", "causal", 1, MASK)
+    prompts = [prompt_of(length, seed=length) for length in (3, 7, 1, 5)]
+    for shift, length in ((1, 4), (0, 3)):
+        jobs = [job_of(prompt, own(9, draft, length, **options), 11 * place) for place, prompt in enumerate(prompts)]
+        plain = [
+            job_of(prompt, SamplerSettings(max_new_tokens=9, **options), 11 * i) for i, prompt in enumerate(prompts)
+        ]
+        wanted = written(BlockEngine(model, causal, max_rows=4), plain)
+        found = written(engine_of(model, facts(shift), 3), jobs)
+        assert [row.ids for row in found] == [row.ids for row in wanted]
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=str)
+def test_drawn_text_has_the_causal_models_distribution(options):
+    """All numbers of a grid, at each of three positions: behind every beginning, each token has its exact share."""
     torch.manual_seed(1)
-    model = FAMILIES["qwen3"](vocab_size=8, eos_token_id=None, tie_word_embeddings=False).eval()
+    model = FAMILIES["qwen3"](vocab_size=8, eos_token_id=None, tie_word_embeddings=False).double().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # far from uniform, or a drafter that is ignored would not be seen
-    num_rows, prompt = 6000, [5, 6, 4]
-    own = SamplerSettings(max_new_tokens=3, **options)
-    engine = engine_of(model, facts(shift), max_rows=1000, draft_length=2)
-    found = written(engine, [job_of(prompt, own, seed) for seed in range(num_rows)])
-    counts = Counter(tuple(row.ids) for row in found)
-    expected = {ids: num_rows * chance for ids, chance in exact_distribution(model, prompt, own).items()}
-    assert counts.keys() <= expected.keys()
-    common = [ids for ids, mean in expected.items() if mean >= 5]
-    rare = num_rows - sum(expected[ids] for ids in common), num_rows - sum(counts[ids] for ids in common)
-    statistic = sum((counts[ids] - expected[ids]) ** 2 / expected[ids] for ids in common)
-    statistic += (rare[1] - rare[0]) ** 2 / max(rare[0], 1.0)
-    freedom = len(common)
-    assert freedom >= 8
-    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson-Hilferty
-    num_right = 3 * num_rows - sum(row.num_forwards for row in found)
-    assert num_right > 100  # right drafts occur, so that their verification is tested too
+    num_numbers, prompt, settings = 12, [5, 6, 4], own(3, **options)
+    numbers = torch.arange(num_numbers).add(0.5).div(num_numbers)
 
+    def on_the_grid(seed, step, position):
+        return numbers[(seed // num_numbers ** (position - len(prompt))) % num_numbers].float()
 
-def exact_distribution(model, prompt, own):
-    chances = {(): 1.0}
-    for _ in range(own.max_new_tokens):
-        longer = {}
-        rows = torch.tensor([[*prompt, *ids] for ids in chances])
-        values = logits(model, rows, CAUSAL)[:, -1].detach()
+    engine = engine_of(model, facts(1), max_rows=600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculative_rows, "uniform_numbers", on_the_grid)
+        found = written(engine, [job_of(prompt, settings, seed) for seed in range(num_numbers**3)])
+    counts = Counter(tuple(row.ids[:length]) for row in found for length in range(4))
+    for before in [ids for ids in counts if len(ids) < 3]:
+        values = logits(model, torch.tensor([[*prompt, *before]]), CAUSAL)[:, -1].detach()
         values[:, MASK] = -torch.inf
-        spread = probabilities(values, RowSettings.of([own] * len(rows), values.device))
-        for (ids, chance), row in zip(chances.items(), spread.tolist(), strict=True):
-            longer |= {(*ids, token): chance * share for token, share in enumerate(row) if share > 0}
-        chances = longer
-    return chances
+        tempered = truncate(
+            above(values, settings.min_p) / settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+        )
+        for token, chance in enumerate(tempered.softmax(-1)[0].tolist()):
+            assert abs(counts[(*before, token)] / counts[before] - chance) <= 1 / num_numbers
+            assert chance > 0 or not counts[(*before, token)]
+    num_right = 3 * len(found) - sum(row.num_forwards for row in found)
+    assert 30 < num_right < len(found) - 30  # drafts are right and wrong, so that the text behind both is tested
 
 
 ROW = st.fixed_dictionaries(
@@ -182,6 +210,8 @@ ROW = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.7, 1.3]),
         "top_k": st.sampled_from([None, 5]),
         "seed": st.integers(0, 2**40),
+        "draft": st.sampled_from(DRAFTS),
+        "draft_length": st.integers(0, 3),
         "enters": st.integers(0, 6),
     }
 )
@@ -200,7 +230,7 @@ def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shi
     jobs = [
         job_of(
             row["prompt"],
-            SamplerSettings(max_new_tokens=row["count"], temperature=row["temperature"], top_k=row["top_k"]),
+            own(row["count"], row["draft"], row["draft_length"], temperature=row["temperature"], top_k=row["top_k"]),
             row["seed"],
             [end],
         )
@@ -229,13 +259,73 @@ def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shi
     assert {index for index in range(len(jobs)) if index not in told} <= cancelled
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_after_each_pass_the_cache_holds_what_a_prefill_does(draft, family):
+    """Keys and values of all known tokens but the last; what drafts and masks have left is overwritten, and hides."""
+    model = model_of(family)
+    jobs = [job_of(prompt_of(length, length), own(12, draft, 3)) for length in (9, 2, 6, 4)]
+    engine = engine_of(model, facts(1), 3)
+    engine._most_read = 4
+    for job in jobs:
+        engine.submit(job)
+    ended = []
+    while engine.num_running:
+        ended += [progress.ended.ids for progress in engine.step() if progress.ended]
+        for row in (row for row in engine._held if row.num_cached):
+            known = [*row.prompt, *row.ids]
+            cache = BlockCache(model.config, 1, len(known))
+            ids = torch.tensor([known[: row.num_cached]])
+            places = torch.arange(row.num_cached)[None]
+            visible = visible_by_layer(model.config, places, places, row.num_cached)
+            with decoding(model):
+                cached_forward(model, ids, places, places, visible, cache)
+            for held, wanted in zip(engine._rows.cache.layers, cache.layers, strict=True):
+                for own_states, expected in ((held.keys, wanted.keys), (held.values, wanted.values)):
+                    torch.testing.assert_close(
+                        own_states[row.place, : row.num_cached], expected[0, : row.num_cached], rtol=1e-9, atol=1e-9
+                    )
+                    own_states[row.place, row.num_cached :] = 1e3  # whoever read it would write another text
+        assert all(row.num_cached == len(row.prompt) + len(row.ids) - 1 for row in engine._held[: engine._num_ready])
+    assert sorted(ended) == sorted(greedy(model, job.row.given[0], 12) for job in jobs)
+
+
+def drafted(model, prompt, length, block_size=4, shift=1, **options):
+    """What stands behind the first token that an engine writes."""
+    engine = engine_of(model, facts(shift, block_size), **options)
+    engine.submit(job_of(prompt, own(20, draft_length=length)))
+    engine.step()
+    return engine._rows.ids[0, len(prompt) + 1 :][:length].tolist()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_drafts_are_those_of_a_block_of_masks_behind_the_known_tokens(shift):
+    model, size = model_of("qwen3"), 4
+    layout = ConversionFacts("random", "block", shift, MASK, block_size=size, causal_context=True)
+    prompt = prompt_of(2 * size, seed=4)
+    with torch.no_grad():
+        states = whole_row_states(model, layout, prompt + [MASK] * size, len(prompt))[len(prompt) + 1 - shift :]
+    wanted = output_head.logits(states, head_of(model)._replace(banned=MASK)).argmax(-1).tolist()
+    assert drafted(model, prompt, size - 1 + shift, shift=shift) == wanted
+
+
+def test_a_causal_groups_first_masks_draft_as_a_shorter_group_does():
+    model = model_of("llama")
+    prompts = [prompt_of(5, seed) for seed in range(8)]
+    for shift in (0, 1):
+        causal = [[drafted(model, each, n, None, shift, group_attention="causal") for each in prompts] for n in (2, 5)]
+        assert causal[0] == [tokens[:2] for tokens in causal[1]]
+        both = [[drafted(model, each, n, None, shift) for each in prompts] for n in (2, 5)]
+        assert both[0] != [tokens[:2] for tokens in both[1]]
+
+
 def test_rows_that_keep_coming_do_not_hold_up_the_others():
     engine = engine_of(model_of("qwen3"), facts(1), max_rows=2)
     count, num_passes = 12, 0
-    ticket = engine.submit(job_of([5, 6], SamplerSettings(max_new_tokens=count)))
+    ticket = engine.submit(job_of([5, 6], own(count)))
     is_over = False
     while not is_over:
-        engine.submit(job_of([7], SamplerSettings(max_new_tokens=1)))  # over with the pass that reads its prompt
+        engine.submit(job_of([7], own(1)))  # over with the pass that reads its prompt
         is_over = any(progress.ticket == ticket and progress.ended for progress in engine.step())
         num_passes += 1
         assert num_passes <= 2 * count
@@ -244,10 +334,10 @@ def test_rows_that_keep_coming_do_not_hold_up_the_others():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_log_probabilities_are_the_causal_models(temperature):
     model, prompt = model_of("qwen3"), prompt_of(5, seed=3)
-    own = SamplerSettings(max_new_tokens=9, temperature=temperature)
+    settings = own(9, temperature=temperature)
     engine = engine_of(model, facts(1), 2)
     plain, asking, watched = (
-        engine.submit(job_of(prompt, own, **options))
+        engine.submit(job_of(prompt, settings, **options))
         for options in ({}, {"num_top_log_probs": 2}, {"is_watched": True})
     )
     told = {plain: [], asking: [], watched: []}
@@ -270,16 +360,17 @@ def test_log_probabilities_are_the_causal_models(temperature):
 
 
 def test_what_cannot_be_speculated_is_refused():
-    model, own = model_of("qwen3"), SamplerSettings(max_new_tokens=2)
+    model = model_of("qwen3")
     engine = functools.partial(engine_of, model, max_length=8)
     for job, says in [
-        (job_of([], own), "empty"),
-        (job_of([5] * 7, own), "at most 8"),
-        (Job(Row(([5], [6]), (2,), "the text"), own, 0), "after a gap"),
+        (job_of([], own(2)), "empty"),
+        (job_of([5] * 7, own(2)), "at most 8"),
+        (Job(Row(([5], [6]), (2,), "the text"), own(2), 0), "after a gap"),
+        (job_of([5], own(2, "linear", 5)), r"draft_length=5 is more than .* at most 4"),
     ]:
         with pytest.raises(UserError, match=says):
             engine(facts(1)).submit(job)
-    with pytest.raises(UserError, match="draft_length=0"):
-        engine(facts(1), draft_length=0)
+    with pytest.raises(UserError, match=r"draft_length=4 is more than .* at most 3"):
+        engine(facts(0)).submit(job_of([5], own(2, "quadratic", 4)))
     with pytest.raises(UserError, match="causal"):
         engine(ConversionFacts(source="random", layout="causal", shift=1, mask_token_id=MASK))

@@ -15,22 +15,60 @@ from decausal.models.backbone import head_of, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head, logits
-from decausal.sampling.candidates import above, choose, truncate, uniform_numbers
+from decausal.sampling.blocks.draft_tables import DraftTables, Masks
+from decausal.sampling.candidates import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 
-_DRAFT, _ACCEPT, _OWN, _NUM_PURPOSES = range(4)
+Places = slice | Int[Tensor, "b"]
+
+
+class Extent(NamedTuple):
+    """How much a pass reads, at most, of any of its rows; the host knows it, so that no shape hangs on a number.
+
+    Attributes:
+        num_given: Known tokens that are not in the cache yet: 1 where only the last one is not.
+        num_drafts: Pending drafts.
+        num_masks: Masks, of all groups.
+        num_new: Tokens that are drafted.
+        num_keys: Slots that hold something.
+    """
+
+    num_given: int
+    num_drafts: int
+    num_masks: int
+    num_new: int
+    num_keys: int
 
 
 class Read(NamedTuple):
     """What a pass brought its rows.
 
     Attributes:
-        tokens: Of each row, at least one.
+        told: Of each row how many tokens, none where more of the prompt is to be read, then the tokens, and others.
         states: Those that predict them under causal attention, and others behind.
     """
 
-    tokens: list[list[int]]
+    told: Int[Tensor, "b told"]
     states: Float[Tensor, "b p D"]
+
+
+class _Queries(NamedTuple):
+    """What a pass reads: known tokens and drafts in their order, then masks.
+
+    Attributes:
+        given: Known tokens of each row.
+        is_whole: Nothing is left to read behind them.
+        pending: Drafts behind them.
+        position, is_real: Of known tokens and drafts.
+        masks: Which masks.
+    """
+
+    given: Int[Tensor, "b"]
+    is_whole: Bool[Tensor, "b"]
+    pending: Int[Tensor, "b"]
+    position: Int[Tensor, "b q"]
+    is_real: Bool[Tensor, "b q"]
+    masks: Masks
 
 
 class SpeculativeRows:
@@ -39,220 +77,221 @@ class SpeculativeRows:
     Attributes:
         ids: What is known and, behind it, the drafts, [R S].
         num_known: Tokens that are known, [R].
-        num_read: Passes so far, [R].
+        num_cached: Of these, the ones whose keys and values are held, [R].
+        num_pending: Drafts, [R].
         seeds: Of random numbers, [R].
-        draft_probabilities: What drafts were drawn from where they were drawn, [R m V]; None before any was.
+        shape: The index of each row's shape in `tables`, [R].
+        tables: The shapes in use.
     """
 
     def __init__(
-        self, model: Any, facts: ConversionFacts, *, draft_length: int, max_rows: int, max_length: int
+        self, model: Any, facts: ConversionFacts, *, tables: DraftTables, max_rows: int, num_slots: int
     ) -> None:
-        self.model, self.facts, self.draft_length = model, facts, draft_length
+        self.model, self.facts, self.tables = model, facts, tables
         device = stock_model(model).get_input_embeddings().weight.device
-        group = draft_length + 1 - facts.shift
-        num_slots = max_length + 2 * draft_length + 1 + (draft_length + 1) * group
         self.cache = BlockCache(stock_model(model).base_model.config, max_rows, num_slots)
         self.num_rows = 0
         self.ids = torch.zeros(max_rows, num_slots, dtype=torch.long, device=device)
-        self.num_known, self.num_read, self.seeds = torch.zeros(3, max_rows, dtype=torch.long, device=device)
-        self.draft_probabilities: Float[Tensor, "R m V"] | None = None
+        self._columns = torch.zeros(5, max_rows, dtype=torch.long, device=device)
+        self.num_known, self.num_cached, self.num_pending, self.seeds, self.shape = self._columns
 
     @property
     def head(self) -> Head:
         """The model's, the mask token banned."""
         return head_of(self.model)._replace(banned=self.facts.mask_token_id)
 
-    def admit(self, prompt: Sequence[int], seed: int) -> None:
+    def use(self, tables: DraftTables, shapes: Sequence[int]) -> None:
+        """Has rows draft by other tables; `shapes`: the index of each row's shape there."""
+        self.tables = tables
+        self.shape[: self.num_rows] = torch.tensor(list(shapes), dtype=torch.long)
+
+    def make_room(self, num_slots: int) -> None:
+        """Makes room for rows with so many tokens, drafts and masks; what is held stays."""
+        if num_slots > self.cache.max_length:
+            self.ids = torch.nn.functional.pad(self.ids, (0, num_slots - self.cache.max_length))
+            self.cache.grow(num_slots)
+
+    def admit(self, prompt: Sequence[int], seed: int, shape: int) -> None:
         """Puts a prompt behind the rows in use."""
         row, self.num_rows = self.num_rows, self.num_rows + 1
         self.ids[row, : len(prompt)] = torch.tensor(list(prompt))
-        self.num_known[row], self.num_read[row], self.seeds[row] = len(prompt), 0, seed
+        self._columns[:, row] = torch.tensor([len(prompt), 0, 0, seed, shape])
 
-    def drop(self, row: int) -> None:
-        """Moves the last row in use into the place of one that is over."""
-        self.num_rows = last = self.num_rows - 1
-        if row == last:
-            return
-        self.cache.move_row(last, row)
-        for tensor in (self.ids, self.num_known, self.num_read, self.seeds, self.draft_probabilities):
-            if tensor is not None:
-                tensor[row] = tensor[last]
+    def move(self, source: int, target: int) -> None:
+        """Copies a row over another one."""
+        self.cache.move_row(source, target)
+        self.ids[target] = self.ids[source]
+        self._columns[:, target] = self._columns[:, source]
 
-    def read(self, rows: slice, lengths: Sequence[int], settings: RowSettings, *, is_new: bool) -> Read:
+    def swap(self, one: int, other: int) -> None:
+        """Has two rows change places."""
+        self.cache.swap_rows(one, other)
+        for tensor in (self.ids, self._columns.T):
+            tensor[[one, other]] = tensor[[other, one]]
+
+    def read(self, rows: Places, extent: Extent, settings: RowSettings) -> Read:
         """Takes some rows one pass further.
 
         Args:
-            rows: From one to another.
-            lengths: How many tokens of each are known.
+            rows: Which.
+            extent: How much is read of any of them.
             settings: Of each.
-            is_new: They have no drafts yet: the pass reads whole prompts and one group of masks.
         """
-        num_drafts = 0 if is_new else self.draft_length
-        context = max(lengths) if is_new else 1
-        num_keys = max(lengths) + num_drafts + (num_drafts + 1) * (self.draft_length + 1 - self.facts.shift)
-        verify_states, group_states = self._states(rows, context, num_drafts, num_keys)
-        head = self.head
-        verifying = logits(verify_states.flatten(0, 1), head).unflatten(0, verify_states.shape[:2])
-        num_right, own = self._verified(rows, verifying, settings)
-        tokens = self._extended(rows, num_right, own)
+        queries = self._queries(rows, extent)
+        in_order, of_masks = self._states(rows, queries, extent)
+        verify_states = self._verifying(queries, in_order, extent)
+        own = self._own(rows, queries, verify_states, settings)
+        num_right = self._num_right(rows, queries, own)
+        told = self._extend(rows, queries, own, num_right)
+        self._draft(rows, queries, of_masks, num_right, extent.num_new, settings)
+        return Read(told, verify_states)
 
-        here = torch.arange(len(num_right), device=num_right.device)
-        self._draft(rows, logits(group_states[here, num_right].flatten(0, 1), head), settings)
-        return Read(tokens, verify_states)
+    def _queries(self, rows: Places, extent: Extent) -> _Queries:
+        known, cached = self.num_known[rows], self.num_cached[rows]
+        given = (known - cached).clamp(max=extent.num_given)
+        is_whole = cached + given == known
+        shape = torch.where(is_whole, self.shape[rows], self.tables.without_drafts)
+        pending = self.tables.limit(shape, self.num_pending[rows])
+        shape = self.tables.in_turn(shape, pending)
+        place = torch.arange(extent.num_given + extent.num_drafts, device=known.device)
+        last = (given + pending - 1)[:, None]  # queries that fill up are copies of it
+        position, is_real = cached[:, None] + torch.minimum(place, last), place <= last
+        masks = self.tables.masks(shape, pending, extent.num_masks)
+        return _Queries(given, is_whole, pending, position, is_real, masks)
 
     def _states(
-        self, rows: slice, context: int, num_drafts: int, num_keys: int
-    ) -> tuple[Float[Tensor, "b p D"], Float[Tensor, "b p m D"]]:
-        """The causal states behind the known tokens and each draft, and those of every group of masks that draft."""
-        known, device = self.num_known[rows], self.ids.device
-        group = self.draft_length + 1 - self.facts.shift
-        start = known - context if num_drafts else torch.zeros_like(known)
-        position = start[:, None] + torch.arange(context + num_drafts, device=device)
-        is_real = position < (known + num_drafts)[:, None]
-        base = known + num_drafts
-        member = torch.arange((num_drafts + 1) * group, device=device)
-        mask_position = known[:, None] + member // group + member % group
-        mask_slot = base[:, None] + member
-
-        input_ids = torch.cat(
-            [self.ids[rows].gather(1, position), torch.full_like(mask_slot, self.facts.mask_token_id)], dim=1
-        )
-        is_visible = _visible(
-            stock_model(self.model).base_model.config, position, mask_position, known, base, group, num_keys
-        )
+        self, rows: Places, queries: _Queries, extent: Extent
+    ) -> tuple[Float[Tensor, "b q D"], Float[Tensor, "b s D"]]:
+        """One forward pass: the states of known tokens and drafts, and those of masks."""
+        masks, end = queries.masks, self.num_cached[rows] + queries.given
+        mask_position = end[:, None] + masks.behind + masks.offset
+        base = end + queries.pending
+        mask_slot = base[:, None] + torch.arange(extent.num_masks, device=end.device)
+        scratch = self.cache.scratch_slot
+        slots = [
+            torch.where(queries.is_real, queries.position, scratch),
+            torch.where(masks.is_real, mask_slot, scratch),
+        ]
+        position = torch.cat([queries.position, mask_position], dim=1)
         longest = context_length(stock_model(self.model).config)
+        known_ids = self.ids[rows].gather(1, queries.position)
+        config = stock_model(self.model).base_model.config
         hidden = cached_forward(
             self.model,
-            input_ids,
-            torch.cat([position, mask_position], dim=1).clamp(max=None if longest is None else longest - 1),
-            torch.cat([torch.where(is_real, position, self.cache.scratch_slot), mask_slot], dim=1),
-            is_visible,
+            torch.cat([known_ids, torch.full_like(mask_slot, self.facts.mask_token_id)], dim=1),
+            position.clamp(max=None if longest is None else longest - 1),
+            torch.cat(slots, dim=1),
+            _visible(config, queries, position, end, base, extent.num_keys),
             self.cache,
             rows,
         )
-        last = (known - 1 - start)[:, None] + torch.arange(num_drafts + 1, device=device)
-        width = position.shape[1]
-        verify_states = hidden[:, :width].gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        groups = hidden[:, width:].unflatten(1, (num_drafts + 1, group))
-        return verify_states, groups[:, :, 1 - self.facts.shift :]
+        width = queries.position.shape[1]
+        return hidden[:, :width], hidden[:, width:]
 
-    def _verified(
-        self, rows: slice, verifying: Float[Tensor, "b p V"], settings: RowSettings
-    ) -> tuple[Int[Tensor, "b"], Int[Tensor, "b"]]:
-        """How many drafts are right, and the token that the causal model itself puts behind them."""
-        num_drafts = verifying.shape[1] - 1
-        known = self.num_known[rows]
-        place = known[:, None] + torch.arange(num_drafts, device=known.device)
-        drafts = self.ids[rows].gather(1, place)
-        if settings.is_greedy:
-            best = verifying.argmax(-1)
-            num_right = (best[:, :-1] == drafts).long().cumprod(1).sum(1)
-            return num_right, best.gather(1, num_right[:, None])[:, 0]
-        row = torch.arange(len(known), device=known.device)
-        wanted = probabilities(verifying.flatten(0, 1), settings.rows(row.repeat_interleave(num_drafts + 1)))
-        wanted = wanted.unflatten(0, verifying.shape[:2])
-        num_right = torch.zeros_like(known)
-        if num_drafts:
-            chance = self._numbers(rows, _ACCEPT, place)
-            drafted = self._drafted(rows, drafts, settings)
-            asked, given = (mass.gather(2, drafts[..., None])[..., 0] for mass in (wanted[:, :-1], drafted))
-            num_right = (chance * given < asked).long().cumprod(1).sum(1)
-            wanted = torch.cat([_missing(wanted[:, :-1], drafted), wanted[:, -1:]], dim=1)
-        own = wanted[row, num_right]
-        chance = self._numbers(rows, _OWN, (known + num_right)[:, None])[:, 0]
-        return num_right, choose(own.log(), chance, temperature=1.0)
+    def _verifying(self, queries: _Queries, in_order: Float[Tensor, "b q D"], extent: Extent) -> Float[Tensor, "b p D"]:
+        """The states behind the last known token and each draft."""
+        last = (queries.given - 1)[:, None] + torch.arange(extent.num_drafts + 1, device=in_order.device)
+        last = last.clamp(max=in_order.shape[1] - 1)
+        return in_order.gather(1, last[..., None].expand(-1, -1, in_order.shape[-1]))
 
-    def _extended(self, rows: slice, num_right: Int[Tensor, "b"], own: Int[Tensor, "b"]) -> list[list[int]]:
+    def _own(
+        self, rows: Places, queries: _Queries, states: Float[Tensor, "b p D"], settings: RowSettings
+    ) -> Int[Tensor, "b p"]:
+        """The tokens that the causal model itself puts behind the known ones and behind each draft."""
+        end = self.num_cached[rows] + queries.given
+        return self._chosen(rows, states, end, settings)
+
+    def _chosen(
+        self, rows: Places, states: Float[Tensor, "b p D"], start: Int[Tensor, "b"], settings: RowSettings
+    ) -> Int[Tensor, "b p"]:
+        """A token for each of the positions from `start` on.
+
+        What a position draws from is a number of its own, whoever draws: the verifier's token is what the model would
+        write there without drafts, and a draft made of the same number most likely meets it.
+        """
+        shape, device = states.shape[:2], states.device
+        numbers = None
+        if not settings.is_greedy:
+            position = start[:, None] + torch.arange(shape[1], device=device)
+            numbers = uniform_numbers(self.seeds[rows][:, None].expand(shape).flatten(), 0, position.flatten())
+        row = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
+        return settings.at(row).chosen(logits(states.flatten(0, 1), self.head), numbers).view(shape)
+
+    def _num_right(self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"]) -> Int[Tensor, "b"]:
+        """How many drafts are what the model itself puts there."""
+        place = torch.arange(own.shape[1] - 1, device=own.device)
+        end = (self.num_cached[rows] + queries.given)[:, None]
+        drafts = self.ids[rows].gather(1, end + place)
+        is_right = (drafts == own[:, :-1]) & (place < queries.pending[:, None])
+        return is_right.long().cumprod(1).sum(1)
+
+    def _extend(
+        self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"], num_right: Int[Tensor, "b"]
+    ) -> Int[Tensor, "b told"]:
         """Makes the right drafts and the token behind them known."""
-        known = self.num_known[rows]
-        self.ids[rows] = self.ids[rows].scatter(1, (known + num_right)[:, None], own[:, None])
-        width = torch.arange(self.draft_length + 1, device=known.device)
-        tokens = self.ids[rows].gather(1, known[:, None] + width)
-        self.num_known[rows] += num_right + 1
-        self.num_read[rows] += 1
-        return [row[: count + 1] for row, count in zip(tokens.tolist(), num_right.tolist(), strict=True)]
+        end = self.num_cached[rows] + queries.given
+        last = own.gather(1, num_right[:, None])
+        place = (end + num_right)[:, None]
+        kept = self.ids[rows].gather(1, place)  # of a prompt that is not read to its end
+        self.ids[rows] = self.ids[rows].scatter(1, place, torch.where(queries.is_whole[:, None], last, kept))
+        num_new = (num_right + 1) * queries.is_whole
+        self.num_known[rows] += num_new
+        self.num_cached[rows] = end + num_right
+        return torch.cat([num_new[:, None], own], dim=1)
 
-    def _draft(self, rows: slice, drafting: Float[Tensor, "n V"], settings: RowSettings) -> None:
+    def _draft(
+        self,
+        rows: Places,
+        queries: _Queries,
+        of_masks: Float[Tensor, "b s D"],
+        num_right: Int[Tensor, "b"],
+        num_new: int,
+        settings: RowSettings,
+    ) -> None:
         """Draws the next drafts and puts them behind what is known."""
+        masks = queries.masks
+        length = masks.length.gather(1, num_right[:, None])
+        self.num_pending[rows] = length[:, 0] * queries.is_whole
+        if not num_new:
+            return
+        place = torch.arange(num_new, device=length.device)
+        index = (masks.start.gather(1, num_right[:, None]) + place).clamp(max=of_masks.shape[1] - 1)
+        states = of_masks.gather(1, index[..., None].expand(-1, -1, of_masks.shape[-1]))
         known = self.num_known[rows]
-        place = known[:, None] + torch.arange(self.draft_length, device=known.device)
-        if settings.is_greedy:
-            tokens = drafting.argmax(-1)
-        else:
-            row = torch.arange(len(known), device=known.device).repeat_interleave(self.draft_length)
-            drafted = probabilities(drafting, settings.rows(row))
-            if self.draft_probabilities is None:
-                self.draft_probabilities = drafted.new_zeros(len(self.ids), self.draft_length, drafted.shape[1])
-            self.draft_probabilities[rows] = drafted.unflatten(0, place.shape)
-            tokens = choose(drafted.log(), self._numbers(rows, _DRAFT, place).flatten(), temperature=1.0)
-        self.ids[rows] = self.ids[rows].scatter(1, place, tokens.view_as(place))
-
-    def _drafted(self, rows: slice, drafts: Int[Tensor, "b m"], settings: RowSettings) -> Float[Tensor, "b m V"]:
-        """What drafts were drawn from: all on the draft itself where none was drawn."""
-        assert self.draft_probabilities is not None  # some row draws, and it drafted before
-        drawn = self.draft_probabilities[rows]
-        certain = torch.zeros_like(drawn).scatter_(2, drafts[..., None], 1.0)
-        return torch.where((settings.temperature > 0)[:, None, None], drawn, certain)
-
-    def _numbers(self, rows: slice, purpose: int, place: Int[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-        """Uniform numbers of their own for every pass of a row, position and purpose."""
-        seed, step = (
-            column[rows][:, None].expand_as(place).flatten()
-            for column in (self.seeds, self.num_read * _NUM_PURPOSES + purpose)
-        )
-        return uniform_numbers(seed, step, place.flatten()).view_as(place)
-
-
-def _missing(wanted: Float[Tensor, "b m V"], drafted: Float[Tensor, "b m V"]) -> Float[Tensor, "b m V"]:
-    """What a refused draft's place is drawn from: the mass that drafts did not bring, up to a factor."""
-    missing = (wanted - drafted).clamp(min=0)
-    # Nothing is missing only where both agree, and there no draft is refused, but for rounding.
-    return torch.where(missing.sum(-1, keepdim=True) > 0, missing, wanted)
-
-
-def probabilities(values: Float[Tensor, "n V"], settings: RowSettings) -> Float[Tensor, "n V"]:
-    """What a position's token is drawn from: tempered and truncated, or all on the likeliest where temperature is 0."""
-    is_drawn = settings.temperature > 0
-    kept = above(values, settings.min_p if settings.has_min_p else None)
-    tempered = kept / torch.where(is_drawn, settings.temperature, 1.0)[:, None].to(values.dtype)
-    drawn = truncate(
-        tempered,
-        top_k=settings.top_k if settings.most_top_k else None,
-        top_p=settings.top_p if settings.is_nucleus else None,
-        most=settings.most_top_k,
-    ).softmax(-1)
-    certain = torch.zeros_like(drawn).scatter_(1, values.argmax(-1, keepdim=True), 1.0)
-    return torch.where(is_drawn[:, None], drawn, certain)
+        tokens = self._chosen(rows, states, known, settings)
+        where = known[:, None] + place
+        before = self.ids[rows].gather(1, where)
+        self.ids[rows] = self.ids[rows].scatter(1, where, torch.where(place < length, tokens, before))
 
 
 def _visible(
     config: PretrainedConfig,
-    position: Int[Tensor, "b q"],
-    mask_position: Int[Tensor, "b g"],
-    known: Int[Tensor, "b"],
+    queries: _Queries,
+    position: Int[Tensor, "b p"],
+    end: Int[Tensor, "b"],
     base: Int[Tensor, "b"],
-    group: int,
     num_keys: int,
 ) -> Bool[Tensor, "b p n"] | dict[str, Bool[Tensor, "b p n"]]:
     """Which slots each query reads, by layer type where layers have windows.
 
-    Known tokens and drafts read what stands before them; the masks of group j what stands before position known + j,
-    and each other. Slots from `base` on hold the groups, one after the other.
+    Known tokens and drafts read what stands before them; masks that stand behind j drafts what stands before position
+    end + j, and masks of their own group. Slots from `base` on hold masks.
     """
-    slot = torch.arange(num_keys, device=position.device)
-    member = torch.arange(mask_position.shape[1], device=position.device)
-    first = base[:, None, None] + (member // group * group)[:, None]
-    of_group = (slot >= first) & (slot < first + group)
-    before = slot < known[:, None, None] + (member // group)[:, None]
-    in_order = torch.cat([slot <= position[..., None], of_group | before], dim=1)
-    beyond = (slot - base[:, None]).clamp(min=0)
-    key_position = torch.where(slot < base[:, None], slot, known[:, None] + beyond // group + beyond % group)
-    query_position = torch.cat([position, mask_position], dim=1)
+    masks, slot = queries.masks, torch.arange(num_keys, device=position.device)
+    mask = slot - base[:, None, None]
+    of_group = (mask >= masks.first[..., None]) & (mask < masks.stop[..., None])
+    before = slot < (end[:, None] + masks.behind)[..., None]
+    in_order = torch.cat([slot <= queries.position[..., None], of_group | before], dim=1)
 
     def seen(window: int | None) -> Bool[Tensor, "b p n"]:
         if window is None or window >= num_keys:
             return in_order
-        return in_order & ((query_position[..., None] - key_position[:, None]).abs() < window)
+        held = slot.expand(len(base), -1)
+        if masks.behind.shape[1]:
+            which = (held - base[:, None]).clamp(0, masks.behind.shape[1] - 1)
+            of_mask = end[:, None] + (masks.behind + masks.offset).gather(1, which)
+            held = torch.where(held < base[:, None], held, of_mask)
+        return in_order & ((position[..., None] - held[:, None]).abs() < window)
 
     by_layer = {kind: seen(window) for kind, window in layer_windows(config).items()}
     return by_layer if len(by_layer) > 1 else next(iter(by_layer.values()))

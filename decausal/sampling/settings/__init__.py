@@ -15,7 +15,7 @@ from decausal.sampling.settings.drawing import NUM_SEEDS, DrawingSettings
 from decausal.sampling.settings.ending import EndingSettings
 from decausal.sampling.settings.field import BLOCKS, COUNTS_BELOW, WHOLE_ROWS, Setting, check
 from decausal.sampling.settings.guidance import GuidanceSettings
-from decausal.sampling.settings.left_to_right import LeftToRightSettings
+from decausal.sampling.settings.left_to_right import DRAFTS, LeftToRightSettings
 from decausal.sampling.settings.remasking import DEFAULT_REMASK_RATE, REMASKINGS, RemaskingSettings
 from decausal.sampling.settings.schedules import CONFIDENCES, DEFAULT_THRESHOLD, ORDERS, SCHEDULES, ScheduleSettings
 from decausal.sampling.settings.windows import CACHES, WindowSettings
@@ -28,6 +28,7 @@ __all__ = [
     "COUNTS_BELOW",
     "DEFAULT_REMASK_RATE",
     "DEFAULT_THRESHOLD",
+    "DRAFTS",
     "MOST_ROWS",
     "NUM_SEEDS",
     "ORDERS",
@@ -119,13 +120,15 @@ class SamplerSettings(
         if any(changes.get(name) is not None for name in SCHEDULES):
             changes = dict.fromkeys(SCHEDULES) | changes
         changes = {name: _settled(name, value) for name, value in changes.items()}
-        details = {name: setting.detail for name, setting in SETTINGS.items() if setting.detail}
         if changes.get("speculative") is True:
-            dropped = names_for(WHOLE_ROWS, BLOCKS) + [detail for detail, _ in details.values()]
-            changes = {name: _DEFAULTS[name] for name in dropped} | changes
-        for name, (detail, values) in details.items():
+            for name in names_for(WHOLE_ROWS, BLOCKS):
+                for dropped in (name, *SETTINGS[name].details[0]):
+                    changes.setdefault(dropped, _DEFAULTS[dropped])
+        for name, setting in SETTINGS.items():
+            details, values = setting.details
             if name in changes and changes[name] not in values:
-                changes.setdefault(detail, None)
+                for detail in details:
+                    changes.setdefault(detail, _DEFAULTS[detail])
         fields = {field.name: field for field in dataclasses.fields(self)}
         for name, value in changes.items():
             check(name, value, fields[name])

@@ -60,7 +60,7 @@ class Setting:
         flags: How it is written on the command line; none for those that each verb has a flag of its own for.
         settle: Turns other ways to write a value into ours, and leaves what it does not know to the rule.
         only: `WHOLE_ROWS`, `BLOCKS`, or None where every model can honour it.
-        detail: Another setting that says more, and the values of this one that it goes with: else it is dropped.
+        details: Other settings that say more, and the values of this one that they go with: else they are dropped.
         aliases: Names that other samplers use for it.
     """
 
@@ -68,7 +68,7 @@ class Setting:
     flags: tuple[Flag, ...] = ()
     settle: Callable[[Any], Any] | None = None
     only: str | None = None
-    detail: tuple[str, tuple[Any, ...]] | None = None
+    details: tuple[tuple[str, ...], tuple[Any, ...]] = ((), ())
     aliases: tuple[str, ...] = ()
 
 
@@ -101,6 +101,7 @@ def amount_up_to(largest: float) -> Rule:
     )
 
 
+WHOLE = Rule(lambda value: is_integer(value) and 0 <= value < COUNTS_BELOW, "an integer of at least 0 and below 2**31")
 COUNT = Rule(lambda value: is_integer(value) and 1 <= value < COUNTS_BELOW, "an integer of at least 1 and below 2**31")
 SHARE = Rule(
     lambda value: is_number(value) and SMALLEST <= value <= 1, f"a number from {SMALLEST:g} to 1", is_real=True

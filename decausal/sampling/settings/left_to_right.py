@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from decausal.errors import UserError
-from decausal.sampling.settings.field import BLOCKS, SWITCH, Flag, setting
+from decausal.sampling.settings.field import BLOCKS, SWITCH, WHOLE, Flag, one_of, setting
 
 if TYPE_CHECKING:
     from decausal.sampling.settings import SamplerSettings
+
+DRAFTS = ("quadratic", "strided", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class LeftToRightSettings:
         speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
             pass verifies those drafted before. Temperature, top_k, top_p and min_p hold; schedules play no part. See
             `decausal.sampling.blocks.speculative`.
+        draft: Of speculative decoding, which tokens a pass drafts; the text is the same for all. "quadratic": behind
+            every number of right drafts; "strided": behind all drafts alone; "linear": in passes of their own.
+        draft_length: Tokens drafted at once. 0: none, one token with every pass. None: as many as the model was trained
+            to draft, or 4 where that is not known.
     """
 
     first_token_from_clean: bool = setting(
@@ -40,6 +46,15 @@ class LeftToRightSettings:
         False,
         SWITCH,
         Flag("masks draft what the same weights verify causally", {"action": "store_true", "default": None}),
+        details=(("draft", "draft_length"), (True,)),
+    )
+    draft: str = setting(
+        "quadratic",
+        one_of(DRAFTS),
+        Flag("which tokens a pass of --speculative drafts (quadratic)", {"choices": DRAFTS}),
+    )
+    draft_length: int | None = setting(
+        None, WHOLE, Flag("tokens that --speculative drafts at once; 0: none", {"type": int})
     )
 
     def contradiction(self: SamplerSettings) -> str | None:
@@ -50,6 +65,10 @@ class LeftToRightSettings:
                 f"{unused[0]} does nothing in speculative decoding, which writes from left to right; leave one of "
                 "them out"
             )
+        for name in ("draft", "draft_length"):
+            value = getattr(self, name)
+            if not self.speculative and value != getattr(LeftToRightSettings, name):
+                return f"{name}={value!r} is for speculative decoding; give speculative too, or leave it out"
         return None
 
     def refuse_speculative(self) -> None:

@@ -45,7 +45,7 @@ class RemaskingSettings:
         Flag("how tokens are opened again", {"dest": "remask", "choices": ("none", *REMASKINGS)}, ("--remasking",)),
         settle=_as_remasking,
         only=WHOLE_ROWS,
-        detail=("remask_rate", ("remdm", "remdm_loop")),
+        details=(("remask_rate",), ("remdm", "remdm_loop")),
         aliases=("remasking",),
     )
     remask_rate: float | None = setting(

@@ -36,7 +36,7 @@ class WindowSettings:
         one_of(CACHES),
         Flag("what a pass inside a window does not read again (none)", {"choices": CACHES}),
         only=WHOLE_ROWS,
-        detail=("cache_refresh", ("prefix", "dual")),
+        details=(("cache_refresh",), ("prefix", "dual")),
     )
     cache_refresh: int | None = setting(
         None, COUNT, Flag("passes after which the whole row is read again", {"type": int})

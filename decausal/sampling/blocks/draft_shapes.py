@@ -1,0 +1,180 @@
+"""How many tokens a pass of verified decoding drafts behind each number of right drafts, as data.
+
+A pass reads a row's last known token and its d pending drafts. j of these turn out right, and the model itself puts a
+token behind them. What stands there then is drafted by group j: g_j masks that the same pass has read behind j drafts.
+A shape says g_0 to g_d for every d. All shapes write the same text; they differ in queries and in tokens per pass.
+
+Acceptances a_1, a_2, ... are the chances that draft i is right where those before it are; A_k = a_1 ... a_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+import numpy as np
+
+_CLOSE = 1e-9
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """The groups of masks of each pass.
+
+    Attributes:
+        name: What it is called where figures are told.
+        groups: For d = 0, 1, ... pending drafts, the d + 1 lengths of the groups behind 0 to d of them.
+        takes_turns: Rows draft only while no row of the pass verifies, so that no pass is wide enough for both.
+
+    Raises:
+        ValueError: The lengths of d drafts are not d + 1, or a group is longer than what can be pending.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+    takes_turns: bool = False
+
+    def __post_init__(self) -> None:
+        if any(len(lengths) != d + 1 for d, lengths in enumerate(self.groups)):
+            raise ValueError(f"{self.groups}: d drafts have d + 1 groups")
+        if self.longest_group > self.most_pending:
+            raise ValueError(f"{self.groups}: {self.longest_group} drafts are more than can be verified")
+
+    @property
+    def most_pending(self) -> int:
+        """The most drafts that a pass verifies."""
+        return len(self.groups) - 1
+
+    @property
+    def longest_group(self) -> int:
+        """The most tokens that are drafted at once."""
+        return max(map(max, self.groups))
+
+    def num_masks(self, num_pending: int, shift: int = 1) -> int:
+        """Masks that a row with so many drafts reads: under shift 0 a group of g tokens takes g + 1."""
+        return sum(length + 1 - shift for length in self.groups[num_pending] if length)
+
+    def num_queries(self, num_pending: int, shift: int = 1) -> int:
+        """The last known token, the drafts, and all masks."""
+        return 1 + num_pending + self.num_masks(num_pending, shift)
+
+
+def autoregressive() -> DraftShape:
+    """No drafts: one token with every pass."""
+    return DraftShape("autoregressive", ((0,),))
+
+
+def quadratic(m: int) -> DraftShape:
+    """m masks behind every number of right drafts: each pass verifies m drafts and makes m new ones."""
+    return _named("quadratic", m, tuple((m,) * (d + 1) for d in range(m + 1)))
+
+
+def strided(m: int) -> DraftShape:
+    """m masks behind all drafts alone: after a refusal a pass only drafts. Source: I-DLM (arXiv 2604.11035)."""
+    return _named("strided", m, tuple((0,) * d + (m,) for d in range(m + 1)))
+
+
+def linear(m: int) -> DraftShape:
+    """A pass drafts, the next one verifies. Source: Orthrus (arXiv 2605.12825)."""
+    return _named("linear", m, tuple((0,) * d + (m if d == 0 else 0,) for d in range(m + 1)), takes_turns=True)
+
+
+def _named(name: str, m: int, groups: tuple[tuple[int, ...], ...], takes_turns: bool = False) -> DraftShape:
+    return DraftShape(f"{name} {m}", groups, takes_turns) if m else autoregressive()
+
+
+def ragged(acceptances: Sequence[float], budget: int, shift: int = 1) -> DraftShape:
+    """The groups that bring the most tokens per pass where no pass has more than `budget` queries.
+
+    The number of pending drafts is the state of a chain whose actions are the groups; value iteration finds the
+    actions with the highest mean reward, and a knapsack deals out each state's masks.
+
+    Args:
+        acceptances: a_1 to a_m; m bounds the groups.
+        budget: Queries of a row, at least 1.
+        shift: The model's.
+    """
+    most = min(len(acceptances), budget - 1)
+    if most < 1:
+        return autoregressive()
+    reached = _reached(acceptances)[: most + 1]
+    rewards = np.cumsum(reached)
+    worth = np.zeros(most + 1)
+    groups: list[tuple[int, ...]] = []
+    for _ in range(200):
+        values, groups = _best_groups(reached, worth, budget, shift)
+        new = rewards + values
+        new -= new[0]
+        if np.abs(new - worth).max() < _CLOSE:
+            break
+        worth = new
+    return DraftShape(f"ragged {budget}", tuple(groups))
+
+
+def _best_groups(
+    reached: np.ndarray, worth: np.ndarray, budget: int, shift: int
+) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """For each number of pending drafts, the lengths of highest expected worth, and that worth.
+
+    Args:
+        reached: A_0 to A_m.
+        worth: Of having 0 to m drafts pending.
+        budget: Queries of a row.
+        shift: The model's.
+    """
+    num_masks = np.arange(budget + 1)
+    costs = [length + (1 - shift) * (length > 0) for length in range(len(worth))]
+
+    def dealt(before: np.ndarray, chance: float) -> tuple[np.ndarray, np.ndarray]:
+        """The best worth of so many masks or fewer, one group more, and that group's length."""
+        options = np.full((len(worth), budget + 1), -np.inf)
+        for length, cost in enumerate(costs):
+            options[length, cost:] = before[: budget + 1 - cost] + chance * worth[length]
+        return options.max(0), options.argmax(0)
+
+    values, groups, inner = [], [], []
+    before = np.zeros(budget + 1)
+    for d in range(len(worth)):
+        room = budget - 1 - d
+        last, length_of_last = dealt(before, reached[d])
+        values.append(last[room])
+        lengths = [int(length_of_last[room])]
+        left = num_masks[room] - costs[lengths[0]]
+        for length_of in reversed(inner):
+            lengths.append(int(length_of[left]))
+            left -= costs[lengths[-1]]
+        groups.append(tuple(reversed(lengths)))
+        if d + 1 < len(worth):
+            before, length_of_group = dealt(before, reached[d] - reached[d + 1])
+            inner.append(length_of_group)
+    return np.array(values), groups
+
+
+def _reached(acceptances: Sequence[float]) -> np.ndarray:
+    """A_0 to A_m."""
+    return np.array(list(accumulate(acceptances, mul, initial=1.0)))
+
+
+def num_right_chances(acceptances: Sequence[float], num_pending: int) -> list[float]:
+    """The chances that exactly 0 to d of d drafts are right."""
+    reached = _reached(acceptances[:num_pending])
+    return [*(reached[:-1] - reached[1:]), reached[-1]]
+
+
+def shares_of_pending(shape: DraftShape, acceptances: Sequence[float]) -> list[float]:
+    """The shares of passes that begin with 0, 1, ... pending drafts, in the long run."""
+    size = shape.most_pending + 1
+    moves = np.zeros((size, size))
+    for d, lengths in enumerate(shape.groups):
+        for chance, length in zip(num_right_chances(acceptances, d), lengths, strict=True):
+            moves[d, length] += chance
+    lazy = (moves + np.eye(size)) / 2  # it has no period, and the same shares
+    return np.linalg.matrix_power(lazy, 2**20)[0].tolist()
+
+
+def tokens_per_pass(shape: DraftShape, acceptances: Sequence[float]) -> float:
+    """The mean number of tokens that a pass brings a row, in the long run."""
+    expected = np.cumsum(_reached(acceptances[: shape.most_pending]))
+    return float(np.dot(shares_of_pending(shape, acceptances), expected))
