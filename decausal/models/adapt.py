@@ -8,19 +8,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    FineGrainedFP8Config,
-    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 
 from decausal.diffusion.layout import Layout
@@ -30,12 +26,12 @@ from decausal.models.architecture import attention_implementation, refusal
 from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomplete
 from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
+from decausal.models.quantized import dequantizing, plain
 from decausal.secrets import drop_secrets
 
 logger = logging.getLogger(__name__)
 
 BIDIRECTIONAL = Layout("bidirectional")
-_DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 DEFAULT_MASK_TOKEN = "<|mask|>"
 # What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
 LOADING_ERRORS = (
@@ -115,7 +111,7 @@ def load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             **where,
-            **_dequantizing(config, where),
+            **dequantizing(config, where),
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation or attention_implementation(config),
@@ -130,7 +126,8 @@ def load_weights(
             f"{path} is not a causal language model: its weights lack {missing[0]} ({len(missing)} tensors missing); "
             "give a checkpoint with its output head"
         )
-    _forget_quantization(model)
+    if getattr(model, "is_quantized", False):
+        model = plain(model, dtype)
     forget_secrets(path, model)
     return model.to(dtype).eval()
 
@@ -143,34 +140,6 @@ def forget_secrets(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokeni
             logger.warning(
                 "the settings of %s hold secrets (%s), which are neither used nor recorded", path, ", ".join(found)
             )
-
-
-def _dequantizing(config: PretrainedConfig, where: dict[str, Any]) -> dict[str, Any]:
-    """Keywords under which transformers loads quantized weights as plain numbers."""
-    if "gguf_file" in where:
-        _keep_the_bar_of_gguf_quiet()
-        made = getattr(transformers, "GgufConfig", None)  # versions without it have no other way
-        return {} if made is None else {"quantization_config": made(gguf_file=where["gguf_file"], dequantize=True)}
-    stored = getattr(config, "quantization_config", None)
-    if not stored:
-        return {}
-    return {"quantization_config": _DEQUANTIZED[stored["quant_method"]](dequantize=True)}
-
-
-def _keep_the_bar_of_gguf_quiet() -> None:
-    """The bar that transformers shows while a GGUF file is dequantized asks nobody; its other bars ask its switch."""
-    if hasattr(modeling_gguf_pytorch_utils, "tqdm"):
-        modeling_gguf_pytorch_utils.tqdm = transformers.logging.tqdm
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """What is written of the model later must not say that its weights are quantized."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.is_quantized = False
 
 
 def _load_merged(

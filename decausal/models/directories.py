@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from decausal.models.facts import FACTS_FILE, read_facts
 ADAPTER_FILE = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
-DEQUANTIZED = ("fp8", "mxfp4")  # by transformers alone, on any machine
+# How weights may be quantized that transformers turns back into plain numbers on any machine, and what it needs for it.
+DEQUANTIZED = {"fp8": None, "mxfp4": None, "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 _UNMERGEABLE = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "CPT")
 _METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
 
@@ -66,17 +68,23 @@ def quantization(directory: Path) -> str | None:
     settings = _table(path).get("quantization_config") if path.is_file() else None
     if not settings:
         return None
-    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
+    if not isinstance(settings, dict):
+        return "unknown"
+    is_old = settings.get("load_in_8bit") or settings.get("load_in_4bit")  # of bitsandbytes, without its name
+    return str(settings.get("quant_method", "bitsandbytes" if is_old else "unknown"))
 
 
 def refuse_quantized(name: str, directory: Path) -> None:
-    """Raises UserError for weights that transformers cannot turn back into plain numbers by itself."""
+    """Raises UserError for weights that transformers cannot turn back into plain numbers here."""
     method = quantization(directory)
-    if method is not None and method not in DEQUANTIZED:
-        raise UserError(
-            f"the weights of {name} are quantized ({_METHODS.get(method, method)}), and training needs plain ones: "
-            "give the model from which they were made"
-        )
+    if method is None:
+        return
+    told = f"the weights of {name} are quantized ({_METHODS.get(method, method)}), and training needs plain ones"
+    if method not in DEQUANTIZED:
+        raise UserError(f"{told}: give the model from which they were made")
+    package = DEQUANTIZED[method]
+    if package is not None and find_spec(package) is None:
+        raise UserError(f"{told}: pip install 'decausal[quantized]' turns them back, or give what they were made from")
 
 
 def refuse_no_model(directory: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import load_converted, save_converted
 from decausal.models.facts import ConversionFacts
 from decausal.models.names import check_converted, check_source
-from tests.runs import run_python, save_source
+from tests.runs import assert_same, run_python, save_source
 
 
 @pytest.fixture
@@ -74,8 +75,7 @@ def only_gguf(directory: Path) -> None:
 
 
 BROKEN = {
-    "bitsandbytes": (quantized("bitsandbytes"), r"are quantized \(bitsandbytes\).*give the model from which they were"),
-    "GPTQ": (quantized("gptq"), r"are quantized \(GPTQ\)"),
+    "GPTQ": (quantized("gptq"), r"are quantized \(GPTQ\).*give the model from which they were made"),
     "AWQ": (quantized("awq"), r"are quantized \(AWQ\)"),
     "another method": (quantized("hqq"), r"are quantized \(hqq\)"),
     "a shard missing": (
@@ -136,6 +136,17 @@ def test_shards_of_pickles_that_are_missing_are_named(directory: Path) -> None:
         check_source(directory)
 
 
+def assert_saved_as_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Asserts that a model is written as plain numbers, as any model of its family is."""
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
+    save_converted(directory, model, tokenizer, ConversionFacts("x", "causal", 1, 0))
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+    found, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert_same(found.state_dict(), model.state_dict())
+
+
 def test_fp8_weights_come_back_as_plain_numbers(tmp_path: Path) -> None:
     """Each matrix of the layers in float8 with a scale for each block of 128 by 128, as DeepSeek-V3 is published."""
     directory = save_source(tmp_path / "model")
@@ -149,12 +160,69 @@ def test_fp8_weights_come_back_as_plain_numbers(tmp_path: Path) -> None:
     stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     configure(quantization_config=stored)(directory)
     model, tokenizer = load_source(directory)
-    found = model.state_dict()
-    assert not any("scale_inv" in name for name in found)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor)
-    save_converted(tmp_path / "out", model, tokenizer, ConversionFacts("x", "causal", 1, 0))
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # a family whose weights stand the other way round, too
+def test_weights_of_bitsandbytes_come_back_as_plain_numbers(family: str, num_bits: int, tmp_path: Path) -> None:
+    directory, stored = save_source(tmp_path / "model", family), BitsAndBytesConfig(**{f"load_in_{num_bits}bit": True})
+    plain = load_source(directory)[0]
+    packed = AutoModelForCausalLM.from_pretrained(directory, quantization_config=stored, device_map={"": "cpu"})
+    ids = torch.arange(12)[None]
+    packed.save_pretrained(directory)
+    assert load_file(directory / "model.safetensors").keys() != plain.state_dict().keys()
+    model, tokenizer = load_source(directory)
+    for name, tensor in plain.state_dict().items():
+        assert (model.state_dict()[name] - tensor).norm() <= (0.5 if num_bits == 4 else 0.02) * tensor.norm()
+    with torch.no_grad():
+        expected = packed.dequantize(torch.float32)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_weights_of_compressed_tensors_come_back_as_plain_numbers(num_bits: int, tmp_path: Path) -> None:
+    """Each matrix of the layers as whole numbers with a scale for each row; those of 4 bits packed by eights."""
+    directory = save_source(tmp_path / "model")
+    tensors, expected = load_file(directory / "model.safetensors"), {}
+    largest = 2 ** (num_bits - 1) - 1
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / largest
+        whole = (tensors[name] / scale).round().to(torch.int8)
+        expected[name] = whole.float() * scale
+        tensors[f"{name}_scale"] = scale
+        if num_bits == 8:
+            tensors[name] = whole
+        else:
+            tensors[f"{name}_shape"] = torch.tensor(tensors.pop(name).shape)
+            unsigned = (whole.int() + 8).unflatten(1, (-1, 8))
+            tensors[f"{name}_packed"] = (unsigned << torch.arange(0, 32, 4)).sum(dim=2, dtype=torch.int32)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": num_bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    stored = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    stored |= {"format": "int-quantized" if num_bits == 8 else "pack-quantized"}
+    stored |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    configure(quantization_config=stored)(directory)
+    model, tokenizer = load_source(directory)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors"])
+def test_what_turns_them_back_is_named_where_it_is_missing(
+    method: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized(method)(directory)
+    check_source(directory)
+    monkeypatch.setattr("decausal.models.directories.find_spec", lambda name: None)
+    for refuse in (check_source, load_source):
+        with pytest.raises(UserError, match=rf"are quantized \({method}\).*pip install 'decausal\[quantized\]'"):
+            refuse(directory)
 
 
 def test_what_is_no_model_is_told_before_torch_is_imported(directory: Path) -> None:
