@@ -21,7 +21,7 @@ from transformers import (
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
-from decausal.models.adapters import merged
+from decausal.models.adapters import hushed, merged
 from decausal.models.architecture import attention_implementation, refusal
 from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomplete
 from decausal.models.gguf_files import check_gguf, is_gguf
@@ -108,16 +108,17 @@ def load_weights(
     """
     name, where = _files(path, revision)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            **where,
-            **dequantizing(config, where),
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation or attention_implementation(config),
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with hushed():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                **where,
+                **dequantizing(config, where),
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation or attention_implementation(config),
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the weights of {path}: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from decausal.errors import UserError, first_line
+
+CHATTY = ("bitsandbytes", "transformers.integrations.bitsandbytes")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keeps back what PEFT and bitsandbytes tell their own developers, and no user can act on."""
+    logs = [logging.getLogger(name) for name in CHATTY]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def merged(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -17,11 +38,12 @@ def merged(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
         UserError: PEFT is missing, or the adapter does not fit the model.
     """
     try:
-        from peft import PeftModel
+        with hushed():  # it imports bitsandbytes where that is installed
+            from peft import PeftModel
     except ImportError as error:
         raise UserError(f"the adapter in {directory} needs peft: pip install 'decausal[lora]'") from error
     try:
-        with warnings.catch_warnings():
+        with hushed():
             # Of keys that are missing PEFT only warns; the model would be the base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             whole = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()

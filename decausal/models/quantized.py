@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.pytorch_utils import Conv1D
 
+from decausal.models.adapters import hushed
+
 _TRACES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_device_map")
 
 
@@ -35,7 +37,8 @@ def _keep_the_bar_of_gguf_quiet() -> None:
 def plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Returns a model that was quantized with plain layers, and with nothing that speaks of it when it is saved."""
     if hasattr(model, "is_loaded_in_4bit") or hasattr(model, "is_loaded_in_8bit"):  # by bitsandbytes
-        model = model.dequantize(dtype)
+        with hushed():
+            model = model.dequantize(dtype)
         _turn_back(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

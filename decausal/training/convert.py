@@ -19,6 +19,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source
+from decausal.models.adapters import hushed
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers
 from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
@@ -258,7 +259,8 @@ def _student(
 
 def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.Module:
     try:
-        from peft import LoraConfig, get_peft_model
+        with hushed():  # it imports bitsandbytes where that is installed
+            from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora_r needs peft: pip install 'decausal[lora]'") from error
     modules = settings.lora_target_modules
@@ -269,7 +271,7 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.M
         target_modules=list(modules) if isinstance(modules, tuple) else modules,
     )
     try:
-        with warnings.catch_warnings():
+        with hushed():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 and says so
             return get_peft_model(model, config)
     except ValueError as error:

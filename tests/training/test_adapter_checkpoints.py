@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def test_the_last_checkpoint_is_the_final_model(made: Path) -> None:
     assert last.model.generation_config.eos_token_id == final.model.generation_config.eos_token_id
     assert last.model.config.is_causal == final.model.config.is_causal
     assert type(last.model) is type(final.model)
+
+
+def test_loading_one_shows_nothing_of_what_libraries_tell_their_developers(
+    made: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    warnings.simplefilter("always")
+    load_converted(made / "checkpoint-2")
+    assert [str(warning.message) for warning in recwarn] == []
+    assert caplog.messages == []
 
 
 def test_an_earlier_checkpoint_is_an_earlier_model(made: Path) -> None:
