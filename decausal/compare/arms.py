@@ -15,7 +15,7 @@ from decausal.errors import UserError, nearest
 from decausal.training.settings import ConversionSettings
 
 _NAME = re.compile(r"[\w.+-]+")
-_FACTS = ("layout", "block_size", "causal_context", "shift")
+_FACTS = ("layout", "block_size", "causal_context", "shift", "causal_groups", "weights")
 _SET_HERE = {
     "output_dir": "--output_dir of the comparison",
     "overwrite": "--overwrite of the comparison",

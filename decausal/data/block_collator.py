@@ -26,6 +26,7 @@ class BlockCollator:
         aligned_index, teacher_index [m]: the aligned states, in [B*S] and in [B*T];
         causal_index, causal_teacher_index [c]: in [B*S] and in [B*T], clean states that have read what precedes a
         predictable token and nothing more: any token where the context is causal, else those that begin a block;
+        causal_target_ids [c]: these tokens;
         counts: as in `Collator`.
 
     Attributes:
@@ -71,6 +72,7 @@ class BlockCollator:
                 "teacher_index": rows.source_index.reshape(-1)[aligned_index],
                 "causal_index": rows.place_of(0, causal_target - 1),
                 "causal_teacher_index": causal_target - 1,
+                "causal_target_ids": stacked.clean_ids.reshape(-1)[causal_target],
                 "counts": of_targets["counts"] | counts,
             }
         )

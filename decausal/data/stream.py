@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from decausal.data.counts import counted
+from decausal.diffusion.grouping import Grouping
+from decausal.diffusion.groups import is_first_of_group
 from decausal.diffusion.layout import block_numbers, is_packed, positions_in_documents
 from decausal.diffusion.noise import draw_noise
 from decausal.diffusion.shift import predictable, predicting_index
@@ -57,10 +59,13 @@ class Noising:
 class TrainingStream(Dataset[dict[str, Tensor]]):
     """The run's training rows in the order they are trained on; item p is a function of (seed, p) alone.
 
-    Rows are shuffled anew in each epoch. `noising` None leaves them clean: autoregressive training.
+    Rows are shuffled anew in each epoch. `noising` None leaves them clean: autoregressive training. A `Grouping` leaves
+    them clean, too, and says where groups of masks begin: `is_first` [T] and `group_length`.
     """
 
-    def __init__(self, rows: Rows, num_samples: int, *, seed: int, shift: int, noising: Noising | None) -> None:
+    def __init__(
+        self, rows: Rows, num_samples: int, *, seed: int, shift: int, noising: Noising | Grouping | None
+    ) -> None:
         self.rows = rows
         self.num_samples = num_samples
         self.seed = seed
@@ -88,6 +93,8 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
         row = self.rows[self.row_index(position)]
         is_predictable = row["is_maskable"] & predictable(row["document_ids"][None], self.shift)[0]
         item = {"clean_ids": row["clean_ids"], "document_ids": row["document_ids"], "is_predictable": is_predictable}
+        if isinstance(self.noising, Grouping):
+            return item | self._groups(item, self.noising, position)
         if self.noising is None:
             level = torch.ones(1, len(is_predictable))
             return item | {"is_masked": torch.zeros_like(is_predictable)[None], "level": level}
@@ -102,6 +109,20 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
             block_size=self.noising.block_size,
         )
         return item | {"is_masked": noise.is_masked, "level": noise.level}
+
+    def _groups(self, item: dict[str, Tensor], grouping: Grouping, position: int) -> dict[str, Tensor]:
+        return places_of_groups(item, grouping, position=position, seed=self.seed, num_rows=self.num_samples)
+
+
+def places_of_groups(
+    item: dict[str, Tensor], grouping: Grouping, *, position: int, seed: int, num_rows: int
+) -> dict[str, Tensor]:
+    """Returns where the groups of a row begin, and how long they are, at a position of a run of `num_rows` rows."""
+    length = grouping.length_at(position, num_rows)
+    is_first = is_first_of_group(
+        item["document_ids"], item["is_predictable"], grouping, length, position=position, seed=seed
+    )
+    return {"is_first": is_first, "group_length": torch.tensor(length)}
 
 
 class Items(NamedTuple):
@@ -118,11 +139,16 @@ class Items(NamedTuple):
         return Items(*(torch.stack([item[name] for item in items]) for name in Items._fields))
 
     def clean_rows(self) -> Batch:
-        """What the teacher reads: `clean_ids`; document and position ids only where rows are packed or padded."""
-        rows = {"clean_ids": self.clean_ids}
-        if is_packed(self.document_ids):
-            rows |= {"document_ids": self.document_ids, "position_ids": positions_in_documents(self.document_ids)}
-        return rows
+        """What the teacher reads."""
+        return clean_rows(self.clean_ids, self.document_ids)
+
+
+def clean_rows(clean_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Batch:
+    """Returns `clean_ids`; with document and position ids only where rows are packed or padded."""
+    rows: Batch = {"clean_ids": clean_ids}
+    if is_packed(document_ids):
+        rows |= {"document_ids": document_ids, "position_ids": positions_in_documents(document_ids)}
+    return rows
 
 
 class Targets(NamedTuple):

@@ -78,6 +78,8 @@ def _in_block_order(
     is_clean_query = query_stream == 0
     reads_clean = (is_clean_query & clean_reads_clean) | (~is_clean_query & (key_block < query_block))
     reads_own_stream = (query_stream == key_stream) & (key_block == query_block)
+    if layout.causal_groups:
+        reads_own_stream = reads_own_stream & (key_position <= query_position)
     return ((key_stream == 0) & reads_clean) | ((key_stream != 0) & reads_own_stream)
 
 

@@ -20,14 +20,17 @@ class Layout:
             document: the block of position p is ``p // block_size``.
         causal_context: only for ``"block"``: finished tokens read each other causally, as the autoregressive model did,
             instead of in both directions inside their block.
+        causal_groups: only for ``"block"``: tokens of a noised block read no later ones of it, so that the block's
+            first tokens do not depend on its length.
 
     Raises:
-        UserError: for an unknown kind, or a block size or a context that does not fit it.
+        UserError: for an unknown kind, or a block size, a context or groups that do not fit it.
     """
 
     kind: str
     block_size: int | None = None
     causal_context: bool = False
+    causal_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in LAYOUT_KINDS:
@@ -40,5 +43,6 @@ class Layout:
             raise UserError(
                 f"layout '{self.kind}' has block_size {self.block_size}; leave it out, or use layout 'block'"
             )
-        if self.kind != "block" and self.causal_context:
-            raise UserError(f"layout '{self.kind}' has causal_context; leave it out, or use layout 'block'")
+        for name in ("causal_context", "causal_groups"):
+            if self.kind != "block" and getattr(self, name):
+                raise UserError(f"layout '{self.kind}' has {name}; leave it out, or use layout 'block'")

@@ -44,7 +44,7 @@ from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
 from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Ratio, beside, ratio_over_rows
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
-from decausal.models.backbone import head_of
+from decausal.models.backbone import denoising_head, head_of
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
@@ -94,7 +94,7 @@ def evaluate_nll(
     _check(samples_per_row=samples_per_row, num_bins=num_bins)
     indices = spread_indices(rows, num_rows)
     sizes = _sizes(rows, indices, tokenizer)
-    head = head_of(model)._replace(banned=facts.mask_token_id)
+    head = denoising_head(model, facts.mask_token_id)
     totals = _Totals(len(indices), num_bins)
     num_done, num_views = 0, len(indices) * samples_per_row
     with measuring(model):

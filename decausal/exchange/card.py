@@ -123,6 +123,8 @@ def _what_it_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
         "block": f"text is written in blocks of {facts.block_size} tokens, each read in both directions",
         "causal": "every token reads what precedes it",
     }[facts.layout]
+    if facts.is_gated:
+        return _what_gated_is(facts, config)
     predicts = "the state before a token predicts it" if facts.shift else "the state at a token's place predicts it"
     revision = f" (revision `{facts.source_revision}`)" if facts.source_revision else ""
     return (
@@ -136,6 +138,24 @@ def _what_it_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
     )
 
 
+def _what_gated_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
+    revision = f" (revision `{facts.source_revision}`)" if facts.source_revision else ""
+    where = (
+        "in this directory, byte for byte" if facts.base_reference is None else f"`{facts.base_reference}` on the hub"
+    )
+    return (
+        f"`{_shown(facts.source)}`{revision}, and an adapter that drafts several tokens at once, made with decausal "
+        f"{facts.decausal_version}. The adapter acts at mask tokens alone; the model itself verifies every draft, so "
+        "that what is written is its own text.\n\n"
+        "| fact | value |\n|---|---|\n"
+        f"| model | a stock `{config.model_type}`, {where} |\n"
+        f"| draft | LoRA and the mask token's row, in `draft/` |\n"
+        f"| drafts | up to {facts.block_size} tokens in a pass |\n"
+        f"| masks of a group read | {'earlier ones' if facts.causal_groups else 'each other'} |\n"
+        f"| mask token | id {facts.mask_token_id}, outside the vocabulary |"
+    )
+
+
 def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) -> str:
     if form == "sdar":
         served = "".join(f"\nWith {engine}:\n\n```bash\n{command}\n```\n" for engine, command in commands.items())
@@ -143,6 +163,8 @@ def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) ->
             "## Use\n\nThe files are in SDAR's form, which block diffusion engines read.\n"
             f"{served}\nBack into decausal's form: `decausal import DIR --output_dir OUT`."
         )
+    if facts.is_gated:
+        return _how_to_load_gated(facts)
     if facts.layout == "bidirectional":
         stock = "reads in both directions (`config.is_causal` is false)"
     else:
@@ -158,6 +180,20 @@ def _how_to_load(facts: ConversionFacts, form: str, commands: dict[str, str]) ->
         'tokenizer = AutoTokenizer.from_pretrained("DIR")\n```\n\n'
         f"loads the stock class, which {stock}. `model.generate` of transformers writes from left to right and is not "
         "what this model was trained for."
+    )
+
+
+def _how_to_load_gated(facts: ConversionFacts) -> str:
+    plain = (
+        "Without decausal the directory is the AR model itself, for transformers and every engine that serves it."
+        if facts.base_reference is None
+        else "Without decausal load the AR model from the hub; this repository holds the draft alone."
+    )
+    return (
+        "## Use\n\n```python\nimport decausal\n\n"
+        'model = decausal.load("DIR")  # this directory, or its id on the hub\n'
+        'print(model.generate("Once upon a time", max_new_tokens=64).text)\n```\n\n'
+        f"```bash\ndecausal generate DIR 'Once upon a time'\n```\n\n{plain}"
     )
 
 

@@ -55,8 +55,8 @@ def open_converted(directory: Path) -> ConvertedFiles:
         UserError: it is none, its files are broken, or facts, tokenizer and weights disagree.
     """
     facts = read_facts(directory)
-    _refuse_links_out(directory)
-    _refuse_secrets(directory)
+    refuse_links_out(directory)
+    refuse_secrets(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -75,7 +75,7 @@ def open_converted(directory: Path) -> ConvertedFiles:
     return ConvertedFiles(directory, facts, config, tokenizer, TensorFiles(directory))
 
 
-def _refuse_links_out(directory: Path) -> None:
+def refuse_links_out(directory: Path) -> None:
     """Raises UserError for a link to a file elsewhere, which would be handed on under the link's name.
 
     Weights may be links: what is no safetensors file is refused when it is opened. The hub's cache is made of links to
@@ -94,7 +94,7 @@ def _refuse_links_out(directory: Path) -> None:
             )
 
 
-def _refuse_secrets(directory: Path) -> None:
+def refuse_secrets(directory: Path) -> None:
     """Raises UserError for a secret in settings that came with the source and would be handed on with them."""
     for name in _SETTINGS:
         path = directory / name

@@ -11,12 +11,13 @@ from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard, names_base_model
 from decausal.exchange.converted_files import ConvertedFiles, open_converted, whole_directory
 from decausal.exchange.exported import Exported
+from decausal.exchange.gated import export_gated
 from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import EMBEDDINGS, HEAD
 from decausal.exchange.tensor_files import write_tensor_files
 from decausal.exchange.tokenizer_files import without_code
-from decausal.models.facts import ConversionFacts, write_facts
+from decausal.models.facts import ConversionFacts, read_facts, write_facts
 
 _CARRIED = ("config.json", "generation_config.json")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -36,6 +37,10 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
         UserError: `directory` is no whole converted model, or `output_dir` is not empty.
     """
     refuse_filled(Path(output_dir))
+    facts = read_facts(directory)
+    if facts.is_gated:
+        card = card or ModelCard()
+        return export_gated(Path(directory), facts, Path(output_dir), card, _notes(card, facts))
     with whole_directory(Path(directory)) as whole:
         return _export(whole, Path(output_dir), card or ModelCard())
 

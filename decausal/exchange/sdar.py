@@ -22,7 +22,7 @@ from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, engine_mask_token
 from decausal.exchange.staging import refuse_filled, staged
 from decausal.exchange.stock import EMBEDDINGS, HEAD, expected_tensors, head_dim
 from decausal.exchange.tensor_files import Stored, refuse_other_tensors, write_tensor_files
-from decausal.models.facts import ConversionFacts
+from decausal.models.facts import ConversionFacts, read_facts
 
 ARCHITECTURES = {"qwen3": "SDARForCausalLM", "qwen3_moe": "SDARMoeForCausalLM"}
 MODEL_TYPES = {"qwen3": "sdar", "qwen3_moe": "sdar_moe"}
@@ -44,6 +44,11 @@ def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCar
         UserError: SDAR cannot express the model (with the reason), its files are broken, or `output_dir` is not empty.
     """
     refuse_filled(Path(output_dir))
+    if read_facts(directory).is_gated:
+        raise UserError(
+            f"{directory} is a gated conversion, which SDAR's form cannot hold: its adapter acts at masks alone and is "
+            "never merged; give --format hf"
+        )
     with whole_directory(Path(directory)) as whole:
         source = open_converted(whole)
         reason = refusal(source.facts, source.config)

@@ -83,14 +83,21 @@ def load_source(
         raise UserError(f"{path} cannot be converted: {reason}; give a decoder-only causal language model")
     if revision is None and not is_gguf(path):
         refuse_incomplete(Path(path))
-    model = load_weights(
-        path,
-        config,
-        dtype=dtype,
-        revision=revision,
-        attn_implementation=attn_implementation,
-    )
+    model = load_weights(path, config, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
     return model, _tokenizer(path, revision)
+
+
+def load_base(
+    directory: Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the autoregressive model that a gated conversion's directory holds, as `load_source` loads others.
+
+    Raises:
+        UserError: its files cannot be read.
+    """
+    path = str(directory)
+    model = load_weights(path, _config(path, None), dtype=dtype, attn_implementation=attn_implementation)
+    return model, _tokenizer(path, None)
 
 
 def load_weights(

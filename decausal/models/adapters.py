@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -37,6 +38,20 @@ def merged(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     Raises:
         UserError: PEFT is missing, or the adapter does not fit the model.
     """
+    whole = _wrapped(model, directory).merge_and_unload()
+    return whole.requires_grad_(True).eval()  # PEFT froze it
+
+
+def with_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Puts the adapter in `directory` on the model that it was trained on, which stays its own class.
+
+    Raises:
+        UserError: PEFT is missing, or the adapter does not fit the model.
+    """
+    return _wrapped(model, directory, autocast_adapter_dtype=False).to(model.dtype).get_base_model().eval()
+
+
+def _wrapped(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
     try:
         with hushed():  # it imports bitsandbytes where that is installed
             from peft import PeftModel
@@ -46,7 +61,7 @@ def merged(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
         with hushed():
             # Of keys that are missing PEFT only warns; the model would be the base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            whole = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+            return PeftModel.from_pretrained(model, str(directory), **options)
     except Exception as error:  # PEFT raises what each of its parts does
         raise UserError(f"the adapter in {directory} does not fit its base model: {first_line(error)}") from error
-    return whole.requires_grad_(True).eval()  # PEFT froze it

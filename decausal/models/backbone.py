@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from decausal.diffusion.layout import Layout, positions_in_documents
@@ -47,6 +49,7 @@ def body_forward(
     stream_ids: Int[Tensor, "B T"] | None = None,
     future: tuple[Float[Tensor, "S S"], float] | None = None,
     output_hidden_states: bool = False,
+    cache: Cache | None = None,
 ) -> BaseModelOutput:
     """Runs the model's body, without its head, under `layout`.
 
@@ -62,6 +65,7 @@ def body_forward(
         future: (future_order, future_fraction) of `attention_mask`, to anneal attention from causal to `layout`.
         output_hidden_states: also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
             state after the final norm, which is `last_hidden_state` itself.
+        cache: empty; takes the keys and values of the rows.
 
     Raises:
         UserError: when the model's attention implementation takes no such mask.
@@ -73,14 +77,14 @@ def body_forward(
     if document_ids is None and position_ids is None and future is None:
         attention = _stock_attention(body.config, layout, input_ids.shape[1])
         if attention is not None and layout.kind == "causal":
-            attention |= {"past_key_values": _NO_CACHE}
+            attention |= {"past_key_values": _NO_CACHE if cache is None else cache}
     if attention is None:
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
         if position_ids is None:
             position_ids = positions_in_documents(document_ids)
         masks = _masks(body, RowAttention(layout, document_ids, position_ids, stream_ids, future))
-        attention = {"attention_mask": masks, "position_ids": position_ids}
+        attention = {"attention_mask": masks, "position_ids": position_ids, "past_key_values": cache}
     with few_plans(body, tuple(input_ids.shape)):
         output = body(
             input_ids=input_ids,
@@ -89,6 +93,49 @@ def body_forward(
             return_dict=True,
             **attention,
         )
+    hidden_states = None
+    if output_hidden_states:
+        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
+    return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
+
+
+def masked_forward(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B q"],
+    position_ids: Int[Tensor, "B q"],
+    is_visible: Callable[[int | None], Bool[Tensor, "B q n"]],
+    cache: Cache,
+    *,
+    output_hidden_states: bool = False,
+) -> BaseModelOutput:
+    """Runs the model's body on tokens that read keys of a cache, under any mask.
+
+    Args:
+        model: any stock causal LM, or a PEFT wrapper around one.
+        input_ids: the tokens.
+        position_ids: their positions.
+        is_visible: which of the n keys each token reads, in layers with a sliding window of so many tokens, or without
+            one (None).
+        cache: gives the keys.
+        output_hidden_states: see `body_forward`.
+    """
+    body = stock_model(model).base_model
+    windows = layer_windows(body.config)
+    by_window = {
+        window: as_the_attention_takes_it(is_visible(window)[:, None], body) for window in set(windows.values())
+    }
+    masks: Any = {kind: by_window[window] for kind, window in windows.items()}
+    if len(by_window) == 1:
+        (masks,) = by_window.values()
+    output = body(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=masks,
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=output_hidden_states,
+        return_dict=True,
+    )
     hidden_states = None
     if output_hidden_states:
         hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
@@ -236,6 +283,15 @@ def head_of(model: nn.Module) -> Head:
     return Head(
         weight=linear.weight, bias=linear.bias, scale=_logit_scale(stock.config), softcap=softcap and float(softcap)
     )
+
+
+def denoising_head(model: nn.Module, mask_token_id: int) -> Head:
+    """The model's head, from which the mask token, never a prediction, is banned.
+
+    A mask token without a row in the head is none of its predictions anyway.
+    """
+    head = head_of(model)
+    return head._replace(banned=mask_token_id if mask_token_id < len(head.weight) else None)
 
 
 def _logit_scale(config: PretrainedConfig) -> float:

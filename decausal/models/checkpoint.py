@@ -16,6 +16,7 @@ from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
 from decausal.models.directories import Adapter, adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts, write_facts
+from decausal.models.gated_checkpoint import load_gated
 from decausal.models.mask_row import fold_mask_row, put_mask_row
 from decausal.models.names import converted_directory, is_converted
 
@@ -115,6 +116,10 @@ def load_converted(
     """
     path = converted_directory(model_name_or_path, revision)
     facts = read_facts(path)
+    if facts.is_gated:
+        model, tokenizer = load_gated(path, facts, dtype, attn_implementation)
+        count_as_ends(model, tokenizer, facts.end_token_ids)
+        return Converted(model.eval().to(device), tokenizer, facts)
     adapter = adapter_of(path)
     if adapter is not None:
         return _with_adapter(path, facts, adapter, dtype, device, attn_implementation)

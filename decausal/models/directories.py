@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from decausal.errors import UserError, first_line
-from decausal.models.facts import FACTS_FILE, read_facts
+from decausal.models.facts import DRAFT, FACTS_FILE, read_facts
 
 ADAPTER_FILE = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -115,7 +115,9 @@ def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> Non
     if adapter_of(directory) is not None:
         _refuse_cut_off(directory / "adapter_model.safetensors")
         return
-    files = list(_weight_files(directory))
+    if (directory / DRAFT).is_dir():
+        refuse_incomplete_draft(directory)
+    files = list(weight_files(directory))
     if not files and may_lack_weights:
         return
     if not files:
@@ -126,11 +128,23 @@ def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> Non
         raise UserError(f"{directory} holds no tokenizer (tokenizer.json); copy it there from the model's source")
 
 
+def refuse_incomplete_draft(directory: Path) -> None:
+    """Refuses a gated conversion whose adapter is missing or cut off.
+
+    Raises:
+        UserError: one line that names the file and says what to do.
+    """
+    path = directory / DRAFT / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing, which drafts for this model; fetch it again")
+    _refuse_cut_off(path)
+
+
 def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(name), None) for name in _TOKENIZERS)
 
 
-def _weight_files(directory: Path) -> Iterator[Path]:
+def weight_files(directory: Path) -> Iterator[Path]:
     """The files that hold the weights, in the order in which transformers looks for them."""
     for name in _SINGLE:
         index = directory / f"{name}.index.json"

@@ -176,8 +176,16 @@ def _put(question: Question, judge: Judge) -> Probe:
 
 
 def _mask_token_probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, facts: ConversionFacts) -> Probe:
-    matrix = stock_model(model).get_input_embeddings().weight
-    token_id = facts.mask_token_id
+    embedding, token_id = stock_model(model).get_input_embeddings(), facts.mask_token_id
+    if facts.is_gated:
+        norm = embedding.mask_row.float().norm().item()
+        return Probe(
+            "mask token has a row of its own",
+            0.0 < norm < float("inf"),
+            f"id {token_id}, outside the embedding, norm {norm:.3g}",
+            "the mask token's row is empty, or no number",
+        )
+    matrix = embedding.weight
     is_named = tokenizer is None or tokenizer.mask_token_id == token_id
     exists = 0 <= token_id < len(matrix)
     norm = matrix[token_id].float().norm().item() if exists else 0.0

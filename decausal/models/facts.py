@@ -15,7 +15,10 @@ from decausal.files import write_whole
 from decausal.secrets import without_secrets
 
 FACTS_FILE = "decausal.json"
+DRAFT = "draft"
+"""The directory of a gated conversion's adapter."""
 SCHEMA_VERSION = 1
+WEIGHTS = ("shared", "gated")
 
 
 def _installed_version() -> str:
@@ -35,6 +38,11 @@ class ConversionFacts:
         layout: kind of attention layout, see `decausal.diffusion.layout.Layout`.
         block_size: tokens per block, for the layout "block" only.
         causal_context: for the layout "block" only: finished tokens read each other causally.
+        causal_groups: for the layout "block" only: masks of a block read no later ones of it.
+        weights: "shared", or "gated": an adapter and the mask token's row act at masks alone, and everything else is
+            the source, see `decausal.models.gated`.
+        base: of gated weights: SHA-256 of each file of the source, by name.
+        base_reference: of gated weights whose source is not in the directory: its id on the hub and "@", its commit.
         shift: 1 where the state at i - 1 predicts token i, 0 where the state at i does.
         mask_token_id: the id that stands for a token not yet known.
         noise_schedule: "linear": a token is masked with probability t.
@@ -59,6 +67,10 @@ class ConversionFacts:
     sampler: dict[str, Any] = field(default_factory=dict)
     earlier_stages: list[dict[str, Any]] = field(default_factory=list)
     end_token_ids: list[int] = field(default_factory=list)
+    causal_groups: bool = False
+    weights: str = "shared"
+    base: dict[str, str] = field(default_factory=dict)
+    base_reference: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -67,11 +79,27 @@ class ConversionFacts:
             raise UserError(f"shift is {self.shift}; accepted: 0, 1")
         if self.noise_schedule != "linear":
             raise UserError(f"noise_schedule is '{self.noise_schedule}'; accepted: linear")
+        if self.weights not in WEIGHTS:
+            raise UserError(
+                f"weights are '{self.weights}'{nearest(self.weights, WEIGHTS)}; accepted: {', '.join(WEIGHTS)}"
+            )
+        if self.is_gated and not (self.layout == "block" and self.causal_context and self.shift == 1):
+            raise UserError("gated weights need layout 'block' with causal_context and shift 1: the source is causal")
 
     @property
     def attention(self) -> Layout:
         """The layout as the rest of the library takes it."""
-        return Layout(self.layout, self.block_size, self.causal_context)
+        return Layout(self.layout, self.block_size, self.causal_context, self.causal_groups)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether all but the masks is read by the source's own weights."""
+        return self.weights == "gated"
+
+    @property
+    def only_drafts(self) -> bool:
+        """Whether masks are good for drafts alone, which the causal model verifies, and not for denoising."""
+        return self.is_gated or self.causal_groups
 
 
 def write_facts(directory: str | Path, facts: ConversionFacts) -> None:
@@ -125,6 +153,10 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "mask_token_id": (_is_whole, "a whole number"),
     "block_size": (lambda value: value is None or _is_whole(value), "a whole number, or null"),
     "causal_context": (lambda value: isinstance(value, bool), "true or false"),
+    "causal_groups": (lambda value: isinstance(value, bool), "true or false"),
+    "weights": (_is_text, "text"),
+    "base": (lambda value: _is_table(value) and all(map(_is_text, value.values())), "a table of hashes"),
+    "base_reference": (lambda value: value is None or _is_text(value), "text, or null"),
     "source_revision": (lambda value: value is None or _is_text(value), "text, or null"),
     "noise_schedule": (_is_text, "text"),
     "recipe": (_is_table, "a table"),

@@ -80,19 +80,24 @@ def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
     embedding = stock_model(model).get_input_embeddings()
     if not hasattr(embedding, MASK_ROW):
         return
-    row = embedding.weight[embedding.mask_token_id]
-    if checkpoint is not None and (checkpoint / MASK_ROW_FILE).is_file():
-        row = load_file(checkpoint / MASK_ROW_FILE)[MASK_ROW]
+    row = None if checkpoint is None else read_mask_row(checkpoint)
     with torch.no_grad():
-        embedding.mask_row.copy_(row)
+        embedding.mask_row.copy_(embedding.weight[embedding.mask_token_id] if row is None else row)
+
+
+def read_mask_row(checkpoint: Path) -> Tensor | None:
+    """Returns the row that lies beside an adapter's weights, if there is one."""
+    path = checkpoint / MASK_ROW_FILE
+    return load_file(path)[MASK_ROW] if path.is_file() else None
 
 
 def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None:
     """Puts the row that lies beside an adapter's weights, if there is one, into the matrix of a stock model."""
-    if (checkpoint / MASK_ROW_FILE).is_file():
+    row = read_mask_row(checkpoint)
+    if row is not None:
         weight = stock_model(model).get_input_embeddings().weight
         with torch.no_grad():
-            weight[mask_token_id] = load_file(checkpoint / MASK_ROW_FILE)[MASK_ROW].to(weight)
+            weight[mask_token_id] = row.to(weight)
 
 
 def settle_mask_row(model: nn.Module) -> None:
@@ -108,9 +113,13 @@ def settle_mask_row(model: nn.Module) -> None:
     del embedding.mask_row, embedding.mask_token_id
 
 
-def _put_mask_row_in_place(embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    row = embedding.mask_row.to(output.dtype)
+def scaled_as_embeddings(row: Tensor, embedding: nn.Module, output: Tensor) -> Tensor:
+    """Returns a row as the embedding gives its own out: in the type of its output, and scaled where it scales them."""
+    row = row.to(output.dtype)
     scale = getattr(embedding, "embed_scale", None)  # Gemma-3 multiplies inside its embedding module
-    if scale is not None:
-        row = row * (scale.to(row.dtype) if isinstance(scale, Tensor) else scale)
+    return row if scale is None else row * (scale.to(row.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _put_mask_row_in_place(embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    row = scaled_as_embeddings(embedding.mask_row, embedding, output)
     return torch.where((args[0] == embedding.mask_token_id)[..., None], row, output)

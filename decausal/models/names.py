@@ -14,6 +14,7 @@ from decausal.models.directories import (
     adapter_of,
     refuse_adapter,
     refuse_incomplete,
+    refuse_incomplete_draft,
     refuse_no_model,
     refuse_quantized,
 )
@@ -150,7 +151,10 @@ def converted_directory(model_name_or_path: str | Path, revision: str | None = N
 def _refuse_unusable_converted(path: Path) -> None:
     """Refuses what is no converted model, or lacks files: before its facts are read where those are not the matter."""
     if path.is_dir() and (path / FACTS_FILE).is_file():
-        read_facts(path)
+        facts = read_facts(path)
+        if facts.base_reference is not None:  # its source is not here
+            refuse_incomplete_draft(path)
+            return
         refuse_no_model(path)
         refuse_incomplete(path)
     elif path.is_dir():

@@ -20,7 +20,7 @@ def settings_for(facts: ConversionFacts, **options: Any) -> SamplerSettings:
         UserError: A bad setting, or one that the model's layout cannot honour; where the facts hold it, they are named.
     """
     try:
-        stored = SamplerSettings().updated(**facts.sampler)
+        stored = SamplerSettings(speculative=facts.only_drafts).updated(**facts.sampler)
         refuse_for(facts, stored)
     except UserError as error:
         raise UserError(f"{FACTS_FILE}, 'sampler': {error}") from error
@@ -36,6 +36,11 @@ def refuse_for(facts: ConversionFacts, settings: SamplerSettings) -> None:
         UserError: Names the setting, why, and which models can.
     """
     settings.refuse_layout(facts.layout, facts.shift)
+    if facts.only_drafts and not settings.speculative:
+        raise UserError(
+            "this model's masks draft for verified decoding alone, and speculative is false: leave it out, or convert "
+            "with shared weights to denoise"
+        )
     longest = longest_draft(facts)
     if settings.draft_length is not None and longest is not None and settings.draft_length > longest:
         raise UserError(

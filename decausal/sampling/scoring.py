@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decausal.diffusion.layout import Layout
 from decausal.diffusion.shift import predicting_index
-from decausal.models.backbone import body_forward, head_of
+from decausal.models.backbone import body_forward, denoising_head
 from decausal.models.checkpoint import Converted
 from decausal.objectives.head import Head, logits
 from decausal.sampling.jobs import Job, TokenLogProbs
@@ -109,7 +109,7 @@ def _score_copies(
         model, ids.to(device), facts.attention, document_ids=None if is_whole else document_ids.to(device)
     )
     states = body.last_hidden_state.flatten(0, 1)[predicting_index(index, facts.shift).to(device)]
-    return score_states(states, head_of(model)._replace(banned=facts.mask_token_id), targets.to(device))
+    return score_states(states, denoising_head(model, facts.mask_token_id), targets.to(device))
 
 
 def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
@@ -181,7 +181,7 @@ def given_log_probs(converted: Converted, ids: Sequence[int], num_top: int) -> l
         num_top: How many alternatives to tell of each.
     """
     model = converted.model
-    head = head_of(model)._replace(banned=converted.facts.mask_token_id)
+    head = denoising_head(model, converted.facts.mask_token_id)
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     states = body_forward(model, row, Layout("causal")).last_hidden_state[0, :-1]
     found: list[TokenLogProbs | None] = [None]

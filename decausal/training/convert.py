@@ -17,16 +17,20 @@ from decausal.data.rows import PackedRows
 from decausal.data.template import set_template
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
+from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import adapt, load_source
 from decausal.models.adapters import hushed
 from decausal.models.architecture import refuse_longer_rows
-from decausal.models.backbone import decoder_layers
+from decausal.models.backbone import decoder_layers, stock_model
+from decausal.models.base_files import base_files, hashes
 from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts, write_facts
 from decausal.models.flex import use_flex_attention
+from decausal.models.gated import gated_mask_token_id, initial_row, install_gate
+from decausal.models.gated_checkpoint import save_gated, source_directory
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX
 from decausal.training.inputs import check_conversion
@@ -129,11 +133,12 @@ def _prepare(
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
     meter: TokenMeter | None,
 ) -> _Run:
-    layout = Layout(settings.layout, settings.block_size, settings.causal_context)
+    layout = Layout(settings.layout, settings.block_size, settings.causal_context, settings.causal_groups)
+    _refuse_checkpointing(settings, args)
     model, tokenizer = _source(settings, start, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(settings, start, model, tokenizer, args)
-    mask_token_id = adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
+    mask_token_id = _masked(settings, model, tokenizer, layout)
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     recipe = asdict(settings) | training | {"revision": start.commit}
     facts = ConversionFacts(
@@ -142,9 +147,12 @@ def _prepare(
         causal_context=settings.causal_context,
         shift=settings.shift,
         mask_token_id=mask_token_id,
+        causal_groups=settings.causal_groups,
+        weights=settings.weights,
         recipe={name: value for name, value in recipe.items() if name != "output_dir"},
         sampler=settings.sampler or {},
         **start.history(),
+        **_base(settings, start),
     )
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     facts = rows.facts
@@ -156,7 +164,7 @@ def _prepare(
         samples = _samples(settings, model, tokenizer, facts, args)
         measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
     attend_by_flex(settings, model, teacher, rows.stream, args.device)
-    student = _student(settings, model, mask_token_id, args)
+    student = _student(settings, model, tokenizer, mask_token_id, args)
     supervision = _supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
     def finish_checkpoint(directory: Path) -> None:
@@ -182,6 +190,35 @@ def _prepare(
     return _Run(trainer, tokenizer, facts, save_dtype)
 
 
+def _refuse_checkpointing(settings: ConversionSettings, args: TrainingArguments) -> None:
+    if settings.noise == "all" and args.gradient_checkpointing:
+        raise UserError(
+            "--gradient_checkpointing is not for --noise all: masks read keys of clean tokens, which it does not keep; "
+            "leave it out, and lower --per_device_train_batch_size if memory is short"
+        )
+
+
+def _base(settings: ConversionSettings, start: Start) -> dict[str, Any]:
+    """What facts say of the source that gated weights leave as it is."""
+    if settings.weights != "gated":
+        return {}
+    if settings.reference_base and start.commit is None:
+        raise UserError(f"--reference_base needs a model of the hub, and {start.name} is none; leave it out")
+    directory = source_directory(start.name, start.commit)
+    reference = f"{start.name}@{start.commit}" if settings.reference_base else None
+    return {"base": hashes(directory, [path.name for path in base_files(directory)]), "base_reference": reference}
+
+
+def _masked(
+    settings: ConversionSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout
+) -> int:
+    """Gives the model a mask token and returns its id; with gated weights neither model nor tokenizer gets any."""
+    if settings.weights != "gated":
+        return adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
+    model.config.is_causal = False
+    return gated_mask_token_id(model)
+
+
 def _source(
     settings: ConversionSettings, start: Start, layout: Layout, args: TrainingArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -200,7 +237,9 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
 
 
 def _needs_teacher(settings: ConversionSettings, model: PreTrainedModel) -> bool:
-    """Whether a loss that is in use asks the AR model."""
+    """Whether a loss that is in use asks an AR model which is not the student's own clean half."""
+    if settings.weights == "gated":
+        return False
     num_layers = len(decoder_layers(model))
     used = (term for term in TERMS if getattr(settings, f"{term.setting}_weight"))
     return any(term.of(settings, num_layers).questions for term in used)
@@ -244,7 +283,11 @@ def _other_model(
 
 
 def _student(
-    settings: ConversionSettings, model: PreTrainedModel, mask_token_id: int, args: TrainingArguments
+    settings: ConversionSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    mask_token_id: int,
+    args: TrainingArguments,
 ) -> nn.Module:
     if args.device.type == "cpu":
         keep_freed_memory()
@@ -252,6 +295,9 @@ def _student(
         compile_layers(model)
     set_seed(args.seed)  # adapters start from random numbers
     student = _with_adapters(settings, model) if settings.lora_r else model
+    if settings.weights == "gated":
+        install_gate(student, mask_token_id, initial_row(model, tokenizer))
+        return student
     if settings.freeze_embeddings or settings.lora_r:
         freeze_embeddings(student, mask_token_id)
     return student
@@ -273,6 +319,7 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.M
     try:
         with hushed():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 and says so
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
@@ -282,7 +329,7 @@ def _supervision(
     settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
 ) -> Supervision:
     losses = (Weighted(term.of(settings, num_layers), _schedule(settings, term.setting, num_steps)) for term in TERMS)
-    return Supervision(layout, mask_token_id, tuple(losses), settings.anneal_steps)
+    return Supervision(layout, mask_token_id, tuple(losses), settings.anneal_steps, settings.weights == "gated")
 
 
 def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule:
@@ -297,6 +344,8 @@ def _measure_on(
     rows: PackedRows, settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
     def measure(model: PreTrainedModel) -> dict[str, float]:
+        if settings.noise == "all":
+            return evaluate_drafts(model, facts, rows, num_rows=settings.eval_rows).as_logs()
         likelihood = evaluate_nll(model, facts, rows, tokenizer, num_rows=settings.eval_rows)
         return {
             "eval_masked_cross_entropy": likelihood.masked_cross_entropy,
@@ -338,6 +387,8 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
     trainer = run.trainer
     trainer.teacher = None
     student = trainer.trained_model()
+    if settings.weights == "gated":
+        return _finish_gated(run, student)
     if settings.lora_r:
         student = student.merge_and_unload()
     state_dict = fold_mask_row(student, trainer.whole_state_dict(student))
@@ -348,3 +399,15 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
             save_converted(output_dir, student, run.tokenizer, run.facts, state_dict=state_dict, dtype=run.save_dtype)
     trainer.accelerator.wait_for_everyone()
     return student
+
+
+def _finish_gated(run: _Run, student: nn.Module) -> PreTrainedModel:
+    trainer, facts = run.trainer, run.facts
+    state_dict = trainer.whole_state_dict(student)
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.args.should_save:
+        with disk_errors(output_dir):
+            base = source_directory(facts.recipe["model_name_or_path"], facts.recipe["revision"])
+            save_gated(output_dir, student, state_dict, facts, base)
+    trainer.accelerator.wait_for_everyone()
+    return stock_model(student)

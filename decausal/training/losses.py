@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,10 +14,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from decausal.data.stream import Batch
 from decausal.diffusion.layout import Layout
-from decausal.models.backbone import body_forward, head_of
-from decausal.training.questions import Answers
+from decausal.models.backbone import body_forward, denoising_head
+from decausal.models.grouped import grouped_forward
+from decausal.training.questions import Answers, Question, Vocabulary, ask
 from decausal.training.schedule import WeightSchedule
 from decausal.training.sharding import gather_head
+from decausal.training.teacher import CleanHalf
 from decausal.training.terms import Reading, Term, TokenTerm
 
 
@@ -39,12 +42,14 @@ class Supervision:
         mask_token_id: never a prediction: the head gives it no probability.
         losses: at least one.
         anneal_steps: steps over which attention opens from causal to `layout`; 0 starts there.
+        is_gated: the student's weights are the AR model's but at masks: its own clean half teaches the masks.
     """
 
     layout: Layout
     mask_token_id: int
     losses: tuple[Weighted, ...] = TOKENS_ONLY
     anneal_steps: int = 0
+    is_gated: bool = False
 
     def weights(self, step: int) -> dict[Term, float]:
         """The terms of a step and their weights, none of them 0 - but where all are, the first term at 0."""
@@ -52,8 +57,10 @@ class Supervision:
         return {term: weight for term, weight in weights.items() if weight} or {self.losses[0].term: 0.0}
 
     def needs_teacher(self, step: int) -> bool:
-        """Whether the AR model is compared with at `step` or at any later one."""
-        return any(term.questions and not schedule.is_over(step) for term, schedule in self.losses)
+        """Whether another model is compared with at `step` or at any later one."""
+        return not self.is_gated and any(
+            term.questions and not schedule.is_over(step) for term, schedule in self.losses
+        )
 
 
 def weighted_loss(
@@ -79,8 +86,12 @@ def weighted_loss(
     """
     sums = loss_sums(model, batch, supervision, weights, answers)
     means = {term: total / counts[term.count].clamp(min=1.0) for term, total in sums.items()}
-    loss = sum(weights[term] * mean for term, mean in means.items())
-    return loss, {term: mean.detach() for term, mean in means.items()}
+    return weighed(means, weights), {term: mean.detach() for term, mean in means.items()}
+
+
+def weighed(means: Mapping[Term, Float[Tensor, ""]], weights: Mapping[Term, float]) -> Float[Tensor, ""]:
+    """Returns the loss that these means make."""
+    return torch.stack([weights[term] * term.factor(means) * mean for term, mean in means.items()]).sum()
 
 
 def install_training_forward(model: PreTrainedModel) -> None:
@@ -117,8 +128,9 @@ def loss_sums(
 
     Args:
         model: the student, stock or wrapped by PEFT.
-        batch: see `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`; with
-            `future_order` [T T] and `future_fraction` for annealed attention.
+        batch: see `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`, or
+            `decausal.data.group_collator.GroupCollator`; with `future_order` [T T] and `future_fraction` for
+            annealed attention.
         supervision: how the student reads.
         terms: what to compare.
         answers: the teacher's, to the questions of these terms.
@@ -127,12 +139,45 @@ def loss_sums(
         The sum of each term, differentiable.
     """
     terms = list(terms)
-    output = _student_forward(
+    last_states, all_states = _student_states(
         model, batch, supervision, output_hidden_states=any(term.reads_all_states for term in terms)
     )
-    head = head_of(model)._replace(banned=supervision.mask_token_id)
-    reading = Reading(batch, output.last_hidden_state.flatten(0, 1), output.hidden_states, head)
+    reading = Reading(batch, last_states, all_states, denoising_head(model, supervision.mask_token_id))
+    if supervision.is_gated:
+        answers = _answers_of_clean_half(model, reading, supervision, terms)
     return {term: term.sum(reading, answers or {}) for term in terms}
+
+
+def _answers_of_clean_half(
+    model: nn.Module, reading: Reading, supervision: Supervision, terms: Iterable[Term]
+) -> dict[Question, Any]:
+    """What the AR model says, from the states that a gated student has computed by itself.
+
+    Clean states stand first among those of the reading, in the order of the clean rows.
+    """
+    questions = [question for term in terms for question in term.questions]
+    vocabulary = Vocabulary(len(reading.head.weight), supervision.mask_token_id)
+    return ask(CleanHalf(model, reading.last_states, reading.all_states), questions, reading.batch, vocabulary)
+
+
+def _student_states(
+    model: nn.Module, batch: Batch, supervision: Supervision, *, output_hidden_states: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The states after the final norm of all rows, one after the other, and those of all layers if asked for."""
+    if "groups" in batch:
+        return grouped_forward(
+            model,
+            batch["clean_ids"],
+            batch["groups"],
+            supervision.mask_token_id,
+            document_ids=batch.get("document_ids"),
+            position_ids=batch.get("position_ids"),
+            causal_groups=supervision.layout.causal_groups,
+            clean_gradient=not supervision.is_gated,
+            output_hidden_states=output_hidden_states,
+        )
+    output = _student_forward(model, batch, supervision, output_hidden_states=output_hidden_states)
+    return output.last_hidden_state.flatten(0, 1), output.hidden_states
 
 
 def _student_forward(

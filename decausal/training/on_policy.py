@@ -19,8 +19,10 @@ from torch.utils.data import Dataset
 
 from decausal.data.block_collator import BlockCollator
 from decausal.data.counts import counted
+from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts
-from decausal.data.stream import Batch, TrainingStream
+from decausal.data.stream import Batch, TrainingStream, places_of_groups
+from decausal.diffusion.grouping import Grouping
 from decausal.errors import UserError
 from decausal.training.rollout_states import StateChoice, relative_steps, rows_of, states_of
 from decausal.training.rollouts import Rollout, Task
@@ -43,7 +45,8 @@ class RolloutPlan:
         start_tokens: the same in the first rollout batch.
         curriculum: rollout batches over which the number grows.
         max_length: tokens of prompt and rollout together.
-        block_size: tokens per block.
+        block_size: tokens per block; 1 where rollouts know no blocks.
+        grouping: where drafts are trained, groups of masks instead of states that rollouts went through.
     """
 
     prompts: int
@@ -55,6 +58,7 @@ class RolloutPlan:
     curriculum: int
     max_length: int
     block_size: int
+    grouping: Grouping | None = None
 
     @property
     def rows(self) -> int:
@@ -99,7 +103,7 @@ class OnPolicyRows:
 
     prompts: Prompts
     plan: RolloutPlan
-    collator: BlockCollator
+    collator: BlockCollator | GroupCollator
     seed: int
     first_row: int
     end_row: int
@@ -126,20 +130,27 @@ class OnPolicyRows:
         indices = [(position - self.first_row) % self.plan.rows % self.plan.prompts for position in positions]
         if number != self._batch or not self._rollouts.keys() >= set(indices):
             self._roll_out_batch(number, step, roll_out)
-        rollouts, states = [], []
-        for position, index in zip(positions, indices, strict=True):
-            rollout = self._rollouts[index]
-            num_blocks = -(-len(rollout.ids) // self.plan.block_size)
-            relative = relative_steps(
-                num_blocks, self.plan.states, self.plan.state_choice, position=position, seed=self.seed
-            )
-            rollouts.append(rollout)
-            states.append(states_of(rollout, self.plan.block_size, relative))
+        rollouts = [self._rollouts[index] for index in indices]
         self.tally.batches += 1
         self.tally.staleness += step - self._made_at
-        batch = self.collator(rows_of(rollouts, states))
+        batch = self.collator(self._items(rollouts, positions))
         generated = counted(generated=self.tally.tokens - generated_before)
         return batch | {"counts": batch["counts"] | generated}
+
+    def _items(self, rollouts: Sequence[Rollout], positions: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Packs rollouts into rows, with the states, or the groups of masks, in which they are trained on."""
+        if self.plan.grouping is None:
+            return rows_of(rollouts, [self._states(*pair) for pair in zip(rollouts, positions, strict=True)])
+        unnoised = [torch.zeros(0, len(rollout.ids), dtype=torch.bool) for rollout in rollouts]
+        at = {"position": positions[0], "seed": self.seed, "num_rows": self.end_row}
+        return [item | places_of_groups(item, self.plan.grouping, **at) for item in rows_of(rollouts, unnoised)]
+
+    def _states(self, rollout: Rollout, position: int) -> Tensor:
+        num_blocks = -(-len(rollout.ids) // self.plan.block_size)
+        relative = relative_steps(
+            num_blocks, self.plan.states, self.plan.state_choice, position=position, seed=self.seed
+        )
+        return states_of(rollout, self.plan.block_size, relative)
 
     def _roll_out_batch(self, number: int, step: int, roll_out: RollOut) -> None:
         """Makes this process's rollouts of a rollout batch, as far as the run will train on them.

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.jobs import Ended, Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
@@ -88,12 +91,10 @@ class Decoding:
         """
         if not tasks:
             return []
-        engine = BlockEngine(
-            model,
-            self.facts,
-            max_rows=min(self.max_rows, len(tasks)),
-            max_length=max(len(task.prompt_ids) + task.num_new_tokens for task in tasks),
-        )
+        room = {
+            "max_rows": min(self.max_rows, len(tasks)),
+            "max_length": max(len(task.prompt_ids) + task.num_new_tokens for task in tasks),
+        }
         jobs = [
             Job(
                 Row((task.prompt_ids.tolist(), []), (task.num_new_tokens,), "the prompt"),
@@ -103,8 +104,31 @@ class Decoding:
             )
             for task in tasks
         ]
+        if self.settings.speculative:
+            verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **room)
+            verified = dict(run(verifying, jobs))
+            return [verified_rollout(task.prompt_ids, verified[index]) for index, task in enumerate(tasks)]
+        engine = BlockEngine(model, self.facts, **room)
         ended = dict(run(engine, jobs))
         return [as_rollout(task.prompt_ids, ended[index], engine.block_size) for index, task in enumerate(tasks)]
+
+
+def _without_tokenizer(model: nn.Module, facts: ConversionFacts) -> Converted:
+    """A model as the engine takes it; rollouts have no stop texts, for which alone it would need the tokenizer."""
+    return Converted(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, None), facts)
+
+
+def verified_rollout(prompt_ids: Int[Tensor, " P"], row: Ended) -> Rollout:
+    """Puts the prompt before what verified decoding has written, which is the causal model's own text."""
+    ids = torch.cat([prompt_ids, torch.tensor(row.ids, dtype=torch.int64)])
+    return Rollout(
+        ids=ids,
+        prompt_length=len(prompt_ids),
+        end=len(ids),
+        step_of_token=torch.cat([torch.full_like(prompt_ids, -1), torch.tensor(row.step_of_token, dtype=torch.int64)]),
+        num_forwards=row.num_forwards,
+        has_ended=row.reason == "end",
+    )
 
 
 def as_rollout(prompt_ids: Int[Tensor, " P"], row: Ended, block_size: int) -> Rollout:

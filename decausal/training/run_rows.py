@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from decausal.data.block_collator import BlockCollator
 from decausal.data.chat import answer_end_ids
 from decausal.data.encode import SpecialTokens
+from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
@@ -102,18 +103,24 @@ def corpus_rows(
 
 
 def _stream(settings: ConversionSettings, rows: PackedRows, num_samples: int, seed: int) -> TrainingStream:
-    noising = Noising(
+    noising = settings.grouping if settings.noise == "all" else _noising(settings)
+    return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)
+
+
+def _noising(settings: ConversionSettings) -> Noising:
+    return Noising(
         views=settings.views,
         complementary=settings.complementary_masks,
         stratified=settings.stratified_noise,
         block_size=settings.block_size if settings.noise_per == "block" else None,
     )
-    return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)
 
 
 def _collator(
     settings: ConversionSettings, facts: ConversionFacts, context: int | None, row_multiple: int
-) -> Collator | BlockCollator:
+) -> Collator | BlockCollator | GroupCollator:
+    if settings.noise == "all":
+        return GroupCollator(context, settings.offset_gamma, settings.kl_mean, row_multiple)
     common = {
         "weighting": settings.weighting,
         "aligned_positions": settings.align_positions,
@@ -133,7 +140,7 @@ def _prompts(settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, s
         list(settings.data) if isinstance(settings.data, tuple) else settings.data,
         tokenizer,
         settings.max_length,
-        settings.block_size,
+        1 if settings.noise == "all" else settings.block_size,
         prompt_fraction=settings.prompt_fraction,
         reading=settings.reading,
         data_fraction=settings.data_fraction,
@@ -162,7 +169,7 @@ def _on_policy_rows(
     settings: ConversionSettings,
     args: TrainingArguments,
     prompts: Prompts,
-    collator: BlockCollator,
+    collator: BlockCollator | GroupCollator,
     first_row: int,
     end_row: int,
 ) -> OnPolicyRows:
@@ -183,12 +190,14 @@ def _on_policy_rows(
         start_tokens=settings.rollout_tokens if start_tokens is None else start_tokens,
         curriculum=settings.rollout_curriculum,
         max_length=settings.max_length,
-        block_size=settings.block_size,
+        block_size=1 if settings.noise == "all" else settings.block_size,  # verified decoding knows no blocks
+        grouping=settings.grouping if settings.noise == "all" else None,
     )
     return OnPolicyRows(
         prompts=prompts,
         plan=plan,
-        collator=replace(collator, weighting="none"),  # a state that was visited has no noise level
+        # A state that was visited has no noise level.
+        collator=replace(collator, weighting="none") if isinstance(collator, BlockCollator) else collator,
         seed=args.seed,
         first_row=first_row,
         end_row=end_row,
@@ -205,9 +214,9 @@ def _decoding(
         facts=facts,
         settings=SamplerSettings(
             temperature=settings.rollout_temperature,
-            threshold=settings.rollout_threshold,
             top_k=settings.rollout_top_k,
             top_p=settings.rollout_top_p,
+            **({"speculative": True} if settings.noise == "all" else {"threshold": settings.rollout_threshold}),
         ),
         end_token_ids=end_token_ids(Converted(model, tokenizer, facts)),
         max_rows=settings.rollout_batch_size,

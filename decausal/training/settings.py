@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from decausal.data.reading import Reading
+from decausal.diffusion.grouping import Grouping
 from decausal.errors import UserError
 from decausal.sampling.settings import BLOCKS, SamplerSettings, names_for
 
@@ -76,8 +77,8 @@ class ConversionSettings:
     )
     eval_data: str | tuple[str, ...] | None = _setting(
         None,
-        "held-out data of the same kinds; its NELBO per token, bits per byte and masked cross-entropy are logged every "
-        "eval_steps (a tenth of the run) and at the end",
+        "held-out data of the same kinds; its NELBO per token, bits per byte and masked cross-entropy (noise all: the "
+        "drafts' accuracy and tokens per pass) are logged every eval_steps (a tenth of the run) and at the end",
     )
     eval_rows: int = _setting(64, "rows of eval_data to measure on")
     sample_prompts: str | None = _setting(
@@ -111,6 +112,20 @@ class ConversionSettings:
         "layout block: finished tokens read each other causally, as in the AR model, instead of in both directions "
         "inside their block; unset: that of a converted model, else false",
     )
+    causal_groups: bool | None = _setting(
+        None,
+        "layout block: masks read no later masks of their block, so that its first drafts do not depend on its length; "
+        "such a model drafts for verified decoding alone; unset: that of a converted model, else false",
+    )
+    weights: Literal["shared", "gated"] | None = _setting(
+        None,
+        "shared: one set of weights reads text and masks; gated: LoRA adapters and the mask token's row act at masks "
+        "alone, so that the AR model stays as it is, byte for byte, and verifies the drafts (needs noise all); unset: "
+        "that of a converted model, else shared",
+    )
+    reference_base: bool = _setting(
+        False, "gated weights: leave the AR model's files out of output_dir, which then names its hub id and commit"
+    )
     shift: Literal[0, 1] | None = _setting(
         None,
         "1: the state before a token predicts it, as in the AR model; 0: the state at its own place does; unset: that "
@@ -123,6 +138,22 @@ class ConversionSettings:
         0, "steps over which attention opens from causal to the layout; 0: open from the start"
     )
 
+    noise: Literal["level", "all"] = _setting(
+        "level",
+        "level: each token is masked with a chance that is drawn; all: groups of block_size masks, which draft in one "
+        "step the tokens that verified decoding tests (layout block, causal_context, shift 1)",
+    )
+    anchors: str | int = _setting(
+        "grid",
+        "noise all: the tokens behind which groups stand; grid: every block_size-th; all: every one; a number: so many "
+        "at random in each row",
+    )
+    block_size_schedule: str | int | tuple[int, ...] | None = _setting(
+        None, "noise all: masks of a group in equal shares of the run, with commas, up to block_size: 1,2,3"
+    )
+    offset_gamma: float | None = _setting(
+        None, "noise all: the k-th draft of a group weighs exp(-(k-1)/offset_gamma); unset: all weigh the same"
+    )
     views: int = _setting(1, "noised views of a clean row in one step; they share one teacher pass")
     complementary_masks: bool = _setting(False, "with 2 views, the second masks exactly what the first leaves")
     stratified_noise: bool = _setting(
@@ -142,6 +173,20 @@ class ConversionSettings:
     )
     papl: float = _setting(
         0.0, "weight of a second token term, mean of stop_gradient(p) * CE, 1 in REPR-ALIGN's code; 0: off"
+    )
+
+    clean_weight: float = _setting(
+        0.0,
+        "layout block: weight of the cross-entropy at finished tokens, which keeps shared weights autoregressive; 0: "
+        "off",
+    )
+    clean_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "how the weight falls over the run")
+    clean_start_step: int | float = _setting(0, "first step with this loss: a number, or a share of the run below 1")
+    clean_stop_step: int | float | None = _setting(
+        None, "first step without this loss: a number, or a share of the run below 1"
+    )
+    clean_balanced: bool = _setting(
+        False, "scale that loss to the token loss's value in each step, so that clean_weight is the ratio of the two"
     )
 
     align_weight: float = _setting(0.0, "weight of the distance to the frozen AR model's hidden states; 0: off")
@@ -294,6 +339,8 @@ class ConversionSettings:
         block_size: int | None = None,
         causal_context: bool = False,
         shift: int = 1,
+        causal_groups: bool = False,
+        weights: str = "shared",
         sampler: dict | None = None,
     ) -> ConversionSettings:
         """Returns the settings with each fact that they leave open as given here: by default, as for an AR model.
@@ -305,9 +352,11 @@ class ConversionSettings:
         """
         if self.layout not in (None, layout):
             layout, block_size, causal_context, sampler = self.layout, None, False, None
+            causal_groups, weights = False, "shared"
         if self.shift not in (None, shift):
             sampler = {name: value for name, value in (sampler or {}).items() if name not in names_for(BLOCKS)}
         facts = {"layout": layout, "block_size": block_size, "causal_context": causal_context, "shift": shift}
+        facts |= {"causal_groups": causal_groups, "weights": weights}
         facts["sampler"] = sampler or None
         return replace(self, **{name: value for name, value in facts.items() if getattr(self, name) is None})
 
@@ -335,8 +384,76 @@ class ConversionSettings:
             raise UserError(
                 f"--causal_kl_weight is for --layout block, not {self.layout}: only its rows hold finished tokens"
             )
+        if self.clean_weight and self.layout != "block":
+            raise UserError(
+                f"--clean_weight is for --layout block, not {self.layout}: only its rows hold finished tokens"
+            )
         if self.rows == "rollout" and self.layout != "block":
             raise UserError(f"--rows rollout needs --layout block, not {self.layout}: they are written block by block")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """What goes with `noise all`, and what does not."""
+        if self.noise == "level":
+            for name, unset in (("anchors", "grid"), ("block_size_schedule", None), ("offset_gamma", None)):
+                if getattr(self, name) != unset:
+                    raise UserError(f"--{name} {getattr(self, name)} is for --noise all: only there groups are drafts")
+            if self.weights == "gated":
+                raise UserError("--weights gated needs --noise all: the adapters learn drafts, which are all masks")
+            return
+        if self.layout != "block" or not self.causal_context or self.shift == 0:
+            raise UserError(
+                "--noise all needs --layout block, --causal_context true and --shift 1: its masks draft what the "
+                "causal model verifies"
+            )
+        for name, unset in (("views", 1), ("weighting", "none"), ("noise_per", "document"), ("states_per_rollout", 1)):
+            if getattr(self, name) != unset:
+                raise UserError(f"--{name} {getattr(self, name)} is not for --noise all, which has no noise level")
+        if self.align_weight and self.align_positions != "targets":
+            raise UserError(f"--align_positions {self.align_positions} is not for --noise all; give targets")
+        grouping = self.grouping
+        if grouping.lengths[-1] != self.block_size:
+            raise UserError(
+                f"--block_size_schedule {self.block_size_schedule} ends with {grouping.lengths[-1]}, and --block_size "
+                f"is {self.block_size}; end with that"
+            )
+        if self.offset_gamma is not None and not self.offset_gamma > 0:
+            raise UserError(f"--offset_gamma {self.offset_gamma}: must be above 0")
+        self._check_gated()
+
+    def _check_gated(self) -> None:
+        if self.weights != "gated":
+            if self.reference_base:
+                raise UserError(
+                    "--reference_base is for --weights gated: other weights are changed, and must be written"
+                )
+            return
+        if not self.lora_r:
+            raise UserError("--weights gated needs --lora_r: the adapters that act at masks, for example 64")
+        for name in ("clean_weight", "causal_kl_weight"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is for --weights shared: gated ones leave finished tokens as they "
+                    "are, and its gradient would be 0"
+                )
+        if self.teacher_model_name_or_path is not None:
+            raise UserError("--teacher_model_name_or_path is for --weights shared: gated ones have the source in them")
+        for name in ("freeze_embeddings", "mask_token"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name} is for --weights shared: gated ones leave the source's embeddings as they are"
+                )
+
+    @property
+    def grouping(self) -> Grouping:
+        """The groups of `noise all`."""
+        schedule = self.block_size_schedule
+        lengths = (self.block_size,) if schedule is None else _whole_numbers("block_size_schedule", schedule)
+        anchors = int(self.anchors) if str(self.anchors).isdigit() else self.anchors
+        try:
+            return Grouping(lengths, anchors)
+        except UserError as error:
+            raise UserError(f"--anchors, --block_size_schedule: {error}") from error
 
     def _check_sampler(self) -> None:
         if self.sampler is None:
@@ -369,6 +486,13 @@ class ConversionSettings:
             raise UserError(f"--causal_context is for --layout block, not {self.layout}; leave it out")
         if self.noise_per == "block":
             raise UserError(f"--noise_per block is for --layout block, not {self.layout}; give document")
+
+
+def _whole_numbers(name: str, value: str | int | tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in (value if isinstance(value, tuple) else str(value).split(",")))
+    except ValueError as error:
+        raise UserError(f"--{name} {value}: give whole numbers with commas") from error
 
 
 def losses() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from decausal.models.names import facts_of
 from decausal.training.resuming import refuse_other_settings
 from decausal.training.settings import ConversionSettings
 
-FACTS = ("layout", "block_size", "causal_context", "shift")
+FACTS = ("layout", "block_size", "causal_context", "shift", "causal_groups", "weights")
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,11 @@ def find_start(
         revision = resumed.recipe.get("revision") or revision
     commit = source_commit(name, revision, merge_adapter=settings.merge_adapter)
     start = Start(name, commit, facts_of(name, commit))
+    if start.facts is not None and start.facts.is_gated:
+        raise UserError(
+            f"{name} is a gated conversion, whose weights are {start.facts.source}'s: convert that, or continue the "
+            "run of this one with --resume_from_checkpoint true"
+        )
     path = Path(name).expanduser()
     if name not in EMBEDDED_MODELS and path.resolve().is_relative_to(output_dir.resolve()):
         raise UserError(f"output_dir {output_dir} holds the model {name} that the run begins with; name another")

@@ -135,6 +135,33 @@ class AdapterTeacher(Teacher):
                 weight.requires_grad_(True)
 
 
+class CleanHalf(Teacher):
+    """A gated student's own clean half, which is the AR model: its states are there already.
+
+    Args:
+        student: gives the head.
+        last_states: states after the final norm, the clean ones first.
+        all_states: those of all layers in the same order, where they are asked for.
+    """
+
+    def __init__(
+        self, student: nn.Module, last_states: Float[Tensor, "N D"], all_states: tuple[Float[Tensor, "N D"], ...] | None
+    ) -> None:
+        self.model = student
+        self._last, self._all = last_states, all_states
+
+    def read(
+        self,
+        clean_ids: Int[Tensor, "B T"],
+        wanted: Sequence[tuple[int, Int[Tensor, " _"]]],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> list[Float[Tensor, "_ D"]]:
+        """As `Teacher.read`, without a pass."""
+        states = {-1: self._last} | dict(enumerate(self._all or ()))
+        return [states[layer].detach().index_select(0, index) for layer, index in wanted]
+
+
 def refuse_other_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str, student_name: str
 ) -> None:

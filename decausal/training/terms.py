@@ -6,6 +6,7 @@ All else loops over `TERMS`: settings, schedules, logs, the teacher's pass and t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class Reading:
     Attributes:
         batch: what it has read.
         last_states: the states after the final norm, of all rows one after the other.
-        all_states: the L + 1 hidden states, where a term reads them.
+        all_states: the L + 1 hidden states in the same order, where a term reads them.
         head: the output head, which bans the mask token.
     """
 
@@ -74,6 +75,10 @@ class Term(ABC):
         """What it asks of the teacher."""
         return ()
 
+    def factor(self, means: Mapping[Term, Float[Tensor, ""]]) -> Float[Tensor, ""] | float:
+        """Returns what its mean is multiplied by beside its weight, given the means of all terms, without gradient."""
+        return 1.0
+
     @abstractmethod
     def sum(self, reading: Reading, answers: Answers) -> Float[Tensor, ""]:
         """Returns the differentiable sum over all that `count` counts."""
@@ -101,6 +106,36 @@ class TokenTerm(Term):
         rows, batch = reading.states_at("target_index"), reading.batch
         loss = chunked_cross_entropy(rows, reading.head, batch["target_ids"], batch["target_weight"], papl=self.papl)
         return loss.loss_sum
+
+
+@dataclass(frozen=True)
+class CleanTokenTerm(Term):
+    """Cross-entropy at finished tokens, read causally, for block layouts: the autoregressive loss.
+
+    Attributes:
+        is_balanced: scaled to the value of the token loss, without gradient.
+
+    Source: I-DLM (arXiv 2604.11035), its code: a weight of 0.2, or balanced.
+    """
+
+    log_name = "clean_loss"
+    setting = "clean"
+    count = Count.FINISHED
+
+    is_balanced: bool = False
+
+    @classmethod
+    def of(cls, settings: ConversionSettings, num_layers: int) -> Term:
+        return cls(settings.clean_balanced)
+
+    def factor(self, means: Mapping[Term, Float[Tensor, ""]]) -> Float[Tensor, ""] | float:
+        drafted = [mean for term, mean in means.items() if isinstance(term, TokenTerm)]
+        return (drafted[0] / means[self].clamp(min=1e-6)).detach() if self.is_balanced and drafted else 1.0
+
+    def sum(self, reading: Reading, answers: Answers) -> Float[Tensor, ""]:
+        rows, ids = reading.states_at("causal_index"), reading.batch["causal_target_ids"]
+        weights = torch.ones(len(rows), device=rows.device)
+        return chunked_cross_entropy(rows, reading.head, ids, weights).loss_sum
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,7 @@ class TotalVariationTerm(Term):
 
 TERMS: tuple[type[Term], ...] = (
     TokenTerm,
+    CleanTokenTerm,
     AlignmentTerm,
     DivergenceTerm,
     FinishedDivergenceTerm,

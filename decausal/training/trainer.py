@@ -25,7 +25,13 @@ from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
 from decausal.secrets import secrets_set_aside
 from decausal.training.log_means import LogMeans
-from decausal.training.losses import Supervision, install_training_forward, remove_training_forward, weighted_loss
+from decausal.training.losses import (
+    Supervision,
+    install_training_forward,
+    remove_training_forward,
+    weighed,
+    weighted_loss,
+)
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
 from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
@@ -163,7 +169,7 @@ class ConversionTrainer(Trainer):
             return loss
 
         loss = model(inside=student_loss)
-        value = sum(weights[term] * mean for term, mean in means.items())
+        value = weighed(means, weights)
         for term, mean in means.items():
             self._means.add(term.log_name, mean)
         self._watch_for_bad_loss(value, step)
@@ -210,6 +216,8 @@ class ConversionTrainer(Trainer):
         return batch | {"future_order": self._future_order, "future_fraction": step / self.supervision.anneal_steps}
 
     def _ask_teacher(self, batch: Batch, terms: Collection[Term]) -> dict[Question, Any]:
+        if self.supervision.is_gated:  # then its own clean half answers, inside of the pass
+            return {}
         questions = [question for term in terms for question in term.questions]
         head = stock_model(self.model).get_output_embeddings()
         vocabulary = Vocabulary(head.weight.shape[0], self.supervision.mask_token_id)

@@ -12,7 +12,7 @@ from torch import Tensor
 from decausal.diffusion.layout import Layout
 from decausal.evaluation.continuations.scored import Continuation, Scored, in_parts
 from decausal.evaluation.passes import device_of, in_batches, measuring
-from decausal.models.backbone import body_forward, head_of
+from decausal.models.backbone import body_forward, denoising_head
 from decausal.models.checkpoint import Converted
 from decausal.sampling.scoring import TokenScores, score_states
 
@@ -110,7 +110,7 @@ def _score(converted: Converted, trees: Sequence[Tree]) -> TokenScores:
         ).last_hidden_state
     places = torch.tensor([row * length + place for row, tree in enumerate(trees) for place in tree.places])
     targets = torch.tensor([target for tree in trees for target in tree.targets])
-    head = head_of(model)._replace(banned=facts.mask_token_id)
+    head = denoising_head(model, facts.mask_token_id)
     return score_states(_at(states, places.to(device)), head, targets.to(device))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from decausal.evaluation.continuations.nelbo import units_of
 from decausal.evaluation.continuations.scored import Continuation, in_parts, longest_first, padded
 from decausal.evaluation.passes import device_of, measuring, noised_states
-from decausal.models.backbone import head_of
+from decausal.models.backbone import denoising_head
 from decausal.models.checkpoint import Converted
 from decausal.sampling.scoring import score_states
 
@@ -62,7 +62,7 @@ def _surest(converted: Converted, rows: Sequence[Sequence[int]], masks: Sequence
     for row, mask in enumerate(masks):
         is_masked[row, : len(mask)] = mask
     states = noised_states(model, facts, clean_ids, document_ids, is_masked[:, None])
-    head = head_of(model)._replace(banned=facts.mask_token_id)
+    head = denoising_head(model, facts.mask_token_id)
     scores = score_states(states, head, clean_ids[is_masked].to(device_of(model)))
     sizes = [int(mask.sum()) for mask in masks]
     found = []

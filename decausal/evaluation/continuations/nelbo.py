@@ -20,7 +20,7 @@ from torch import Tensor
 from decausal.evaluation.continuations.scored import Continuation, Scored, in_parts, longest_first, padded
 from decausal.evaluation.passes import device_of, measuring, noised_states
 from decausal.evaluation.patterns import WeightedPatterns, weighted_patterns
-from decausal.models.backbone import head_of
+from decausal.models.backbone import denoising_head
 from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.sampling.scoring import score_states
 
@@ -97,7 +97,7 @@ def _add_losses(
         is_masked[row, : mask.shape[0], : mask.shape[1]] = mask
     states = noised_states(model, facts, clean_ids, document_ids, is_masked)
     targets = clean_ids[:, None].expand_as(is_masked)[is_masked].to(device_of(model))
-    head = head_of(model)._replace(banned=facts.mask_token_id)
+    head = denoising_head(model, facts.mask_token_id)
     log_probs = score_states(states, head, targets).log_prob.double()
     for piece, mask, part in zip(pieces, masks, log_probs.split([int(mask.sum()) for mask in masks]), strict=True):
         losses[piece.index][piece.patterns][mask] = -part

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.models.backbone import head_of
+from decausal.models.backbone import denoising_head
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.sampling.bidirectional.decode_windows import Window, current_window
@@ -91,7 +91,7 @@ class Denoiser:
 
     def __init__(self, model: Any, facts: ConversionFacts, num_places: int) -> None:
         self.mask_token_id = facts.mask_token_id
-        self.head: Head = head_of(model)._replace(banned=facts.mask_token_id)
+        self.head: Head = denoising_head(model, facts.mask_token_id)
         self._read, self._read_without = (
             WindowReader(model, facts.attention, facts.shift, num_places) for _ in range(2)
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
-from decausal.models.backbone import head_of, stock_model
+from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
@@ -194,7 +194,7 @@ class BlockEngine:
                 self._recorded.record_ahead(settings)
 
     def _head(self) -> Head:
-        return head_of(self.model)._replace(banned=self.facts.mask_token_id)
+        return denoising_head(self.model, self.facts.mask_token_id)
 
     def _commit(self) -> None:
         """Passes of their own for finished blocks."""

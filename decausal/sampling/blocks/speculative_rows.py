@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from decausal.models.architecture import context_length, layer_windows
-from decausal.models.backbone import head_of, stock_model
+from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head, logits
@@ -98,7 +98,7 @@ class SpeculativeRows:
     @property
     def head(self) -> Head:
         """The model's, the mask token banned."""
-        return head_of(self.model)._replace(banned=self.facts.mask_token_id)
+        return denoising_head(self.model, self.facts.mask_token_id)
 
     def use(self, tables: DraftTables, shapes: Sequence[int]) -> None:
         """Has rows draft by other tables; `shapes`: the index of each row's shape there."""

@@ -1,0 +1,184 @@
+"""Groups of masks behind anchors: training rows of drafts, which a causal model verifies.
+
+A draft is read in one step, from masks alone. To train drafts of m tokens a row holds its clean tokens once, and groups
+of m masks. A group stands behind an anchor, the last token known; its masks have the positions after the anchor and
+read the clean tokens up to it, and each other. The anchor's own state predicts the next token, as in the autoregressive
+model, so that the k-th mask predicts the k-th token after that (shift 1).
+
+Source: masks behind every answer token, Your LLM knows the future (arXiv 2507.11851); a grid of groups, I-DLM
+(arXiv 2604.11035); random anchors, DFlash (arXiv 2602.06036).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decausal.diffusion.grouping import ALL, GRID, Grouping
+from decausal.diffusion.layout import positions_in_documents
+from decausal.diffusion.noise import uniforms
+
+
+def is_first_of_group(
+    document_ids: Int[Tensor, "T"],
+    is_predictable: Bool[Tensor, "T"],
+    grouping: Grouping,
+    length: int,
+    *,
+    position: int,
+    seed: int,
+) -> Bool[Tensor, "T"]:
+    """Places of a row at which groups begin: a group stands where the tokens are that its anchor precedes.
+
+    A group begins at a token that the model writes itself and that is followed by another one: with less there is
+    nothing to draft.
+
+    Args:
+        document_ids: 0, 1, ... inside the row, -1 for padding.
+        is_predictable: tokens that may be targets; with shift 1, never a document's first.
+        grouping: which of these places are taken.
+        length: m.
+        position: training row, counted from the start of the run. With `seed` it is all the randomness there is.
+        seed: the run's seed.
+    """
+    has_next = torch.zeros_like(is_predictable)
+    has_next[:-1] = is_predictable[1:] & (document_ids[1:] == document_ids[:-1])
+    possible = is_predictable & has_next
+    if grouping.anchors == ALL:
+        return possible
+    if grouping.anchors == GRID:
+        return possible & (positions_in_documents(document_ids[None])[0] % length == 0)
+    assert isinstance(grouping.anchors, int)
+    places = possible.nonzero()[:, 0]
+    order = uniforms((len(places),), position=position, seed=seed).argsort()
+    chosen = torch.zeros_like(possible)
+    chosen[places[order[: grouping.anchors]]] = True
+    return chosen
+
+
+class Groups(NamedTuple):
+    """The masks of B rows, padded to the longest; they follow the clean tokens in no row, but are rows of their own.
+
+    Attributes:
+        position_ids: those of the tokens in whose places the masks stand; 0 for padding.
+        document_ids: the anchor's, -1 for padding.
+        group_ids: number of the group in its row; -1 for padding.
+        first: position of the group's first mask: clean tokens before it are read.
+        target_mask: flat index into [B*G] of each mask that predicts a token.
+        target_token: flat index into [B*T] of that token.
+        offset: of each target, which draft of its group it is: 1 to m.
+    """
+
+    position_ids: Int[Tensor, "B G"]
+    document_ids: Int[Tensor, "B G"]
+    group_ids: Int[Tensor, "B G"]
+    first: Int[Tensor, "B G"]
+    target_mask: Int[Tensor, "n"]
+    target_token: Int[Tensor, "n"]
+    offset: Int[Tensor, "n"]
+
+
+def groups_of(
+    is_first: Bool[Tensor, "B T"],
+    document_ids: Int[Tensor, "B T"],
+    is_predictable: Bool[Tensor, "B T"],
+    lengths: Int[Tensor, "B"],
+    context_length: int | None = None,
+    row_multiple: int = 1,
+) -> Groups:
+    """Builds the groups of rows.
+
+    A group is whole even where its document ends earlier, because at decoding it is: its last masks then predict
+    nothing. Positions beyond the model's context are those of its last place, as at decoding.
+
+    Args:
+        is_first: from `is_first_of_group`.
+        document_ids: document of each token, -1 for padding.
+        is_predictable: tokens that may be targets.
+        lengths: m, of each row.
+        context_length: number of positions the model has. None: no limit.
+        row_multiple: rows are padded to a multiple of this.
+    """
+    num_rows, row_length = document_ids.shape
+    of_row = is_first.sum(dim=1) * lengths
+    width = -(-max(int(of_row.max()), 1) // row_multiple) * row_multiple
+    group_row, group_column = is_first.nonzero(as_tuple=True)
+
+    # One entry per mask: the group that it belongs to, counted through all rows, and its place in that.
+    group = torch.arange(len(group_row)).repeat_interleave(lengths[group_row])
+    member = torch.arange(len(group)) - _before(lengths[group_row])[group]
+    row, column = group_row[group], group_column[group]
+    place = row * width + torch.arange(len(group)) - _before(of_row)[row]
+    document, first = document_ids[row, column], positions_in_documents(document_ids)[row, column]
+    position = first + member
+    if context_length is not None:
+        position = position.clamp(max=context_length - 1)
+
+    def rows_of(values: Int[Tensor, " masks"], padding: int) -> Int[Tensor, "B G"]:
+        return torch.full((num_rows * width,), padding).scatter(0, place, values).view(num_rows, width)
+
+    token = column + member + 1
+    inside = token.clamp(max=row_length - 1)
+    is_target = (token < row_length) & (document_ids[row, inside] == document) & is_predictable[row, inside]
+    return Groups(
+        position_ids=rows_of(position, 0),
+        document_ids=rows_of(document, -1),
+        group_ids=rows_of(group - _before(is_first.sum(dim=1))[row], -1),
+        first=rows_of(first, 0),
+        target_mask=place[is_target],
+        target_token=(row * row_length + token)[is_target],
+        offset=(member + 1)[is_target],
+    )
+
+
+def visible_to_groups(
+    groups: Groups,
+    clean_documents: Int[Tensor, "B T"],
+    clean_positions: Int[Tensor, "B T"],
+    window: int | None = None,
+    *,
+    causal: bool = False,
+) -> Bool[Tensor, "B G T+G"]:
+    """Which keys each mask reads: of the clean tokens, and then of the masks.
+
+    Padding reads padding, so that no query is left without a key.
+
+    Args:
+        groups: the masks.
+        clean_documents: documents of the clean tokens, -1 for padding.
+        clean_positions: their positions in their documents.
+        window: sliding window in tokens, see `decausal.diffusion.layout.visible`.
+        causal: masks read no later ones of their group.
+    """
+    query_document, query_position = groups.document_ids[..., None], groups.position_ids[..., None]
+    is_real = query_document >= 0
+    same_document = query_document == clean_documents[:, None]
+    reads_clean = is_real & same_document & (clean_positions[:, None] < groups.first[..., None])
+    reads_masks = groups.group_ids[..., None] == groups.group_ids[:, None]
+    if causal:
+        place = torch.arange(groups.group_ids.shape[1], device=groups.group_ids.device)
+        reads_masks = reads_masks & (place <= place[:, None])
+    is_visible = torch.cat([reads_clean, reads_masks], dim=2)
+    if window is None:
+        return is_visible
+    key_position = torch.cat([clean_positions, groups.position_ids], dim=1)[:, None]
+    return is_visible & ((query_position - key_position).abs() < window)
+
+
+def offset_weights(offset: Int[Tensor, "n"], gamma: float | None) -> Float[Tensor, "n"]:
+    """Weight of each draft by its place in the group: exp(-(k - 1) / gamma), or 1 without a gamma.
+
+    A draft is kept only if all before it are right, so that the first ones decide how many are.
+
+    Source: DFlash (arXiv 2602.06036), section 3.
+    """
+    return torch.exp(-(offset - 1) / (math.inf if gamma is None else gamma))
+
+
+def _before(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """The sum of the counts before each."""
+    return counts.cumsum(0) - counts

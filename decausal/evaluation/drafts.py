@@ -1,0 +1,156 @@
+"""How good a model's drafts are on given text: what verified decoding would keep of them.
+
+A draft is right if it is the token of the text. Where the text is the AR model's own greedy answer, that is what
+verified decoding would find, and the passes counted here are those that it would take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from decausal.data.group_collator import GroupCollator
+from decausal.data.stream import Batch, Rows, places_of_groups
+from decausal.diffusion.grouping import ALL, Grouping
+from decausal.diffusion.shift import predictable
+from decausal.errors import UserError
+from decausal.evaluation.passes import in_batches, measuring, spread_indices
+from decausal.models.architecture import context_length
+from decausal.models.backbone import denoising_head, stock_model
+from decausal.models.facts import ConversionFacts
+from decausal.models.grouped import grouped_forward
+from decausal.objectives import head as output_head
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class DraftFigures:
+    """Figures of drafts of m tokens.
+
+    Attributes:
+        acceptance: For each draft of a group, the share that is right among groups whose earlier drafts are.
+        tokens_per_pass: Tokens of the text over the passes that would write them, with a whole group behind every
+            number of right drafts.
+        num_tokens: Tokens of the text that were counted.
+    """
+
+    acceptance: tuple[float, ...]
+    tokens_per_pass: float
+    num_tokens: int
+
+    def as_logs(self) -> dict[str, float]:
+        """Returns the figures by the names of logs."""
+        logs = {f"eval_draft_accuracy_{place}": share for place, share in enumerate(self.acceptance, start=1)}
+        return logs | {"eval_tokens_per_pass": self.tokens_per_pass}
+
+
+def evaluate_drafts(
+    model: nn.Module, facts: ConversionFacts, rows: Rows, *, num_rows: int | None = None, batch_size: int = 4
+) -> DraftFigures:
+    """Measures the drafts of a model that was trained on groups of masks.
+
+    Gradients are off and the model is in eval mode; its modes are afterwards what they were.
+
+    Args:
+        model: the converted model, or one in training.
+        facts: its layout, block size and mask token.
+        rows: packed rows, see `decausal.data.stream.Rows`.
+        num_rows: measure this many rows, spread evenly over all; None is all.
+        batch_size: rows in a forward pass.
+
+    Raises:
+        UserError: no row has two tokens to predict.
+    """
+    assert facts.block_size is not None
+    collator = GroupCollator(context_length(stock_model(model).config))
+    grouping = Grouping((facts.block_size,), ALL)
+    tally = _Tally(facts.block_size)
+    with measuring(model):
+        for batch in in_batches(_items(rows, spread_indices(rows, num_rows), grouping), batch_size):
+            collated = collator(batch)
+            is_first = torch.stack([item["is_first"] for item in batch])
+            documents = torch.stack([item["document_ids"] for item in batch])
+            tally.add(is_first, documents, *_num_right(model, facts, collated, is_first))
+    return tally.figures()
+
+
+def _items(rows: Rows, indices: list[int], grouping: Grouping) -> Iterator[dict[str, Tensor]]:
+    for index in indices:
+        row = rows[index]
+        is_predictable = row["is_maskable"] & predictable(row["document_ids"][None], 1)[0]
+        item = {"clean_ids": row["clean_ids"], "document_ids": row["document_ids"], "is_predictable": is_predictable}
+        yield item | places_of_groups(item, grouping, position=index, seed=0, num_rows=1)
+
+
+def _num_right(
+    model: nn.Module, facts: ConversionFacts, batch: Batch, is_first: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
+    """How many drafts of each group are right from its first on, and how many tokens of the text it drafts."""
+    device = stock_model(model).get_input_embeddings().weight.device
+    on_device = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    groups = type(batch["groups"])(*(part.to(device) for part in batch["groups"]))
+    states = grouped_forward(
+        model,
+        on_device["clean_ids"],
+        groups,
+        facts.mask_token_id,
+        document_ids=on_device.get("document_ids"),
+        position_ids=on_device.get("position_ids"),
+        causal_groups=facts.causal_groups,
+        clean_gradient=False,
+    ).last.index_select(0, on_device["target_index"])
+    head = denoising_head(model, facts.mask_token_id)
+    best = torch.cat([output_head.logits(chunk, head).argmax(-1) for chunk in states.split(_CHUNK)]).cpu()
+    length, width = facts.block_size, batch["groups"].group_ids.shape[1]
+    row, place = batch["groups"].target_mask // width, batch["groups"].target_mask % width
+    first_of_row = is_first.sum(1).cumsum(0) - is_first.sum(1)
+    group = first_of_row[row] + place // length
+    is_right = torch.zeros(int(is_first.sum()), length, dtype=torch.long)
+    is_right[group, batch["groups"].offset - 1] = (best == batch["target_ids"]).long()
+    num_targets = torch.bincount(group, minlength=len(is_right))
+    return is_right.cumprod(1).sum(1), num_targets
+
+
+class _Tally:
+    """Sums over groups, and the passes that a text takes."""
+
+    def __init__(self, length: int) -> None:
+        self.asked, self.right = torch.zeros(2, length, dtype=torch.float64)
+        self.num_tokens = self.num_passes = 0
+
+    def add(
+        self,
+        is_first: Bool[Tensor, "B T"],
+        documents: Int[Tensor, "B T"],
+        num_right: Int[Tensor, "groups"],
+        num_targets: Int[Tensor, "groups"],
+    ) -> None:
+        place = torch.arange(len(self.asked))
+        self.asked += ((place <= num_right[:, None]) & (place < num_targets[:, None])).sum(0)
+        self.right += (place < num_right[:, None]).sum(0)
+        row, column = is_first.nonzero(as_tuple=True)
+        at = {(r, c): n for r, c, n in zip(row.tolist(), column.tolist(), num_right.tolist(), strict=True)}
+        for (r, c), _ in at.items():
+            if (r, c - 1) not in at or documents[r, c - 1] != documents[r, c]:
+                self._write(at, r, c)
+
+    def _write(self, at: dict[tuple[int, int], int], row: int, column: int) -> None:
+        """Walks along a text as verified decoding would; its last token, behind which nothing stands, is left out."""
+        while (row, column) in at:
+            brought = 0
+            for _ in range(at[row, column] + 1):
+                brought += (row, column + brought) in at
+            self.num_tokens += brought
+            self.num_passes += 1
+            column += brought
+
+    def figures(self) -> DraftFigures:
+        if not self.num_passes:
+            raise UserError("no row has two tokens to predict one after the other: there is nothing to draft")
+        acceptance = (self.right / self.asked.clamp(min=1)).tolist()
+        return DraftFigures(tuple(acceptance), self.num_tokens / self.num_passes, self.num_tokens)

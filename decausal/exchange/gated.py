@@ -1,0 +1,51 @@
+"""A gated conversion, handed on: the source's files as they are, the draft, and a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from decausal.errors import UserError
+from decausal.exchange.card import CARD, ModelCard
+from decausal.exchange.converted_files import refuse_links_out, refuse_secrets
+from decausal.exchange.exported import Exported
+from decausal.exchange.handed_on import facts_to_hand_on
+from decausal.exchange.staging import staged
+from decausal.models.base_files import copy_base, refuse_other_base
+from decausal.models.facts import DRAFT, ConversionFacts, write_facts
+from decausal.models.gated_checkpoint import base_of
+
+
+def export_gated(
+    directory: Path, facts: ConversionFacts, output_dir: Path, card: ModelCard, notes: list[str]
+) -> Exported:
+    """Copies the source, unless the facts refer to it on the hub, and the draft.
+
+    Args:
+        directory: what `decausal convert` wrote.
+        facts: its facts.
+        output_dir: a new or empty directory.
+        card: what the card says beside the facts.
+        notes: what the user should know.
+
+    Raises:
+        UserError: the source is not at hand or another one, or `directory` holds what must not be handed on.
+    """
+    draft = directory / DRAFT
+    if not draft.is_dir():
+        raise UserError(f"{directory} is a checkpoint of a run; give the run's output directory")
+    base = base_of(directory, facts)
+    for place in (directory, base):
+        refuse_links_out(place)
+        refuse_secrets(place)
+    refuse_other_base(base, facts.base, str(directory))
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    with staged(output_dir) as staging:
+        if facts.base_reference is None:
+            copy_base(base, staging)
+        shutil.copytree(draft, staging / DRAFT)
+        (staging / CARD).write_text(card.text(facts, config), encoding="utf-8")
+        write_facts(staging, facts_to_hand_on(facts))  # last: a directory with them is whole
+    return Exported(output_dir, facts, {}, notes)

@@ -1,0 +1,83 @@
+"""The files of a source model as they are: copied byte for byte, and known by their hashes.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from decausal.errors import UserError
+from decausal.models.directories import weight_files
+
+_SETTINGS = ("config.json", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+_TERMS = ("LICENSE*", "NOTICE*")
+_PIECE = 1 << 22
+
+
+def base_files(directory: Path) -> list[Path]:
+    """Returns what makes a source model: configuration, weights, tokenizer, chat template and licence."""
+    weights = list(weight_files(directory))
+    indices = [directory / f"{name}.index.json" for name in sorted(_single(weights))]
+    others = [path for pattern in (*_SETTINGS, *_TOKENIZER, *_TERMS) for path in sorted(directory.glob(pattern))]
+    return list(dict.fromkeys(path for path in (*weights, *indices, *others) if path.is_file()))
+
+
+def _single(weights: list[Path]) -> set[str]:
+    """What the files would be called as one: an index has that name."""
+    return {f"{path.name.partition('-')[0]}{path.suffix}" for path in weights}
+
+
+def copy_base(directory: Path, target: Path) -> dict[str, str]:
+    """Copies a source model's files into `target`, byte for byte; links become what they point to.
+
+    Returns:
+        The hash of each file, by name.
+    """
+    for path in base_files(directory):
+        shutil.copyfile(path, target / path.name)
+    return hashes(target, [path.name for path in base_files(directory)])
+
+
+def hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    """Returns the SHA-256 of each file, as the hub shows it."""
+    return {name: _hash(directory / name) for name in names}
+
+
+def refuse_other_base(directory: Path, expected: Mapping[str, str], name: str) -> None:
+    """Compares the files of a base with those that a draft was trained on.
+
+    Raises:
+        UserError: a file is missing, or holds something else; names both hashes.
+    """
+    for file, saved in expected.items():
+        path = directory / file
+        if not path.is_file():
+            raise UserError(f"{name} was trained on a base with {file}, which {directory} lacks; fetch it again")
+        found = _hash(path)
+        if found != saved:
+            raise UserError(
+                f"{path} is not the file that {name} was trained on: its SHA-256 is {found}, expected {saved}; give "
+                "the base that it was converted from"
+            )
+
+
+def _hash(path: Path) -> str:
+    found = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()

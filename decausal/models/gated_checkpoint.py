@@ -1,0 +1,120 @@
+"""A gated conversion on disk: the source's files as they are, and beside them an adapter that acts at masks.
+
+    config.json, weights, tokenizer     the source's, byte for byte; not there where the facts refer to the hub
+    decausal.json                       the facts, with the hash of each of these files
+    draft/                              a PEFT adapter, and the mask token's row
+
+At the top `from_pretrained` would find the adapter and attach it to every token, which is not the source.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decausal.errors import UserError
+from decausal.files import write_whole
+from decausal.models.adapt import load_base
+from decausal.models.adapters import with_adapter
+from decausal.models.base_files import copy_base, refuse_other_base
+from decausal.models.directories import ADAPTER_FILE, adapter_of
+from decausal.models.facts import DRAFT, FACTS_FILE, ConversionFacts, write_facts
+from decausal.models.gated import install_gate
+from decausal.models.gguf_files import is_gguf
+from decausal.models.mask_row import MASK_ROW_FILE, read_mask_row, save_mask_row
+from decausal.models.names import located
+
+
+def source_directory(name: str, commit: str | None) -> Path:
+    """Returns where the files of an AR model are: those that a gated conversion keeps.
+
+    Args:
+        name: a directory, a hub id or an embedded model's name.
+        commit: on the hub.
+
+    Raises:
+        UserError: there is no such model, or it is not whole in files of its own.
+    """
+    path, commit = located(name, commit, may_be_converted=True, merge_adapter=True)
+    if is_gguf(path) or (commit is None and adapter_of(Path(path)) is not None):
+        raise UserError(
+            f"{name} cannot be converted with gated weights, which keep the source's files: save it as a plain "
+            "Hugging Face model first, and give that"
+        )
+    if commit is None:
+        return Path(path)
+    from decausal.hub import fetch
+
+    return fetch(path, commit)[0]
+
+
+def save_gated(
+    directory: Path, model: nn.Module, state_dict: dict[str, Tensor], facts: ConversionFacts, base: Path
+) -> None:
+    """Writes a gated conversion: the source's files, the adapter, and last the facts.
+
+    Args:
+        directory: made if it does not exist.
+        model: a PEFT wrapper around the source, gated.
+        state_dict: its weights.
+        facts: with the hashes of the source's files; with a reference, the files are left out.
+        base: where the source's files are.
+    """
+    draft = directory / DRAFT
+    draft.mkdir(parents=True, exist_ok=True)
+    (directory / FACTS_FILE).unlink(missing_ok=True)
+    if facts.base_reference is None:
+        copy_base(base, directory)
+        refuse_other_base(directory, facts.base, str(directory))
+    model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
+    (draft / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing
+    save_mask_row(state_dict, draft)
+    settings = json.loads((draft / ADAPTER_FILE).read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no path of this machine
+    write_whole(draft / ADAPTER_FILE, json.dumps(settings, indent=2) + "\n")
+    write_facts(directory, facts)
+
+
+def load_gated(
+    path: Path, facts: ConversionFacts, dtype: torch.dtype, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a gated conversion, or a checkpoint of a run that makes one: the source, and the adapter gated on it.
+
+    Raises:
+        UserError: the source is not at hand or another one, or the adapter does not fit it.
+    """
+    draft = path / DRAFT if (path / DRAFT).is_dir() else path
+    base = base_of(path, facts)
+    refuse_other_base(base, facts.base, str(path))
+    model, tokenizer = load_base(base, dtype=dtype, attn_implementation=attn_implementation)
+    num_rows = len(model.get_input_embeddings().weight)
+    if facts.mask_token_id < num_rows:
+        raise UserError(
+            f"{path}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, and the weights have {num_rows} embedding "
+            "rows: a gated model's mask has none of them"
+        )
+    model = with_adapter(model, draft)
+    row = read_mask_row(draft)
+    if row is None:
+        raise UserError(f"{draft} lacks {MASK_ROW_FILE}, the mask token's row; fetch it again")
+    install_gate(model, facts.mask_token_id, row.to(dtype))
+    model.config.is_causal = False
+    return model, tokenizer
+
+
+def base_of(path: Path, facts: ConversionFacts) -> Path:
+    """Returns where the source's files of a gated conversion are: with it, or where its facts refer to.
+
+    Raises:
+        UserError: they are not at hand.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if facts.base_reference is None:  # a checkpoint of a run
+        return source_directory(facts.source, facts.source_revision)
+    name, _, commit = facts.base_reference.partition("@")
+    return source_directory(name, commit)
