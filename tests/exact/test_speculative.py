@@ -42,9 +42,9 @@ def model_of(family):
     return _MODELS[family]
 
 
-def facts(shift, block_size=4):
+def facts(shift, block_size=4, **more):
     layout = "bidirectional" if block_size is None else "block"
-    return ConversionFacts(source="random", layout=layout, block_size=block_size, shift=shift, mask_token_id=MASK)
+    return ConversionFacts("random", layout, shift, MASK, block_size=block_size, **more)
 
 
 def job_of(prompt, settings, seed=0, ends=(), **options):
@@ -290,9 +290,9 @@ def test_after_each_pass_the_cache_holds_what_a_prefill_does(draft, family):
     assert sorted(ended) == sorted(greedy(model, job.row.given[0], 12) for job in jobs)
 
 
-def drafted(model, prompt, length, block_size=4, shift=1, **options):
+def drafted(model, prompt, length, block_size=4, shift=1, **more):
     """What stands behind the first token that an engine writes."""
-    engine = engine_of(model, facts(shift, block_size), **options)
+    engine = engine_of(model, facts(shift, block_size, **more))
     engine.submit(job_of(prompt, own(20, draft_length=length)))
     engine.step()
     return engine._rows.ids[0, len(prompt) + 1 :][:length].tolist()
@@ -313,7 +313,7 @@ def test_a_causal_groups_first_masks_draft_as_a_shorter_group_does():
     model = model_of("llama")
     prompts = [prompt_of(5, seed) for seed in range(8)]
     for shift in (0, 1):
-        causal = [[drafted(model, each, n, None, shift, group_attention="causal") for each in prompts] for n in (2, 5)]
+        causal = [[drafted(model, each, n, 6, shift, causal_groups=True) for each in prompts] for n in (2, 5)]
         assert causal[0] == [tokens[:2] for tokens in causal[1]]
         both = [[drafted(model, each, n, None, shift) for each in prompts] for n in (2, 5)]
         assert both[0] != [tokens[:2] for tokens in both[1]]

@@ -57,18 +57,15 @@ class SpeculativeEngine:
             "causal", under which masks draft nothing.
         max_rows: Rows in one forward pass.
         max_length: Longest row. Memory for `max_rows` of them is taken by the first pass.
-        group_attention: Of masks to the others of their group, "bidirectional" or "causal", as the model was trained.
 
     Raises:
         UserError: A causal layout, or a model that takes no such cache.
     """
 
-    def __init__(
-        self, converted: Converted, *, max_rows: int, max_length: int, group_attention: str = "bidirectional"
-    ) -> None:
+    def __init__(self, converted: Converted, *, max_rows: int, max_length: int) -> None:
         self._model, self._tokenizer, self._facts = converted
         SamplerSettings(speculative=True).refuse_layout(self._facts.layout)
-        self._max_rows, self._max_length, self._reads_causally = max_rows, max_length, group_attention == "causal"
+        self._max_rows, self._max_length, self._reads_causally = max_rows, max_length, converted.facts.causal_groups
         with decoding(self._model):
             refuse_uncacheable(self._model)
         self._device = self._model.get_input_embeddings().weight.device
