@@ -29,8 +29,8 @@ from decausal.demo.arms import MeasuringCallback, arm_settings
 from decausal.demo.held_out import HeldOut, prepare
 from decausal.demo.history import Crossing, Measurement, crossing
 from decausal.demo.settings import DemoSettings
+from decausal.devices import is_fast_in_bf16
 from decausal.provenance import provenance
-from decausal.reporting.environment import is_fast_in_bf16
 from decausal.training.convert import convert
 from decausal.training.settings import ConversionSettings
 

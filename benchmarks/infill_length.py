@@ -153,7 +153,8 @@ def by_rules(model: Any, gaps: list[Gap], settings: SamplerSettings, most: int) 
 
 
 def by_search(model: Any, gaps: list[Gap], search: str, flags: argparse.Namespace) -> Tally:
-    from decausal.sampling.filling.lengths import GappedText, choose_lengths
+    from decausal.sampling.filling.infilling import choose_lengths
+    from decausal.sampling.filling.lengths import GappedText
 
     tally, settings = Tally(), SamplerSettings(threshold=flags.threshold)
     start = time.process_time()

@@ -20,8 +20,9 @@ from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.models.backbone import decoder_layers, head_of
 from decausal.models.block_cache import BlockCache, decoding
 from decausal.models.row_attention import FLEX, RowAttention
+from decausal.sampling.blocks.keeping import keep
+from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.rows import BlockRows
-from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.losses import Supervision, Weighted, weighted_loss
@@ -193,7 +194,7 @@ def decoding_pass(
 
     def one_pass() -> None:
         states = reader.predict_fixed(num_rows, block_size, num_keys)
-        rows.keep(num_rows, None, states, head, settings)
+        keep(rows, num_rows, None, states, head, settings)
 
     with decoding(model):
         one_pass()  # takes the cache's memory

@@ -1,4 +1,4 @@
-"""The command line: finds the verb, and tells what went wrong in one line. Each verb is a module of `verbs`."""
+"""The command line: finds the verb, and prints errors on one line. Each verb is a module of `verbs`."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, or 2 for bad input, which is told in one line."""
+    """Runs one verb. Returns the exit code: 0, or 2 for bad input, which prints one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _keep_bars_out_of_files()
     try:
         try:
             return _dispatch(arguments)
         finally:
-            sys.stdout.flush()  # here, where a reader who has left is known; argparse prints help and exits
+            sys.stdout.flush()  # here, where a broken pipe can be handled; argparse prints help and exits
     except BrokenPipeError:
         _write_nowhere()
         return 128 + signal.SIGPIPE
@@ -82,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_nowhere() -> None:
-    """Whoever read the output has left, as `head` does: what is still in the buffer is for nobody."""
+    """Discards what is still in the buffer: the reader of the output has left, as `head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _keep_bars_out_of_files() -> None:
-    """Without a terminal, an error is the only line on stderr: the libraries' progress bars stay away."""
+    """Turns the libraries' progress bars off without a terminal, so that an error is the only line on stderr."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from decausal.errors import UserError, nearest
-from decausal.secrets import without_secrets
+from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
 Settings = TypeVar("Settings")
@@ -36,7 +36,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     """Returns a recipe's keys and values, from a name that comes with decausal or a YAML file.
 
     Raises:
-        UserError: there is no such recipe, or the file is no YAML mapping.
+        UserError: There is no such recipe, or the file is no YAML mapping.
     """
     if name_or_path.endswith((".yaml", ".yml")):
         try:
@@ -67,13 +67,13 @@ def resolve(
     """Joins a recipe and flags (which win) into our settings and transformers' training arguments.
 
     Args:
-        settings_type: a dataclass of ours.
-        recipe: keys and values, of either kind.
+        settings_type: A dataclass of ours.
+        recipe: Keys and values, of either kind.
         flags: `--key value` or `--key=value` pairs.
-        where: how errors name the recipe.
+        where: How errors name the recipe.
 
     Raises:
-        UserError: an unknown key, a flag without a value, or a value of the wrong type.
+        UserError: An unknown key, a flag without a value, or a value of the wrong type.
     """
     own = get_type_hints(settings_type)
     settings: dict[str, Any] = {}
@@ -95,10 +95,10 @@ def resolve(
 
 
 def resolve_own(settings_type: type[Settings], flags: Sequence[str]) -> Settings:
-    """As `resolve`, for verbs that take none of transformers' training arguments.
+    """Does what `resolve` does, for verbs without transformers' training arguments.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: As `resolve`.
     """
     hints = get_type_hints(settings_type)
     values = {}
@@ -110,7 +110,7 @@ def resolve_own(settings_type: type[Settings], flags: Sequence[str]) -> Settings
 
 
 def as_yaml(settings: Any, training: Mapping[str, Any]) -> str:
-    """Returns all settings as resolved but secrets, as a YAML file that `--recipe` takes."""
+    """Returns all resolved settings except secrets, as a YAML file that `--recipe` takes."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     return yaml.safe_dump(without_secrets(values | dict(training)), sort_keys=False)
 
@@ -127,7 +127,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, str | bool]:
     """Returns `--key value` and `--key=value` flags as a dictionary; a flag without a value is True.
 
     Raises:
-        UserError: something that is no flag stands where one should.
+        UserError: Something else stands where a flag should.
     """
     values: dict[str, str | bool] = {}
     rest = list(flags)
@@ -149,10 +149,10 @@ def training_hints() -> dict[str, Any]:
 
 
 def coerce(value: Any, hint: Any, label: str) -> Any:
-    """Reads `value`, a string from a flag or a value from YAML, as the type that its field has.
+    """Converts `value`, a string from a flag or a value from YAML, to the type of its field.
 
     Raises:
-        UserError: it cannot be read so; `label` names the key.
+        UserError: It cannot be converted; `label` names the key.
     """
     options = _options(hint)
     if value is True and bool not in options:
@@ -172,7 +172,7 @@ def _options(hint: Any) -> list[Any]:
         options = [option for part in get_args(hint) for option in _options(part)]
     else:
         options = [hint]
-    # From the narrowest to the widest: a string takes anything, so it comes last.
+    # From the narrowest to the widest. A string takes anything, so it comes last.
     order = {type(None): 0, bool: 1, int: 2, float: 3, dict: 4, list: 5, str: 9}
     return sorted(options, key=lambda option: order.get(get_origin(option) or option, 6))
 

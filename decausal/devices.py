@@ -1,6 +1,6 @@
-"""What is right on a device: every choice that depends on where a model runs is made here.
+"""Choices that depend on the device: every one of them is made here.
 
-What holds on CUDA is computed, not measured: from the rates below, which docs/performance.md explains.
+The choices for CUDA are computed from the rates below, not measured. docs/performance.md explains them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MATRIX_RATE = 790e12
 LAUNCH = 5e-6
 """Seconds that the host needs to start a kernel."""
 KERNELS_PER_LAYER = 62
-"""Of a decoding pass without fusion, counted at Qwen3-0.6B's shape."""
+"""Kernels of one layer in a decoding pass without fusion, counted at Qwen3-0.6B's shape."""
 COMPILATION = 90.0
 """Seconds that compiling the layers of a training step takes: a guess."""
 COMPILED_GAIN = 0.2
@@ -27,13 +27,13 @@ USUAL_UTILISATION = 0.3
 
 @dataclass(frozen=True)
 class Choices:
-    """What is right where a model runs.
+    """The right choices for a device.
 
     Attributes:
-        dtype_to_decode: type of weights that only decode: on CUDA float32 is an order of magnitude slower.
-        is_mixed: training computes in bfloat16 on float32 weights.
-        has_flex: FlexAttention trains, and skips what no query reads.
-        row_multiple: training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
+        dtype_to_decode: Type of weights that only decode. On CUDA float32 is an order of magnitude slower.
+        is_mixed: Training computes in bfloat16 on float32 weights.
+        has_flex: Training uses FlexAttention, which skips what no query reads.
+        row_multiple: Training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
         logits_bytes: fp32 logits that a loss holds at a time. CPU: the fastest of 4 to 64 MB on one core at V = 4096
             and 32000; 32 rows were a quarter slower than 64 or more. CUDA: large products, small beside activations.
         prompt_tokens: most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
@@ -75,13 +75,25 @@ def best_device() -> torch.device:
 
 
 def choices(device: torch.device | str) -> Choices:
-    """Returns what is right on a device; other accelerators are treated like a CPU, where nothing is assumed."""
+    """Returns the right choices for a device. Other accelerators are treated like a CPU, where nothing is assumed."""
     return ON_CUDA if torch.device(device).type == "cuda" else ON_CPU
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a GPU has matrix units for bfloat16."""
+    """Returns whether a GPU has matrix units for bfloat16."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def is_fast_in_bf16() -> bool:
+    """Returns whether the device that trains multiplies bfloat16 matrices in hardware.
+
+    With AVX512-BF16 or AMX a step takes about 0.6 of its time in fp32. Without them it takes longer.
+    """
+    if torch.cuda.is_available():
+        return multiplies_bf16(best_device())
+    # torch has only private names for these two
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
 
 
 def decoding_dtype(device: torch.device) -> torch.dtype:
@@ -90,7 +102,7 @@ def decoding_dtype(device: torch.device) -> torch.dtype:
 
 
 def repays_compilation(device: torch.device, num_operations: float) -> bool:
-    """Whether a run of so many floating-point operations saves more time by compiled layers than compiling takes."""
+    """Returns whether compiled layers save more time in a run of `num_operations` than compiling takes."""
     if torch.device(device).type != "cuda":
         return False
     return COMPILED_GAIN * num_operations / (USUAL_UTILISATION * MATRIX_RATE) > COMPILATION

@@ -1,4 +1,4 @@
-"""The one exception that users see as a single line instead of a traceback."""
+"""The exception that users see as a single line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type's name when it says nothing."""
+    """Returns the first line of what an error says, or its type's name when it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files: those of data by their names, and those that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import re
 from pathlib import Path
 
+DATA_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|ndjson|jsonlines|csv|tsv|parquet|arrow|gz|bz2|xz|zst)$", re.IGNORECASE)
 _PARTIAL = re.compile(r".+\.tmp\d+")
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a killed `write_whole` has left this file."""
+    """Returns whether a killed `write_whole` left this file."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 
@@ -18,7 +19,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file in one step: a reader finds the old file, the new one or none, never a part of one.
 
     Raises:
-        OSError: as `open`; then the old file is still there and nothing else is.
+        OSError: As `open`. Then only the old file is there, unchanged.
     """
     partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:

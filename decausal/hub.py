@@ -1,4 +1,4 @@
-"""From the Hugging Face hub: what a name there stands for, and what is said when the hub does not give it."""
+"""The Hugging Face hub: downloads, uploads, and one-line errors for what it refuses."""
 
 from __future__ import annotations
 
@@ -37,47 +37,71 @@ class _NoBar(tqdm):
 
 
 def is_offline() -> bool:
-    """Whether the user forbids to ask the hub (HF_HUB_OFFLINE)."""
+    """Returns whether the user has forbidden requests to the hub (HF_HUB_OFFLINE)."""
     return constants.HF_HUB_OFFLINE
 
 
 def fetch(
     repo_id: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, *, is_shown: bool = True
 ) -> tuple[Path, str]:
-    """Brings files of a model repository here: by default weights, configuration and tokenizer, and none of its code.
+    """Downloads files of a model repository: by default weights, configuration and tokenizer, never code.
 
     Args:
         repo_id: owner/name.
-        revision: branch, tag or commit; None: the main branch.
-        files: patterns of their names.
-        is_shown: with progress bars, where those are on.
+        revision: Branch, tag or commit; None: the main branch.
+        files: Patterns of their names.
+        is_shown: Whether progress bars are shown, where those are on.
 
     Returns:
-        The directory in the hub's cache, and the commit. Where the hub may not be asked, of what is there from before.
+        The directory in the hub's cache, and the commit. Offline, those of an earlier download.
 
     Raises:
-        UserError: there is no such repository, it may not be read, it holds no such file, or it is out of reach.
+        UserError: There is no such repository, it may not be read, it holds no such file, or it is out of reach.
     """
     checked_repo_id(repo_id)
     with hub_errors(f"{repo_id} is neither a directory nor a model that the hub gives", CONNECT):
         if not is_offline():
             names = _file_names(repo_id, "model", revision)
             if not list(filter_repo_objects(names, allow_patterns=list(files))):
-                raise UserError(f"{repo_id} on the hub is no model that can be read: it holds no {files[0]}")
+                raise UserError(f"{repo_id} on the hub is not a model that can be read: it holds no {files[0]}")
         bars = None if is_shown else _NoBar
         path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), tqdm_class=bars))
     return path, path.name
 
 
 def refuse_unknown_dataset(name: str) -> None:
-    """Asks the hub for a data set: `datasets` would try for long where the hub cannot be reached.
+    """Asks the hub whether a data set exists. `datasets` would try for a long time if the hub cannot be reached.
 
     Raises:
-        UserError: there is none, it may not be read, or the hub cannot be reached.
+        UserError: There is no such data set, it may not be read, or the hub cannot be reached.
     """
     checked_repo_id(name)
     with hub_errors(f"'{name}' is neither a file, a directory nor a data set that the hub gives", CONNECT):
         _file_names(name, "dataset", None)
+
+
+def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = None) -> str:
+    """Uploads a directory as a model repository, which is created if it does not exist.
+
+    Args:
+        directory: All of it is uploaded, in one commit.
+        repo_id: The owner/name on the hub.
+        private: Whether a repository that is made now is private.
+        api: A `huggingface_hub.HfApi`; None: one with the user's own login.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: The hub refuses, or cannot be reached; the directory stays.
+    """
+    api = api or HfApi()
+    with hub_errors(f"cannot push {directory} to {repo_id}", "it is whole, and can be uploaded again"):
+        created = api.create_repo(repo_id=checked_repo_id(repo_id), repo_type="model", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, repo_type="model", folder_path=str(directory), commit_message="Upload with decausal"
+        )
+    return str(created)
 
 
 def _file_names(repo_id: str, kind: str, revision: str | None) -> list[str]:
@@ -90,22 +114,22 @@ def checked_repo_id(repo_id: str) -> str:
     """Returns `repo_id`.
 
     Raises:
-        UserError: the hub would not take it.
+        UserError: The hub would not take it.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"'{repo_id}' is no hub id: {first_line(error)}; write owner/name") from error
+        raise UserError(f"'{repo_id}' is not a hub id: {first_line(error)}; write owner/name") from error
     return repo_id
 
 
 @contextmanager
 def hub_errors(what: str, hint: str) -> Iterator[None]:
-    """Tells in one line what the hub, or the way to it, has refused.
+    """Turns errors of the hub, and of the way to it, into one line.
 
     Args:
-        what: could not be done.
-        hint: what to do about a failure that lies with neither name nor rights.
+        what: What could not be done.
+        hint: What to do about a failure that is due to neither name nor rights.
     """
     try:
         yield

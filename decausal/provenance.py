@@ -1,4 +1,4 @@
-"""What a figure was measured with: hardware, versions, commit. Every report, model card and benchmark carries it."""
+"""What a figure was measured with: hardware, versions and commit. Every report, model card and benchmark carries it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def provenance() -> dict[str, Any]:
 def commit() -> str:
     """Returns the commit of the checkout that the package runs from, or "installed" outside of one."""
     package = Path(__file__).parent
-    if not (package.parent / ".git").exists():  # do not take that of a project around a virtual environment
+    if not (package.parent / ".git").exists():  # a project around a virtual environment has a commit of its own
         return "installed"
     command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Returns what a run has at its disposal."""
+    """Returns the processor, memory and GPUs that a run can use."""
     import torch
 
     facts: dict[str, Any] = {
@@ -75,5 +75,5 @@ def _processor() -> str:
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # no such question on this system
+    except (AttributeError, OSError, ValueError):  # not available on this system
         return None

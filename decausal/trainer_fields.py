@@ -1,7 +1,7 @@
-"""The fields of `transformers.TrainingArguments`, from a record: reading flags must not cost the import of torch.
+"""The fields of `transformers.TrainingArguments`, from a record, so that reading flags does not import torch.
 
-The record, `trainer_fields.json`, holds for one version of transformers. Under another one the class itself is asked.
-`python -m decausal.trainer_fields` writes the record anew, for the version that is installed.
+The record, `trainer_fields.json`, holds for one version of transformers. With another version the class is read.
+`python -m decausal.trainer_fields` rewrites the record for the installed version.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TrainerField:
     """One training argument.
 
     Attributes:
-        hint: its type, of plain types and literals only: what YAML and flags can hold.
-        default: its value where none is given.
+        hint: Its type: only plain types and literals, which YAML and flags can hold.
+        default: Its default value.
     """
 
     hint: Any
@@ -51,7 +51,7 @@ def installed_version() -> str | None:
 
 
 def record_of_installed() -> dict[str, Any]:
-    """Returns ``{"transformers": version, "fields": {name: [types, default]}}`` of the class itself."""
+    """Returns ``{"transformers": version, "fields": {name: [types, default]}}``, read from the class."""
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
@@ -66,10 +66,10 @@ def record_of_installed() -> dict[str, Any]:
 
 
 def _types(hint: Any) -> list[Any]:
-    """A hint as names of plain types and lists of literals.
+    """Returns a hint as names of plain types and lists of literals.
 
-    A class that no text and no YAML stands for is left out, and so is text beside an enumeration: TrainingArguments
-    makes a member of it.
+    A class that neither text nor YAML can express is left out. So is text beside an enumeration, since
+    TrainingArguments turns it into a member.
     """
     if get_origin(hint) in (Union, UnionType):
         types = [name for part in get_args(hint) for name in _types(part)]

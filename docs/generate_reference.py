@@ -24,10 +24,10 @@ import decausal
 from decausal.cli import VERBS
 from decausal.compare.settings import CompareSettings
 from decausal.demo.settings import DemoSettings
-from decausal.sampling.batch_files import BatchResult
+from decausal.sampling.batch import BatchResult
 from decausal.sampling.editing.edit import Edit, TokenConfidence
 from decausal.sampling.filling.infilling import Filling
-from decausal.sampling.generate import Generation
+from decausal.sampling.generation import Generation
 from decausal.sampling.settings import ALIASES, SamplerSettings
 from decausal.serving.settings import ServeSettings
 from decausal.training.convert import Conversion

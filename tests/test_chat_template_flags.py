@@ -80,7 +80,7 @@ def test_a_batch_is_not_continued_under_another_template(here: Path, capsys: pyt
     ("flags", "told"),
     [
         (["--chat_template", "missing.jinja"], "--chat_template missing.jinja: No such file"),
-        (["--chat_template", "in.jsonl"], "in.jsonl is no chat template"),
+        (["--chat_template", "in.jsonl"], "in.jsonl is not a chat template"),
         (["--chat_template_kwargs", "{"], "not JSON"),
         (["--chat_template_kwargs", "[1]"], "not an object"),
     ],

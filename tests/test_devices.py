@@ -8,8 +8,8 @@ import torch
 from decausal.devices import choices, decoding_dtype, free_operations, repays_compilation
 from decausal.diffusion.layout import Layout
 from decausal.models.block_cache import BlockCache
+from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.rows import BlockRows
-from decausal.sampling.blocks.windows import Reader
 from tests.families import FAMILIES
 
 CUDA = torch.device("cuda")

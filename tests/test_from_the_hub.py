@@ -252,7 +252,7 @@ NO_SUCH = "none of that name, or a private one; check the name, or log in with `
         ("owner/private", NO_SUCH),
         ("owner/gated", "it is gated; ask for access on its page, then log in with `hf auth login`"),
         ("owner/notes", "it holds no config.json"),
-        ("owner/na--me", "is no hub id"),
+        ("owner/na--me", "is not a hub id"),
     ],
 )
 def test_a_model_that_the_hub_does_not_give(decausal, refused, model, reason):

@@ -98,7 +98,7 @@ REFUSED = [
     (["batch", "nowhere/at/all", "in.jsonl", "out.jsonl"], MODEL),
     (["batch", "model", "nowhere.jsonl", "out.jsonl"], "cannot read nowhere.jsonl: No such file"),
     (["batch", "model", "text.txt", "full"], "cannot write full: it is a directory"),
-    (["batch", "model", "text.txt", "full/a.txt"], "full/a.txt is there already, and no batch job's"),
+    (["batch", "model", "text.txt", "full/a.txt"], "full/a.txt exists and is not of a batch job"),
     (["serve", "nowhere/at/all"], MODEL),
     (["serve", "model", "--port", "-1"], "--port=-1"),
     (["eval", "nll", "nowhere/at/all", "--data", "text.txt"], MODEL),

@@ -39,9 +39,9 @@ class Arm:
     """One recipe in a comparison.
 
     Attributes:
-        name: what the report calls it; also the beginning of its runs' directories.
-        recipe: name of a recipe that comes with decausal, or a YAML file.
-        overrides: settings of this arm over the recipe's, as strings.
+        name: What the report calls it; also the beginning of its runs' directories.
+        recipe: Name of a recipe that comes with decausal, or a YAML file.
+        overrides: Settings of this arm over the recipe's, as strings.
     """
 
     name: str
@@ -75,12 +75,12 @@ def read_arms(recipes: str, overrides: Sequence[str] = (), shared: Mapping[str, 
     """Reads `--recipes` and every `--set ARM.KEY=VALUE`.
 
     Args:
-        recipes: names or YAML files with commas, each with `NAME=` before it or without.
+        recipes: Names or YAML files with commas, each with `NAME=` before it or without.
         overrides: `ARM.KEY=VALUE`, for one arm.
-        shared: keys and values for all arms; an arm's own win.
+        shared: Keys and values for all arms; an arm's own win.
 
     Raises:
-        UserError: no recipe, a name twice, a bad name, an override of no arm, or of what the comparison sets itself.
+        UserError: No recipe, a name twice, a bad name, an override of no arm, or of what the comparison sets itself.
     """
     entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
     if not entries:
@@ -105,7 +105,7 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     """Returns all settings of one run but its length.
 
     Raises:
-        UserError: an unknown recipe or setting, or a value that is not accepted.
+        UserError: An unknown recipe or setting, or a value that is not accepted.
     """
     recipe = read_recipe(arm.recipe)
     recipe = {key: value for key, value in recipe.items() if key not in _SET_HERE}

@@ -13,7 +13,7 @@ from decausal.compare.settings import DEFAULT_TOKENS, CompareSettings
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
 from decausal.errors import UserError
-from decausal.training.token_counts import TokenCounts
+from decausal.training.meters import TokenCounts
 
 MEAN_NOISE_LEVEL = 0.5
 
@@ -23,9 +23,9 @@ class Budget:
     """What each run may use.
 
     Attributes:
-        kind: what is counted.
-        amount: of it; minutes for "minutes".
-        tokens: which tokens count, for "tokens".
+        kind: What is counted.
+        amount: Of it; minutes for "minutes".
+        tokens: Which tokens count, for "tokens".
     """
 
     kind: Literal["steps", "tokens", "minutes"]

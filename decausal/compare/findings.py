@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
-from decausal.reporting.crossing import share_of_the_way
+from decausal.reporting import share_of_the_way
 
 SHARES = (0.5, 0.8, 0.9, 0.97)
 """Of the AR model's accuracy: milestones on the way there."""
@@ -70,12 +70,12 @@ class Reaching:
     """Tokens that an arm needed for the best quality that the reference had, seed by seed.
 
     Attributes:
-        arm, reference: their names.
-        seeds: seeds of both.
-        starts: quality before any training.
-        targets: the reference's best quality.
-        reference_tokens: the tokens at which the reference first had it.
-        arm_tokens: those at which the arm had it; None: never.
+        arm, reference: Their names.
+        seeds: Seeds of both.
+        starts: Quality before any training.
+        targets: The reference's best quality.
+        reference_tokens: The tokens at which the reference first had it.
+        arm_tokens: Those at which the arm had it; None: never.
     """
 
     arm: str
@@ -103,7 +103,7 @@ class Reaching:
         return math.exp(fmean(math.log(ratio) for ratio in ratios))
 
     def sentence(self, unit: str) -> str:
-        """The finding in words, whichever way it went."""
+        """Returns the finding in words, whichever way it went."""
         best, when = fmean(self.targets), fmean(self.reference_tokens)
         start = (
             f"{self.reference}'s best {unit} was {best:.3f} (mean over {_counted(self.seeds)}), first at "
@@ -132,11 +132,11 @@ class ParallelLoss:
     """What an arm loses at its end when decoded in parallel instead of one token per forward.
 
     Attributes:
-        arm: its name.
-        threshold: the parallel schedule.
-        lost: static accuracy less the accuracy under that schedule, seed by seed.
-        standard_error: of the mean over seeds, over prompts, pair by pair; None below two prompts.
-        tokens_per_forward: under that schedule, the mean over seeds.
+        arm: Its name.
+        threshold: The parallel schedule.
+        lost: Static accuracy less the accuracy under that schedule, seed by seed.
+        standard_error: Of the mean over seeds, over prompts, pair by pair; None below two prompts.
+        tokens_per_forward: Under that schedule, the mean over seeds.
     """
 
     arm: str
@@ -283,7 +283,7 @@ def ar_name(ar: Score) -> str:
 
 
 def ending_sentence(arm: ArmSummary, ar: Score, unit: str) -> str:
-    """How near an arm ends to the AR model, under each schedule."""
+    """Returns how near an arm ends to the AR model, under each schedule."""
     parts = []
     for threshold, quality, speed in arm.final:
         share = f", {quality.mean / ar.quality:.1%} of the AR model's" if ar.quality > 0 else ""

@@ -24,7 +24,7 @@ def check_inputs(settings: CompareSettings, arms: Sequence[Arm]) -> None:
     """Refuses what `run_compare` would refuse after it has been imported.
 
     Raises:
-        UserError: arms that contradict themselves or each other, no such model or data, or a directory of another verb.
+        UserError: Arms that contradict themselves or each other, no such model or data, or a directory of another verb.
     """
     output_dir = Path(settings.output_dir)
     refuse_other_verb(output_dir)
@@ -45,7 +45,7 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
     """Returns every run, a seed of each arm before the next seed.
 
     Raises:
-        UserError: a reference that is no arm, a setting that is not accepted, or facts that differ and may not.
+        UserError: A reference that is no arm, a setting that is not accepted, or facts that differ and may not.
     """
     names = [arm.name for arm in arms]
     if settings.reference is not None and settings.reference not in names:

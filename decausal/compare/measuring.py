@@ -38,9 +38,9 @@ class Measure(ABC):
     """Measures students against held-out data. Making one loads the AR model and tells bad input.
 
     Attributes:
-        settings: of the comparison.
-        source: the frozen AR model.
-        tokenizer: with the mask token.
+        settings: Of the comparison.
+        source: The frozen AR model.
+        tokenizer: With the mask token.
     """
 
     higher_is_better: bool
@@ -73,7 +73,7 @@ class Measure(ABC):
 
     @abstractmethod
     def measured(self, *, is_final: bool) -> dict[str, Any]:
-        """What is measured on: two measurements of equal descriptions can be compared."""
+        """Returns what is measured on: two measurements of equal descriptions can be compared."""
 
     @abstractmethod
     def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score: ...
@@ -132,7 +132,7 @@ class TaskMeasure(Measure):
     """Exact answers on held-out prompts: accuracy, the mean over tasks.
 
     Raises:
-        UserError: the held-out data holds no tasks, or the model's tokenizer does not read their characters.
+        UserError: The held-out data holds no tasks, or the model's tokenizer does not read their characters.
     """
 
     higher_is_better = True
@@ -247,7 +247,7 @@ def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
     """Loads what all runs are measured with.
 
     Raises:
-        UserError: the model cannot be converted, or the held-out data is not for it.
+        UserError: The model cannot be converted, or the held-out data is not for it.
     """
     return (TaskMeasure if settings.eval == "tasks" else LikelihoodMeasure)(settings, run)
 

@@ -14,7 +14,7 @@ from decausal.compare.findings import Curve, ar_name
 from decausal.compare.records import Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
-from decausal.reporting.figures import LIGHT, Palette, style
+from decausal.reporting import LIGHT, Palette, style
 
 # After Okabe and Ito: told apart by colour-blind eyes.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
@@ -34,13 +34,13 @@ def save_figure(
     """Saves the figure as PNG.
 
     Args:
-        path: where to.
-        results: all runs.
-        ar: the AR model's own scores: on what runs are measured on while they train, and at their end.
-        threshold: schedule of the curves over training.
-        counted: which training tokens the x axis counts.
-        unit: what quality is.
-        palette: light or dark.
+        path: Where to.
+        results: All runs.
+        ar: The AR model's own scores: on what runs are measured on while they train, and at their end.
+        threshold: Schedule of the curves over training.
+        counted: Which training tokens the x axis counts.
+        unit: What quality is.
+        palette: Light or dark.
     """
     is_decoded = any(score.tokens_per_forward is not None for result in results for score in result.final)
     figure = Figure(figsize=(11.0 if is_decoded else 6.0, 4.4), layout="constrained", facecolor=palette.background)

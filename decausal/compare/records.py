@@ -11,7 +11,7 @@ from typing import Any
 
 from decausal.compare.settings import Schedule
 from decausal.files import write_whole
-from decausal.training.token_counts import TokenCounts
+from decausal.training.meters import TokenCounts
 
 MEASUREMENTS = "measurements.jsonl"
 FINAL = "final.json"
@@ -22,14 +22,14 @@ class Score:
     """Quality of one model under one decoding schedule.
 
     Attributes:
-        threshold: confidence above which a token is kept; 1 is the static schedule; "speculative" for self-speculation;
+        threshold: Confidence above which a token is kept; 1 is the static schedule; "speculative" for self-speculation;
             None where nothing was decoded (nll).
-        quality: accuracy, the mean over tasks; or NELBO in nats per token.
-        standard_error: over prompts (or rows).
-        by_task: accuracy of each task.
-        tokens_per_forward: tokens kept over all forward passes; None where nothing was decoded.
-        right: for each prompt in order "1" where it was answered right, else "0"; "" for nll.
-        details: further figures.
+        quality: Accuracy, the mean over tasks; or NELBO in nats per token.
+        standard_error: Over prompts (or rows).
+        by_task: Accuracy of each task.
+        tokens_per_forward: Tokens kept over all forward passes; None where nothing was decoded.
+        right: For each prompt in order "1" where it was answered right, else "0"; "" for nll.
+        details: Further figures.
     """
 
     threshold: Schedule
@@ -46,12 +46,12 @@ class Measurement:
     """A run after some of its budget.
 
     Attributes:
-        step: training steps taken.
-        progress: share of the budget that is used up.
-        seconds: time spent in training; measuring and saving are not counted.
-        tokens: what it has been trained on.
-        scores: by schedule, as settings name them.
-        loss: mean training loss since the measurement before; None where there was none.
+        step: Training steps taken.
+        progress: Share of the budget that is used up.
+        seconds: Time spent in training; measuring and saving are not counted.
+        tokens: What it has been trained on.
+        scores: By schedule, as settings name them.
+        loss: Mean training loss since the measurement before; None where there was none.
     """
 
     step: int

@@ -26,8 +26,8 @@ from decausal.compare.records import Score
 from decausal.compare.settings import SPECULATIVE, CompareSettings, Schedule
 from decausal.compare.training import Planned, RunResult
 from decausal.compare.view import schedule_name
-from decausal.exchange.handed_on import without_paths
 from decausal.files import write_whole
+from decausal.privacy import without_paths
 from decausal.provenance import provenance
 
 REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "report.png"
@@ -38,18 +38,18 @@ class Comparison:
     """All that a comparison found.
 
     Attributes:
-        settings: as given.
-        plan: all runs, with their settings.
-        results: the runs that have finished, in the plan's order.
-        source: the AR model: name, type, parameters.
-        measured: what runs are measured on, while they train and at their end.
-        ar: the AR model's score on what runs are measured on at their end.
-        ar_while_training: on what they are measured on while they train.
-        unit: what quality is.
-        higher_is_better: of quality.
-        command: that made it.
-        started: local time, as ISO 8601 writes it.
-        seconds: how long it took, without the runs that had been finished before.
+        settings: As given.
+        plan: All runs, with their settings.
+        results: The runs that have finished, in the plan's order.
+        source: The AR model: name, type, parameters.
+        measured: What runs are measured on, while they train and at their end.
+        ar: The AR model's score on what runs are measured on at their end.
+        ar_while_training: On what they are measured on while they train.
+        unit: What quality is.
+        higher_is_better: Of quality.
+        command: That made it.
+        started: Local time, as ISO 8601 writes it.
+        seconds: How long it took, without the runs that had been finished before.
     """
 
     settings: CompareSettings
@@ -101,7 +101,7 @@ class Comparison:
         return milestones(self.results, self.ar_while_training, self.curve_threshold, self.settings.tokens)
 
     def sentences(self) -> list[str]:
-        """What was found, in words, whichever way it came out."""
+        """Returns what was found, in words, whichever way it came out."""
         told = (_nearest_threshold(self.settings), SPECULATIVE)
         losses = [found for found in self.parallel_losses() if found.threshold in told]
         return [
@@ -192,12 +192,13 @@ torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformer
 
 
 def _thresholds(arms: Sequence[ArmSummary]) -> list[Schedule]:
-    """The schedules that some arm was measured under at its end: the table's columns."""
+    """Returns the schedules that some arm was measured under at its end: the table's columns."""
     return list(dict.fromkeys(threshold for arm in arms for threshold, _, _ in arm.final))
 
 
 def _cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
-    """An arm's quality under each schedule, and behind it the tokens per forward; empty where it was not measured."""
+    """Returns an arm's quality under each schedule, and behind it the tokens per forward; empty where it was not
+    measured."""
     cells = {
         threshold: str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
         for threshold, quality, speed in arm.final
@@ -241,6 +242,6 @@ def _plain(spread: Spread | None) -> dict[str, Any] | None:
 
 
 def _nearest_threshold(settings: CompareSettings) -> float | None:
-    """The parallel schedule that sentences speak of: the one nearest to the sampler's own default."""
+    """Returns the parallel schedule that sentences speak of: the one nearest to the sampler's own default."""
     below = [threshold for threshold in settings.thresholds if threshold < 1]
     return min(below, key=lambda threshold: abs(threshold - 0.9)) if below else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from decausal.compare.view import ComparisonView, summary_table
 from decausal.compare.workers import num_workers, train_all
 from decausal.devices import best_device, multiplies_bf16
 from decausal.errors import UserError
-from decausal.reporting.environment import quiet_libraries
+from decausal.reporting import quiet_libraries
 from decausal.training.run_directory import claimed
 
 
@@ -42,16 +43,16 @@ def run_compare(
     Runs that have finished are not trained again, and one that was killed goes on from its last measurement.
 
     Args:
-        settings: what to compare, on what, for how long.
-        arms: see `decausal.compare.arms.read_arms`.
-        console: where to tell of it; the standard output by default.
-        command: what was typed, for the report.
+        settings: What to compare, on what, for how long.
+        arms: See `decausal.compare.arms.read_arms`.
+        console: Where to tell of it; the standard output by default.
+        command: What was typed, for the report.
 
     Returns:
         All that was found. `output_dir` then holds a converted model for each run, and the report.
 
     Raises:
-        UserError: as `decausal.training.convert.convert`, or arms that cannot be compared, or a directory that holds
+        UserError: As `decausal.training.convert.convert`, or arms that cannot be compared, or a directory that holds
             something else.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -59,14 +60,21 @@ def run_compare(
     console = console or Console(file=sys.stdout)
     output_dir = Path(settings.output_dir)
     refuse_other_verb(output_dir)
+    begin, started = time.perf_counter(), datetime.now().astimezone().isoformat(timespec="seconds")
     with quiet_libraries():
-        comparison = _Comparison(settings, arms, console, command)
+        is_bf16 = multiplies_bf16(best_device()) if settings.bf16 is None else settings.bf16
+        runs = all_runs(settings, arms, is_bf16=is_bf16)
+        measure = prepare(settings, runs[0])
         with claimed(output_dir, resume=True) as directory:
-            comparison.plan_runs()
+            plan = _planned(settings, runs, measure)
             directory.begin(vars(settings) | MARK)
             for name in (REPORT_PICTURE, REPORT_TABLE):
                 (output_dir / name).unlink(missing_ok=True)  # must not stand beside newer runs
-            found = comparison.train()
+            _say_plan(settings, plan, measure, console)
+            found = _nothing_trained(settings, plan, measure, command, started)
+            for results in _trained(found, measure, console):
+                found = replace(found, results=results, seconds=time.perf_counter() - begin)
+                write_figures(found)
             written = write_report(found)
     console.print(summary_table(found.arms(), found.ar, found.unit, settings.tokens))
     _say(console, "", *(f"  {sentence}" for sentence in found.sentences()), f"  It took {found.seconds:.0f} s.")
@@ -74,103 +82,87 @@ def run_compare(
     return found
 
 
-class _Comparison:
-    """The parts of a comparison in their order. Making one loads the model and tells all bad input but bad directories.
+def _planned(settings: CompareSettings, runs: Sequence[ArmRun], measure: Measure) -> list[Planned]:
+    """Packs all training data, fixes every run's length, and checks the directories."""
+    budget = Budget.of(settings)
+    for run in runs:
+        training_rows(run, measure.tokenizer)
+    steps: dict[tuple[str, int | None], int] = {}
+    plan = []
+    for run in runs:
+        # Minutes depend on the machine alone, tokens on the seed's data too.
+        key = (run.arm.name, None if budget.kind == "minutes" else run.seed)
+        if key not in steps:
+            steps[key] = _num_steps(settings, run, runs, measure)
+        planned = Planned(run, steps[key], budget)
+        if not settings.overwrite:
+            refuse_other_run(planned, described(planned, measure))
+        plan.append(planned)
+    return plan
 
-    Attributes:
-        measure: what all runs are measured with.
-        plan: all runs, a seed of each arm before the next seed.
-    """
 
-    def __init__(self, settings: CompareSettings, arms: Sequence[Arm], console: Console, command: str) -> None:
-        self.settings, self.console, self.command = settings, console, command
-        self.clock_start = time.perf_counter()
-        self.started = datetime.now().astimezone().isoformat(timespec="seconds")
-        is_bf16 = multiplies_bf16(best_device()) if settings.bf16 is None else settings.bf16
-        self.runs = all_runs(settings, arms, is_bf16=is_bf16)
-        self.measure: Measure = prepare(settings, self.runs[0])
-        self.plan: list[Planned] = []
+def _num_steps(settings: CompareSettings, run: ArmRun, runs: Sequence[ArmRun], measure: Measure) -> int:
+    budget = Budget.of(settings)
+    if budget.kind == "steps":
+        return int(budget.amount)
+    if budget.kind == "tokens":
+        return steps_for_tokens(budget, run, measure.tokenizer)
+    others = [other.directory for other in runs if other.arm == run.arm]
+    before = None if settings.overwrite else next(filter(None, map(steps_before, others)), None)
+    return before or tried_steps(run, budget)
 
-    def plan_runs(self) -> None:
-        """Packs all training data, fixes every run's length, and checks the directories."""
-        budget = Budget.of(self.settings)
-        for run in self.runs:
-            training_rows(run, self.measure.tokenizer)
-        steps: dict[tuple[str, int | None], int] = {}
-        for run in self.runs:
-            # minutes depend on the machine alone, tokens on the seed's data too
-            key = (run.arm.name, None if budget.kind == "minutes" else run.seed)
-            if key not in steps:
-                steps[key] = self._steps(run, budget)
-            planned = Planned(run, steps[key], budget)
-            if not self.settings.overwrite:
-                refuse_other_run(planned, described(planned, self.measure))
-            self.plan.append(planned)
 
-    def train(self) -> Comparison:
-        """Measures the AR model and the untrained student, then trains all runs."""
-        self._tell_plan()
-        self.plan = [
-            Planned(planned.run, planned.max_steps, planned.budget, self.measure.start_scores(planned.run))
-            for planned in self.plan
-        ]
-        finished: dict[str, RunResult] = {}
-        workers = num_workers(self.settings, self.measure, len(self.plan))
-        view = ComparisonView(
-            self.console, [planned.run.name for planned in self.plan], self.measure.unit, self.settings.tokens
-        )
-        with view:
-            for result in train_all(
-                self.plan, self.measure, view.tell, workers=workers, overwrite=self.settings.overwrite
-            ):
-                finished[f"{result.arm}-seed{result.seed}"] = result
-                write_figures(self._found(finished))
-        return self._found(finished)
+def _trained(found: Comparison, measure: Measure, console: Console) -> Iterator[list[RunResult]]:
+    """Measures the untrained student, trains all runs, and yields the results so far, in the plan's order."""
+    settings = found.settings
+    plan = [replace(planned, start_scores=measure.start_scores(planned.run)) for planned in found.plan]
+    workers = num_workers(settings, measure, len(plan))
+    names = [planned.run.name for planned in plan]
+    finished: dict[str, RunResult] = {}
+    with ComparisonView(console, names, measure.unit, settings.tokens) as view:
+        for result in train_all(plan, measure, view.tell, workers=workers, overwrite=settings.overwrite):
+            finished[f"{result.arm}-seed{result.seed}"] = result
+            yield [finished[name] for name in names if name in finished]
 
-    def _steps(self, run: ArmRun, budget: Budget) -> int:
-        if budget.kind == "steps":
-            return int(budget.amount)
-        if budget.kind == "tokens":
-            return steps_for_tokens(budget, run, self.measure.tokenizer)
-        others = [other.directory for other in self.runs if other.arm == run.arm]
-        before = None if self.settings.overwrite else next(filter(None, map(steps_before, others)), None)
-        return before or tried_steps(run, budget)
 
-    def _found(self, finished: dict[str, RunResult]) -> Comparison:
-        config = self.measure.source.config
-        return Comparison(
-            settings=self.settings,
-            plan=self.plan,
-            results=[finished[planned.run.name] for planned in self.plan if planned.run.name in finished],
-            source={
-                "model_name_or_path": self.settings.model_name_or_path,
-                "model_type": config.model_type,
-                "num_parameters": self.measure.source.num_parameters(),
-            },
-            measured={
-                "while_training": self.measure.measured(is_final=False),
-                "final": self.measure.measured(is_final=True),
-            },
-            ar=self.measure.ar_score(is_final=True),
-            ar_while_training=self.measure.ar_score(is_final=False),
-            unit=self.measure.unit,
-            higher_is_better=self.measure.higher_is_better,
-            command=self.command,
-            started=self.started,
-            seconds=time.perf_counter() - self.clock_start,
-        )
+def _nothing_trained(
+    settings: CompareSettings, plan: list[Planned], measure: Measure, command: str, started: str
+) -> Comparison:
+    """Measures the AR model and returns a comparison without results yet."""
+    return Comparison(
+        settings=settings,
+        plan=plan,
+        results=[],
+        source={
+            "model_name_or_path": settings.model_name_or_path,
+            "model_type": measure.source.config.model_type,
+            "num_parameters": measure.source.num_parameters(),
+        },
+        measured={
+            "while_training": measure.measured(is_final=False),
+            "final": measure.measured(is_final=True),
+        },
+        ar=measure.ar_score(is_final=True),
+        ar_while_training=measure.ar_score(is_final=False),
+        unit=measure.unit,
+        higher_is_better=measure.higher_is_better,
+        command=command,
+        started=started,
+        seconds=0.0,
+    )
 
-    def _tell_plan(self) -> None:
-        ar = self.measure.ar_score(is_final=True)
-        quality = f"{self.measure.unit if ar.threshold is not None else 'exact likelihood'} {ar.quality:.3f}"
-        arms = ", ".join(dict.fromkeys(planned.run.arm.name for planned in self.plan))
-        _say(
-            self.console,
-            f"[bold]decausal compare[/bold]: {escape(arms)} from {escape(self.settings.model_name_or_path)}",
-            f"  AR model     {self.measure.source.num_parameters() / 1e6:.1f} million parameters, {quality}",
-            f"  each run     {self.plan[0].budget.sentence()}; seeds {', '.join(map(str, self.settings.seeds))}",
-            f"  measured on  {escape(self.settings.measured_data)}",
-        )
+
+def _say_plan(settings: CompareSettings, plan: Sequence[Planned], measure: Measure, console: Console) -> None:
+    ar = measure.ar_score(is_final=True)
+    quality = f"{measure.unit if ar.threshold is not None else 'exact likelihood'} {ar.quality:.3f}"
+    arms = ", ".join(dict.fromkeys(planned.run.arm.name for planned in plan))
+    _say(
+        console,
+        f"[bold]decausal compare[/bold]: {escape(arms)} from {escape(settings.model_name_or_path)}",
+        f"  AR model     {measure.source.num_parameters() / 1e6:.1f} million parameters, {quality}",
+        f"  each run     {plan[0].budget.sentence()}; seeds {', '.join(map(str, settings.seeds))}",
+        f"  measured on  {escape(settings.measured_data)}",
+    )
 
 
 def _say(console: Console, *lines: str) -> None:

@@ -30,7 +30,7 @@ class CompareSettings:
     """One comparison: recipes, seeds, the budget of each run, and what is measured.
 
     Raises:
-        UserError: a setting is out of its range, or two contradict each other.
+        UserError: A setting is out of its range, or two contradict each other.
     """
 
     output_dir: str = _setting(

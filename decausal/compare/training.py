@@ -16,17 +16,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.budget import Budget, steps_for_minutes
+from decausal.compare.budget_callback import BudgetCallback, Event, Tell
 from decausal.compare.measuring import Measure
-from decausal.compare.recorder import BudgetCallback, Event, Tell
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
 from decausal.compare.settings import Schedule
 from decausal.errors import UserError
 from decausal.models.checkpoint import load_converted
 from decausal.models.facts import FACTS_FILE
-from decausal.reporting.clock import Clock
 from decausal.training.convert import convert
+from decausal.training.meters import Clock, TokenMeter
 from decausal.training.run_directory import RUN_FILE, checkpoints
-from decausal.training.token_counts import TokenMeter
 
 _MAY_DIFFER = {"output_dir", "overwrite", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "eval_rows"}
 _TRIAL_STEPS = 30
@@ -38,10 +37,10 @@ class Planned:
     """One run with its length, and what its student measures before any step.
 
     Attributes:
-        run: all other settings.
-        max_steps: what its schedules are laid out for.
-        budget: what ends it, where that is used up before.
-        start_scores: of the student before training.
+        run: All other settings.
+        max_steps: What its schedules are laid out for.
+        budget: What ends it, where that is used up before.
+        start_scores: Of the student before training.
     """
 
     run: ArmRun
@@ -71,7 +70,7 @@ class RunResult:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether a run has come to its end: the facts of a conversion are written last."""
+    """Returns whether a run has come to its end: the facts of a conversion are written last."""
     return (directory / FACTS_FILE).is_file()
 
 
@@ -103,7 +102,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
     """Trains one run, or continues it, or only reads what it was; then measures what is missing.
 
     Raises:
-        UserError: as `convert`.
+        UserError: As `convert`.
     """
     run, directory = planned.run, planned.run.directory
     measured = described(planned, measure)

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from decausal.compare.budget_callback import Event
 from decausal.compare.findings import ArmSummary, ar_name
-from decausal.compare.recorder import Event
 from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 
@@ -22,10 +22,10 @@ class ComparisonView:
     """Shows the runs in one live display: a bar for each that trains, and the latest figures of all.
 
     Args:
-        console: where to draw. If it is no terminal, each measurement is printed as one line instead.
-        names: of all runs, in the order of the table.
-        unit: what quality is.
-        counted: which training tokens are shown.
+        console: Where to draw. If it is no terminal, each measurement is printed as one line instead.
+        names: Of all runs, in the order of the table.
+        unit: What quality is.
+        counted: Which training tokens are shown.
     """
 
     def __init__(self, console: Console, names: Sequence[str], unit: str, counted: str) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from decausal.compare.arms import ArmRun
+from decausal.compare.budget_callback import Event, Tell
 from decausal.compare.measuring import Measure, prepare
-from decausal.compare.recorder import Event, Tell
 from decausal.compare.settings import CompareSettings
 from decausal.compare.training import Planned, RunResult, train
 from decausal.provenance import usable_cores
-from decausal.reporting.environment import quiet_libraries
+from decausal.reporting import quiet_libraries
 
 SMALL = 100_000_000  # parameters: of these, several students with teachers and optimiser states fit into any memory
 
@@ -39,7 +39,7 @@ def train_all(
     """Trains all runs and yields each when it has finished.
 
     Raises:
-        UserError: as `train`; the other runs then stop at their next step, to be continued another time.
+        UserError: As `train`; the other runs then stop at their next step, to be continued another time.
     """
     if workers == 1:
         for planned in plan:

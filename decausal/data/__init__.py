@@ -1,1 +1,1 @@
-"""Documents to packed rows to noised batches; the embedded corpus and model."""
+"""Documents to packed rows to noised batches; the embedded corpus."""

@@ -1,8 +1,8 @@
-"""Where an assistant's answers stand in what the chat template renders, each behind the prompt that it answers.
+"""Where an assistant's answers stand in what the chat template renders, each after the prompt that it answers.
 
-An answer is what a model has to write behind the prompt: messages up to it, rendered with the generation prompt.
-Templates may render a message differently once others follow (thoughts are cut out, say). So an answer is looked for in
-the rendering that ends with it, and is trained in a longer one only where that begins in just the same way.
+An answer is what a model has to write after the prompt: the messages before it, rendered with the generation prompt.
+Templates may render a message differently once others follow (for example, without its thoughts). So an answer is
+looked for in the rendering that ends with it. It is trained in a longer rendering only if that begins in the same way.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from decausal.data.messages import Message
 from decausal.data.template import ADVICE, render
 from decausal.errors import UserError
 
-Span = tuple[int, int]  # first character, and the one after the last
+Span = tuple[int, int]  # the first character, and the one after the last
 Tell = Callable[[str], None]
 
-MARKER = "\uf8f0"  # a private-use character, which no template and no text writes
+MARKER = "\uf8f0"  # a private-use character that no template and no text contains
 THOUGHT = re.compile(r"</?think>")
 OPENED = re.compile(r"<think>\s*$")
 CLOSED = re.compile(r"</think>\s*$")
@@ -38,7 +38,7 @@ class Document:
 
 
 class Closings:
-    """What may end a turn: the texts of special tokens."""
+    """The texts of special tokens, which may end a turn."""
 
     def __init__(self, special: Sequence[str]) -> None:
         self._special = tuple(special)
@@ -46,21 +46,21 @@ class Closings:
         self._first = re.compile(r"\s*(?:" + ("|".join(longest_first) or "(?!)") + ")")
 
     def end(self, text: str, place: int) -> int:
-        """Where a special token at `place`, perhaps behind spaces, ends; `place` itself where there is none."""
+        """Returns where a special token at `place`, perhaps after spaces, ends; `place` itself if there is none."""
         found = self._first.match(text, place)
         return found.end() if found else place
 
     def boundary(self, text: str) -> int:
-        """Where the last special token or space of a text ends."""
+        """Returns where the last special token or space of a text ends."""
         ends = [place + len(each) for each in self._special if (place := text.rfind(each)) >= 0]
         return max([0, *ends, *(found.end() for found in re.finditer(r"\s", text))])
 
     def is_in(self, text: str) -> bool:
-        """Whether there is a special token."""
+        """Returns whether there is a special token."""
         return bool(self._first.search(text))
 
     def last_word(self, text: str) -> int:
-        """Where the special tokens and spaces at the end of a text begin."""
+        """Returns where the special tokens and spaces at the end of a text begin."""
         while True:
             text = text.rstrip()
             if not text.endswith(self._special):
@@ -69,7 +69,7 @@ class Closings:
 
 
 def is_trained(messages: Sequence[Message], index: int) -> bool:
-    """Whether a message is an answer to be trained on. What opens a conversation answers nothing."""
+    """Returns whether a message is an answer to train on. The first message of a conversation is not an answer."""
     return index > 0 and messages[index]["role"] == "assistant" and bool(messages[index].get("weight", 1))
 
 
@@ -86,12 +86,13 @@ def documents_of(
 
     Args:
         messages, tools, tokenizer, origin: See `decausal.data.template.render`.
-        values: What the template reads beside them.
+        values: Further values that the template reads.
         closings: The tokenizer's special tokens.
-        tell: Called with what the template does to answers that the user should know.
+        tell: Called with what the user should know about the template.
 
     Raises:
-        UserError: The template refuses the messages, or changes an answer so that it cannot be told from its prompt.
+        UserError: The template refuses the messages, or changes an answer so that it cannot be separated from its
+            prompt.
     """
     renderings = _Renderings(messages, tools, values, tokenizer, origin, tell)
     answers = [_answer(renderings, index, closings) for index in range(len(messages)) if is_trained(messages, index)]
@@ -109,9 +110,9 @@ def documents_of(
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in the rendering that ends with it: where it begins, its content ends, and its turn ends.
+    """An answer in the rendering that ends with it: where it begins, where its content ends, and where its turn ends.
 
-    `is_ended` is False where the template ends its turn with nothing.
+    `is_ended` is False if the template does not mark the end of its turn.
     """
 
     text: str
@@ -121,7 +122,7 @@ class _Answer:
     is_ended: bool
 
     def span_in(self, text: str, closings: Closings) -> Span | None:
-        """Where it stands in a text that begins in the same way; None where another text does not."""
+        """Returns where the answer stands in a text that begins in the same way, or None for other texts."""
         if self.is_ended and text.startswith(self.text[: self.end]):
             return self.start, self.end
         if not text.startswith(self.text[: self.content_end]):
@@ -142,19 +143,19 @@ class _Renderings:
     _made: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def of(self, number: int, *, prompt: bool = False) -> str:
-        """The first `number` messages, with the generation prompt where that is asked for."""
+        """Returns the first `number` messages rendered, with the generation prompt if asked for."""
         if (number, prompt) not in self._made:
             self._made[number, prompt] = self._render(self.messages[:number], prompt)
         return self._made[number, prompt]
 
     def around(self, index: int) -> tuple[str, str] | None:
-        """What stands before and behind the content of a message that ends a rendering; None where it is not found."""
+        """Returns what stands before and after the content of a message that ends a rendering, or None."""
         message = {key: part for key, part in self.messages[index].items() if key != "tool_calls"}
         parts = self.with_last(index, message | {"content": MARKER}).split(MARKER)
         return (parts[0], parts[1]) if len(parts) == 2 else None
 
     def with_last(self, index: int, message: Message) -> str:
-        """The messages before `index`, and this one."""
+        """Returns the renderings of the messages before `index`, and of these with message `index`."""
         return self._render([*self.messages[:index], message])
 
     def refusal(self, index: int, why: str) -> UserError:
@@ -171,7 +172,7 @@ class _Renderings:
 def _answer(renderings: _Renderings, index: int, closings: Closings) -> _Answer:
     message = renderings.messages[index]
     text, prompt = renderings.of(index + 1), renderings.of(index, prompt=True)
-    if CLOSED.search(prompt) and _has_thoughts(message):  # the prompt asks for an answer without them
+    if CLOSED.search(prompt) and _has_thoughts(message):  # the prompt asks for an answer without thoughts
         renderings.tell(
             "the chat template has answers begin behind '</think>', so the thoughts in them are left out; "
             "--chat_template_kwargs may let it think"
@@ -200,7 +201,7 @@ def _without_thoughts(message: Message) -> Message:
 
 
 def _holds(answer: str, content: str) -> bool:
-    """Whether all of a content is in what was rendered, spaces and the marks of thoughts left aside."""
+    """Returns whether a rendering holds the whole content, ignoring spaces and the marks of thoughts."""
     if content.strip() in answer:
         return True
     rendered = "".join(answer.split())
@@ -208,17 +209,17 @@ def _holds(answer: str, content: str) -> bool:
 
 
 def _ends(text: str, start: int, message: Message, closings: Closings) -> tuple[int, int, bool]:
-    """Returns where an answer that ends the text ends: its content, and its turn, and whether anything ends that.
+    """Returns where the last answer's content and turn end, and whether anything marks the end of the turn.
 
-    A call of a tool may itself end in special tokens. Behind other content the first one ends the turn, and a template
-    may write others behind it, to end the document.
+    A tool call may itself end in special tokens. After other content, the first special token ends the turn. A template
+    may write more of them to end the document.
     """
     content_end = max(start, closings.last_word(text))
     content = (message.get("content") or "").strip()
     if message.get("tool_calls"):
         whole = len(text.rstrip())
         return whole, whole, content_end < whole
-    if content:  # which may end in special tokens, too
+    if content:  # which may also end in special tokens
         place = text.find(content, max(start, content_end - len(content)))
         behind = place + len(content)
         if place >= 0 and closings.last_word(text[behind:]) == 0:
@@ -228,7 +229,7 @@ def _ends(text: str, start: int, message: Message, closings: Closings) -> tuple[
 
 
 def _written_out(renderings: _Renderings, index: int, prompt: str) -> tuple[str, int]:
-    """Puts an answer whose thoughts the template cuts out behind its prompt, as the model is to write it."""
+    """Puts an answer whose thoughts the template cuts out after its prompt, as the model should write it."""
     message = renderings.messages[index]
     content, around = message.get("content") or "", renderings.around(index)
     if around is None or not THOUGHT.search(content) or message.get("tool_calls"):
@@ -241,10 +242,10 @@ def _written_out(renderings: _Renderings, index: int, prompt: str) -> tuple[str,
 def _found_behind_another_prompt(
     renderings: _Renderings, index: int, text: str, prompt: str, closings: Closings
 ) -> tuple[str, int]:
-    """Returns a text with the answer, and where the answer begins, where the rendering does not begin with the prompt.
+    """Returns a text with the answer, and where the answer begins, if the rendering does not begin with the prompt.
 
-    Either earlier messages are rendered differently once the answer follows, and the answer is put behind the prompt
-    that it will have; or the generation prompt opens with more than answers are rendered with.
+    Either earlier messages are rendered differently once the answer follows: the answer is then put after the prompt
+    that it will have. Or the generation prompt holds more than rendered answers begin with.
     """
     base, around = renderings.of(index), renderings.around(index)
     before = around[0] if around else ""

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are the assistant's: as the chat template marks them, or found in what it renders."""
+"""Which tokens of a conversation are the assistant's, as the chat template marks them or as found in its rendering."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " n"]
 SpecialIds = Int32[np.ndarray, " special"]
-Tokens = tuple[Ids, Bool[np.ndarray, " n"]]  # ids, and which are the assistant's
+Tokens = tuple[Ids, Bool[np.ndarray, " n"]]  # ids, and which of them are the assistant's
 
-# Every way to end a turn: templates may end a call of a tool in a way of its own, and the last turn of all.
+# Every way to end a turn: templates may end a tool call and the last turn differently.
 TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
 CALL = {"type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
 CALLING_TURNS = [
@@ -32,22 +32,23 @@ CALLING_TURNS = [
 def encode_conversations(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell = say
 ) -> list[list[Tokens]]:
-    """Returns for each conversation the ids of its documents, and which of them are answers or an answer's end of turn.
+    """Returns, for each conversation, the ids of its documents and which of them belong to answers or their ends of
+    turn.
 
     Answers are what the template marks as `{% generation %}`. In a template without such marks, an answer is what
-    follows the messages before it, rendered with the generation prompt. A conversation is one document where the
-    template renders earlier turns alike once others follow; else as many as it takes, so that each answer stands behind
-    the prompt that it will have. What opens a conversation is no answer, nor is a message of weight 0. An answer at a
-    document's end that the template does not end gets EOS.
+    follows the messages before it, rendered with the generation prompt. A conversation is one document if the template
+    renders earlier turns the same way once others follow. Otherwise it becomes several, so that each answer stands
+    after the prompt that it will have. The first message of a conversation is not an answer, and neither is a message
+    of weight 0. An answer at a document's end gets EOS if the template does not end it.
 
     Args:
-        records: with "messages", maybe "tools" and "chat_template_kwargs", and an origin for errors.
-        tokenizer: a fast tokenizer with a chat template.
-        special_ids: ids of the tokens that are no text.
-        tell: called with what the user should know of the template.
+        records: Records with "messages", perhaps "tools" and "chat_template_kwargs", and an origin for errors.
+        tokenizer: A fast tokenizer with a chat template.
+        special_ids: Ids of the special tokens.
+        tell: Called with what the user should know about the template.
 
     Raises:
-        UserError: the tokenizer has no template, the template refuses the messages, or answers cannot be found in it.
+        UserError: The tokenizer has no template, the template refuses the messages, or answers cannot be found in it.
     """
     refuse_without_template(tokenizer, records[0]["origin"])
     if not tokenizer.is_fast:
@@ -59,8 +60,8 @@ def encode_conversations(
 def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds) -> list[int]:
     """Returns the special tokens that answers end with in training on conversations.
 
-    A template may end a turn in several ways: GLM's writes the next role's token, and nothing at the very end. Where it
-    takes no ordinary conversation, that is told in a line.
+    A template may end a turn in several ways. GLM's writes the next role's token, and nothing at the very end. A line
+    is printed if the template refuses an ordinary conversation.
     """
     if not tokenizer.chat_template or not tokenizer.is_fast:
         return []
@@ -79,7 +80,7 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds) 
 
 
 class _Encoder:
-    """Conversations to tokens, by one tokenizer."""
+    """Turns conversations into tokens with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell) -> None:
         self._tokenizer, self._special_ids, self._tell = tokenizer, special_ids, tell
@@ -149,7 +150,7 @@ class _Encoder:
         return ids, np.array(rendered["assistant_masks"], dtype=bool)
 
     def _clear(self, record: Record, index: int, is_answer: Bool[np.ndarray, " n"]) -> None:
-        """Takes the marks off a message: those runs that come with it when it is rendered."""
+        """Removes the marks of a message: the runs that appear when it is rendered."""
         before, with_it = (len(_runs(self._marks(record, number)[1])) if number else 0 for number in (index, index + 1))
         runs = _runs(is_answer)
         if with_it > len(runs):
@@ -161,7 +162,8 @@ class _Encoder:
             is_answer[first:stop] = False
 
     def with_end(self, tokens: Tokens) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-        """Ends the last answer with EOS where the template ends it with nothing: else the model would learn no end."""
+        """Ends the last answer with EOS if the template does not end it. Otherwise the model would not learn to
+        stop."""
         ids, is_answer = tokens
         if not is_answer.any() or self._tokenizer.eos_token_id is None:
             return tokens
@@ -174,7 +176,7 @@ class _Encoder:
         return np.append(ids[:stop], eos_token_id), np.append(is_answer[:stop], True)
 
     def ends(self, tokens: Tokens) -> list[int]:
-        """The special tokens that the answers end with, spaces behind them left aside."""
+        """Returns the special tokens that the answers end with, ignoring spaces after them."""
         ids, is_answer = tokens
         lasts = [int(ids[self._last(ids, first, stop)]) for first, stop in _runs(is_answer)]
         return [last for last in lasts if self._is_end(last)]
@@ -183,7 +185,7 @@ class _Encoder:
         return bool(np.isin(token_id, self._special_ids))
 
     def _last(self, ids: Ids, first: int, stop: int) -> int:
-        """The place of the last token of a run that is more than spaces."""
+        """Returns the place of the last token of a run that is not only spaces."""
         for place in range(stop - 1, first, -1):
             if self._tokenizer.decode([int(ids[place])]).strip():
                 return place
@@ -191,7 +193,7 @@ class _Encoder:
 
 
 def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
-    """The stretches where a flag is set."""
+    """Returns the stretches where a flag is set."""
     bounds = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return [(int(first), int(stop)) for first, stop in bounds.reshape(-1, 2)]
 
@@ -199,7 +201,8 @@ def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
 def _tokens_within(span: Span, characters: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, " n"]:
     """Returns which tokens hold a character of the span.
 
-    A token of spaces alone can have an empty range of characters, at its end: some tokenizers trim spaces off.
+    A token of spaces can have an empty range of characters at
+    its end, since some tokenizers trim spaces.
     """
     first, last = characters[:, 0], characters[:, 1]
     is_overlapping = (first < span[1]) & (last > span[0])

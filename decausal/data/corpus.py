@@ -1,4 +1,4 @@
-"""Text and models that every install has: Python's own standard library, and the small AR models we trained."""
+"""Text that every install has: the source code of Python's own standard library."""
 
 from __future__ import annotations
 
@@ -12,25 +12,12 @@ Split = Literal["train", "heldout"]
 
 HELDOUT_FRACTION = 0.05
 _NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-# The manual: prose, generated into one string literal of 0.7 MB. No source code, and up to 5 % of all bytes.
+# The manual: prose in one generated string literal of 0.7 MB, up to 5 % of all bytes. It is not source code.
 _GENERATED = {"pydoc_data"}
 
 
-EMBEDDED_MODELS = ("tiny", "tiny-tasks")  # trained on the standard library, and on tasks with exact answers
-
-
-def embedded_model_path(name: str) -> Path:
-    """Returns the directory of an embedded AR model, one of `EMBEDDED_MODELS`, in Hugging Face format."""
-    return Path(__file__).parent / "embedded" / name
-
-
-def tiny_model_path() -> Path:
-    """Returns the directory of the AR model that was trained on the standard library."""
-    return embedded_model_path("tiny")
-
-
 def split_of(relative_path: str) -> Split:
-    """Returns which split a file belongs to, from a hash of its path alone.
+    """Returns which split a file belongs to, from a hash of its path.
 
     The same file is held out on every machine and in every Python version, so a model trained on one
     interpreter's library has not seen the held-out files of another's.
@@ -48,7 +35,7 @@ def stdlib_documents(split: Split) -> Iterator[tuple[str, str]]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # a few test files are written in other encodings on purpose
+        except UnicodeDecodeError:  # a few test files use other encodings on purpose
             continue
         if text.strip():
             yield relative.as_posix(), text

@@ -1,4 +1,4 @@
-"""What is counted in a batch: what losses are means over, and the tokens that a run has trained on."""
+"""What is counted in a batch: the denominators of the losses, and the tokens that a run has trained on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Count(StrEnum):
     """Names of a batch's counts. They are summed over the whole global batch.
 
     Attributes:
-        CLEAN: tokens of the clean rows, prompts included, padding not.
-        SUPERVISED: targets, over all views.
-        GENERATED: tokens of the rollouts that were made for the batch; absent where it holds none.
-        TOKENS: what the token loss is a mean over: targets, or under weights 1/t all tokens that could have been.
-        ALIGNED: aligned states.
-        NEXT_TOKENS: weights of the targets, where next-token distributions are compared.
-        FINISHED: finished tokens that the AR model can predict.
+        CLEAN: Tokens of the clean rows, with prompts and without padding.
+        SUPERVISED: Targets, over all views.
+        GENERATED: Tokens of the rollouts that were made for the batch; absent if there are none.
+        TOKENS: What the token loss is a mean over: targets, or with weights 1/t all tokens that could be masked.
+        ALIGNED: Aligned states.
+        NEXT_TOKENS: Sum of the targets' weights, where next-token distributions are compared.
+        FINISHED: Finished tokens that the AR model can predict.
     """
 
     CLEAN = "clean"

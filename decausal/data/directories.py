@@ -56,7 +56,7 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
     tables = [file for file in readable if file.format != "text"]
     if configs or config is not None:
         return _of_split(readable, _splits_on_card(root, configs, config), split, root, account)
-    splits = _splits_by_name(root, _candidates(readable, tables))
+    splits = _splits_by_name(root, _telling(readable, tables))
     if splits:
         return _of_split(readable, splits, split, root, account)
     _refuse_split(root, split)
@@ -64,7 +64,7 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
 
 
 def refuse_unreadable(root: Path) -> None:
-    """Raises UserError for a directory that holds nothing to read. Says nothing of its splits."""
+    """Raises UserError for a directory that holds nothing to read. Does not check its splits."""
     if not any((root / name).is_file() for name in (SAVED_SPLITS, SAVED_STATE)):
         _refuse_none(root, islice(documents_below(root, Account()), 1))
 
@@ -75,7 +75,7 @@ def _refuse_none(root: Path, readable: Iterable[File]) -> None:
 
 
 def documents_below(root: Path, account: Account) -> Iterator[File]:
-    """Yields the files under a directory that can be read, sorted; hidden ones and `__pycache__` never."""
+    """Yields the readable files under a directory, sorted, without hidden ones and `__pycache__`."""
     for path in sorted(_visible_paths(root)):
         file = File(path, is_named=False)
         if _is_readable(file, root, account):
@@ -123,7 +123,7 @@ def _name(file: File, root: Path) -> str:
 
 
 def _card_configs(root: Path) -> MetadataConfigs | dict[str, Any]:
-    """Returns the configurations that the card names, by the rules of `datasets`; empty where there is no card."""
+    """Returns the configurations that the card names, by the rules of `datasets`; empty without a card."""
     try:
         card = FRONT_MATTER.match((root / CARD).read_text(encoding="utf-8"))
         facts = yaml.safe_load(card.group(1)) if card else None
@@ -131,7 +131,7 @@ def _card_configs(root: Path) -> MetadataConfigs | dict[str, Any]:
         return {}
     if not isinstance(facts, dict):
         return {}
-    from datasets.utils.metadata import MetadataConfigs  # here, so that a wrong path is told before
+    from datasets.utils.metadata import MetadataConfigs  # imported here, so that a wrong path is reported before
 
     try:
         return MetadataConfigs.from_dataset_card_data(facts)
@@ -176,15 +176,15 @@ def _resolved(root: Path) -> Splits:
         return {}
 
 
-def _splits_by_name(root: Path, candidates: list[File]) -> Splits:
-    """Returns the files of each split by `datasets`' rules on names, where any name of a candidate tells one."""
-    if not candidates:
+def _splits_by_name(root: Path, telling: list[File]) -> Splits:
+    """Returns the files of each split by `datasets`' rules on names; empty if no name says its split."""
+    if not telling:
         return {}
     splits = _resolved(root)
-    paths = {file.path.absolute() for file in candidates}
+    paths = {file.path.absolute() for file in telling}
     splits = {split: found & paths for split, found in splits.items() if found & paths}
     if list(splits) == ["train"] and splits["train"] == paths and not any(_says_train(path, root) for path in paths):
-        return {}  # no name tells a split: `datasets` calls all of it "train"
+        return {}  # no name says its split: `datasets` calls everything "train"
     unnamed = paths.difference(*splits.values())
     if splits and "train" not in splits and unnamed:
         splits["train"] = unnamed
@@ -195,8 +195,8 @@ def _says_train(path: Path, root: Path) -> bool:
     return "train" in str(path.relative_to(root.absolute())).lower()
 
 
-def _candidates(files: list[File], tables: list[File]) -> list[File]:
-    """Returns the files whose names may tell splits: source code has none, though it has a test directory."""
+def _telling(files: list[File], tables: list[File]) -> list[File]:
+    """Returns the files whose names may say their split. Source code has no splits, though it has a test directory."""
     documents = [file for file in files if file not in tables and not DOCUMENTATION.fullmatch(file.path.name)]
     if tables:
         return tables if len(documents) <= len(tables) else []
@@ -223,7 +223,7 @@ def _of_split(files: list[File], splits: Splits, split: str, root: Path, account
 
 
 def _without_documentation(files: list[File], tables: list[File], root: Path, account: Account) -> list[File]:
-    """Leaves out what describes a data set, where nothing else stands beside its tables."""
+    """Leaves out the documentation of a data set that otherwise holds only tables."""
     described = [file for file in files if DOCUMENTATION.fullmatch(file.path.name) and file not in tables]
     if not tables or len(described) + len(tables) < len(files):
         return files

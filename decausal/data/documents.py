@@ -1,10 +1,10 @@
-"""Sources to records: one record per document, read one by one, whatever the format.
+"""From sources to records: one record per document, read one by one, whatever the format.
 
 A record is {"origin": where it was read, ...} with one of three contents:
     "text": a document to model as it is;
     "messages": a conversation, a list of messages, see `decausal.data.messages.read_messages`, and maybe "tools"
         and "chat_template_kwargs";
-    "prompt" and "completion"; those of a task with exact answers also name their "task".
+    "prompt" and "completion"; tasks with exact answers also name their "task".
 The text of a long file comes in pieces, each a record with "is_start" and "is_end".
 """
 
@@ -24,15 +24,15 @@ from decausal.errors import UserError
 
 
 def read_documents(data: Data, reading: Reading | None = None) -> Iterator[Record]:
-    """Returns the documents that `data` names, read one at a time. Blank documents are left out.
+    """Returns the documents that `data` names, read one at a time, without blank ones.
 
     Args:
-        data: see `decausal.data.sources.find_sources`. Files of JSON Lines, JSON arrays, CSV, Parquet and Arrow hold
+        data: See `decausal.data.sources.find_sources`. Files of JSON Lines, JSON arrays, CSV, Parquet and Arrow hold
             records; any other text file is one document.
-        reading: which fields and split to read, and what a bad record does.
+        reading: Which fields and split to read, and what a bad record does.
 
     Raises:
-        UserError: nothing was found, a file cannot be read, or a record is malformed. Names the file and the line.
+        UserError: Nothing was found, a file cannot be read, or a record is malformed. Names the file and the line.
     """
     reading = reading or Reading()
     account = Account()
@@ -54,10 +54,10 @@ def read_sources(sources: list[Source], reading: Reading, account: Account) -> I
         except UnknownFormError as error:
             if not (isinstance(source, File) and source.format == "csv" and not source.is_named):
                 account.take_bad(error, reading.on_bad_record)
-            else:  # tables of other things stand in many directories
+            else:  # many directories hold tables of other things too
                 account.sources.remove(str(source))
                 account.leave_out(source, "no column that is read")
-        except UserError as error:  # of the file, so that nothing more can be read of it
+        except UserError as error:  # an error of the file: nothing more can be read from it
             account.take_bad(error, reading.on_bad_record)
     if not account.num_records:
         raise UserError(_nothing_read(sources, account))
@@ -103,7 +103,7 @@ def _table_records(source: HubDataset | SavedDataset, reading: Reading, account:
 
 
 class _Records:
-    """Makes records of the objects of one source; the first good one decides which form all of them have."""
+    """Makes records from the objects of one source. The first good one decides the form of all of them."""
 
     def __init__(self, reading: Reading, account: Account) -> None:
         self._reading, self._account = reading, account
@@ -114,11 +114,11 @@ class _Records:
         return self.of_rows(objects(file, self.columns))
 
     def columns(self, found: Sequence[str], origin: str) -> Sequence[str]:
-        """Decides on the form, for a table whose columns are known before its rows."""
+        """Decides on the form of a table, whose columns are known before its rows."""
         return self._form_of(found, origin).columns(found)
 
     def of_rows(self, rows: Iterable[Located]) -> Iterator[Record]:
-        """Yields a record per object. Bad ones raise, or are counted and left out."""
+        """Yields a record per object. Bad objects raise, or are counted and skipped."""
         for origin, row in rows:
             try:
                 record = self._record(origin, row)
@@ -148,7 +148,8 @@ class _Records:
 
 
 def _is_blank(record: Record, needs_answers: bool) -> bool:
-    """Whether there is nothing to learn from: no text, completion or answer; without a need of those, no prompt."""
+    """Returns whether there is nothing to learn from: no text, completion or answer, or no prompt if those are not
+    needed."""
     if "messages" in record:
         messages = record["messages"]
         if not needs_answers:

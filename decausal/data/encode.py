@@ -1,4 +1,4 @@
-"""Records to token ids, and which of them may be masked: text, answers and completions, never a prompt."""
+"""From records to token ids, and which of them may be masked: text, answers and completions, never a prompt."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Encoded:
     """One document as tokens.
 
     Attributes:
-        ids: token ids, special tokens included.
-        is_maskable: which tokens a noise draw may mask, and so train. The others stay clean and visible.
-        origin: where the document was read.
-        splittable: a row may end within it (plain text), or must hold the whole (a prompt and its answer).
+        ids: Token ids, special tokens included.
+        is_maskable: Which tokens noise may mask, and thereby train. The others stay clean and visible.
+        origin: Where the document was read.
+        splittable: Whether a row may end within it (plain text) or must hold all of it (a prompt and its answer).
     """
 
     ids: Ids
@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer puts around a text, looked up once per batch."""
+    """The special tokens that a tokenizer puts around a text, looked up once per batch."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -60,7 +60,7 @@ class SpecialTokens:
 
     @cached_property
     def ids(self) -> Ids:
-        """The ids of all tokens that are no text."""
+        """The ids of all special tokens."""
         added = (index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         return np.array(sorted({*self.tokenizer.all_special_ids, *added}), dtype=np.int32)
 
@@ -80,7 +80,7 @@ def encode_stream(
 ) -> Iterator[Encoded]:
     """Yields each record's tokens in order, encoding a bounded number of records at a time; see `encode_batch`.
 
-    `on_bad` is called with what is wrong with a record that cannot be encoded, which it raises or leaves out.
+    `on_bad` is called with what is wrong with a record that cannot be encoded. It raises, or the record is skipped.
     """
     batch: list[Record] = []
     num_characters = 0
@@ -99,7 +99,7 @@ def _encode_good(
     append_eos: bool,
     on_bad: Callable[[UserError], None] | None,
 ) -> list[Encoded]:
-    """Encodes records together; where one of them cannot be, each half of them for itself, down to that one."""
+    """Encodes records together. If one of them fails, each half is encoded separately, down to the bad record."""
     try:
         return encode_batch(records, tokenizer, append_eos=append_eos)
     except UserError as error:
@@ -120,18 +120,18 @@ def encode_batch(
 ) -> list[Encoded]:
     """Returns the tokens of records, as `decausal.data.documents` makes them, in their order.
 
-    A text becomes the tokenizer's own BOS (if it has one), the text and EOS; all but BOS may be masked, and rows may
-    cut it anywhere. Of a prompt and its completion, the completion and EOS may be masked. A conversation is rendered by
-    the tokenizer's chat template; of it, the assistant's answers and their end-of-turn tokens may be masked. It makes
-    several documents where the template renders earlier turns differently once others follow.
+    A text becomes the tokenizer's BOS (if it has one), the text and EOS. Everything except BOS may be masked, and rows
+    may cut it anywhere. Of a prompt and its completion, the completion and EOS may be masked. A conversation is
+    rendered by the tokenizer's chat template; the assistant's answers and their end-of-turn tokens may be masked. It
+    becomes several documents if the template renders earlier turns differently once others follow.
 
     Args:
-        records: any mix of the three.
-        tokenizer: of the model that will read the tokens.
-        append_eos: end texts and completions with EOS. Conversations end as the template says.
+        records: Any mix of texts, completions and conversations.
+        tokenizer: The tokenizer of the model that will read the tokens.
+        append_eos: Whether texts and completions end with EOS. Conversations end as the template says.
 
     Raises:
-        UserError: a record holds nothing but special tokens, or the mask token; or the tokenizer has no EOS, or no chat
+        UserError: A record holds nothing but special tokens, or the mask token; or the tokenizer has no EOS, or no chat
             template that fits. Names the record's origin.
     """
     special = SpecialTokens(tokenizer)
@@ -157,9 +157,9 @@ def _encode_texts(records: Sequence[Record], special: SpecialTokens, append_eos:
 
 
 def _encode_completions(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
-    """Tokenises prompt and completion as one text, unless a token would then reach across their border.
+    """Tokenises prompt and completion as one text, unless a token would then span their border.
 
-    The prompt's ids are always those of the prompt alone: what the model reads when it is asked to complete it.
+    The prompt's ids are always those of the prompt alone, which the model reads when it has to complete it.
     """
     prompts = _tokenize([record["prompt"] for record in records], special)
     wholes = _tokenize([record["prompt"] + record["completion"] for record in records], special)
@@ -177,7 +177,7 @@ def _encode_messages(records: Sequence[Record], special: SpecialTokens, append_e
 
 
 def _tokenize(texts: list[str], special: SpecialTokens) -> list[list[int]]:
-    # verbose=False: documents longer than the model's context are cut into rows afterwards, so no warning is due.
+    # verbose=False: documents longer than the model's context are cut into rows later, so no warning is needed.
     return special.tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
@@ -189,7 +189,7 @@ def _encoded(record: Record, visible: list[int], maskable: list[int], splittable
 
 
 def refuse_mask_token(ids: Ids, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the token that stands for the unknown is in a text."""
+    """Raises UserError if a text holds the mask token."""
     if tokenizer.mask_token_id is not None and (ids == tokenizer.mask_token_id).any():
         raise UserError(
             f"{origin}: the text holds the mask token {tokenizer.mask_token!r}, which only noise may write; remove it "

@@ -22,8 +22,8 @@ from decausal.errors import UserError
 Format = Literal["text", "binary", "jsonl", "json", "csv", "parquet", "arrow"]
 
 SNIFFED_BYTES = 8192
-BROKEN = b"\0"  # stands for the first bytes of what cannot be decompressed: like those of no text
-MAX_RECORD_BYTES = 1 << 26  # 64 MiB: what one record may take up
+BROKEN = b"\0"  # stands for the first bytes of what cannot be decompressed: no text begins like this
+MAX_RECORD_BYTES = 1 << 26  # 64 MiB: the most that one record may take up
 COMPRESSIONS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0", "zstd": b"\x28\xb5\x2f\xfd"}
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 FORMATS: dict[str, Format] = {
@@ -42,7 +42,7 @@ ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*\{")
 
 @dataclass(frozen=True)
 class File:
-    """One file. `is_named`: its user named it, alone or by a glob, rather than a directory that holds it."""
+    """One file. `is_named`: the user named it or a glob that matches it, rather than its directory."""
 
     path: Path
     is_named: bool
@@ -52,14 +52,14 @@ class File:
 
     @cached_property
     def compression(self) -> str | None:
-        """What the file is compressed with, by its first bytes."""
+        """The file's compression, by its first bytes."""
         with reading(self), self.path.open("rb") as file:
             start = file.read(8)
         return next((name for name, magic in COMPRESSIONS.items() if start.startswith(magic)), None)
 
     @property
     def suffix(self) -> str:
-        """The suffix in lower case, without that of a compression."""
+        """The suffix in lower case, without that of the compression."""
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
             suffixes.pop()
@@ -67,7 +67,7 @@ class File:
 
     @cached_property
     def format(self) -> Format:
-        """What the file holds: by its first bytes where they tell, else by its suffix."""
+        """The file's format: by its first bytes if they decide it, else by its suffix."""
         head = self.head
         if head.startswith(b"PAR1") or self.suffix == ".parquet":
             return "parquet"
@@ -81,7 +81,7 @@ class File:
         return found
 
     def _kind_of_json(self, head: bytes, by_suffix: Format) -> Format:
-        """Tells an array from JSON Lines. In a directory, a .json file without records is a document."""
+        """Distinguishes an array from JSON Lines. In a directory, a .json file without records is a document."""
         if ARRAY_OF_OBJECTS.match(head):
             return "json"
         if by_suffix == "jsonl" or self._begins_with_objects():
@@ -89,7 +89,7 @@ class File:
         return "json" if self.is_named else "text"
 
     def _begins_with_objects(self) -> bool:
-        """Whether the first line is a whole object and another one begins after it."""
+        """Returns whether the first line is a whole object and another one begins after it."""
         lines = (line.strip() for line in self.lines(MAX_RECORD_BYTES))
         some = islice((line for line in lines if line), 2)
         try:
@@ -101,7 +101,8 @@ class File:
 
     @cached_property
     def head(self) -> bytes:
-        """The first (decompressed) bytes; in a directory a zero byte, as of no text, where they cannot be read."""
+        """The first (decompressed) bytes. In a directory, a zero byte if they cannot be read, so that the file is no
+        text."""
         try:
             with self.open() as file:
                 return file.read(SNIFFED_BYTES)
@@ -115,21 +116,21 @@ class File:
         """Opens the file's (decompressed) bytes.
 
         Raises:
-            UserError: It cannot be read or decompressed, also while it is read.
+            UserError: It cannot be read or decompressed, now or later.
         """
         with reading(self), self._opened() as opened:
             yield opened
 
     def _opened(self) -> io.BufferedIOBase:
         if self.compression == "zstd":
-            import pyarrow  # here, so that a wrong path is told before
+            import pyarrow  # imported here, so that a wrong path is reported before
 
             return io.BufferedReader(pyarrow.input_stream(str(self.path), compression="zstd"))
         openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
         return cast(io.BufferedIOBase, openers.get(self.compression or "", open)(self.path, "rb"))
 
     def lines(self, limit: int) -> Iterator[bytes]:
-        """Yields lines, and those longer than `limit` bytes in pieces."""
+        """Yields lines, in pieces if they are longer than `limit` bytes."""
         with self.open() as opened:
             while line := opened.readline(limit):
                 yield line
@@ -142,12 +143,12 @@ class File:
 
 @contextmanager
 def reading(file: File) -> Iterator[None]:
-    """Tells what goes wrong while a file is read in one line."""
+    """Turns errors of reading a file into one line."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file} is not a whole {file.compression} file ({error})") from None
     except OSError as error:
-        if error.strerror is None:  # what bz2 and pyarrow say of the content
+        if error.strerror is None:  # how bz2 and pyarrow report bad content
             raise UserError(f"{file} is not a whole {file.compression} file ({error})") from None
         raise UserError(f"cannot read {file}: {error.strerror}") from None

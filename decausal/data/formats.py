@@ -1,7 +1,7 @@
-"""Files to texts and objects, read in bounded pieces: text, JSON Lines, JSON arrays, CSV, Parquet, Arrow.
+"""From files to texts and objects, read in bounded pieces: text, JSON Lines, JSON arrays, CSV, Parquet, Arrow.
 
-A reader of objects yields (where, object). What cannot be read stands there as the `UserError` that says why, so that
-a caller may go on to the next.
+A reader of objects yields (where, object). For what cannot be read, the object is a `UserError` that says why, and the
+caller may go on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Located = tuple[str, Any]
 Columns = Callable[[Sequence[str], str], Sequence[str]]
-"""Called with the names of a table's columns and where it was read: which of them to read."""
+"""Called with the names of a table's columns and where it was read; returns the columns to read."""
 
 PIECE_BYTES = 1 << 20
 BATCH_ROWS = 256
@@ -32,9 +32,9 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 def text_pieces(file: File) -> Iterator[dict[str, Any]]:
-    """Yields the file as one record, or, beyond `PIECE_BYTES`, as records of whole lines (or parts of endless ones)."""
+    """Yields the file as one record, or above `PIECE_BYTES` as records of whole lines (or parts of very long ones)."""
     if file.format == "binary":
-        raise UserError(f"{file} is no text (it holds zero bytes); leave it out")
+        raise UserError(f"{file} is not text (it holds zero bytes); leave it out")
     offset = 0
     pieces = _pieces(file)
     piece = next(pieces, b"")
@@ -63,7 +63,7 @@ def _pieces(file: File) -> Iterator[bytes]:
 
 
 def _whole_characters(content: bytes) -> int:
-    """Returns how many bytes stand before a character that the end cuts in two."""
+    """Returns the number of bytes before a character that is cut off at the end."""
     for back in range(1, min(4, len(content)) + 1):
         byte = content[-back]
         if byte >= 0xC0:
@@ -75,7 +75,7 @@ def _whole_characters(content: bytes) -> int:
 
 
 def _decode(content: bytes, file: File, offset: int) -> str:
-    """Decodes UTF-8 that begins `offset` bytes into the file, without a byte-order mark."""
+    """Decodes UTF-8 from `offset` bytes into the file, without a byte-order mark."""
     try:
         return content.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -108,7 +108,7 @@ def _json_lines(file: File) -> Iterator[Located]:
 
 
 def _decoded_lines(file: File) -> Iterator[tuple[int, str | UserError]]:
-    """Yields numbered lines; one too long, or that is not UTF-8, as an error."""
+    """Yields numbered lines. A line that is too long or not UTF-8 comes as an error."""
     offset = number = 0
     is_rest = False
     for line in file.lines(files.MAX_RECORD_BYTES):
@@ -138,7 +138,7 @@ def _json_error(
 ) -> UserError:
     if isinstance(error, RecursionError):
         return UserError(f"{origin}: the JSON is nested too deeply to be read")
-    if not isinstance(error, json.JSONDecodeError):  # Python's limit on the digits of an integer
+    if not isinstance(error, json.JSONDecodeError):  # Python limits the digits of an integer
         return UserError(f"{origin}: the JSON holds a number with too many digits to be read")
     line = error.lineno + lines_before
     where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
@@ -189,7 +189,7 @@ class _ArrayReader:
         return UserError(f"{self.file}: {kind(found)} where an array of records is expected: [{{...}}, {{...}}]")
 
     def _element(self) -> Any:
-        """Decodes the value at the place, reading on for as long as it may be whole further on."""
+        """Decodes the value at the current place, reading on while the value may be incomplete."""
         wanted = PIECE_BYTES
         while True:
             try:
@@ -200,7 +200,7 @@ class _ArrayReader:
                     raise UserError(f"{self.file}: {_too_long()}") from None
                 if not self._more(wanted):
                     raise self._error(error) from None
-                wanted *= 2  # a long value is decoded anew a few times, not once for each piece
+                wanted *= 2  # a long value is decoded again a few times, not once for each piece
             except (ValueError, RecursionError) as error:
                 raise self._error(error) from None
 
@@ -208,7 +208,7 @@ class _ArrayReader:
         return _json_error(error, self._text, str(self.file), self.expected, self._lines_before)
 
     def _next_mark(self) -> str:
-        """Returns the next character that is no space, at the place; "" at the end."""
+        """Moves to the next character that is not a space and returns it; "" at the end."""
         while True:
             spaces = WHITESPACE.match(self._text, self._place)
             self._place = spaces.end() if spaces else self._place
@@ -218,7 +218,7 @@ class _ArrayReader:
                 return ""
 
     def _more(self, at_least: int = 1) -> bool:
-        """Reads further pieces, and forgets what has been decoded. Returns whether there was anything."""
+        """Reads more pieces and drops what has been decoded. Returns whether there was anything to read."""
         self._lines_before += self._text.count("\n", 0, self._place)
         parts = [self._text[self._place :]]
         self._place = 0
@@ -259,7 +259,7 @@ def _csv_rows(file: File, columns: Columns) -> Iterator[Located]:
 def _csv_lines(file: File) -> Iterator[str]:
     for _, line in _decoded_lines(file):
         if isinstance(line, UserError):
-            raise line  # a quoted field may span lines, so there is no telling where the next row begins
+            raise line  # a quoted field may span lines, so the start of the next row is not known
         yield line
 
 

@@ -1,4 +1,4 @@
-"""The forms that records have in well-known data sets, told by the names of their fields."""
+"""The forms of records in well-known data sets, recognised by the names of their fields."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from decausal.errors import UserError, refuse_broken_text
 
 Record = dict[str, Any]
 
-SYSTEM = ("system", "system_prompt")  # who sets the scene, in a column of its own
+SYSTEM = ("system", "system_prompt")  # the system's message, in a separate column
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs", *SYSTEM)
 TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
 
 class UnknownFormError(UserError):
-    """No form of records fits the fields that were found."""
+    """No form fits the fields that were found."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Form:
     """One way to read a record.
 
     Attributes:
-        name: What the user is told it is; None for this project's own forms.
-        fields: The fields that a record has.
-        content: Makes a record's content of a row that has them.
-        optional: Fields that a row may have as well, empty or null where it does not.
-        beside: The same, but not told.
-        needs_answers: A row without an answer is an error.
+        name: What messages call it; None for this project's own forms.
+        fields: The fields that a record must have.
+        content: Makes a record's content from a row with these fields.
+        optional: Further fields that a row may have; they may be empty or null.
+        beside: The same, but not mentioned to the user.
+        needs_answers: Whether a row without an answer is an error.
     """
 
     name: str | None
@@ -47,7 +47,7 @@ class Form:
         return f"{self.name} ({listed})" if self.name else listed
 
     def fits(self, found: Collection[str]) -> bool:
-        """Whether a row with these fields has this form."""
+        """Returns whether a row with these fields has this form."""
         return all(field in found for field in self.fields)
 
     def columns(self, found: Collection[str]) -> list[str]:
@@ -55,10 +55,10 @@ class Form:
         return [field for field in (*self.fields, *self.optional, *self.beside) if field in found]
 
     def record(self, row: dict[str, Any], origin: str) -> Record:
-        """Makes a record of a row.
+        """Turns a row into a record.
 
         Raises:
-            UserError: A field is missing or of another type, or a text is no text.
+            UserError: A field is missing or of another type, or a text is not valid Unicode.
         """
         may_lack_answer = len(self.fields) > 1 and not self.needs_answers
         missing = [field for field in (self.fields[:-1] if may_lack_answer else self.fields) if field not in row]
@@ -70,10 +70,10 @@ class Form:
 
 
 def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
-    """Returns the form of rows with the fields `found`: a field named by the user first, then the best known.
+    """Returns the form of rows with the fields `found`: fields named by the user first, then the best-known form.
 
     Raises:
-        UnknownFormError: There is no such form; says which flags would help.
+        UnknownFormError: There is no such form. The message says which flags would help.
     """
     own = Form(None, (reading.text_field,), _text)
     pair = Form(None, (reading.prompt_field, reading.completion_field), _pair, beside=BESIDE_MESSAGES)
@@ -98,7 +98,7 @@ def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
 
 
 def listed(fields: Iterable[str]) -> str:
-    """Returns names for a message."""
+    """Returns names as messages show them."""
     return ", ".join(f"'{field}'" for field in fields) or "no fields"
 
 
@@ -117,7 +117,7 @@ def _text(form: Form, row: dict[str, Any], origin: str) -> Record:
 
 
 def _pair(form: Form, row: dict[str, Any], origin: str) -> Record:
-    """A prompt and its completion: two texts, or two lists of messages, of which the second one is to be learned."""
+    """Returns a prompt and its completion: two texts, or two lists of messages. The second one is learned."""
     prompt, completion = form.fields
     if not isinstance(row[prompt], list):
         return {"prompt": _string(row, prompt, origin), "completion": _answer(form, row, completion, origin)}
@@ -140,7 +140,8 @@ def _prompt(form: Form, row: dict[str, Any], origin: str) -> Record:
 
 
 def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
-    """The parts of the prompt as paragraphs, and the answer on a line of its own: these fields hold no line breaks."""
+    """Returns the parts of the prompt as paragraphs and the answer on a new line, since these fields hold no line
+    breaks."""
     *parts, answer = form.fields
     given = [_system(row, origin)] if _system(row, origin) else []
     given += [_string(row, part, origin) for part in parts]
@@ -149,7 +150,7 @@ def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
 
 
 def _answer(form: Form, row: dict[str, Any], field: str, origin: str) -> str:
-    """The last field's text; "" where there is none and no need of one."""
+    """Returns the last field's text, or "" if there is none and none is needed."""
     return "" if not form.needs_answers and row.get(field) is None else _string(row, field, origin)
 
 
@@ -170,7 +171,7 @@ def _record_of(form: Form, messages: list[Message], row: dict[str, Any], origin:
 
 
 def _system(row: dict[str, Any], origin: str) -> str:
-    """What sets the scene, where it has a column of its own; "" where there is none."""
+    """Returns the system's message from its own column, or ""."""
     return next((_string(row, name, origin) for name in SYSTEM if row.get(name)), "")
 
 

@@ -1,4 +1,4 @@
-"""Messages of conversations, as data sets and requests hold them, to messages that chat templates read."""
+"""From messages as data sets and requests hold them to messages that chat templates read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from decausal.errors import UserError
 
 Message = dict[str, Any]
 
-# Who speaks in ShareGPT's conversations, by the names that its copies use.
+# Roles by the names that ShareGPT and its copies use.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-# What data sets call whether a message is trained on: "weight" is OpenAI's and Mistral's name, "loss" ms-swift's.
+# Fields that say whether a message is trained on: OpenAI and Mistral call it "weight", ms-swift "loss".
 WEIGHTS = ("weight", "train", "training", "trainable", "loss")
 NO_ANSWER = "no message has role 'assistant', so there is no answer to learn"
 
@@ -20,9 +20,9 @@ NO_ANSWER = "no message has role 'assistant', so there is no answer to learn"
 def read_messages(value: Any, origin: str, field: str = "messages") -> list[Message]:
     """Returns messages as chat templates read them.
 
-    A content of text parts becomes one text. An assistant's message may have tool calls and null for content. What a
-    table holds as null because another row has it is dropped at every depth. A message that is not to be trained on
-    has "weight": 0, whatever its data set calls it.
+    A content of text parts becomes one text. An assistant's message may have tool calls and null as its content. Fields
+    that a table holds as null only because another row has them are dropped at every depth. A message that is not
+    trained on has "weight": 0, whatever its data set calls it.
 
     Args:
         value: A list of messages, of {"role", "content"} or ShareGPT's {"from", "value"}; or one written as JSON.
@@ -30,7 +30,7 @@ def read_messages(value: Any, origin: str, field: str = "messages") -> list[Mess
         field: The field that holds it.
 
     Raises:
-        UserError: It holds something else, or a part that is no text.
+        UserError: It holds something else, or a part that is not text.
     """
     messages = _parsed(value)
     if not isinstance(messages, list):
@@ -39,10 +39,10 @@ def read_messages(value: Any, origin: str, field: str = "messages") -> list[Mess
 
 
 def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
-    """Returns the tools that a conversation may call, from a list of them or one written as JSON; null is none.
+    """Returns the tools that a conversation may call, from a list or a list written as JSON; null means none.
 
     Raises:
-        UserError: It is no list of objects.
+        UserError: It is not a list of objects.
     """
     tools = _parsed(value)
     tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
@@ -54,10 +54,11 @@ def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
 
 
 def read_template_kwargs(value: Any, origin: str) -> dict[str, Any]:
-    """Returns what a conversation brings for its chat template to read, from an object or one as JSON; null is none.
+    """Returns a conversation's own values for the chat template, from an object or one written as JSON; null means
+    none.
 
     Raises:
-        UserError: It is no object.
+        UserError: It is not an object.
     """
     found = _parsed(value)
     if not value or found is None:
@@ -68,7 +69,7 @@ def read_template_kwargs(value: Any, origin: str) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops what is null from objects at every depth: a table gives each row the fields of all others."""
+    """Drops null fields at every depth: in a table, each row has the fields of all others."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
@@ -78,7 +79,7 @@ def text_of(content: Any) -> str:
     """Returns a message's content as one text.
 
     Raises:
-        ValueError: It is neither a string nor a list of text parts; says what it is.
+        ValueError: It is neither a string nor a list of text parts. The message says what it is.
     """
     if isinstance(content, str):
         return content
@@ -98,7 +99,7 @@ def parsed_arguments(given: Any) -> dict[str, Any]:
     """Returns a tool call's arguments as an object; OpenAI's clients write them as JSON.
 
     Raises:
-        ValueError: They are no object; says why.
+        ValueError: They are not an object. The message says why.
     """
     try:
         found = json.loads(given) if isinstance(given, str) else given
@@ -126,7 +127,7 @@ def _message(given: Any, where: str) -> Message:
         found["content"] = None if content is None else text_of(content)
     except ValueError as error:
         raise UserError(f"{where}: its content {error}") from None
-    if found["role"] == "developer":  # OpenAI's newer name, which few templates know
+    if found["role"] == "developer":  # OpenAI's newer name, unknown to most templates
         found["role"] = "system"
     is_trained = _is_trained(found, where)
     found = {key: part for key, part in found.items() if key not in WEIGHTS}
@@ -161,7 +162,7 @@ def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """A column of a table may hold lists as JSON; any other string is given back as it is."""
+    """Returns lists that a table's column holds as JSON; any other value unchanged."""
     if isinstance(value, str):
         try:
             return json.loads(value)

@@ -1,4 +1,4 @@
-"""Encoded documents to rows of one length, with as little padding as can be."""
+"""From encoded documents to rows of one length, with as little padding as possible."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Row:
     """One training row of T tokens.
 
     Attributes:
-        clean_ids: token ids, padding at the end.
+        clean_ids: Token ids, padding at the end.
         document_ids: 0, 1, ... in the order in which documents stand in the row; -1 for padding.
-        is_maskable: which tokens a noise draw may mask; never padding.
+        is_maskable: Which tokens noise may mask; never padding.
     """
 
     clean_ids: Int32[np.ndarray, " T"]
@@ -37,11 +37,11 @@ class Counts:
     """What has been packed so far.
 
     Attributes:
-        num_rows: rows given out.
-        num_tokens: tokens in them, padding not counted.
-        num_documents: documents of which they hold the first token.
-        num_dropped: documents left out, because they may not be cut and are longer than a row.
-        longest_dropped: tokens of the longest of those.
+        num_rows: Rows yielded.
+        num_tokens: Tokens in them, without padding.
+        num_documents: Documents whose first token they hold.
+        num_dropped: Documents left out because they are longer than a row and may not be cut.
+        longest_dropped: Tokens of the longest of these.
     """
 
     num_rows: int = 0
@@ -51,7 +51,7 @@ class Counts:
     longest_dropped: int = 0
 
     def report_dropped(self, sequence_length: int) -> None:
-        """Warns of documents left out; raises UserError where no other was there."""
+        """Warns about documents that were left out. Raises UserError if no others are left."""
         if not self.num_dropped:
             return
         remedy = f"the longest has {self.longest_dropped} tokens; raise --max_length"
@@ -65,7 +65,7 @@ def pack(encoded: Iterable[Encoded], sequence_length: int, pad_token_id: int) ->
     """Yields rows that hold all the tokens of the documents; see `Packer`.
 
     Raises:
-        UserError: every document is longer than a row and may not be cut.
+        UserError: Every document is longer than a row and may not be cut.
     """
     packer = Packer(sequence_length, pad_token_id)
     yield from packer.rows(encoded)
@@ -73,7 +73,7 @@ def pack(encoded: Iterable[Encoded], sequence_length: int, pad_token_id: int) ->
 
 
 class _OpenRow:
-    """A row being filled."""
+    """A row that is being filled."""
 
     def __init__(self, sequence_length: int, pad_token_id: int) -> None:
         self.row = Row(
@@ -86,7 +86,7 @@ class _OpenRow:
         self.num_started = 0
 
     def append(self, document: Encoded, start: int) -> int:
-        """Appends as much of the document from token `start` on as fits; returns how many tokens that is."""
+        """Appends as much of the document from token `start` on as fits. Returns the number of tokens."""
         length = min(len(document.ids) - start, self.space)
         first = len(self.row.clean_ids) - self.space
         place, piece = slice(first, first + length), slice(start, start + length)
@@ -106,12 +106,13 @@ def _space(row: _OpenRow) -> int:
 class Packer:
     """Packs documents into rows.
 
-    Splittable documents form one stream of tokens in their order, cut every `sequence_length` tokens; only the last row
-    is padded. What continues in the next row is a document of its own there: it sees nothing of the row before. A piece
-    of a single token is packed as well, though no shift-1 model can predict it: so the rows hold the stream exactly.
+    Splittable documents form one stream of tokens in their order, cut every `sequence_length` tokens. Only the last row
+    is padded. A document that continues in the next row counts as a new document there: it cannot see the row before. A
+    piece of a single token is packed too, although no shift-1 model can predict it, so that the rows hold the stream
+    exactly.
 
-    A document that may not be split goes, whole, into the fullest of at most `OPEN_ROWS` rows that it fits in. One
-    longer than a row is left out and counted.
+    A document that may not be split goes into the fullest of at most `OPEN_ROWS` rows that it fits in. Documents longer
+    than a row are left out and counted.
     """
 
     def __init__(self, sequence_length: int, pad_token_id: int) -> None:
@@ -122,7 +123,7 @@ class Packer:
         self.counts = Counts()
 
     def rows(self, encoded: Iterable[Encoded]) -> Iterator[Row]:
-        """Yields rows as they fill up, those of splittable and unsplittable documents as they come; counts them."""
+        """Yields rows as they fill up and counts them. Rows of splittable and other documents are interleaved."""
         stream = self._new_row()
         open_rows: list[_OpenRow] = []  # sorted by space, the fullest first
         for document in encoded:
@@ -140,7 +141,7 @@ class Packer:
             yield self._close(stream)
 
     def _place(self, document: Encoded, open_rows: list[_OpenRow]) -> list[_OpenRow]:
-        """Puts the document into an open row, and returns the rows that are open no longer."""
+        """Puts the document into an open row, and returns the rows that are now closed."""
         length = len(document.ids)
         if length > self.sequence_length:
             self.counts.num_dropped += 1

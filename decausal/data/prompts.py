@@ -1,8 +1,8 @@
-"""The same sources that training rows are made of, as prompts: what a model is given to answer.
+"""Prompts for a model to answer, from the sources of training rows.
 
-Of a prompt and its completion, the prompt; of a conversation that ends with an answer, all before it, else all of it,
-with the template's generation prompt; of a plain text, a prefix of each stretch of tokens that a row would hold.
-Completions and last answers may be missing.
+A prompt with a completion gives the prompt. A conversation gives everything before its last answer, with the template's
+generation prompt. A plain text gives a prefix of each stretch of tokens that a row would hold. Completions and last
+answers may be missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Ids = Int32[np.ndarray, " _"]
 
 
 class Prompts:
-    """Prompts as token ids, one behind the other; prompt i is `ids[starts[i]:starts[i + 1]]`.
+    """Prompts as token ids, one after another; prompt i is `ids[starts[i]:starts[i + 1]]`.
 
     Attributes:
         has_conversations: Whether some of them are put through the chat template.
@@ -66,17 +66,19 @@ def load_prompts(
     data_fraction: float = 1.0,
     seed: int = 0,
 ) -> Prompts:
-    """Returns the prompts of `data`, in the order of its documents. Prompts that leave no room are left out, and told.
+    """Returns the prompts of `data`, in the order of its documents.
+
+    Prompts that leave no room for a block are skipped. A warning says how many.
 
     Args:
-        data, reading, data_fraction, seed: see `decausal.data.rows.load_rows`.
-        tokenizer: of the model that will read them.
-        max_length: tokens of a prompt and its answer together.
-        block_size: tokens that must be left for an answer at least.
-        prompt_fraction: share of a plain text to give; at least one token of it, never all.
+        data, reading, data_fraction, seed: See `decausal.data.rows.load_rows`.
+        tokenizer: Of the model that will read them.
+        max_length: Tokens of a prompt and its answer together.
+        block_size: Tokens that must at least be left for an answer.
+        prompt_fraction: Share of a plain text that becomes the prompt: at least one token, never all.
 
     Raises:
-        UserError: the data cannot be read or encoded, there is no prompt in it, or none leaves room for an answer.
+        UserError: The data cannot be read or encoded, there is no prompt in it, or none leaves room for an answer.
     """
     longest = max_length - block_size
     reading, account = replace(reading or Reading(), needs_answers=False), Account()
@@ -98,7 +100,7 @@ def load_prompts(
 
 
 def _report_dropped(num_kept: int, dropped_lengths: list[int], max_length: int, block_size: int) -> None:
-    """Warns of prompts left out; raises UserError where no other was there."""
+    """Warns about prompts that were left out. Raises UserError if no others are left."""
     if not dropped_lengths:
         return
     num_empty = dropped_lengths.count(0)
@@ -119,7 +121,7 @@ def prompts_of(
     prompt_fraction: float,
     on_bad: Callable[[UserError], None] | None = None,
 ) -> Iterator[Ids]:
-    """Yields the prompts of records, those without room for an answer included; see `load_prompts`."""
+    """Yields the prompts of records, including those without room for an answer; see `load_prompts`."""
     for kind, group in groupby(records, _kind):
         if kind == "text":
             for document in encode_stream(group, tokenizer, on_bad=on_bad):
@@ -137,14 +139,14 @@ def _pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: f
     for start in range(0, len(document.ids), max_length):
         piece = document.ids[start : start + max_length]
         length = min(int(len(piece) * prompt_fraction), len(piece) - 1, longest)
-        if len(piece) > 1 or not start:  # a rest of one token is no text
+        if len(piece) > 1 or not start:  # a rest of one token is too short
             yield piece[: max(1, length)]
 
 
 def _given(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[UserError], None] | None
 ) -> Iterator[Ids]:
-    """The prompts of conversations and of completions, all of one kind, as the model reads them before an answer."""
+    """Returns the prompts of conversations or of completions, as the model reads them before an answer."""
     prefix = SpecialTokens(tokenizer).prefix
     texts: list[tuple[str, str, list[int]]] = []
     for record in records:
@@ -177,7 +179,7 @@ def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> 
     refuse_without_template(tokenizer, record["origin"])
     messages, tools = record["messages"], record.get("tools", ())
     given = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not given:  # an answer to nothing has no prompt
+    if not given:  # an answer without a question has no prompt
         return ""
     options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, say)}
     given = readable(given, tokenizer, record["origin"], **options)

@@ -1,4 +1,4 @@
-"""How records are read, and the account of it: what was read, what was left out and why."""
+"""How records are read, and the account of what was read, what was left out and why."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Reading:
         prompt_field, completion_field: The fields that hold a prompt and its completion.
         split: Which split of a data set.
         on_bad_record: "error": a record that cannot be used raises. "skip": it is left out and counted.
-        needs_answers: Whether a prompt without an answer is of no use.
-        takes_conversations: Whether there is a chat template to put conversations through.
+        needs_answers: Whether a prompt without an answer is useless.
+        takes_conversations: Whether there is a chat template for conversations.
     """
 
     text_field: str = "text"
@@ -52,11 +52,11 @@ class Account:
     """What was read so far.
 
     Attributes:
-        sources: What held records.
-        num_records: Documents read, blank and bad ones not counted.
-        num_conversations: Those of them that are conversations.
+        sources: The sources that held records.
+        num_records: Documents read, without blank and bad ones.
+        num_conversations: How many of them are conversations.
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
-        left_out: Names of files that were not read, by the reason.
+        left_out: Names of files that were not read, by reason.
         num_blank: Records without a text or an answer.
         num_bad: Records that could not be used.
         bad: What was wrong with the first of them.
@@ -81,7 +81,7 @@ class Account:
             self.forms.append(form)
 
     def take_bad(self, error: UserError, on_bad_record: OnBadRecord) -> None:
-        """Counts a record that cannot be used, or raises.
+        """Counts a record that cannot be used, or raises if bad records are errors.
 
         Raises:
             UserError: Bad records are errors.
@@ -94,7 +94,7 @@ class Account:
             self.bad.append(str(error))
 
     def refuse_if_all_bad(self) -> None:
-        """Raises UserError where there was nothing but bad records."""
+        """Raises UserError if all records were bad."""
         if self.num_bad:
             raise UserError(f"none of the records can be used ({self.num_bad:,} bad): {self.bad[0]}")
 
@@ -116,7 +116,7 @@ class Account:
 
 
 def say(line: str) -> None:
-    """Writes a line to standard error, once in a run of several processes and of several measurements."""
+    """Writes a line to standard error, once per run even with several processes and measurements."""
     if os.environ.get("RANK", "0") == "0" and line not in _SAID:
         _SAID.add(line)
         print(f"decausal: {line}", file=sys.stderr)

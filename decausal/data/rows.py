@@ -1,7 +1,7 @@
-"""Packed rows on disk: built once per data, tokenizer and options, then memory-mapped.
+"""Packed rows on disk, built once per data, tokenizer and options, and then memory-mapped.
 
-Rows have one length, so a file of fixed-size records is all it takes: reading a row is one contiguous read, without
-decoding, and a corpus may be larger than memory.
+Rows have one length, so the file holds records of a fixed size. Reading a row is one contiguous read without decoding,
+and a corpus may be larger than memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 
-FORMAT_VERSION = 5  # raise it whenever the same data would make other rows
+FORMAT_VERSION = 5  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CHUNK_ROWS = 256
@@ -44,10 +44,10 @@ class PackedRows:
 
     Attributes:
         sequence_length: T.
-        num_tokens: tokens in all rows, padding not counted.
-        num_documents: documents in the rows.
-        num_dropped: documents left out because they may not be cut and are longer than a row.
-        account: what was read, and what was left out.
+        num_tokens: Tokens in all rows, without padding.
+        num_documents: Documents in the rows.
+        num_dropped: Documents left out because they are longer than a row and may not be cut.
+        account: What was read, and what was left out.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -97,22 +97,22 @@ def load_rows(
     seed: int = 0,
     max_rows: int | None = None,
 ) -> PackedRows:
-    """Returns the packed rows of `data`, from the cache where these very rows have been built before.
+    """Returns the packed rows of `data`, from the cache if the same rows were built before.
 
     Args:
-        data, reading: see `decausal.data.documents.read_documents`.
-        tokenizer: of the model that will read the rows.
-        sequence_length: tokens per row, T, at least 2.
-        cache_dir: where rows are kept; by default `decausal/rows` in the Hugging Face home directory.
-        data_fraction: share of the documents to keep, in (0, 1]. A hash of `seed` and a document's origin decides, so
-            a smaller share is a subset of a larger one. At least one document is kept.
-        seed: chooses which documents `data_fraction` keeps.
-        max_rows: stop after this many rows.
+        data, reading: See `decausal.data.documents.read_documents`.
+        tokenizer: Of the model that will read the rows.
+        sequence_length: Tokens per row, T, at least 2.
+        cache_dir: Where rows are kept; by default `decausal/rows` in the Hugging Face home directory.
+        data_fraction: Share of the documents to keep, in (0, 1]. A hash of `seed` and a document's origin decides. So a
+            smaller share is a subset of a larger one. At least one document is kept.
+        seed: Chooses which documents `data_fraction` keeps.
+        max_rows: Stop after this many rows.
 
     A line on standard error says what was read, and what was skipped and why.
 
     Raises:
-        UserError: the data cannot be read or encoded, an option is out of its range, or the cache cannot be written.
+        UserError: The data cannot be read or encoded, an option is out of its range, or the cache cannot be written.
     """
     if sequence_length < 2:
         raise UserError(f"--max_length {sequence_length}: a row needs at least 2 tokens")
@@ -128,14 +128,14 @@ def load_rows(
     with _cache_errors(cache_dir):
         root = Path(cache_dir) if cache_dir else Path(HF_HOME, "decausal", "rows")
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{name}.lock"):  # of several processes, one builds
+        with FileLock(root / f"{name}.lock"):  # only one of several processes builds
             if not _is_whole(root / name):
                 records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
                 on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
                 encoded = encode_stream(records, tokenizer, on_bad=on_bad)
                 _build(root / name, encoded, account, tokenizer, sequence_length, max_rows)
     rows = PackedRows(root / name)
-    rows.account.left_out = account.left_out  # of today: files that are not read are no part of the cache's name
+    rows.account.left_out = account.left_out  # of this reading: files that are not read do not change the cache's name
     kept = f"; kept {rows.num_documents:,} of them, by --data_fraction {data_fraction}" if subset else ""
     say(rows.account.line(rows.num_tokens) + kept)
     rows.counts.report_dropped(sequence_length)
@@ -143,7 +143,7 @@ def load_rows(
 
 
 def keep_fraction(records: Iterable[Record], fraction: float, seed: int) -> Iterator[Record]:
-    """Yields the records whose hash of seed and origin falls below `fraction`, or else the one nearest to it."""
+    """Yields the records whose hash of seed and origin falls below `fraction`, or the nearest one if there are none."""
     nearest: tuple[float, Record] | None = None
     is_any_kept = False
     for record in records:
@@ -166,11 +166,11 @@ def _build(
     sequence_length: int,
     max_rows: int | None,
 ) -> None:
-    """Builds beside `directory` and renames, so that what has its name is whole."""
+    """Builds beside `directory` and then renames, so that a directory with this name is complete."""
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     packer = Packer(sequence_length, pad_token_id or 0)
     unfinished = directory.with_suffix(".unfinished")
-    for left_over in (unfinished, directory):  # of a run that was killed
+    for left_over in (unfinished, directory):  # left by a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir()
     try:
@@ -203,7 +203,7 @@ def _write(path: Path, rows: Iterator[Row], sequence_length: int) -> None:
 
 
 def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
-    """Shows how many tokens are packed, where a terminal shows it."""
+    """Shows in a terminal how many tokens have been packed."""
     if not sys.stderr.isatty():
         yield from rows
         return
@@ -234,7 +234,7 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _fingerprint(sources: list[Source], tokenizer: PreTrainedTokenizerBase, options: list[object]) -> str:
-    """Returns a hash of all that decides what the rows hold."""
+    """Returns a hash of everything that decides what the rows hold."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
     special = [tokenizer.special_tokens_map, tokenizer.chat_template]

@@ -19,6 +19,7 @@ from decausal.data.tables import HubDataset, SavedDataset
 from decausal.data.tasks.example import Example
 from decausal.data.tasks.stream import examples, named
 from decausal.errors import UserError, nearest
+from decausal.files import DATA_SUFFIX
 
 Data = str | Path | Sequence[str | Path]
 
@@ -28,7 +29,6 @@ TASK_DATA: dict[str, Split] = {"tasks": "train", "tasks-heldout": "heldout"}
 NUM_EXAMPLES: dict[Split, int] = {"train": 100_000, "heldout": 1_000}
 TASK_NAME = re.compile(r"(?P<data>tasks|tasks-heldout)(:(?P<names>[^:@\d][^:@]*))?(:(?P<count>\d+))?(@(?P<seed>\d+))?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-FILE_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|ndjson|jsonlines|csv|tsv|parquet|arrow|gz|bz2|xz|zst)$", re.IGNORECASE)
 FINGERPRINTED_EXAMPLES = 1000
 
 
@@ -51,7 +51,7 @@ class Stdlib:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Examples of tasks with exact answers, drawn from a seed. `names` empty: of all tasks."""
+    """Examples of tasks with exact answers, drawn from a seed. Without `names`, of all tasks."""
 
     split: Split
     names: tuple[str, ...]
@@ -63,7 +63,7 @@ class Tasks:
         return ":".join([data, *(["+".join(self.names)] if self.names else []), f"{self.count}@{self.seed}"])
 
     def examples(self) -> Iterator[Example]:
-        """Returns the examples, each task in turn."""
+        """Returns the examples, the tasks in turn."""
         return islice(examples(self.names, self.split, self.seed), self.count)
 
     def fingerprint(self) -> str:
@@ -81,14 +81,14 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
     """Returns what `data` names, files of a directory or glob in sorted order.
 
     Args:
-        data: a path, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout", examples of tasks
+        data: A path, a glob, a hub data set ("name" or "name:config"), "stdlib", "stdlib-heldout", examples of tasks
             ("tasks", "tasks-heldout", "tasks:sorting+lookup:5000@7"), several of these with commas, or a list of them.
-        split: which split of a data set: on the hub, as `save_to_disk` wrote it, or a directory whose card or file
-            names tell splits.
-        account: takes the names of files that are left out, and why.
+        split: Which split of a data set: on the hub, written by `save_to_disk`, or a directory whose card or file names
+            define splits.
+        account: Takes the names of files that are left out, and why.
 
     Raises:
-        UserError: a path is missing, there is no such task or split, or a glob or a directory holds no file that can be
+        UserError: A path is missing, there is no such task or split, or a glob or a directory holds no file that can be
             read.
     """
     names = [data] if isinstance(data, str | Path) else list(data)
@@ -99,13 +99,13 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
 
 
 def refuse_missing(data: Data) -> None:
-    """Refuses names of no data before anything is imported to read it: what `find_sources` would find first.
+    """Refuses names that stand for no data, before anything is imported to read it.
 
-    What directories say of their splits, and whether the hub knows a name, is left to it; but the hub is asked for what
-    may be a mistyped path.
+    Splits in directories and names on the hub are left to `find_sources`. But the hub is asked about what may be a
+    mistyped path.
 
     Raises:
-        UserError: as `find_sources`.
+        UserError: As `find_sources`.
     """
     names = [data] if isinstance(data, str | Path) else list(data)
     for name in [part for given in names for part in _parts(str(given))]:
@@ -122,7 +122,7 @@ def _may_be_mistyped(source: HubDataset) -> bool:
 
 
 def _parts(name: str) -> list[str]:
-    """Several names stand with commas between them, unless there is a file of just that name."""
+    """Splits names at commas, unless a file has exactly this name."""
     if "," not in name or Path(name).expanduser().exists():
         return [name]
     return [part.strip() for part in name.split(",") if part.strip()]
@@ -140,7 +140,7 @@ def _find(name: str, split: str, account: Account) -> list[Source]:
         return [_named_file(path)]
     if glob.has_magic(name):
         return _matches(str(path), account)
-    if not HUB_ID.fullmatch(name) or FILE_SUFFIX.search(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name) or DATA_SUFFIX.search(name) or name.startswith("."):
         hint = nearest(path.name, _siblings(path))
         raise UserError(f"no such file or directory: {name}{hint or f'; DATA is {ACCEPTED}'}")
     hub_name, _, config = name.partition(":")
@@ -148,7 +148,7 @@ def _find(name: str, split: str, account: Account) -> list[Source]:
 
 
 def _directory(name: str) -> tuple[Path, str | None] | None:
-    """Returns the directory that a name stands for, and the configuration behind its colon; None for anything else."""
+    """Returns the directory that a name stands for and the configuration after its colon; None for anything else."""
     if name in STDLIB or re.split("[:@]", name)[0] in TASK_DATA:
         return None
     path = Path(name).expanduser()
@@ -161,16 +161,16 @@ def _directory(name: str) -> tuple[Path, str | None] | None:
 
 
 def _named_file(path: Path) -> File:
-    if not path.is_file():  # a device never ends, and a pipe is read only once
-        raise UserError(f"{path} is no regular file; write its content to a file, and name that")
+    if not path.is_file():  # a device never ends, and a pipe can be read only once
+        raise UserError(f"{path} is not a regular file; write its content to a file, and name that")
     return File(path, is_named=True)
 
 
 def task_source(name: str) -> Tasks:
-    """Reads "tasks" or "tasks-heldout", each with ":NAME+NAME", ":COUNT" and "@SEED" behind it or without.
+    """Reads "tasks" or "tasks-heldout", each optionally followed by ":NAME+NAME", ":COUNT" and "@SEED".
 
     Raises:
-        UserError: it is written otherwise, or names a task that there is not.
+        UserError: It has another form, or names an unknown task.
     """
     parts = TASK_NAME.fullmatch(name)
     if parts is None or parts["count"] == "0":

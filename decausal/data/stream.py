@@ -1,8 +1,8 @@
-"""Packed rows to training batches: order, noise and index sets, all functions of (seed, position in the run).
+"""From packed rows to training batches: order, noise and index sets, all functions of (seed, position in the run).
 
-Everything random about a training row follows from the run's seed and the row's position since the start of the run.
-So a run resumes by skipping to a position, and a batch holds the same noised rows whether it is made at once, in
-micro-batches or on several processes. Index sets are made here, on the CPU, so that a step never waits for the device.
+Everything random about a training row follows from the run's seed and the row's position in the run. So a run resumes
+by skipping to a position. A batch holds the same noised rows whether it is made at once, in micro-batches or on several
+processes. Index sets are made here, on the CPU, so that a step never waits for the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from decausal.diffusion.shift import predictable, predicting_index
 Weighting = Literal["none", "inverse_t"]
 AlignedPositions = Literal["targets", "visible", "all"]
 KlMean = Literal["token", "sequence"]
-Batch = dict[str, Any]  # tensors by name, and `counts`, a dict of scalars by `Count`
+Batch = dict[str, Any]  # tensors by name, and `counts`: scalars by `Count`
 
 
 @runtime_checkable
@@ -44,10 +44,10 @@ class Noising:
     """How clean rows become noised views.
 
     Attributes:
-        views: noised views of one clean row, K. One teacher pass serves them all.
-        complementary: with K = 2, the second view masks exactly what the first leaves, at level 1 - t.
-        stratified: spread noise levels evenly over neighbouring rows instead of drawing them independently.
-        block_size: tokens per block where each block has a noise level of its own; None: each document has.
+        views: Noised views of one clean row, K. They share one teacher pass.
+        complementary: With K = 2, the second view masks exactly what the first one leaves, at level 1 - t.
+        stratified: Whether noise levels are spread evenly over neighbouring rows instead of drawn independently.
+        block_size: Tokens per block if each block has its own noise level. None: each document has one.
     """
 
     views: int = 1
@@ -57,7 +57,7 @@ class Noising:
 
 
 class TrainingStream(Dataset[dict[str, Tensor]]):
-    """The run's training rows in the order they are trained on; item p is a function of (seed, p) alone.
+    """The run's training rows in the order of training. Item p is a function of (seed, p) alone.
 
     Rows are shuffled anew in each epoch. `noising` None leaves them clean: autoregressive training. A `Grouping` leaves
     them clean, too, and says where groups of masks begin: `is_first` [T] and `group_length`.
@@ -78,7 +78,7 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
         return self.num_samples
 
     def epochs(self, position: int | float) -> float:
-        """Returns how often all rows have been read at a position of the run."""
+        """Returns how many times all rows have been read at a position of the run."""
         return position / len(self.rows)
 
     def row_index(self, position: int) -> int:
@@ -152,12 +152,12 @@ def clean_rows(clean_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) 
 
 
 class Targets(NamedTuple):
-    """The tokens that are predicted, n of them over all views.
+    """The n tokens that are predicted, over all views.
 
     Attributes:
-        view_index: flat index into [B*K*T].
-        token_index: flat index into [B*T].
-        view: in 0 .. K - 1.
+        view_index: Flat index into [B*K*T].
+        token_index: Flat index into [B*T].
+        view: In 0 .. K - 1.
     """
 
     view_index: Int[Tensor, "n"]
@@ -173,26 +173,26 @@ class Targets(NamedTuple):
 
 
 def targets_of(items: Items, targets: Targets, weighting: Weighting, kl_mean: KlMean) -> Batch:
-    """Returns what losses ask of each target, whatever the layout.
+    """Returns what losses need for each target, whatever the layout.
 
     Args:
-        items: rows.
-        targets: their targets.
-        weighting: "none": a target's token loss weighs 1. "inverse_t": it weighs 1/t, and the mean is over all
+        items: Rows.
+        targets: Their targets.
+        weighting: "none": a target's token loss has weight 1. "inverse_t": it has weight 1/t, and the mean is over all
             predictable tokens.
-        kl_mean: "token": a target's divergence weighs 1. "sequence": means per sequence (a document in one view), then
-            over sequences.
+        kl_mean: "token": a target's divergence has weight 1. "sequence": the mean is taken per sequence (a document in
+            one view), then over sequences.
 
     Returns:
-        `target_ids`, `target_weight`, `next_token_index` and `logit_weight` [n], as `Collator` describes them, and in
-        `counts` what does not depend on the layout.
+        `target_ids`, `target_weight`, `next_token_index` and `logit_weight` [n], as `Collator` describes them, and the
+        `counts` that do not depend on the layout.
     """
     target_weight = torch.ones(len(targets.view_index))
     num_token_terms = len(targets.view_index)
     if weighting == "inverse_t":
         target_weight = 1.0 / items.level.reshape(-1)[targets.view_index]
         num_token_terms = items.is_masked.shape[1] * int(items.is_predictable.sum())
-    # No state of the teacher's predicts a document's first token: it names its own, at weight 0.
+    # No teacher's state predicts a document's first token: the index points to the token itself, with weight 0.
     is_next = predictable(items.document_ids, shift=1).reshape(-1)[targets.token_index]
     logit_weight = is_next.double()
     if kl_mean == "sequence":
@@ -220,7 +220,7 @@ def _num_in_sequence(items: Items, targets: Targets, is_next: Bool[Tensor, "n"])
 
 @dataclass(frozen=True)
 class Collator:
-    """Stacks items of a `TrainingStream` into a batch; block layouts have their own, `BlockCollator`.
+    """Stacks items of a `TrainingStream` into a batch. Block layouts use `BlockCollator`.
 
     The batch holds, for B rows of T tokens in K views (views of row 0 first, then of row 1, ...):
         clean_ids [B T], noised_ids [B*K T];
@@ -230,8 +230,8 @@ class Collator:
         aligned_index, teacher_index [m]: the aligned states, in [B*K*T] and in [B*T];
         next_token_index [n]: flat index into [B*T] of the causal teacher's state that predicts the same target;
         logit_weight [n]: weight of a target's divergence from the teacher's distribution;
-        counts: what the losses are means over, and what is trained on: scalars by `Count`, for the caller to sum over
-        the whole global batch.
+        counts: denominators of the losses, and what is trained on. Scalars by `Count`, which the caller sums over the
+        whole global batch.
     """
 
     mask_token_id: int

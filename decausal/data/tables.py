@@ -25,7 +25,7 @@ class HubDataset:
         name: "name" or "owner/name".
         config: Which of its configurations, None for the only one.
         split: Which of its splits.
-        siblings: What else `name` may have meant, for errors.
+        siblings: Other names that may have been meant, for errors.
     """
 
     name: str
@@ -45,15 +45,15 @@ class HubDataset:
         with _quiet_unless_watched():
             try:
                 return datasets.load_dataset(self.name, self.config, split=self.split)
-            except Exception as error:  # the hub, the network and each builder fail in types of their own
+            except Exception as error:  # the hub, the network and each builder have their own types of errors
                 reason = " ".join(str(error).split()).partition(" Example of usage")[0][:300] or type(error).__name__
                 raise UserError(f"cannot load data set '{self}' from the hub ({reason}){self._hint(reason)}") from None
 
     def refuse_unknown(self) -> None:
-        """Asks the hub whether there is such a data set, where it may be asked.
+        """Asks the hub whether there is such a data set, unless requests are forbidden.
 
         Raises:
-            UserError: there is none, it may not be read, or the hub cannot be reached.
+            UserError: There is no such data set, it may not be read, or the hub cannot be reached.
         """
         if _is_offline():
             return
@@ -83,7 +83,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class SavedDataset:
-    """What `Dataset.save_to_disk` wrote: a directory of Arrow files and what describes them."""
+    """What `Dataset.save_to_disk` wrote: a directory of Arrow files and their description."""
 
     path: Path
 
@@ -97,9 +97,9 @@ class SavedDataset:
 
         try:
             loaded = datasets.load_from_disk(str(self.path))
-        except Exception as error:  # a damaged file fails in many types
+        except Exception as error:  # damaged files cause many types of errors
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"cannot load {self.path}, which save_to_disk wrote ({reason}); save it anew") from None
+            raise UserError(f"cannot load {self.path}, which save_to_disk wrote ({reason}); save it again") from None
         if not isinstance(loaded, datasets.Dataset):
             raise UserError(f"{self.path} holds several splits: name the directory of one")
         return loaded
@@ -114,13 +114,13 @@ class SavedDataset:
 def _is_offline() -> bool:
     from decausal.hub import is_offline
 
-    # which `datasets` reads too, and which is not worth the import of it
+    # `datasets` reads it too, but importing that is slow
     return is_offline() or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES")
 
 
 @contextmanager
 def _quiet_unless_watched() -> Iterator[None]:
-    """Hides the progress bars of `datasets` where no terminal shows them."""
+    """Hides the progress bars of `datasets` without a terminal."""
     import datasets
 
     if sys.stderr.isatty() or datasets.are_progress_bars_disabled():

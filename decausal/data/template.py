@@ -1,4 +1,4 @@
-"""The chat template: which one a tokenizer has, and the text that it makes of messages."""
+"""A tokenizer's chat template, and the text that it makes of messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.messages import Message
 from decausal.data.template_file import read_template
 from decausal.errors import UserError
-from decausal.secrets import secret_in
+from decausal.privacy import secret_in
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RESERVED = frozenset({"messages", "conversations", "tools", "add_generation_prompt"})
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-# transformers drops what is null before a template sees it, and DeepSeek's ask whether the content is null.
+# transformers drops null fields before a template sees them, and DeepSeek's templates test whether the content is null.
 KEEPS_NULL = (
     "{%- set kept = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set kept.messages = kept.messages + [message if 'content' in message else dict(message, content=none)] -%}"
@@ -30,11 +30,11 @@ ADVICE = "give another with --chat_template FILE"
 
 
 class TemplateRefusalError(UserError):
-    """The chat template does not take a conversation, or leaves a part of it out.
+    """The chat template refuses a conversation, or leaves a part of it out.
 
     Attributes:
-        reason: What it says, without where.
-        message: The index of the message with what is left out, or None.
+        reason: The template's reason, without the place.
+        message: The index of the message that lost a part, or None.
     """
 
     def __init__(self, text: str, reason: str, message: int | None = None) -> None:
@@ -45,13 +45,13 @@ class TemplateRefusalError(UserError):
 def set_template(
     tokenizer: PreTrainedTokenizerBase, template: str | Path | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Gives a tokenizer a chat template, and values for what it reads beside the messages.
+    """Gives a tokenizer a chat template, and values for what it reads apart from messages.
 
     The values become the template's defaults, so that they are saved with it and hold wherever it is used.
 
     Args:
-        tokenizer: Is changed.
-        template: A file, or the text of a template; None: the one that the tokenizer has.
+        tokenizer: The tokenizer, which is changed.
+        template: A file, or the text of a template. None: the tokenizer's own.
         kwargs: Values by name, such as {"enable_thinking": False}.
 
     Raises:
@@ -85,10 +85,10 @@ def set_template(
 def template_values(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Returns what a conversation brings for its template, those values left out, and told, that no template reads.
+    """Returns a conversation's own values for its template, without those that no template reads, which are reported.
 
     Raises:
-        UserError: A name is not the template's to read.
+        UserError: A name is reserved for the messages or for transformers.
     """
     given = record.get("chat_template_kwargs", {})
     for name in given:
@@ -102,7 +102,7 @@ def template_values(
 
 
 def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    """Raises UserError where a tokenizer cannot read the conversation of `origin`."""
+    """Raises UserError if a tokenizer cannot render the conversation of `origin`."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{origin}: 'messages' need a chat template and this tokenizer has none; "
@@ -111,22 +111,22 @@ def refuse_without_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> 
 
 
 def is_reserved(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a name belongs to the messages or to transformers, and so is no value of the template's."""
+    """Returns whether a name is reserved for the messages or for transformers."""
     return name in RESERVED or name in inspect.signature(tokenizer.apply_chat_template).parameters
 
 
 def reads(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer's template, or one of its templates, reads a value of this name."""
+    """Returns whether a tokenizer's template, or one of several, reads a value of this name."""
     held = tokenizer.chat_template
     texts = held.values() if isinstance(held, dict) else [held]
     return any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts)
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()) -> bool:
-    """Whether the template itself marks what the assistant writes, as `{% generation %}`."""
+    """Returns whether the template itself marks what the assistant writes, as `{% generation %}`."""
     try:
         return bool(GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=list(tools) or None)))
-    except ValueError:  # of several templates none is for this; to render says so
+    except ValueError:  # none of several templates fits; rendering reports it
         return False
 
 
@@ -142,15 +142,15 @@ def render(
     """Returns the text that the chat template makes of messages.
 
     Args:
-        messages: As `read_messages` makes them; what says whether they are trained on is kept from the template.
-        tokenizer: Has a chat template.
+        messages: Messages from `read_messages`. The template does not see whether they are trained on.
+        tokenizer: A tokenizer with a chat template.
         origin: Where the messages were read, for errors.
         tools: What the assistant may call.
-        add_generation_prompt: Begin an answer behind the messages.
-        **options: Of `apply_chat_template`, and values that the template reads.
+        add_generation_prompt: Whether an answer begins after the messages.
+        **options: Options of `apply_chat_template`, and values that the template reads.
 
     Raises:
-        TemplateRefusalError: The template refuses them; names `origin`.
+        TemplateRefusalError: The template refuses them. The message names `origin`.
     """
     given = [{key: part for key, part in message.items() if key != "weight"} for message in messages]
     options.setdefault("tokenize", False)
@@ -174,10 +174,10 @@ def readable(
     tools: Sequence[dict[str, Any]] = (),
     **options: Any,
 ) -> list[Message]:
-    """Returns messages with their tool calls as this template reads them, and refuses one that leaves them out.
+    """Returns messages with tool calls as this template reads them, and refuses a template that drops them.
 
-    Templates differ: the arguments of a call are an object to most and JSON to some; an assistant's message that only
-    calls has no content, or null, or "".
+    Templates differ. Most read a call's arguments as an object, some as JSON. In a message that only calls tools, the
+    content is missing, null or "".
 
     Args:
         messages, tokenizer, origin, tools, **options: See `render`.
@@ -252,7 +252,7 @@ def _refuse_broken(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         where = f"line {error.lineno}: {' '.join(str(error.message).split())}"
         told = "the template given" if "{%" in name or "{{" in name else name
         raise UserError(f"--chat_template {told} is not Jinja ({where}); mend it") from None
-    except TEMPLATE_ERRORS:  # this template may want other messages
+    except TEMPLATE_ERRORS:  # this template may need other messages
         return
 
 

@@ -1,4 +1,4 @@
-"""A chat template that a user names. Light on purpose: verbs read it before torch is imported."""
+"""Reads a chat template that a user names. This file is light: verbs use it before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from decausal.errors import UserError
 
 
 def read_template(template: str | Path) -> str:
-    """Returns the text of a template, from a file or as it is given.
+    """Returns the text of a template, from a file or as given.
 
     Raises:
         UserError: There is no such file, or no template in it.
@@ -24,5 +24,5 @@ def read_template(template: str | Path) -> str:
     except UnicodeDecodeError:
         raise UserError(f"--chat_template {given} is not text in UTF-8; give a file with a Jinja template") from None
     if not re.search(r"\bmessages\b", text) or ("{{" not in text and "{%" not in text):
-        raise UserError(f"--chat_template {given} is no chat template: it is no Jinja text that reads 'messages'")
+        raise UserError(f"--chat_template {given} is not a chat template: it is not a Jinja text that reads 'messages'")
     return text

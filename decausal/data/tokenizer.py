@@ -1,4 +1,4 @@
-"""Tokenizers for models that start from nothing: byte-level BPE from a user's own text, and single characters."""
+"""Tokenizers for models that are trained from scratch: byte-level BPE from a user's text, and single characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MASK = "<|mask|>"
 PADDING = "<|pad|>"
 UNKNOWN = "<|unknown|>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-# Turns as comments, in ordinary tokens: a small model needs no more, and an answer ends as a document does.
+# Turns are comments in ordinary tokens, which is enough for a small model. An answer ends like a document.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '# ' + message['role'] + ':\\n' }}"
@@ -27,8 +27,8 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Trains a tokenizer that can write any text: its alphabet is the 256 bytes.
 
-    It has an end-of-text token (id 0, also padding), a mask token (id 1), so that a conversion needs no new row, and a
-    plain chat template.
+    It has an end-of-text token (id 0, also padding), a mask token (id 1) and a plain chat template. With the mask token
+    a conversion needs no new row.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,10 +52,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer of printable ASCII and the line break, one token each, so texts may be cut and joined freely.
+    """Returns a tokenizer with one token for each printable ASCII character and the line break.
 
-    Its 100 entries are an end-of-text token (id 0), a mask token (1), padding (2), what stands for any other character
-    (3), and the 96 characters.
+    Texts may be cut and joined freely. Its 100 entries are an end-of-text token (id 0), a mask token (1), padding (2),
+    a token for any other character (3), and the 96 characters.
     """
     special = [END_OF_TEXT, MASK, PADDING, UNKNOWN]
     vocabulary = {token: token_id for token_id, token in enumerate([*special, *CHARACTERS])}

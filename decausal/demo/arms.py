@@ -17,8 +17,8 @@ from decausal.demo.settings import DemoSettings
 from decausal.demo.terminal import TrainingView
 from decausal.evaluation.results import Likelihood
 from decausal.models.backbone import stock_model
-from decausal.reporting.clock import Clock
 from decausal.training.convert import Conversion, convert
+from decausal.training.meters import Clock
 from decausal.training.settings import ConversionSettings
 
 RECIPE = "repr-align"
@@ -44,11 +44,11 @@ class Arm:
 
     Attributes:
         name: "plain" or "aligned"; also its directory's name.
-        conversion: the student and where it was written.
-        measurements: held-out figures, the first before any step.
-        likelihoods: the same measurements in full.
-        token_losses: the training loss on tokens of each step, in nats per masked token.
-        step_seconds: training time of each step.
+        conversion: The student and where it was written.
+        measurements: Held-out figures, the first before any step.
+        likelihoods: The same measurements in full.
+        token_losses: The training loss on tokens of each step, in nats per masked token.
+        step_seconds: Training time of each step.
     """
 
     name: str
@@ -88,7 +88,7 @@ def train_arm(
     """Converts the model once, showing and recording held-out figures.
 
     Raises:
-        UserError: as `convert`.
+        UserError: As `convert`.
     """
     conversion_settings, training = arm_settings(settings, arm, is_bf16=is_bf16)
     recorder = MeasuringCallback(arm, likelihood, view)
@@ -119,7 +119,7 @@ class MeasuringCallback(TrainerCallback):
         self._seconds_before = 0.0
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """What `convert` calls with the student; returns what the trainer logs."""
+        """Returns what `convert` calls with the student; returns what the trainer logs."""
         self.clock.stop()
         found = self.likelihood(model)
         measurement = Measurement(

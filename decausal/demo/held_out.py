@@ -32,14 +32,14 @@ class HeldOut:
     """Held-out rows, and the models as they were before any training.
 
     Attributes:
-        rows: all held-out rows; `num_rows` of them, evenly spread, are measured.
-        num_rows: how many.
-        samples_per_row: mask patterns for each.
-        source: the frozen AR model.
-        start: the student that both runs start from: the AR model with a mask token and its attention opened.
-        tokenizer: with the mask token.
-        facts: the student's layout, shift and mask token.
-        is_bf16: measure in bfloat16, as training computes.
+        rows: All held-out rows; `num_rows` of them, evenly spread, are measured.
+        num_rows: How many.
+        samples_per_row: Mask patterns for each.
+        source: The frozen AR model.
+        start: The student that both runs start from: the AR model with a mask token and its attention opened.
+        tokenizer: With the mask token.
+        facts: The student's layout, shift and mask token.
+        is_bf16: Measure in bfloat16, as training computes.
     """
 
     rows: PackedRows
@@ -104,7 +104,7 @@ def prepare(
     """Loads the AR model, makes the student that both runs start from, and packs the held-out text.
 
     Raises:
-        UserError: the model cannot be converted, or the text cannot be read.
+        UserError: The model cannot be converted, or the text cannot be read.
     """
     source, tokenizer = load_source(conversion.model_name_or_path, revision=conversion.revision)
     refuse_if_unusable(source, tokenizer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from decausal.reporting.crossing import share_of_the_way
+from decausal.reporting import share_of_the_way
 
 Measure = Literal["masked_cross_entropy", "nelbo_per_token"]
 
@@ -20,11 +20,11 @@ class Measurement:
     """Held-out figures after `step` training steps.
 
     Attributes:
-        step: training steps taken.
-        seconds: time spent in training so far; measuring is not counted.
-        masked_cross_entropy: nats per masked token, at uniform noise level.
-        nelbo_per_token: nats per token.
-        bits_per_byte: the NELBO again (None where the text has no bytes).
+        step: Training steps taken.
+        seconds: Time spent in training so far; measuring is not counted.
+        masked_cross_entropy: Nats per masked token, at uniform noise level.
+        nelbo_per_token: Nats per token.
+        bits_per_byte: The NELBO again (None where the text has no bytes).
     """
 
     step: int
@@ -39,14 +39,14 @@ class Crossing:
     """Where the aligned run reached the plain run's best value of a measure.
 
     Attributes:
-        measure: which.
-        start: its value before any training, the same in both runs.
-        plain_best: the plain run's lowest value after that, first had at `plain_step`, `plain_seconds`.
-        aligned_best: the aligned run's lowest measured value, first had at `aligned_best_step`.
-        aligned_step: step of the aligned run's first measurement at or below `plain_best`; None: it never was.
-        aligned_seconds: training time at that measurement.
-        between_step: where the straight line from the measurement before it meets `plain_best`.
-        between_seconds: the same in training time.
+        measure: Which.
+        start: Its value before any training, the same in both runs.
+        plain_best: The plain run's lowest value after that, first had at `plain_step`, `plain_seconds`.
+        aligned_best: The aligned run's lowest measured value, first had at `aligned_best_step`.
+        aligned_step: Step of the aligned run's first measurement at or below `plain_best`; None: it never was.
+        aligned_seconds: Training time at that measurement.
+        between_step: Where the straight line from the measurement before it meets `plain_best`.
+        between_seconds: The same in training time.
     """
 
     measure: Measure
@@ -62,7 +62,7 @@ class Crossing:
     between_seconds: float | None = None
 
     def sentence(self) -> str:
-        """The finding in words, whichever way it went."""
+        """Returns the finding in words, whichever way it went."""
         start = (
             f"Plain denoising's best {MEASURES[self.measure]} was {self.plain_best:.3f} nats, "
             f"at step {self.plain_step} ({self.plain_seconds:.1f} s of training)"

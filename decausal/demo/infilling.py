@@ -26,11 +26,11 @@ class Gap:
     """Text with a hole.
 
     Attributes:
-        origin: the held-out document.
-        prefix: text before the hole.
-        text: what the document says there.
-        suffix: text behind it.
-        num_tokens: tokens of `text`.
+        origin: The held-out document.
+        prefix: Text before the hole.
+        text: What the document says there.
+        suffix: Text behind it.
+        num_tokens: Tokens of `text`.
     """
 
     origin: str
@@ -45,10 +45,10 @@ class Filling:
     """What a model wrote into a gap.
 
     Attributes:
-        pieces: the text of each token.
-        step_of_piece: the step, from 0, in which it was kept.
-        num_forwards: forward passes.
-        num_as_in_file: tokens that are the document's own, place by place.
+        pieces: The text of each token.
+        step_of_piece: The step, from 0, in which it was kept.
+        num_forwards: Forward passes.
+        num_as_in_file: Tokens that are the document's own, place by place.
     """
 
     pieces: list[str]
@@ -67,11 +67,11 @@ def choose_gap(
     """Chooses whole lines of a document; where any stand behind a line that opens a block (`def f():`), of these.
 
     Args:
-        data: see `decausal.data.documents.read_documents`.
-        tokenizer: counts the tokens.
-        most_tokens: length of the region at most; it has at least half as many.
-        context_length: tokens that the model can read, None for no limit.
-        seed: decides on document and lines.
+        data: See `decausal.data.documents.read_documents`.
+        tokenizer: Counts the tokens.
+        most_tokens: Length of the region at most; it has at least half as many.
+        context_length: Tokens that the model can read, None for no limit.
+        seed: Decides on document and lines.
 
     Returns:
         The gap, or None where no document is plain text with lines short enough.

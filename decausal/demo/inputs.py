@@ -15,7 +15,7 @@ def check_inputs(settings: DemoSettings) -> None:
     """Refuses what `run_demo` would refuse after it has been imported.
 
     Raises:
-        UserError: no such model or data, or the directory holds something that no demo made.
+        UserError: No such model or data, or the directory holds something that no demo made.
     """
     output_dir = Path(settings.output_dir)
     refuse_foreign_files(output_dir)

@@ -22,7 +22,7 @@ def refuse_foreign_files(output_dir: Path) -> None:
     """Raises if a demo in `output_dir` would touch anything that no demo has made.
 
     Raises:
-        UserError: names the file or directory in the way.
+        UserError: Names the file or directory in the way.
     """
     if not output_dir.is_dir():
         return  # a file in its place is refused by whoever claims the directory

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from decausal.demo.history import MEASURES, Crossing, Measure, Measurement
 from decausal.demo.terminal import LABELS, state_name
-from decausal.reporting.figures import DARK as DARK_PALETTE
-from decausal.reporting.figures import LIGHT as LIGHT_PALETTE
-from decausal.reporting.figures import Palette, style
+from decausal.reporting import DARK as DARK_PALETTE
+from decausal.reporting import LIGHT as LIGHT_PALETTE
+from decausal.reporting import Palette, style
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Curves:
     """What the figures show.
 
     Attributes:
-        measurements: of the runs "plain" and "aligned".
-        crossings: by measure.
-        cosines: of each hidden state, "before" training and after either run.
-        ar_nll_per_token: the AR model's own, in nats.
+        measurements: Of the runs "plain" and "aligned".
+        crossings: By measure.
+        cosines: Of each hidden state, "before" training and after either run.
+        ar_nll_per_token: The AR model's own, in nats.
     """
 
     measurements: dict[str, list[Measurement]]

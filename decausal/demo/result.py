@@ -21,19 +21,19 @@ class DemoResult:
     """All that the demo found, computed on the spot.
 
     Attributes:
-        settings: as given.
-        started: local time, as ISO 8601 writes it.
-        is_bf16: whether training and measuring computed in bfloat16.
-        held_out: what was measured on.
-        training_rows: the slice of the corpus that both runs trained on.
-        ar: the AR model's own likelihood of the held-out text.
-        arms: the runs "plain" and "aligned".
-        crossings: where the aligned run reached the plain run's best, by measure.
-        nelbo_difference: lowest NELBO of the aligned run minus that of the plain run, and its standard error over rows.
-        cosines: to the AR model's hidden states: "before" training, and after either run.
-        gap: the region of a held-out file that was filled in; None where there was none to choose.
-        fillings: what either model wrote there.
-        seconds: how long all of this took.
+        settings: As given.
+        started: Local time, as ISO 8601 writes it.
+        is_bf16: Whether training and measuring computed in bfloat16.
+        held_out: What was measured on.
+        training_rows: The slice of the corpus that both runs trained on.
+        ar: The AR model's own likelihood of the held-out text.
+        arms: The runs "plain" and "aligned".
+        crossings: Where the aligned run reached the plain run's best, by measure.
+        nelbo_difference: Lowest NELBO of the aligned run minus that of the plain run, and its standard error over rows.
+        cosines: To the AR model's hidden states: "before" training, and after either run.
+        gap: The region of a held-out file that was filled in; None where there was none to choose.
+        fillings: What either model wrote there.
+        seconds: How long all of this took.
     """
 
     settings: DemoSettings
@@ -51,7 +51,7 @@ class DemoResult:
     seconds: float
 
     def difference_sentence(self) -> str:
-        """How far the runs' lowest NELBOs are apart, measured pair by pair."""
+        """Returns how far the runs' lowest NELBOs are apart, measured pair by pair."""
         value, error = self.nelbo_difference
         if value is None:
             return ""
@@ -60,7 +60,7 @@ class DemoResult:
         return f"REPR-ALIGN's lowest NELBO is {abs(value):.3f} nats per token {way} plain denoising's{spread}."
 
     def commands(self) -> list[str]:
-        """What to type next."""
+        """Returns what to type next."""
         directories = [shlex.quote(str(arm.conversion.output_dir)) for arm in self.arms.values()]
         lines = [line.strip() for line in (self.gap.prefix if self.gap else "").splitlines() if line.strip()]
         prompt = shlex.quote(lines[-1] if lines else "def add(a, b):")

@@ -21,9 +21,10 @@ from decausal.demo.report import write_report
 from decausal.demo.result import DemoResult
 from decausal.demo.settings import DemoSettings
 from decausal.demo.terminal import LABELS, TrainingView, cosine_table
+from decausal.devices import is_fast_in_bf16
 from decausal.evaluation.results import ArLikelihood, Ratio, nelbo_difference
 from decausal.models.architecture import context_length
-from decausal.reporting.environment import is_fast_in_bf16, quiet_libraries
+from decausal.reporting import quiet_libraries
 from decausal.sampling.model import load
 from decausal.sampling.watching.watch import Watch
 from decausal.training.run_directory import claimed
@@ -34,14 +35,14 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResu
     """Converts a model with and without alignment, at equal steps, data, seed and frozen parameters, and reports.
 
     Args:
-        settings: what to convert, on what, for how long.
-        console: where to tell of it; the standard output by default.
+        settings: What to convert, on what, for how long.
+        console: Where to tell of it; the standard output by default.
 
     Returns:
         All that was found. `output_dir` then holds both models, ready for `decausal.load`, and the report.
 
     Raises:
-        UserError: as `decausal.training.convert.convert`, or the directory holds something that no demo made.
+        UserError: As `decausal.training.convert.convert`, or the directory holds something that no demo made.
     """
     console = console or Console(file=sys.stdout)
     output_dir = Path(settings.output_dir)
@@ -146,7 +147,8 @@ class _Demo:
 
 
 def _training_rows(conversion: ConversionSettings, seed: int, held_out: HeldOut) -> PackedRows:
-    """The rows that `convert` will load from the cache: packed here, so that neither run's clock has to wait."""
+    """Returns the rows that `convert` will load from the cache: packed here, so that neither run's clock has to
+    wait."""
     return load_rows(
         conversion.data,
         held_out.tokenizer,

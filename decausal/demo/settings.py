@@ -17,7 +17,7 @@ class DemoSettings:
     """One demo: a model converted twice, alike in all but the alignment, on little data.
 
     Raises:
-        UserError: a setting is out of its range.
+        UserError: A setting is out of its range.
     """
 
     output_dir: str = _setting(

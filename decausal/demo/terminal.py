@@ -23,8 +23,8 @@ class TrainingView:
     """Shows both runs in one live display: a bar each, and held-out figures side by side.
 
     Args:
-        console: where to draw. If it is no terminal, each measurement is printed as one line instead.
-        max_steps: steps of each run.
+        console: Where to draw. If it is no terminal, each measurement is printed as one line instead.
+        max_steps: Steps of each run.
     """
 
     def __init__(self, console: Console, max_steps: int) -> None:
@@ -93,8 +93,8 @@ def measurement_table(measurements: dict[str, list[Measurement]], most_rows: int
     """Returns both runs' held-out figures side by side; the best of each column is bold.
 
     Args:
-        measurements: of each run.
-        most_rows: show the last so many steps of the run in progress only.
+        measurements: Of each run.
+        most_rows: Show the last so many steps of the run in progress only.
     """
     table = Table(title="On held-out text, in nats: lower is better", title_justify="left", title_style="bold")
     table.add_column("step", justify="right")

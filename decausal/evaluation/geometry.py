@@ -38,27 +38,27 @@ def layer_cosines(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[float]:
-    """Mean cosine between the student's states and the teacher's, for each of the L + 1 hidden states.
+    """Returns the mean cosine between the student's states and the teacher's, for each of the L + 1 hidden states.
 
     The teacher reads the clean row causally, as in training. The student reads the clean row too, or with `level` a
     noised one, under its own layout. State 0 is the embedding output, state L the one after the final norm.
 
     Args:
-        student: the converted model.
-        student_layout: its layout.
-        teacher: the autoregressive model.
-        rows: packed rows, see `decausal.data.stream.Rows`.
-        num_rows: measure this many rows, spread evenly over all; None is all.
-        positions: states to compare: "all" but padding; "targets", those that predict a masked token; "visible",
+        student: The converted model.
+        student_layout: Its layout.
+        teacher: The autoregressive model.
+        rows: Packed rows, see `decausal.data.stream.Rows`.
+        num_rows: Measure this many rows, spread evenly over all; None is all.
+        positions: States to compare: "all" but padding; "targets", those that predict a masked token; "visible",
             those whose own token is not masked.
-        level: chance that a token is masked for the student, in [0, 1]; 0 leaves the row clean.
-        mask_token_id: the student's mask token; needed where `level` is above 0.
-        shift: the student's; decides which states are "targets".
-        batch_size: rows per forward pass.
-        seed: of the noise, which is a function of (seed, row index).
+        level: Chance that a token is masked for the student, in [0, 1]; 0 leaves the row clean.
+        mask_token_id: The student's mask token; needed where `level` is above 0.
+        shift: The student's; decides which states are "targets".
+        batch_size: Rows per forward pass.
+        seed: Of the noise, which is a function of (seed, row index).
 
     Raises:
-        UserError: for an option out of range, or when there is no state to compare.
+        UserError: For an option out of range, or when there is no state to compare.
     """
     _check(level, mask_token_id, positions)
     sums, num_states = None, 0
@@ -118,7 +118,7 @@ def _summed_cosines(
     teacher_states: tuple[Float[Tensor, "B T D"], ...],
     index: Int[Tensor, "n"],
 ) -> Float[Tensor, "L1"]:
-    """Sum over the states at `index` of each layer's cosine, in fp64."""
+    """Returns the sum over the states at `index` of each layer's cosine, in fp64."""
     sums = []
     for student, teacher in zip(student_states, teacher_states, strict=True):
         place = index.to(student.device)

@@ -74,22 +74,22 @@ def evaluate_nll(
     Gradients are off and the model is in eval mode; its modes are afterwards what they were.
 
     Args:
-        model: the converted model, or one in training.
-        facts: its layout, shift and mask token.
-        rows: packed rows, see `decausal.data.stream.Rows`.
-        tokenizer: counts the bytes of the tokens.
-        num_rows: measure this many rows, spread evenly over all; None is all.
-        samples_per_row: mask patterns per row, S; their levels are stratified.
-        batch_size: noised rows per forward pass. No figure depends on it, but for rounding.
-        seed: of the mask patterns.
-        num_bins: bins of equal width of the share of masked tokens.
-        on_progress: called after each forward pass.
+        model: The converted model, or one in training.
+        facts: Its layout, shift and mask token.
+        rows: Packed rows, see `decausal.data.stream.Rows`.
+        tokenizer: Counts the bytes of the tokens.
+        num_rows: Measure this many rows, spread evenly over all; None is all.
+        samples_per_row: Mask patterns per row, S; their levels are stratified.
+        batch_size: Noised rows per forward pass. No figure depends on it, but for rounding.
+        seed: Of the mask patterns.
+        num_bins: Bins of equal width of the share of masked tokens.
+        on_progress: Called after each forward pass.
 
     Returns:
         The figures, without those of the AR source (see `evaluate_checkpoint`).
 
     Raises:
-        UserError: for an option out of range, or rows without any token to predict.
+        UserError: For an option out of range, or rows without any token to predict.
     """
     _check(samples_per_row=samples_per_row, num_bins=num_bins)
     indices = spread_indices(rows, num_rows)
@@ -129,12 +129,12 @@ def evaluate_ar_nll(
     """Measures an autoregressive model's NLL on exactly the tokens that `evaluate_nll` measures.
 
     Args:
-        model: any stock causal LM, run under the causal layout with documents isolated.
-        rows, tokenizer, num_rows: as for `evaluate_nll`.
-        batch_size: rows per forward pass.
+        model: Any stock causal LM, run under the causal layout with documents isolated.
+        rows, tokenizer, num_rows: As for `evaluate_nll`.
+        batch_size: Rows per forward pass.
 
     Raises:
-        UserError: for an option out of range, or rows without any token to predict.
+        UserError: For an option out of range, or rows without any token to predict.
     """
     indices = spread_indices(rows, num_rows)
     sizes = _sizes(rows, indices, tokenizer)
@@ -171,17 +171,17 @@ def evaluate_checkpoint(
     """Measures a converted checkpoint on `data` as `evaluate_nll` does, and beside it the AR model it was made from.
 
     Args:
-        directory: what `decausal convert` wrote.
-        data, reading: see `decausal.data.rows.load_rows`.
-        chat_template, chat_template_kwargs: see `decausal.data.template.set_template`.
-        max_length: tokens per row, T: how much a token can read at most.
-        num_rows, samples_per_row, batch_size, seed: see `evaluate_nll`.
-        with_source: load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
+        directory: What `decausal convert` wrote.
+        data, reading: See `decausal.data.rows.load_rows`.
+        chat_template, chat_template_kwargs: See `decausal.data.template.set_template`.
+        max_length: Tokens per row, T: how much a token can read at most.
+        num_rows, samples_per_row, batch_size, seed: See `evaluate_nll`.
+        with_source: Load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
         device: None: CUDA where there is one, else the CPU.
-        dtype: of the weights of both models.
+        dtype: Of the weights of both models.
 
     Raises:
-        UserError: no such checkpoint, data that cannot be read, or an option out of range.
+        UserError: No such checkpoint, data that cannot be read, or an option out of range.
     """
     converted = load_converted(directory, dtype, device or best_device())
     model, tokenizer, facts = converted
@@ -213,7 +213,7 @@ def source_of(converted: Converted) -> PreTrainedModel:
     """Loads the AR model that a converted one was made from, in its dtype and on its device.
 
     Raises:
-        UserError: when it is not at hand, or what has its name now has another vocabulary.
+        UserError: When it is not at hand, or what has its name now has another vocabulary.
     """
     model, tokenizer, facts = converted
     source, source_tokenizer = load_source(

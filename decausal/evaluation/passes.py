@@ -31,7 +31,7 @@ def spread_indices(rows: Rows, num_rows: int | None) -> list[int]:
     Neighbouring rows hold the same files: the first rows would be a poor sample of the data.
 
     Raises:
-        UserError: when there are no rows, or fewer than one is asked for.
+        UserError: When there are no rows, or fewer than one is asked for.
     """
     if num_rows is not None and num_rows < 1:
         raise UserError(f"--num_rows {num_rows}: must be at least 1")
@@ -45,7 +45,7 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
     """Yields lists of `batch_size` items; the last may be shorter.
 
     Raises:
-        UserError: if the batch size is below 1.
+        UserError: If the batch size is below 1.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
@@ -55,7 +55,7 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 
 def predicted_tokens(row: dict[str, Tensor]) -> Bool[Tensor, "T"]:
-    """Which tokens of a row are measured: those that may be masked, but no document's first.
+    """Returns which tokens of a row are measured: those that may be masked, but no document's first.
 
     An autoregressive model cannot predict a document's first token, nor can a converted one of shift 1. It is given,
     never masked, for every model: so all are measured on the same tokens.
@@ -78,12 +78,13 @@ def measuring(*models: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are."""
+    """Returns where the model's weights are."""
     return next(model.parameters()).device
 
 
 def documents_if_packed(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
-    """The document ids, or None where every row is one whole document: then attention needs no explicit mask."""
+    """Returns the document ids, or None where every row is one whole document: then attention needs no explicit
+    mask."""
     return document_ids if is_packed(document_ids) else None
 
 
@@ -97,20 +98,20 @@ def token_nll(
     token_ids: Int[Tensor, "n"],
     shift: int,
 ) -> Float[Tensor, "n"]:
-    """Negative log-likelihood in nats, on the CPU in fp64, of tokens given what the model reads.
+    """Returns the negative log-likelihood in nats, on the CPU in fp64, of tokens given what the model reads.
 
     The head runs on the states that predict those tokens, a chunk at a time: all logits never exist. Call it inside
     `measuring`.
 
     Args:
-        model: any stock causal LM.
-        head: its head, with the mask token banned where the model is a diffusion model.
-        layout: who attends to whom.
-        input_ids: what the model reads; tensors are moved to its device.
-        document_ids: document of each token, -1 for padding.
-        token_index: flat index into [B*T] of each token to score.
-        token_ids: those tokens.
-        shift: which state predicts a token, see `decausal.diffusion.shift`.
+        model: Any stock causal LM.
+        head: Its head, with the mask token banned where the model is a diffusion model.
+        layout: Who attends to whom.
+        input_ids: What the model reads; tensors are moved to its device.
+        document_ids: Document of each token, -1 for padding.
+        token_index: Flat index into [B*T] of each token to score.
+        token_ids: Those tokens.
+        shift: Which state predicts a token, see `decausal.diffusion.shift`.
     """
     states = _predicting_states(model, layout, input_ids, document_ids, token_index, shift)
     return state_nll(states, head, token_ids)
@@ -124,7 +125,7 @@ def _predicting_states(
     token_index: Int[Tensor, "n"],
     shift: int,
 ) -> Float[Tensor, "n D"]:
-    """The states that predict tokens, by flat index into [B*T], from one pass over whole rows."""
+    """Returns the states that predict tokens, by flat index into [B*T], from one pass over whole rows."""
     device = device_of(model)
     packed = documents_if_packed(document_ids)
     output = body_forward(
@@ -141,16 +142,16 @@ def noised_states(
     document_ids: Int[Tensor, "B T"],
     is_masked: Bool[Tensor, "B K T"],
 ) -> Float[Tensor, "n D"]:
-    """The states that predict the masked tokens of K noised views of rows, under the layout of the facts.
+    """Returns the states that predict the masked tokens of K noised views of rows, under the layout of the facts.
 
     Call it inside `measuring`.
 
     Args:
-        model: any stock causal LM.
-        facts: layout, shift and mask token.
-        clean_ids: packed rows; tensors are moved to the model's device.
-        document_ids: document of each token, -1 for padding.
-        is_masked: what each view masks; a view that masks nothing costs nothing.
+        model: Any stock causal LM.
+        facts: Layout, shift and mask token.
+        clean_ids: Packed rows; tensors are moved to the model's device.
+        document_ids: Document of each token, -1 for padding.
+        is_masked: What each view masks; a view that masks nothing costs nothing.
 
     Returns:
         One state for each masked token, in the order of their flat index into [B*K*T].
@@ -195,7 +196,7 @@ def _block_states(
 
 
 def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Negative log-likelihood in nats, on the CPU in fp64, of the tokens that states predict.
+    """Returns the negative log-likelihood in nats, on the CPU in fp64, of the tokens that states predict.
 
     The head runs on a chunk at a time: all logits never exist.
     """

@@ -22,10 +22,10 @@ class NoisedRow(NamedTuple):
     """One mask pattern of one row; or, stacked, a batch of them.
 
     Attributes:
-        slot: which of the measured rows.
+        slot: Which of the measured rows.
         weight: n/m of the token's document, or block.
-        num_masked: m of the token's document, or block.
-        num_predicted: n of the token's document, or block.
+        num_masked: M of the token's document, or block.
+        num_predicted: N of the token's document, or block.
     """
 
     slot: Int[Tensor, "*B"]
@@ -53,7 +53,7 @@ def noised_rows(
 
 
 def _units(document_ids: Int[Tensor, "T"], block_size: int | None) -> Int[Tensor, "T"]:
-    """What is denoised on its own: a document, or a block of it."""
+    """Returns what is denoised on its own: a document, or a block of it."""
     return document_ids if block_size is None else block_numbers(document_ids[None], block_size)[0]
 
 
@@ -68,9 +68,9 @@ class WeightedPatterns(NamedTuple):
     The mean over patterns of the weighted losses is unbiased for the sum of the units' NELBOs.
 
     Attributes:
-        is_masked: what each pattern masks.
-        weight: of each token's loss; 0 where it is not masked.
-        is_exact: tokens of units whose patterns are all there, so that nothing is left to chance.
+        is_masked: What each pattern masks.
+        weight: Of each token's loss; 0 where it is not masked.
+        is_exact: Tokens of units whose patterns are all there, so that nothing is left to chance.
     """
 
     is_masked: Bool[Tensor, "S T"]
@@ -87,8 +87,8 @@ def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int
     Args:
         unit_ids: 0, 1, ... for tokens that are denoised together; -1 for those that are never masked.
         num_samples: S, at most.
-        seed: with `position`, all the randomness there is.
-        position: number of the row.
+        seed: With `position`, all the randomness there is.
+        position: Number of the row.
     """
     is_maskable = unit_ids >= 0
     unit = unit_ids.clamp(min=0)

@@ -21,15 +21,16 @@ class Ratio(NamedTuple):
 
 
 def ratio_over_rows(sums: Float[Tensor, "R"], counts: Float[Tensor, "R"]) -> Ratio:
-    """Mean per token over rows that hold different numbers of tokens, and its standard error with rows as clusters.
+    """Returns the mean per token over rows that hold different numbers of tokens, and its standard error with rows as
+    clusters.
 
     Tokens of a row are not independent, rows nearly are. So the spread is that between rows,
     ``sqrt(R / (R - 1) * sum_r (sums_r - mean * counts_r)^2) / sum_r counts_r``, which holds both the choice of text and
     the draw of masks.
 
     Args:
-        sums: each row's sum, in any unit.
-        counts: what the sum is per: the row's tokens, bytes or weights. Not all need be above 0.
+        sums: Each row's sum, in any unit.
+        counts: What the sum is per: the row's tokens, bytes or weights. Not all need be above 0.
 
     Source: the ratio estimator, Cochran, Sampling techniques (3rd ed., sections 2.11 and 6.3).
     """
@@ -73,25 +74,25 @@ class Likelihood:
     """What `evaluate_nll` measures. Standard errors are over rows; None where there is but one.
 
     Attributes:
-        nelbo_per_token: upper bound on the negative log-likelihood, in nats per predicted token.
-        nelbo_standard_error: its standard error.
-        bits_per_byte: the same bound, in bits per byte of the predicted tokens' text (None if that is empty).
-        bits_per_byte_standard_error: its standard error.
-        masked_cross_entropy: mean over masked tokens at uniform noise level, in nats: what training minimises.
-        masked_cross_entropy_standard_error: its standard error.
-        bins: the same by share of the document that is masked.
-        num_tokens: predicted tokens.
-        num_bytes: bytes of their text.
-        num_rows: rows measured.
-        samples_per_row: mask patterns drawn for each.
-        seed: of the patterns.
-        ar_nll_per_token: negative log-likelihood of the same tokens under the autoregressive source, in nats.
-        ar_nll_standard_error: its standard error.
-        ar_bits_per_byte: the same in bits per byte.
-        ar_bits_per_byte_standard_error: its standard error.
-        ar_missing: why there are no figures of the source.
+        nelbo_per_token: Upper bound on the negative log-likelihood, in nats per predicted token.
+        nelbo_standard_error: Its standard error.
+        bits_per_byte: The same bound, in bits per byte of the predicted tokens' text (None if that is empty).
+        bits_per_byte_standard_error: Its standard error.
+        masked_cross_entropy: Mean over masked tokens at uniform noise level, in nats: what training minimises.
+        masked_cross_entropy_standard_error: Its standard error.
+        bins: The same by share of the document that is masked.
+        num_tokens: Predicted tokens.
+        num_bytes: Bytes of their text.
+        num_rows: Rows measured.
+        samples_per_row: Mask patterns drawn for each.
+        seed: Of the patterns.
+        ar_nll_per_token: Negative log-likelihood of the same tokens under the autoregressive source, in nats.
+        ar_nll_standard_error: Its standard error.
+        ar_bits_per_byte: The same in bits per byte.
+        ar_bits_per_byte_standard_error: Its standard error.
+        ar_missing: Why there are no figures of the source.
         row_nelbo: NELBO of each row in nats, for comparisons row by row.
-        row_num_tokens: predicted tokens of each row.
+        row_num_tokens: Predicted tokens of each row.
     """
 
     nelbo_per_token: float
@@ -115,14 +116,14 @@ class Likelihood:
     row_num_tokens: tuple[int, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON takes them, without those of single rows."""
+        """Returns the figures as JSON takes them, without those of single rows."""
         record = asdict(self)
         del record["row_nelbo"], record["row_num_tokens"]
         record["bins"] = list(record["bins"])
         return record
 
     def as_table(self) -> Table:
-        """The figures as a table for the terminal."""
+        """Returns the figures as a table for the terminal."""
         rows, tokens = f"{self.num_rows:,} rows", f"{self.num_tokens:,} tokens"
         table = Table(title=f"Likelihood of {tokens} in {rows}, {self.samples_per_row} mask patterns per row")
         table.add_column("measure")
@@ -158,10 +159,10 @@ def _number(value: float | None) -> str:
 
 
 def beside(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
-    """The likelihood with an AR model's, of the same tokens, written beside it.
+    """Returns the likelihood with an AR model's, of the same tokens, written beside it.
 
     Raises:
-        ValueError: when they were not measured on the same rows.
+        ValueError: When they were not measured on the same rows.
     """
     if (ar.num_rows, ar.num_tokens, ar.num_bytes) != (
         likelihood.num_rows,
@@ -186,7 +187,7 @@ def nelbo_difference(first: Likelihood, second: Likelihood) -> Ratio:
     smaller than that of either.
 
     Raises:
-        ValueError: when they were not measured on the same rows with the same masks.
+        ValueError: When they were not measured on the same rows with the same masks.
     """
     first_draw, second_draw = ((run.row_num_tokens, run.samples_per_row, run.seed) for run in (first, second))
     if first_draw != second_draw:

@@ -22,7 +22,8 @@ from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.names import is_converted
-from decausal.sampling.generate import end_token_ids, generate
+from decausal.sampling.generate import generate
+from decausal.sampling.stopping import end_token_ids
 
 BATCH_SIZE = 64
 EXAMPLES_PER_TASK = 100
@@ -42,10 +43,10 @@ class TaskScore:
     """One task's result.
 
     Attributes:
-        task: its name.
-        is_right: for each example, in the order given, whether the answer was right.
-        num_tokens: tokens written in all, end tokens included.
-        num_forwards: forward passes in all, each row counting those that it took part in.
+        task: Its name.
+        is_right: For each example, in the order given, whether the answer was right.
+        num_tokens: Tokens written in all, end tokens included.
+        num_forwards: Forward passes in all, each row counting those that it took part in.
     """
 
     task: str
@@ -126,15 +127,15 @@ def evaluate_tasks(
     A converted model writes as `decausal.sampling.generate.generate` does, an AR model greedily.
 
     Args:
-        model: a converted model, or an AR model with its tokenizer.
-        problems: examples of tasks; see `decausal.data.tasks.examples`.
-        batch_size: prompts completed together.
-        max_new_tokens: tokens to write at most. None: as many as the longest of the problems' own completions has, and
+        model: A converted model, or an AR model with its tokenizer.
+        problems: Examples of tasks; see `decausal.data.tasks.examples`.
+        batch_size: Prompts completed together.
+        max_new_tokens: Tokens to write at most. None: as many as the longest of the problems' own completions has, and
             the end token.
         **options: `SamplerSettings` by name, for a converted model only.
 
     Raises:
-        UserError: no problems, a bad sampler setting, or a prompt that does not fit the model's context.
+        UserError: No problems, a bad sampler setting, or a prompt that does not fit the model's context.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
@@ -164,14 +165,14 @@ def evaluate_tasks_of(
     """Measures the model in a directory, converted or AR, or of that name, on held-out examples.
 
     Args:
-        model_name_or_path: what `decausal convert` wrote, or an AR model as `load_source` takes it.
-        names: tasks; none: all.
-        num_examples: of each task.
-        device: where the model runs. None: CUDA where there is one, then in bfloat16, else the CPU.
-        **options: see `evaluate_tasks`.
+        model_name_or_path: What `decausal convert` wrote, or an AR model as `load_source` takes it.
+        names: Tasks; none: all.
+        num_examples: Of each task.
+        device: Where the model runs. None: CUDA where there is one, then in bfloat16, else the CPU.
+        **options: See `evaluate_tasks`.
 
     Raises:
-        UserError: as `evaluate_tasks`; there is no such model or task.
+        UserError: As `evaluate_tasks`; there is no such model or task.
     """
     if num_examples < 1:
         raise UserError(f"--num_examples {num_examples}: must be at least 1")
@@ -188,7 +189,7 @@ def longest_completion(problems: Sequence[Example], tokenizer: PreTrainedTokeniz
     """Returns how many tokens the longest of the completions has, its end token included.
 
     Raises:
-        UserError: there are no problems.
+        UserError: There are no problems.
     """
     if not problems:
         raise UserError("there are no examples to measure on: give at least one")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from decausal.errors import UserError
-from decausal.exchange.handed_on import is_hub_id, without_paths
 from decausal.models.facts import ConversionFacts
+from decausal.privacy import is_public_name, without_paths
 from decausal.sampling.defaults import settings_for
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ class ModelCard:
     """What a card says beside the facts of the conversion.
 
     Attributes:
-        name: title of the card.
-        license: identifier as the hub has it ("apache-2.0"); None: not stated.
-        evaluation: name of the file that `results` come from.
-        results: measured figures by name, see `read_evaluation`.
+        name: Title of the card.
+        license: Identifier as the hub has it ("apache-2.0"); None: not stated.
+        evaluation: Name of the file that `results` come from.
+        results: Measured figures by name, see `read_evaluation`.
     """
 
     name: str | None = None
@@ -47,10 +47,10 @@ class ModelCard:
         """Returns the whole card.
 
         Args:
-            facts: of the model.
-            config: of the stock model.
+            facts: Of the model.
+            config: Of the stock model.
             form: "hf" or "sdar": how to load it depends on that.
-            commands: how to serve it, by the engine's name.
+            commands: How to serve it, by the engine's name.
         """
         title = self.name or f"{_shown(facts.source)}, converted to a diffusion language model"
         sections = [
@@ -71,7 +71,7 @@ class ModelCard:
             front["base_model"] = facts.source
             front["base_model_relation"] = "finetune"
         data = [name for recipe in (*facts.earlier_stages, facts.recipe) for name in _as_list(recipe.get("data"))]
-        datasets = [name.partition(":")[0] for name in data if is_hub_id(name)]
+        datasets = [name.partition(":")[0] for name in data if is_public_name(name)]
         if datasets:
             front["datasets"] = list(dict.fromkeys(datasets))
         front["tags"] = ["diffusion-language-model", "masked-diffusion", "decausal", f"layout-{facts.layout}"]
@@ -90,7 +90,7 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
         Names and values, with standard errors where the file has them; nested names are joined by dots.
 
     Raises:
-        UserError: there is no such file, or it holds no figures.
+        UserError: There is no such file, or it holds no figures.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
 
 
 def names_base_model(facts: ConversionFacts) -> bool:
-    """Whether the source is on the hub: then its commit is on record. A path may look like a name there."""
-    return facts.source_revision is not None and is_hub_id(facts.source)
+    """Returns whether the source is on the hub: then its commit is on record. A path may look like a name there."""
+    return facts.source_revision is not None and is_public_name(facts.source)
 
 
 def _what_it_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
@@ -219,7 +219,7 @@ def _table(title: str, introduction: str, rows: dict[str, str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as the card prints it."""
+    """Returns a value as the card prints it."""
     value = without_paths(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 

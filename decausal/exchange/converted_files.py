@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from decausal.models.adapt import LOADING_ERRORS
 from decausal.models.checkpoint import load_converted, save_converted, saved_dtype
 from decausal.models.directories import adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
-from decausal.secrets import secret_in
+from decausal.privacy import secret_in, without_paths
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -37,7 +38,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     """Yields a converted model's directory; for a checkpoint that holds adapters, one in which they are merged.
 
     Raises:
-        UserError: as `load_converted`.
+        UserError: As `load_converted`.
     """
     if not (directory / FACTS_FILE).is_file() or adapter_of(directory) is None:
         yield directory
@@ -52,7 +53,7 @@ def open_converted(directory: Path) -> ConvertedFiles:
     """Opens a converted model without loading its weights.
 
     Raises:
-        UserError: it is none, its files are broken, or facts, tokenizer and weights disagree.
+        UserError: It is none, its files are broken, or facts, tokenizer and weights disagree.
     """
     facts = read_facts(directory)
     refuse_links_out(directory)
@@ -102,7 +103,7 @@ def refuse_secrets(directory: Path) -> None:
             raise UserError(f"{path} holds a secret, '{secret}', which is not handed on: remove it from the file")
 
 
-def end_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def eos_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Every token that ends a text, as generation_config.json, config.json and the tokenizer know them, in that order.
 
     A chat model ends its turns with another token than its documents; which one, often only generation_config.json
@@ -120,3 +121,9 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     if ids is None:
         return []
     return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def facts_to_hand_on(facts: ConversionFacts) -> ConversionFacts:
+    """Returns the facts as an exported model carries them: without the paths of source and data on this machine."""
+    names = ("source", "recipe", "earlier_stages")
+    return replace(facts, **{name: without_paths(getattr(facts, name)) for name in names})

@@ -18,7 +18,8 @@ MAX_RUNNING_REQUESTS = 64  # SGLang's default for diffusion models is 1
 
 
 def sglang_settings(facts: ConversionFacts) -> dict[str, Any]:
-    """What SGLang's algorithm LowConfidence reads; without it a block has 4 tokens, whatever config.json says."""
+    """Returns what SGLang's algorithm LowConfidence reads; without it a block has 4 tokens, whatever config.json
+    says."""
     return {"block_size": facts.block_size, "threshold": _threshold(facts)}
 
 
@@ -39,7 +40,8 @@ def launch_commands(directory: Path, facts: ConversionFacts) -> dict[str, str]:
 
 
 def _threshold(facts: ConversionFacts) -> float:
-    """Where the default is a number of steps, 1.0: one token a step, the only static schedule that SGLang has."""
+    """Returns where the default is a number of steps, 1.0: one token a step, the only static schedule that SGLang
+    has."""
     if facts.sampler.get("num_steps") is not None:
         return 1.0
     return float(facts.sampler.get("threshold") or DEFAULT_THRESHOLD)

@@ -7,16 +7,26 @@ files (November 2026): JetAstra/SDAR, DreamLM/Dream, ML-GSAI/LLaDA, NVlabs/Fast-
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from decausal.errors import UserError, nearest
-from decausal.exchange.config_keys import NEUTRAL, refuse_keys
-from decausal.exchange.formats_llada import llada_config, llada_name
 
+# What transformers itself, trainers and engines leave in a config.json; none of it changes what is computed.
+_NEUTRAL = frozenset(
+    """
+    _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
+    chunk_size_feed_forward debug decausal dtype ep_size eos_token_id fuse_cross_entropy id2label initializer_range
+    is_decoder is_encoder_decoder label2id mask_token_id max_window_layers micro_forward model_type
+    output_attentions output_hidden_states output_router_logits pad_token_id problem_type return_dict
+    router_aux_loss_coef skip_checkpoint sliding_window tokenizer_class torch_dtype transformers_version use_cache
+    use_deepep
+    """.split()  # noqa: SIM905
+)
 _QWEN = (
     *("hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"),
     *("num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "vocab_size"),
@@ -27,6 +37,56 @@ _OPTIONAL = frozenset({"attention_bias", "decoder_sparse_step", "head_dim", "tie
 # Switches whose other setting changes the mathematics in a way that no stock class with our layouts has.
 _FIXED: dict[str, Any] = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False}
 _FIXED |= {"mlp_only_layers": [], "decoder_sparse_step": 1}
+# LLaDA has the names of OLMo for what is a Llama model. These switches must be set as here.
+_LLADA_FIXED: dict[str, Any] = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "scale_logits": False,
+}
+# Numbers that the mathematics needs, then those that may be left out or follow from others.
+_LLADA_NEEDED = ("d_model", "max_sequence_length", "n_heads", "n_layers", "rms_norm_eps", "rope_theta", "vocab_size")
+_LLADA_DERIVED = (
+    "embedding_size",
+    "mlp_hidden_size",
+    "mlp_ratio",
+    "multi_query_attention",
+    "n_kv_heads",
+    "weight_tying",
+)
+# Dropout, initialisation and kernels. Rotary embeddings in another precision are the same mathematics.
+_LLADA_WITHOUT_EFFECT = frozenset(
+    """
+    alibi_bias_max attention_layer_norm_with_affine embedding_dropout flash_attention flash_attn_varlen
+    init_cutoff_factor init_device init_fn init_std precision residual_dropout rope_full_precision
+    """.split()  # noqa: SIM905
+)
+_LLADA_OUTER = {
+    "model.transformer.wte.weight": "model.embed_tokens.weight",
+    "model.transformer.ln_f.weight": "model.norm.weight",
+    "model.transformer.ff_out.weight": "lm_head.weight",
+}
+_LLADA_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_LLADA_LAYER = re.compile(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -34,15 +94,15 @@ class PublicForm:
     """One form.
 
     Attributes:
-        name: how people call it.
-        model_type: in its config.json.
-        layout: its attention layout.
+        name: How people call it.
+        model_type: In its config.json.
+        layout: Its attention layout.
         shift: 1 where the state before a token predicts it.
-        stock: makes the stock configuration from config.json.
-        block_key: key of the block size, for the layout "block".
-        mask_token_id: where config.json does not say; None: it must.
-        renamed: a tensor's stock name.
-        sampler: settings of the form's own sampler that are not ours by default.
+        stock: Makes the stock configuration from config.json.
+        block_key: Key of the block size, for the layout "block".
+        mask_token_id: Where config.json does not say; None: it must.
+        renamed: A tensor's stock name.
+        sampler: Settings of the form's own sampler that are not ours by default.
     """
 
     name: str
@@ -60,7 +120,7 @@ def form_of(config: Mapping[str, Any], where: object) -> PublicForm:
     """Returns the form that a config.json is of.
 
     Raises:
-        UserError: it is of none.
+        UserError: It is of none.
     """
     model_type = config.get("model_type")
     for form in FORMS:
@@ -72,10 +132,10 @@ def form_of(config: Mapping[str, Any], where: object) -> PublicForm:
 
 
 def block_size_of(form: PublicForm, config: Mapping[str, Any], asked: int | None) -> int | None:
-    """The block size: `asked`, or what config.json says.
+    """Returns the block size: `asked`, or what config.json says.
 
     Raises:
-        UserError: the form has blocks and neither says their size, or it has none and one was asked for.
+        UserError: The form has blocks and neither says their size, or it has none and one was asked for.
     """
     if form.block_key is None:
         if asked is not None:
@@ -88,10 +148,10 @@ def block_size_of(form: PublicForm, config: Mapping[str, Any], asked: int | None
 
 
 def mask_token_id_of(form: PublicForm, config: Mapping[str, Any], asked: int | None) -> int:
-    """The mask token's id: `asked`, or what config.json or the form says.
+    """Returns the mask token's id: `asked`, or what config.json or the form says.
 
     Raises:
-        UserError: none of them does.
+        UserError: None of them does.
     """
     for found in (asked, config.get("mask_token_id"), form.mask_token_id):
         if found is not None:
@@ -102,12 +162,12 @@ def mask_token_id_of(form: PublicForm, config: Mapping[str, Any], asked: int | N
 def _qwen(
     stock: type[PretrainedConfig], copied: tuple[str, ...], special: tuple[str, ...] = ()
 ) -> Callable[[Mapping[str, Any], Collection[str]], PretrainedConfig]:
-    """A form whose config.json has a Qwen model's own keys, and `special` ones that are facts."""
+    """Returns a form whose config.json has a Qwen model's own keys, and `special` ones that are facts."""
 
     def make(config: Mapping[str, Any], ignored: Collection[str]) -> PretrainedConfig:
         config = {**config, "rope_theta": _rope_theta(config)}
-        known = {*copied, *special, *_FIXED, *NEUTRAL, "layer_types", "rope_parameters", "rope_scaling"}
-        refuse_keys(config, known, _FIXED, ignored)
+        known = {*copied, *special, *_FIXED, *_NEUTRAL, "layer_types", "rope_parameters", "rope_scaling"}
+        _refuse_keys(config, known, _FIXED, ignored)
         if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
             raise UserError("config.json has layers other than full_attention, which these models do not have")
         missing = sorted(name for name in copied if config.get(name) is None and name not in _OPTIONAL)
@@ -119,10 +179,10 @@ def _qwen(
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float | None:
-    """The base of the rotary embedding, which transformers 4 and 5 write in different places.
+    """Returns the base of the rotary embedding, which transformers 4 and 5 write in different places.
 
     Raises:
-        UserError: the embedding is scaled.
+        UserError: The embedding is scaled.
     """
     rope = config.get("rope_parameters") or {}
     for scaling in (rope, config.get("rope_scaling") or {}):
@@ -130,6 +190,62 @@ def _rope_theta(config: Mapping[str, Any]) -> float | None:
         if kind != "default":
             raise UserError(f"config.json scales the rotary embedding ('{kind}'); import takes models without scaling")
     return config.get("rope_theta", rope.get("rope_theta"))
+
+
+def _llada_name(name: str) -> str:
+    """Returns the stock name of a LLaDA tensor; a name that is none of LLaDA's comes back as it is."""
+    found = _LLADA_LAYER.fullmatch(name)
+    if found and found[2] in _LLADA_IN_LAYER:
+        return f"model.layers.{found[1]}.{_LLADA_IN_LAYER[found[2]]}.weight"
+    return _LLADA_OUTER.get(name, name)
+
+
+def _llada_config(config: Mapping[str, Any], ignored: Collection[str]) -> LlamaConfig:
+    """Returns the stock configuration of a LLaDA config.json.
+
+    Raises:
+        UserError: A number is missing, a key is not known, or a switch makes it something other than a Llama model.
+    """
+    _refuse_keys(
+        config,
+        {*_LLADA_NEEDED, *_LLADA_DERIVED, *_LLADA_FIXED, *_LLADA_WITHOUT_EFFECT, *_NEUTRAL},
+        _LLADA_FIXED,
+        ignored,
+    )
+    missing = [name for name in _LLADA_NEEDED if config.get(name) is None]
+    # Its code takes another block, another norm and no rotary embedding where the keys are left out.
+    missing += [name for name in ("activation_type", "block_type", "layer_norm_type", "rope") if name not in config]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    heads = config["n_heads"]
+    return LlamaConfig(
+        hidden_size=config["d_model"],
+        intermediate_size=config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * config["d_model"],
+        max_position_embeddings=config["max_sequence_length"],
+        num_attention_heads=heads,
+        num_hidden_layers=config["n_layers"],
+        num_key_value_heads=config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else heads),
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_theta"],
+        tie_word_embeddings=config.get("weight_tying", True),
+        vocab_size=config.get("embedding_size") or config["vocab_size"],
+    )
+
+
+def _refuse_keys(
+    config: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], ignored: Collection[str]
+) -> None:
+    """Raises UserError, with names, for keys that are not known and switches that are set otherwise than `fixed`."""
+    unknown = {name for name, value in config.items() if name not in known and value is not None} - set(ignored)
+    if unknown:
+        shown = ", ".join(f"{name} = {config[name]!r}" for name in sorted(unknown))
+        raise UserError(
+            f"config.json holds {shown}, which import does not know and which might change what the model computes; "
+            f"if it does not, repeat with --ignore_keys {','.join(sorted(unknown))}"
+        )
+    for name, value in fixed.items():
+        if config.get(name) is not None and config[name] != value and name not in ignored:
+            raise UserError(f"config.json has {name} = {config[name]!r}; import takes models with {value!r} alone")
 
 
 FORMS = (
@@ -168,8 +284,8 @@ FORMS = (
         model_type="llada",
         layout="bidirectional",
         shift=0,
-        stock=llada_config,
+        stock=_llada_config,
         mask_token_id=126336,
-        renamed=llada_name,
+        renamed=_llada_name,
     ),
 )

@@ -9,10 +9,8 @@ from transformers import AutoConfig
 
 from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard
-from decausal.exchange.converted_files import refuse_links_out, refuse_secrets
-from decausal.exchange.exported import Exported
-from decausal.exchange.handed_on import facts_to_hand_on
-from decausal.exchange.staging import staged
+from decausal.exchange.converted_files import facts_to_hand_on, refuse_links_out, refuse_secrets
+from decausal.exchange.staging import Exported, staged
 from decausal.models.base_files import copy_base, refuse_other_base
 from decausal.models.facts import DRAFT, ConversionFacts, write_facts
 from decausal.models.gated_checkpoint import base_of

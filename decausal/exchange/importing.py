@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from decausal.errors import UserError, first_line
-from decausal.exchange.converted_files import end_token_ids
+from decausal.exchange.converted_files import eos_token_ids
 from decausal.exchange.formats import PublicForm, block_size_of, form_of, mask_token_id_of
 from decausal.exchange.mask_token import add_mask_token
 from decausal.exchange.public_names import located
@@ -34,9 +34,9 @@ class Imported(NamedTuple):
     """What an import made.
 
     Attributes:
-        output_dir: the directory.
-        form: the public form that it was read from.
-        facts: the facts written to it.
+        output_dir: The directory.
+        form: The public form that it was read from.
+        facts: The facts written to it.
     """
 
     output_dir: Path
@@ -59,15 +59,15 @@ def import_checkpoint(
     one is in memory at a time.
 
     Args:
-        model_name_or_path: a directory or a hub id.
-        output_dir: a new or empty directory.
-        revision: branch, tag or commit of a hub id.
-        block_size: instead of what config.json says.
-        mask_token_id: instead of what config.json says.
-        ignore_keys: keys of config.json that are known to change nothing in the forward pass.
+        model_name_or_path: A directory or a hub id.
+        output_dir: A new or empty directory.
+        revision: Branch, tag or commit of a hub id.
+        block_size: Instead of what config.json says.
+        mask_token_id: Instead of what config.json says.
+        ignore_keys: Keys of config.json that are known to change nothing in the forward pass.
 
     Raises:
-        UserError: the form is not known, config.json or tensors hold what no stock class computes (with names), files
+        UserError: The form is not known, config.json or tensors hold what no stock class computes (with names), files
             are missing or broken, or `output_dir` is not empty.
     """
     output_dir = Path(output_dir)
@@ -90,7 +90,7 @@ def import_checkpoint(
     with staged(output_dir) as staging:
         write_tensor_files(staging, tensors)
         stock.save_pretrained(staging)
-        end_ids = end_token_ids(directory, stock, tokenizer)
+        end_ids = eos_token_ids(directory, stock, tokenizer)
         GenerationConfig(eos_token_id=end_ids or None, pad_token_id=stock.pad_token_id).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_facts(staging, facts)
@@ -105,7 +105,8 @@ def _facts(
     block_size: int | None,
     mask_token_id: int | None,
 ) -> ConversionFacts:
-    """The facts of the form; where decausal wrote the checkpoint, those that it left in it, but for the options."""
+    """Returns the facts of the form; where decausal wrote the checkpoint, those that it left in it, but for the
+    options."""
     block_size = block_size_of(form, config, block_size)
     mask_token_id = mask_token_id_of(form, config, mask_token_id)
     if FACTS_KEY in config:
@@ -128,7 +129,7 @@ def _facts(
 
 
 def _tensors(files: TensorFiles, form: PublicForm, stock: PretrainedConfig, directory: Path) -> dict[str, Stored]:
-    """The tensors under their stock names, checked against the stock architecture."""
+    """Returns the tensors under their stock names, checked against the stock architecture."""
     original: dict[str, str] = {}
     for name in files.names():
         if name.endswith("rotary_emb.inv_freq"):  # follows from config.json

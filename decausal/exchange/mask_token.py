@@ -39,7 +39,7 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> None:
     """Makes `token_id` the tokenizer's mask token, in place: the token that has this id, or a new one.
 
     Raises:
-        UserError: the tokenizer has no such token, and the next one that it would add has another id.
+        UserError: The tokenizer has no such token, and the next one that it would add has another id.
     """
     known = {found: text for text, found in tokenizer.get_vocab().items()}
     text = known.get(token_id, SDAR_MASK_TOKEN)
@@ -59,9 +59,9 @@ def never_predicted(head: Float[Tensor, "V D"], token_ids: list[int], trained_id
     logit is then the mean of the others' logits, below the largest, and the probability is below one over their number.
 
     Args:
-        head: the head's weight.
-        token_ids: rows to silence.
-        trained_ids: rows of tokens that may be predicted.
+        head: The head's weight.
+        token_ids: Rows to silence.
+        trained_ids: Rows of tokens that may be predicted.
     """
     silenced = head.clone()
     kept = sorted(set(trained_ids) - set(token_ids))

@@ -9,11 +9,9 @@ import torch
 
 from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard, names_base_model
-from decausal.exchange.converted_files import ConvertedFiles, open_converted, whole_directory
-from decausal.exchange.exported import Exported
+from decausal.exchange.converted_files import ConvertedFiles, facts_to_hand_on, open_converted, whole_directory
 from decausal.exchange.gated import export_gated
-from decausal.exchange.handed_on import facts_to_hand_on
-from decausal.exchange.staging import refuse_filled, staged
+from decausal.exchange.staging import Exported, refuse_filled, staged
 from decausal.exchange.stock import EMBEDDINGS, HEAD
 from decausal.exchange.tensor_files import write_tensor_files
 from decausal.exchange.tokenizer_files import without_code
@@ -29,9 +27,9 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
     """Copies what makes a converted model, and nothing of its training, beside a model card.
 
     Args:
-        directory: what `decausal convert` wrote.
-        output_dir: a new or empty directory.
-        card: what the card says beside the facts.
+        directory: What `decausal convert` wrote.
+        output_dir: A new or empty directory.
+        card: What the card says beside the facts.
 
     Raises:
         UserError: `directory` is no whole converted model, or `output_dir` is not empty.
@@ -64,7 +62,7 @@ def _export(directory: Path, output_dir: Path, card: ModelCard) -> Exported:
 
 
 def _has_second_head(source: ConvertedFiles) -> bool:
-    """Whether the weights hold a tied head a second time, as earlier versions wrote it and nothing reads it."""
+    """Returns whether the weights hold a tied head a second time, as earlier versions wrote it and nothing reads it."""
     tensors = source.tensors
     return (
         source.config.tie_word_embeddings

@@ -13,7 +13,7 @@ def refuse_wrong_name(name: str, revision: str | None = None) -> None:
     """Refuses what `located` would refuse, before anything is imported; the hub is asked as by `check_source`.
 
     Raises:
-        UserError: as `located`.
+        UserError: As `located`.
     """
     if not is_left_to_the_hub(name):
         _refuse(name, revision)
@@ -23,7 +23,7 @@ def located(name: str, revision: str | None) -> tuple[Path, str | None]:
     """Returns the directory of a checkpoint, and its commit where it came from the hub.
 
     Raises:
-        UserError: there is none of that name, or it is converted already.
+        UserError: There is none of that name, or it is converted already.
     """
     _refuse(name, revision)
     path = Path(name).expanduser()

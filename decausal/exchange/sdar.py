@@ -14,12 +14,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from decausal.errors import UserError
 from decausal.exchange import configuration_sdar
 from decausal.exchange.card import CARD, ModelCard
-from decausal.exchange.converted_files import ConvertedFiles, end_token_ids, open_converted, whole_directory
+from decausal.exchange.converted_files import (
+    ConvertedFiles,
+    eos_token_ids,
+    facts_to_hand_on,
+    open_converted,
+    whole_directory,
+)
 from decausal.exchange.engines import SGLANG_SETTINGS, launch_commands, sglang_settings
-from decausal.exchange.exported import Exported
-from decausal.exchange.handed_on import facts_to_hand_on
 from decausal.exchange.mask_token import ENGINE_MASK_TOKEN_ID, engine_mask_token, never_predicted
-from decausal.exchange.staging import refuse_filled, staged
+from decausal.exchange.staging import Exported, refuse_filled, staged
 from decausal.exchange.stock import EMBEDDINGS, HEAD, expected_tensors, head_dim
 from decausal.exchange.tensor_files import Stored, refuse_other_tensors, write_tensor_files
 from decausal.models.facts import ConversionFacts, read_facts
@@ -36,9 +40,9 @@ def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCar
     mask token's row silenced (`never_predicted`); the mask token moves to id 151669 where the vocabulary reaches it.
 
     Args:
-        directory: what `decausal convert` wrote.
-        output_dir: a new or empty directory.
-        card: what the model card says beside the facts.
+        directory: What `decausal convert` wrote.
+        output_dir: A new or empty directory.
+        card: What the model card says beside the facts.
 
     Raises:
         UserError: SDAR cannot express the model (with the reason), its files are broken, or `output_dir` is not empty.
@@ -100,7 +104,7 @@ def refusal(facts: ConversionFacts, config: PretrainedConfig) -> str | None:
 def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any]:
     """Returns the exported config.json: what SGLang, LMDeploy and transformers read, all under their own names."""
     config, kind = source.config, source.config.model_type
-    end_ids = end_token_ids(source.directory, config, source.tokenizer)
+    end_ids = eos_token_ids(source.directory, config, source.tokenizer)
     class_name = "SDARConfig" if kind == "qwen3" else "SDARMoeConfig"
     dtype = str(source.tensors.dtype(EMBEDDINGS)).removeprefix("torch.")
     rope_theta = config.rope_parameters["rope_theta"]
@@ -160,7 +164,7 @@ def _tensors(source: ConvertedFiles, mask_token_id: int) -> dict[str, Stored]:
 def _generation_config(source: ConvertedFiles) -> dict[str, Any]:
     ids = {
         "bos_token_id": source.config.bos_token_id,
-        "eos_token_id": end_token_ids(source.directory, source.config, source.tokenizer),
+        "eos_token_id": eos_token_ids(source.directory, source.config, source.tokenizer),
         "pad_token_id": source.config.pad_token_id,
     }
     return {name: value for name, value in ids.items() if value not in (None, [])}
@@ -190,7 +194,7 @@ def _notes(source: ConvertedFiles, facts: ConversionFacts) -> list[str]:
         notes.append(f"the mask token moved from id {source.facts.mask_token_id} to {facts.mask_token_id}")
     if facts.mask_token_id == ENGINE_MASK_TOKEN_ID and facts.sampler.get("num_steps") is not None:
         notes.append("SGLang has no schedule of fixed steps: it keeps one token a step")
-    if not end_token_ids(source.directory, source.config, source.tokenizer):
+    if not eos_token_ids(source.directory, source.config, source.tokenizer):
         notes.append("the model has no end-of-text token: engines write until their length limit")
     return notes
 

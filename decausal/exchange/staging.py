@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""What an export makes: a directory that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
 from decausal.errors import UserError, first_line
+from decausal.models.facts import ConversionFacts
+
+
+class Exported(NamedTuple):
+    """What an export made.
+
+    Attributes:
+        output_dir: The directory.
+        facts: The facts of the model in it.
+        commands: How to serve it, by the engine's name.
+        notes: What its user should know.
+    """
+
+    output_dir: Path
+    facts: ConversionFacts
+    commands: dict[str, str]
+    notes: list[str]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each tensor, by name.
 
     Args:
-        config: of a model type in `STOCK_MODEL_TYPES`.
+        config: Of a model type in `STOCK_MODEL_TYPES`.
     """
     vocabulary, width = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {

@@ -36,10 +36,10 @@ class TensorFiles:
     """The tensors of a checkpoint, in one file or in shards with an index. Only headers are read at first.
 
     Args:
-        directory: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
+        directory: Holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 
     Raises:
-        UserError: files are missing or broken, are no safetensors, or hold numbers that are not floating point.
+        UserError: Files are missing or broken, are no safetensors, or hold numbers that are not floating point.
     """
 
     def __init__(self, directory: Path) -> None:

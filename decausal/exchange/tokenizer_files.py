@@ -31,11 +31,11 @@ def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokeni
     copies of Qwen2's tokenizer, the vocabulary and merges of that.
 
     Args:
-        directory: the checkpoint.
-        stock: configuration of the stock model.
+        directory: The checkpoint.
+        stock: Configuration of the stock model.
 
     Raises:
-        UserError: there is none, or its files are broken.
+        UserError: There is none, or its files are broken.
     """
     with tempfile.TemporaryDirectory() as bare:
         for name in _READ:
@@ -61,8 +61,8 @@ def without_code(settings: Path, *others: str) -> bool:
     """Removes the names of code that came with a source from a file of settings; returns whether there were any.
 
     Args:
-        settings: the file; one that is not there names no code.
-        others: keys that go with them, where there are some.
+        settings: The file; one that is not there names no code.
+        others: Keys that go with them, where there are some.
     """
     values = read_json(settings) if settings.is_file() else {}
     if "auto_map" not in values:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a table from a file.
 
     Raises:
-        UserError: it is not there, or holds something else.
+        UserError: It is not there, or holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

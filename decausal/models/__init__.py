@@ -1,1 +1,1 @@
-"""The one door to transformers: source models made convertible, run under any layout, saved, loaded and examined."""
+"""All access to transformers: source models are made convertible, run under any layout, saved, loaded and examined."""

@@ -27,7 +27,7 @@ from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomp
 from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
 from decausal.models.quantized import dequantizing, plain
-from decausal.secrets import drop_secrets
+from decausal.privacy import drop_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import (
 
 from decausal.errors import UserError
 
-# Recurrence and causal convolutions read a row in one direction only, whatever the attention layout says. Types whose
-# configuration lists its layers (Granite 4, Bamba, ...) are also caught by RECURRENT_LAYER_TYPES; these are refused
-# even where a version of transformers has no such list.
+# Recurrence and causal convolutions read a row in one direction only, whatever the attention layout. Types whose
+# configuration lists its layers (Granite 4, Bamba, ...) are also caught by RECURRENT_LAYER_TYPES. The types here are
+# refused even if a version of transformers has no such list.
 RECURRENT_MODEL_TYPES = frozenset(
     """
     bailing_hybrid bamba falcon_h1 falcon_mamba inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3 mamba
@@ -31,7 +31,7 @@ RECURRENT_LAYER_TYPES = frozenset(
 
 
 def refusal(config: PretrainedConfig) -> str | None:
-    """Why a model of this configuration can never be converted, as one clause; None when probing it makes sense."""
+    """Returns why a model of this configuration can never be converted, as one clause; None if it may be probed."""
     kind = config.model_type
     if config.is_encoder_decoder or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return f"model type '{kind}' is an encoder-decoder"
@@ -51,29 +51,29 @@ def refusal(config: PretrainedConfig) -> str | None:
 
 
 def attention_implementation(config: PretrainedConfig) -> str | None:
-    """``"eager"`` where SDPA would leave out the cap on attention scores; None where transformers chooses rightly."""
+    """Returns ``"eager"`` if SDPA would drop the cap on attention scores; None if transformers' choice is right."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The most positions that a model can read, or None where its configuration sets no limit."""
+    """Returns the maximum number of positions that a model can read, or None without a limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def refuse_longer_rows(max_length: int, config: PretrainedConfig) -> None:
-    """Raises UserError where rows of `max_length` tokens are longer than the model can read."""
+    """Raises UserError if rows of `max_length` tokens are longer than the model can read."""
     context = context_length(config)
     if context is not None and max_length > context:
         raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
-    """Sliding window of each layer type in tokens (a query q reads keys k with q - k < window), None where unlimited.
+    """Returns each layer type's sliding window in tokens (query q reads keys k with q - k < window), None if unlimited.
 
-    Models without `layer_types` treat all layers alike: they come out as one type, ``"every"``.
+    Models without `layer_types` treat all layers alike. They have one type here, ``"every"``.
 
     Raises:
-        ValueError: for a layer type whose reach is not described by a window.
+        ValueError: For a layer type that does not attend within a sliding window.
     """
     window = getattr(config, "sliding_window", None) or None
     layer_types = getattr(config, "layer_types", None)
@@ -87,7 +87,7 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
 
 
 def reach(config: PretrainedConfig) -> int | None:
-    """How many tokens away, on either side, a token can change a state through all layers; None where unlimited."""
+    """Returns how far away, in tokens, a token can change a state through all layers; None if unlimited."""
     windows = layer_windows(config)
     layer_types = getattr(config, "layer_types", None) or ["every"] * config.num_hidden_layers
     distances = [windows[layer_type] for layer_type in layer_types]
@@ -96,7 +96,7 @@ def reach(config: PretrainedConfig) -> int | None:
 
 @contextmanager
 def configured(config: PretrainedConfig, **changes: Any) -> Iterator[None]:
-    """Changes a configuration for a few forward passes."""
+    """Changes a configuration temporarily."""
     missing = object()
     before = {name: getattr(config, name, missing) for name in changes}
     try:

@@ -1,7 +1,6 @@
-"""cuDNN's attention makes a plan for each exact shape, in a second or so: good for few shapes, not for many.
+"""cuDNN's attention makes a plan for each exact shape, in about a second: good for few shapes, not for many.
 
-Others have measured 0.44 s forward and 0.55 s backward per shape on a B200; the kernels that take its place plan
-nothing.
+Others have measured 0.44 s forward and 0.55 s backward per shape on a B200. The other kernels need no plans.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import torch
 from torch import nn
 
 MOST_PLANS = 4
-"""Shapes of one model, training or not, for which plans are made."""
+"""How many shapes of one model get a plan, in training or not."""
 SHORTEST = 128
-"""Tokens of a row for which a plan may be worth its time."""
+"""Length of a row in tokens from which a plan may be worth its time."""
 _SHAPES: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[Any]]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def without_plans() -> Iterator[None]:
-    """Attention without cuDNN: for decoding, whose shapes change with every pass."""
+    """Runs attention without cuDNN, for decoding, whose shapes change with every pass."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -34,10 +33,10 @@ def without_plans() -> Iterator[None]:
 
 @contextmanager
 def few_plans(body: nn.Module, shape: tuple[int, int]) -> Iterator[None]:
-    """Attention of a pass over rows [B T], by cuDNN for the first few shapes alone.
+    """Lets cuDNN compute the attention of a pass over rows [B T] for the first few shapes only.
 
-    A model whose training rows vary more does without cuDNN from then on, in the whole process: under gradient
-    checkpointing attention is computed once more in the backward pass.
+    A model whose training rows vary more runs without cuDNN from then on, in the whole process, because gradient
+    checkpointing computes attention again in the backward pass.
     """
     known = _SHAPES.setdefault(body, {True: set(), False: set()})[body.training]
     if shape in known or (len(known) < MOST_PLANS and shape[1] >= SHORTEST):

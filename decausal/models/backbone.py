@@ -1,4 +1,4 @@
-"""The one door to a model's forward pass: any stock causal LM, under any layout."""
+"""The only way to a model's forward pass: any stock causal LM, under any layout."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from decausal.models.sparse_mask import SparseMask
 from decausal.objectives import head as output_head
 from decausal.objectives.head import Head
 
-# Families whose stock body turns bidirectional by `is_causal=False` alone, as tests/models/test_doctor.py measures for
-# each. All others get an explicit mask, which is slower but leaves nothing to the model.
+# Families whose stock body becomes bidirectional with `is_causal=False` alone, as tests/models/test_doctor.py measures
+# for each. All others get an explicit mask, which is slower but does not depend on the model.
 HONOURS_IS_CAUSAL = frozenset(
     """
     apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode
@@ -35,7 +35,7 @@ HONOURS_IS_CAUSAL = frozenset(
 
 
 def stock_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, taken out of a PEFT wrapper if there is one (its adapters stay active inside)."""
+    """Returns the transformers model itself, without a PEFT wrapper. Its adapters stay active inside."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -54,13 +54,13 @@ def body_forward(
     """Runs the model's body, without its head, under `layout`.
 
     Args:
-        model: any stock causal LM, or a PEFT wrapper around one.
-        input_ids: the rows.
-        layout: who attends to whom.
-        document_ids: document of each token, -1 for padding. None: every row is one whole document without padding;
-            then the model's own attention is used where it is right for the layout, without an explicit mask.
-        position_ids: positions inside the documents; by default they restart at 0 with each document.
-        stream_ids: streams of a doubled row of block layout (`decausal.diffusion.doubled`); needs its `document_ids`
+        model: Any stock causal LM, or a PEFT wrapper around one.
+        input_ids: The rows.
+        layout: Who attends to whom.
+        document_ids: Document of each token, -1 for padding. None: every row is one whole document without padding;
+            then the model's own attention is used without an explicit mask if it fits the layout.
+        position_ids: Positions inside the documents; by default they restart at 0 with each document.
+        stream_ids: Streams of a doubled row of block layout (`decausal.diffusion.doubled`); needs its `document_ids`
             and `position_ids`.
         future: (future_order, future_fraction) of `attention_mask`, to anneal attention from causal to `layout`.
         output_hidden_states: also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
@@ -68,7 +68,7 @@ def body_forward(
         cache: empty; takes the keys and values of the rows.
 
     Raises:
-        UserError: when the model's attention implementation takes no such mask.
+        UserError: The model's attention implementation does not take such a mask.
     """
     body = stock_model(model).base_model
     attention = None
@@ -143,10 +143,10 @@ def masked_forward(
 
 
 class _NoCache:
-    """A cache that keeps nothing.
+    """A cache that stores nothing.
 
-    Without a cache transformers searches the position ids for packed rows, on the host: on a GPU that waits until all
-    earlier work is done, once per pass. Layers under gradient checkpointing put it aside, which changes nothing.
+    Without a cache, transformers searches the position ids for packed rows on the host. On a GPU that waits for all
+    earlier work, once per pass. Layers under gradient checkpointing ignore this cache, which changes nothing.
     """
 
     is_compileable = False
@@ -171,7 +171,7 @@ logging.getLogger("transformers.modeling_layers").addFilter(
 
 
 def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> dict[str, bool] | None:
-    """Keywords under which the stock body attends by `layout` without our mask; None when it cannot."""
+    """Returns keywords with which the stock body attends by `layout` without our mask; None if it cannot."""
     if config._attn_implementation == FLEX:
         return None
     honours_is_causal = config.model_type in HONOURS_IS_CAUSAL
@@ -179,7 +179,7 @@ def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> d
         if honours_is_causal:
             return {"is_causal": True}
         return {} if getattr(config, "is_causal", True) else None
-    # A window cuts in only on rows longer than it; transformers' own bidirectional window then has another width.
+    # A sliding window matters only on longer rows. There transformers' bidirectional window has another width.
     is_windowed = any(window is not None and window < length for window in layer_windows(config).values())
     if layout.kind == "bidirectional" and honours_is_causal and not is_windowed:
         return {"is_causal": False}
@@ -187,7 +187,7 @@ def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> d
 
 
 def _masks(body: nn.Module, rows: RowAttention) -> Any:
-    """One mask for all layers, or one per layer type where their windows differ on rows of this length."""
+    """Returns one mask for all layers, or one per layer type if their windows differ on rows of this length."""
     length = rows.document_ids.shape[1]
     windows = {
         layer_type: window if window is not None and window < length else None
@@ -206,12 +206,12 @@ def _mask(rows: RowAttention, window: int | None, body: nn.Module) -> Tensor | B
 
 
 def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:
-    """A mask of q queries and n keys in the form that the body's attention implementation reads."""
+    """Returns a mask of q queries and n keys in the form that the body's attention implementation takes."""
     implementation = body.config._attn_implementation
     if implementation == "sdpa":
         return sdpa_mask(is_visible, body)
     if implementation == "eager":
-        # Eager attention adds the mask to the scores: a boolean one would count as 0 and 1 and hide nothing.
+        # Eager attention adds the mask to the scores. A boolean mask would count as 0 and 1, and hide nothing.
         return _added(is_visible, body.dtype, torch.finfo(body.dtype).min)
     raise UserError(
         f"attention implementation '{implementation}' takes no layout masks; "
@@ -220,9 +220,9 @@ def as_the_attention_takes_it(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Modu
 
 
 def sdpa_mask(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:
-    """A mask for PyTorch's attention: on a CPU one that skips what no query reads, elsewhere one that is added.
+    """Returns a mask for PyTorch's attention: on a CPU one that skips what no query reads, elsewhere an additive one.
 
-    Every kernel of a GPU adds its mask to the scores, and would make such a one of a boolean mask in each layer.
+    GPU kernels add their mask to the scores, and would convert a boolean mask in each layer.
     """
     device = is_visible.device.type
     if device == "cpu":
@@ -251,10 +251,10 @@ def _checked_states(states: tuple[Tensor, ...], last: Tensor, config: Pretrained
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's L decoder layers, in order.
+    """Returns the model's L decoder layers, in order.
 
     Raises:
-        UserError: when no list of `num_hidden_layers` modules is found in its body.
+        UserError: Its body holds no list of `num_hidden_layers` modules.
     """
     body = stock_model(model).base_model
     for module in body.modules():
@@ -264,13 +264,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The model's output head as numbers: logits = softcap * tanh(scale * (h W^T + b) / softcap).
+    """Returns the model's output head as numbers: logits = softcap * tanh(scale * (h W^T + b) / softcap).
 
-    The weights are the model's own parameters, so gradients reach them. `banned` is left None. The reading is verified
-    by the doctor, which compares its logits with the stock model's.
+    The weights are the model's own parameters, so gradients reach them. `banned` stays None. The doctor verifies the
+    head by comparing its logits with the stock model's.
 
     Raises:
-        UserError: when an adapter wraps the head.
+        UserError: An adapter wraps the head.
     """
     stock = stock_model(model)
     linear = stock.get_output_embeddings()
@@ -298,7 +298,7 @@ def _logit_scale(config: PretrainedConfig) -> float:
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         return float(config.logit_scale)
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling  # Granite divides by it
+    return scaling if config.model_type.startswith("hyperclovax") else 1.0 / scaling  # Granite divides by this value
 
 
 def logits(
@@ -309,7 +309,8 @@ def logits(
     document_ids: Int[Tensor, "B T"] | None = None,
     position_ids: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T V"]:
-    """Logits at every position, in fp32: body and head. For tests and short rows; training never builds these."""
+    """Returns logits at every position in fp32, from body and head. For tests and short rows; training never builds
+    these."""
     hidden = body_forward(model, input_ids, layout, document_ids=document_ids, position_ids=position_ids)
     flat = output_head.logits(hidden.last_hidden_state.flatten(0, 1), head_of(model))
     return flat.unflatten(0, input_ids.shape)

@@ -1,7 +1,7 @@
 """Keys and values of tokens already read, for decoding in blocks with any stock model.
 
-A slot is a token's position in its row: rows of different lengths start at slot 0, nothing is padded on the left, and a
-block that is denoised again writes over itself. Memory is taken once, written in place and returned as slices.
+A slot is a token's position in its row. Rows of different lengths all start at slot 0 without padding on the left. A
+block that is denoised again overwrites itself. Memory is allocated once, written in place and returned as slices.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class BlockCache(Cache):
     the shape, dtype and device of the model's own keys and values (they differ between families).
 
     Attributes:
-        num_rows: rows that it holds.
-        max_length: slots of each row; `max_length` itself is the scratch slot, where queries that are padding write.
+        num_rows: Rows that it holds.
+        max_length: Slots of each row. Slot `max_length` is the scratch slot, to which padding queries write.
 
     Raises:
-        UserError: when the model's layers do not all attend to keys by position.
+        UserError: The model's layers do not all attend to keys by position.
     """
 
     def __init__(self, config: PretrainedConfig, num_rows: int, max_length: int) -> None:
@@ -53,11 +53,11 @@ class BlockCache(Cache):
 
     @property
     def scratch_slot(self) -> int:
-        """The slot for queries that are padding: written, never read."""
+        """The slot for padding queries, which is written but never read."""
         return self.max_length
 
     def first_slots(self, device: torch.device) -> Int[Tensor, "B 1"]:
-        """Where rows begin if all slots are counted through."""
+        """Returns where each row begins if all slots are numbered consecutively."""
         if self._first_slots is None:
             self._first_slots = torch.arange(self.num_rows, device=device)[:, None] * (self.max_length + 1)
         return self._first_slots
@@ -73,7 +73,7 @@ class BlockCache(Cache):
             layer.swap_rows(one, other)
 
     def grow(self, max_length: int) -> None:
-        """Makes room for rows of `max_length` tokens; what is held stays."""
+        """Makes room for rows of `max_length` tokens and keeps what is stored."""
         for layer in self.layers:
             layer.grow(self.max_length, max_length)
         self.max_length, self._first_slots = max_length, None
@@ -88,7 +88,7 @@ class _Access:
 
 
 class _BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows, slots, heads, width]: a token's are one piece, written by one copy."""
+    """Keys and values of one layer, [rows, slots, heads, width]. A token's are contiguous and written by one copy."""
 
     is_sliding = False
 
@@ -97,7 +97,7 @@ class _BlockLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros: what no token has written is hidden, but a hidden value still is multiplied by zero.
+        # Zeros: slots without a token are hidden, but hidden values are still multiplied by zero.
         self.keys, self.values = (
             states.new_zeros(self._cache.num_rows, self._cache.max_length + 1, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
@@ -106,7 +106,7 @@ class _BlockLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _count_through(self) -> None:
-        """Makes views in which the slots of all rows are one axis, once: every pass writes to them."""
+        """Makes the views to which every pass writes, with the slots of all rows on one axis."""
         self._key_slots, self._value_slots = self.keys.flatten(0, 1), self.values.flatten(0, 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -151,13 +151,13 @@ def _with_slots(held: Tensor, num_slots: int) -> tuple[int, ...]:
 
 
 def _write(slots: Float[Tensor, "slots H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
-    """Writes the states of a pass."""
+    """Writes the states of a pass into the slots."""
     by_token = states if states.shape[2] == 1 else states.transpose(1, 2)
     slots.index_copy_(0, access.flat_slots, by_token.reshape(-1, *slots.shape[1:]).to(slots.dtype))
 
 
 def _read(held: Float[Tensor, "B S H d"], access: _Access) -> Float[Tensor, "b H n d"]:
-    """What the rows of a pass hold in the first `num_keys` slots."""
+    """Returns what the rows of a pass store in the first `num_keys` slots."""
     rows, num_keys = access.rows, access.num_keys
     if isinstance(rows, slice):  # held[rows, :num_keys].transpose(1, 2), as one operator
         row, slot, head, one = held.stride()
@@ -175,19 +175,19 @@ def cached_forward(
     cache: BlockCache,
     rows: slice | Int[Tensor, "b"] | None = None,
 ) -> Float[Tensor, "b q D"]:
-    """Runs the model's body on some tokens of some rows, against what the cache holds of the rest.
+    """Runs the model's body on some tokens of some rows, with the other tokens in the cache.
 
     Args:
-        model: any stock causal LM that `refuse_uncacheable` lets pass, or a PEFT wrapper around one.
-        input_ids: the tokens to read.
-        position_ids: their positions in their rows.
-        slots: where their keys and values go: their positions again, or `cache.scratch_slot` for queries that are
-            padding. They are written before they are read: queries of this pass can see each other.
-        is_visible: which of the first n slots each query reads, at least one; by layer type where layers have different
-            sliding windows (`visible_by_layer`). A number n: every query reads all of the first n slots.
-        cache: read and written in place.
-        rows: the rows of the cache that are meant: a slice from one row to another (read without a copy) or indices
-            (their keys and values are copied for the pass). None: its first b rows.
+        model: Any stock causal LM that passes `refuse_uncacheable`, or a PEFT wrapper around one.
+        input_ids: The tokens to read.
+        position_ids: Their positions in their rows.
+        slots: Where their keys and values go: their positions, or `cache.scratch_slot` for padding queries. They are
+            written before they are read, so queries of this pass can see each other.
+        is_visible: Which of the first n slots each query reads, at least one; by layer type if layers have different
+            sliding windows (`visible_by_layer`). A number n means that every query reads all of the first n slots.
+        cache: Read and written in place.
+        rows: The rows of the cache: a slice (read without a copy) or indices (keys and values are copied for the pass).
+            None: the first b rows.
 
     Returns:
         The states after the final norm.
@@ -223,10 +223,10 @@ def visible_by_layer(
     last_visible: Int[Tensor, "b q"],
     num_keys: int,
 ) -> Bool[Tensor, "b q n"] | dict[str, Bool[Tensor, "b q n"]]:
-    """Which slots each query reads: all up to `last_visible`, in sliding-window layers no further away than the window.
+    """Returns which slots each query reads: all up to `last_visible`, within the window in sliding-window layers.
 
-    Block layouts need no more than that: a token of a block that is being denoised reads up to the end of its block, a
-    finished one up to the end of its block or, under `causal_context`, up to itself.
+    This is enough for block layouts. A token of an open block reads up to the end of its block. A finished token reads
+    up to the end of its block, or up to itself under `causal_context`.
     """
     key = torch.arange(num_keys, device=position_ids.device)
     in_order = key <= last_visible[..., None]
@@ -245,15 +245,14 @@ def visible_by_layer(
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """Puts a model into the state in which it decodes, and back: eval mode, no gradients, attention that takes masks
-    and plans nothing.
+    """Prepares a model for decoding and restores it: eval mode, no gradients, attention with masks and without plans.
 
-    A model that trains with FlexAttention decodes with SDPA: the masks of a few queries change in every pass.
+    A model that trains with FlexAttention decodes with SDPA, since the masks of a few queries change in every pass.
     """
     stock = stock_model(model)
     config, in_training = stock.base_model.config, [module for module in stock.modules() if module.training]
     implementation = config._attn_implementation
-    for module in in_training:  # often none: this runs for every step of an engine
+    for module in in_training:  # often empty: this runs for every step of an engine
         module.training = False
     if implementation == "flex_attention":
         config._attn_implementation = "sdpa"
@@ -267,10 +266,10 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_uncacheable(model: nn.Module) -> None:
-    """Compares cached with uncached states on a few tokens, once per model; call it inside `decoding`.
+    """Compares cached with uncached states on a few tokens, once per model. Call it inside `decoding`.
 
     Raises:
-        UserError: they differ, or the model takes no such cache.
+        UserError: They differ, or the model does not take the cache.
     """
     stock = stock_model(model)
     if stock in _PROBED:
@@ -293,7 +292,8 @@ def refuse_uncacheable(model: nn.Module) -> None:
 
 
 def is_same_cached(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
-    """Compares states with and without the cache, of two rows of different lengths whose last blocks are read again."""
+    """Compares states with and without the cache, for two rows of different lengths whose last blocks are read
+    again."""
     stock, size = stock_model(model), 3
     device = stock.get_input_embeddings().weight.device
     position = torch.arange(3 * size, device=device)
@@ -317,7 +317,7 @@ def is_same_cached(model: nn.Module, resolution: Resolution) -> tuple[bool, floa
 
 
 def _unmasked(body: nn.Module, input_ids: Int[Tensor, "b q"], num_keys: int) -> dict[str, Any]:
-    """Keywords under which every query reads all keys: without a mask where the stock body honours that."""
+    """Returns keywords with which every query reads all keys, without a mask if the stock body supports that."""
     if body.config.model_type in HONOURS_IS_CAUSAL:
         return {"is_causal": False, "attention_mask": None}
     everything = torch.ones(*input_ids.shape, num_keys, dtype=torch.bool, device=input_ids.device)
@@ -325,7 +325,7 @@ def _unmasked(body: nn.Module, input_ids: Int[Tensor, "b q"], num_keys: int) -> 
 
 
 def _as_taken(is_visible: Bool[Tensor, "b q n"], body: nn.Module) -> Tensor:
-    """The mask as the attention reads it: a dense one, whatever the device."""
+    """Returns the dense mask that the attention takes, whatever the device."""
     if body.config._attn_implementation == "sdpa" and is_visible.device.type == "cpu":
         return is_visible[:, None]
     return as_the_attention_takes_it(is_visible[:, None], body)

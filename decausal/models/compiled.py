@@ -1,4 +1,4 @@
-"""Compiled decoder layers: compiled for training alone."""
+"""Decoder layers that are compiled for training only."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from decausal.models.backbone import decoder_layers
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compiles each decoder layer; the first training step is slow, later ones are faster."""
+    """Compiles each decoder layer. The first training step is slow, later ones are faster."""
     for layer in decoder_layers(model):
         layer.compile()
 
 
 @contextmanager
 def uncompiled(*models: nn.Module) -> Iterator[None]:
-    """Runs compiled layers as they are written.
+    """Runs compiled layers uncompiled.
 
-    Shapes change in every pass while a model decodes or is measured. Each would be compiled anew until Dynamo's few
-    programs are used up, and all training after that would run uncompiled without a word.
+    Shapes change in every pass while a model decodes or is measured. Each would be compiled until Dynamo's limit is
+    reached, and all training after that would silently run uncompiled.
     """
     compiled = [
         (module, module._compiled_call_impl)

@@ -1,4 +1,5 @@
-"""What a model's directory is and lacks, from file names, JSON and headers: before anything heavy is imported."""
+"""What a model's directory is and what it lacks, from file names, JSON and headers, before anything heavy is
+imported."""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ class Adapter(NamedTuple):
 
 
 def adapter_of(directory: Path) -> Adapter | None:
-    """Returns what the adapter in `directory` was trained on; None where there is a whole model, or none.
+    """Returns what the adapter in `directory` was trained on; None if it holds a whole model or no model.
 
     Raises:
-        UserError: the adapter's file cannot be read, or is of a kind that cannot be merged.
+        UserError: The adapter's file cannot be read, or is of a kind that cannot be merged.
     """
     path = directory / ADAPTER_FILE
     if not path.is_file() or (directory / "config.json").is_file():
@@ -40,7 +41,7 @@ def adapter_of(directory: Path) -> Adapter | None:
     kind = settings.get("peft_type", "LORA")
     if kind in _UNMERGEABLE:
         raise UserError(f"{directory} is a PEFT adapter of type {kind}, which has no merged form; give a whole model")
-    if (directory / FACTS_FILE).is_file():  # of a run of ours: its recipe has the name as it was given
+    if (directory / FACTS_FILE).is_file():  # written by a run of ours: its recipe has the name as it was given
         recipe = read_facts(directory).recipe
         if isinstance(recipe.get("model_name_or_path"), str):
             return Adapter(recipe["model_name_or_path"], recipe.get("revision"))
@@ -51,19 +52,20 @@ def adapter_of(directory: Path) -> Adapter | None:
 
 
 def refuse_adapter(name: str, directory: Path) -> None:
-    """Raises UserError for a PEFT adapter, with what to do; checkpoints of our own runs have facts, and are models."""
+    """Raises UserError for a PEFT adapter, and says what to do. Checkpoints of our own runs have facts, and are
+    models."""
     if (directory / FACTS_FILE).is_file():
         return
     adapter = adapter_of(directory)
     if adapter is not None:
         raise UserError(
-            f"{name} is a PEFT adapter on {adapter.base} and no whole model: decausal convert {name} "
+            f"{name} is a PEFT adapter on {adapter.base} and not a whole model: decausal convert {name} "
             "--merge_adapter true merges it into its base; elsewhere give a model that it was merged into"
         )
 
 
 def quantization(directory: Path) -> str | None:
-    """The method by which a model's weights are quantized, as its config.json says."""
+    """Returns the quantization method that a model's config.json names, or None."""
     path = directory / "config.json"
     settings = _table(path).get("quantization_config") if path.is_file() else None
     if not settings:
@@ -88,10 +90,10 @@ def refuse_quantized(name: str, directory: Path) -> None:
 
 
 def refuse_no_model(directory: Path) -> None:
-    """Refuses a directory that describes no model, or one whose weights are quantized.
+    """Refuses a directory that is not a model's, or whose weights are quantized.
 
     Raises:
-        UserError: one line that says what to do.
+        UserError: One line that says what to do.
     """
     if adapter_of(directory) is not None:
         return
@@ -103,14 +105,15 @@ def refuse_no_model(directory: Path) -> None:
 
 
 def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> None:
-    """Refuses a directory that describes a model which cannot be loaded, by what is missing or cut off in it.
+    """Refuses a model's directory in which a file is missing or cut off.
 
     Args:
-        directory: holds a config.json, or a PEFT adapter.
-        may_lack_weights: one without any weights is let pass: its architecture may be what is wrong with it.
+        directory: A directory with a config.json or a PEFT adapter.
+        may_lack_weights: Whether a directory without any weights passes, since its architecture may be wrong in the
+            first place.
 
     Raises:
-        UserError: one line that names the file and says what to do.
+        UserError: One line that names the file and says what to do.
     """
     if adapter_of(directory) is not None:
         _refuse_cut_off(directory / "adapter_model.safetensors")
@@ -167,7 +170,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _refuse_cut_off(path: Path) -> None:
-    """Refuses a file that is shorter than it says, or only stands for one that Git LFS has not fetched."""
+    """Refuses a file that is shorter than its header says, or that is a pointer of Git LFS."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -181,7 +184,7 @@ def _refuse_cut_off(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is broken: its header is no JSON; fetch it again") from error
+        raise UserError(f"{path} is broken: its header is not JSON; fetch it again") from error
     if header is None:
         raise UserError(f"{path} is cut off or broken: its header ends beyond its {size} bytes; fetch it again")
     needed = 8 + length + max(_ends(header), default=0)

@@ -24,14 +24,14 @@ class Probe:
     """One question put to a model.
 
     Attributes:
-        name: the property that should hold.
-        passed: whether it does.
-        measured: what was found: a relative distance, a count, or the error that the model raised.
-        explanation: what it means when the property does not hold.
-        required: whether the model is unusable without it; a note otherwise.
-        threshold: largest relative distance that counted as equal; None where nothing was compared.
-        decided_in: the type of the computation that decided: the model's own, or float64 where that found a fault.
-        noise_floor: how far rounding moves the model's states in float64; None where its own type decided.
+        name: The property that should hold.
+        passed: Whether it does.
+        measured: What was found: a relative distance, a count, or the error that the model raised.
+        explanation: What it means when the property does not hold.
+        required: Whether the model is unusable without it; a note otherwise.
+        threshold: Largest relative distance that counted as equal; None where nothing was compared.
+        decided_in: The type of the computation that decided: the model's own, or float64 where that found a fault.
+        noise_floor: How far rounding moves the model's states in float64; None where its own type decided.
     """
 
     name: str
@@ -58,10 +58,10 @@ def examine(
     Deterministic. The model is left as it was.
 
     Args:
-        model: a stock causal LM, or a PEFT wrapper around one.
-        tokenizer: its tokenizer, to check a converted model's mask token.
-        facts: the facts of a converted model.
-        first_look: largest relative distance that passes without a second look.
+        model: A stock causal LM, or a PEFT wrapper around one.
+        tokenizer: Its tokenizer, to check a converted model's mask token.
+        facts: The facts of a converted model.
+        first_look: Largest relative distance that passes without a second look.
     """
     return list(_findings(model, tokenizer, facts, Judge(model, first_look), QUESTIONS))
 
@@ -94,13 +94,13 @@ def _findings(
 
 
 def architecture_probe(config: PretrainedConfig) -> Probe:
-    """Whether models of this configuration can be converted at all, from the configuration alone."""
+    """Returns whether models of this configuration can be converted at all, from the configuration alone."""
     reason = refusal(config)
     return Probe("architecture is accepted", reason is None, reason or config.model_type, reason or "it is refused")
 
 
 def weights_probe(model: nn.Module) -> Probe:
-    """Whether all weights are numbers."""
+    """Returns whether all weights are numbers."""
     bad = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
     name, count = "weights are finite", sum(1 for _ in model.parameters())
     if not bad:
@@ -116,12 +116,13 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def usable(probes: list[Probe]) -> bool:
-    """Whether every required probe passed."""
+    """Returns whether every required probe passed."""
     return all(probe.passed or not probe.required for probe in probes)
 
 
 def probes_as_dict(probes: list[Probe]) -> dict[str, Any]:
-    """The findings as plain values: ``{"usable": bool, "probes": [{"name", "passed", "measured", ...}, ...]}``."""
+    """Returns the findings as plain values: ``{"usable": bool, "probes": [{"name", "passed", "measured", ...},
+    ...]}``."""
     return {"usable": usable(probes), "probes": [asdict(probe) for probe in probes]}
 
 
@@ -156,7 +157,7 @@ def _undecided(judge: Judge) -> Iterator[Question]:
 
 
 def shown(probe: Probe) -> str:
-    """What a probe measured, for people."""
+    """Returns what a probe measured, for people."""
     measured = probe.measured if isinstance(probe.measured, str) else f"{probe.measured:.3g}"
     return f"{measured} in float64" if probe.decided_in == "float64" else measured
 

@@ -12,12 +12,12 @@ from decausal.models.names import is_converted
 
 
 def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:
-    """Examines an AR model (what `load_source` takes) or a converted one (what holds decausal.json).
+    """Examines an AR model (as `load_source` takes it) or a converted one (with a decausal.json).
 
-    A PEFT adapter is examined as it is when merged into its base.
+    A PEFT adapter is examined after merging it into its base.
 
     Raises:
-        UserError: there is no such model or it cannot be read. An architecture that is refused is a finding, no error.
+        UserError: There is no such model or it cannot be read. A refused architecture is a finding, not an error.
     """
     if is_converted(model_name_or_path, revision):
         converted = load_converted(model_name_or_path, revision=revision)

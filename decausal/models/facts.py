@@ -12,7 +12,7 @@ from typing import Any
 from decausal.diffusion.layout_kinds import Layout
 from decausal.errors import UserError, nearest
 from decausal.files import write_whole
-from decausal.secrets import without_secrets
+from decausal.privacy import without_secrets
 
 FACTS_FILE = "decausal.json"
 DRAFT = "draft"

@@ -1,4 +1,4 @@
-"""FlexAttention for a whole model: on a GPU it skips what no query reads, where dense masks pay for every pair."""
+"""FlexAttention for a whole model. On a GPU it skips what no query reads, while dense masks pay for every pair."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from decausal.errors import UserError
 from decausal.models.backbone import body_forward
 from decausal.models.row_attention import FLEX
 
-# One program for each layout, window and mode, first for one row length, then for any. Dynamo's own limit of 8 is soon
-# reached, and what comes after it would run uncompiled, slowly and without a word.
+# There is one program for each layout, window and mode, first for one row length, then for any. Dynamo's own limit of 8
+# is reached soon. Programs after that would run uncompiled, slowly and silently.
 NUM_PROGRAMS = 64
 
 
 def use_flex_attention(model: PreTrainedModel, layout: Layout, device: torch.device) -> None:
-    """Takes `model` to a GPU and makes it attend by FlexAttention, after a trial on a short row.
+    """Moves `model` to a GPU and makes it attend by FlexAttention, after a trial on a short row.
 
     Raises:
-        UserError: the device is no GPU (there is no backward pass elsewhere), or its code takes no block masks.
+        UserError: The device is not a GPU (only GPUs have a backward pass), or the model's code does not take block
+            masks.
     """
     if device.type != "cuda":
         raise UserError(f"--attn_implementation {FLEX} needs a GPU: on a CPU it cannot be trained; leave it out")
@@ -31,7 +32,7 @@ def use_flex_attention(model: PreTrainedModel, layout: Layout, device: torch.dev
         row = torch.arange(12, device=model.device)[None]
         with torch.no_grad():
             body_forward(model.train(), row, layout, document_ids=row // 7)
-    except Exception as error:  # models fail under it in many ways: an attribute, a shape, a compiler
+    except Exception as error:  # models fail under it in many ways: attributes, shapes, the compiler
         model.set_attn_implementation(before)
         reason = str(error).strip().partition("\n")[0]
         raise UserError(

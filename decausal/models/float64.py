@@ -1,4 +1,4 @@
-"""Everything that a model computes, in float64: what differs then is no rounding."""
+"""Computes a model entirely in float64, so that remaining differences are not rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from decausal.models.architecture import configured
 
 _ROUNDED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
-# These ask for a tensor's shape or a part of it: nothing of it need be cast for them.
+# These only need a tensor's shape or a part of it, so it is not cast for them.
 _VIEWS = frozenset(
     {
         Tensor.__getitem__,
@@ -34,17 +34,17 @@ _VIEWS = frozenset(
 
 @contextmanager
 def in_float64(config: PretrainedConfig) -> Iterator[None]:
-    """Computes in float64 whatever a model of this configuration computes inside.
+    """Computes in float64 everything that a model of this configuration computes inside.
 
-    Modelling code asks for fp32 by itself (norms, rotary angles, a softmax), so a model whose weights are float64 still
-    rounds to fp32 in places. Here such requests mean float64, and a weight's `dtype` reads as float64. The model keeps
-    its weights: each is cast as it is read, and no second copy of them all is made.
+    Modelling code asks for fp32 in places (norms, rotary angles, a softmax), so even a model with float64 weights
+    rounds to fp32 there. Here such requests mean float64, and a weight's `dtype` reads as float64. The model keeps its
+    weights. Each is cast when it is read, so there is never a second copy of all of them.
 
-    Needs a device that has float64. Not for gradients.
+    Needs a device with float64. Gradients are not supported.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    # Experts that are multiplied in groups have no float64; one after the other they do.
+    # Grouped experts have no float64 kernel; one after another they do.
     try:
         with configured(config, _experts_implementation="eager"), _InFloat64():
             yield
@@ -57,7 +57,7 @@ class _InFloat64(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is functional.embedding:  # reads few rows of what may be a large matrix
+        if function is functional.embedding:  # reads a few rows of a matrix that may be large
             return _widened(function(*args, **kwargs))
         if function is Tensor.dtype.__get__:
             return _widened(function(*args))

@@ -1,4 +1,4 @@
-"""GGUF files, which hold a model, its configuration and its tokenizer in one: their names, and what their headers say.
+"""GGUF files, which hold model, configuration and tokenizer in one: their names and headers.
 
 Reading the header here takes a fraction of a second; the gguf package takes several for a vocabulary.
 """
@@ -19,11 +19,11 @@ _STRING, _ARRAY = 8, 9
 
 
 class Header(NamedTuple):
-    """What a GGUF file says of itself.
+    """What a GGUF file's header says.
 
     Attributes:
-        architecture: of the model, in the words of llama.cpp.
-        num_bytes: that the file must have.
+        architecture: The model's architecture as llama.cpp calls it.
+        num_bytes: Bytes that the file must have.
     """
 
     architecture: str
@@ -31,12 +31,12 @@ class Header(NamedTuple):
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name means a GGUF file, here or on the hub (owner/name/file.gguf)."""
+    """Returns whether a model's name means a GGUF file, here or on the hub (owner/name/file.gguf)."""
     return name.lower().endswith(SUFFIX)
 
 
 def repository_and_file(name: str) -> tuple[str, str] | None:
-    """Splits owner/name/file.gguf; None for what has not that form."""
+    """Splits owner/name/file.gguf; None for other names."""
     parts = name.split("/")
     if len(parts) < 3 or name.startswith((".", "/", "~")) or not all(parts):
         return None
@@ -47,7 +47,7 @@ def check_gguf(path: Path) -> Header:
     """Reads the header.
 
     Raises:
-        UserError: it is no GGUF file, is cut off, or the gguf package is missing.
+        UserError: It is not a GGUF file, it is cut off, or the gguf package is missing.
     """
     try:
         from gguf.constants import GGML_QUANT_SIZES
@@ -56,7 +56,7 @@ def check_gguf(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"GGUF":
-                raise UserError(f"{path} is no GGUF file: it does not begin with GGUF; fetch it again")
+                raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF; fetch it again")
             header = _read(_Cursor(data), {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, KeyError) as error:
         raise UserError(f"{path} is cut off or broken: its header ends too soon; fetch it again") from error
@@ -69,7 +69,7 @@ def check_gguf(path: Path) -> Header:
 
 
 class _Cursor:
-    """Reads one value after the other."""
+    """Reads values one after another."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place = data, 4

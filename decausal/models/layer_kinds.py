@@ -1,4 +1,4 @@
-"""Which layers of a model tell what all of them do: those that differ in more than their weights."""
+"""The kinds of layers in a model, which differ in more than their weights: enough to examine all of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LEAST = 2  # so that one layer's output is another's input
 
 
 def num_telling_layers(model: nn.Module) -> int:
-    """Returns how many layers, counted from the first, hold one of each kind: class, shapes and settings alike.
+    """Returns how many layers, from the first, include each kind. Layers of a kind share class, shapes and settings.
 
     Raises:
-        UserError: as `decoder_layers`.
+        UserError: As `decoder_layers`.
     """
     kinds = [_kind(layer) for layer in decoder_layers(model)]
     return min(len(kinds), max(LEAST, *(kinds.index(kind) + 1 for kind in kinds)))
@@ -27,7 +27,8 @@ def num_telling_layers(model: nn.Module) -> int:
 
 @contextmanager
 def first_layers(model: nn.Module, count: int) -> Iterator[None]:
-    """Lets passes end after `count` layers, in models that ask their configuration for the number; others run all."""
+    """Ends passes after `count` layers, in models that read the number from their configuration. Others run all
+    layers."""
     config = stock_model(model).config
     layer_types = getattr(config, "layer_types", None)
     changes = {} if layer_types is None else {"layer_types": list(layer_types)[:count]}

@@ -1,13 +1,12 @@
-"""What the name of a model stands for: an embedded one, a directory here, or a repository on the hub.
+"""What the name of a model stands for: an embedded model, a directory here, or a repository on the hub.
 
-Imports nothing heavy: what can be said of a wrong name is said before torch is imported.
+Imports nothing heavy, so that a wrong name is refused before torch is imported.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path
 from decausal.errors import UserError
 from decausal.models.directories import (
     ADAPTER_FILE,
@@ -18,6 +17,7 @@ from decausal.models.directories import (
     refuse_no_model,
     refuse_quantized,
 )
+from decausal.models.embedded import EMBEDDED_MODELS, embedded_model_path
 from decausal.models.facts import FACTS_FILE, ConversionFacts, not_converted, read_facts
 from decausal.models.gguf_files import check_gguf, is_gguf, repository_and_file
 
@@ -25,7 +25,7 @@ ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here may be one on the hub: owner/name."""
+    """Returns whether a name that is not a path here may be on the hub: owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
@@ -36,16 +36,16 @@ def located(
     may_be_converted: bool = False,
     merge_adapter: bool = False,
 ) -> tuple[str, str | None]:
-    """Returns a directory or GGUF file and no commit, or a name on the hub and its commit: all files are of one commit.
+    """Returns a directory or GGUF file and no commit, or a name on the hub and the commit of all its files.
 
     Args:
-        model_name_or_path: a directory, a GGUF file, an embedded model, owner/name or owner/name/file.gguf.
-        revision: branch, tag or commit on the hub.
-        may_be_converted: a converted model will do.
-        merge_adapter: a PEFT adapter will do.
+        model_name_or_path: A directory, a GGUF file, an embedded model, owner/name or owner/name/file.gguf.
+        revision: Branch, tag or commit on the hub.
+        may_be_converted: Whether a converted model is accepted.
+        merge_adapter: Whether a PEFT adapter is accepted.
 
     Raises:
-        UserError: there is no such model, it is not of a kind that will do, or its files are not whole.
+        UserError: There is no such model, it is of a kind that is not accepted, or its files are incomplete.
     """
     name = str(model_name_or_path)
     if name in EMBEDDED_MODELS:
@@ -85,7 +85,7 @@ def _located_gguf(name: str, path: Path, revision: str | None) -> tuple[str, str
 
 
 def gguf_path(name: str, commit: str | None) -> Path:
-    """Returns where the GGUF file is that `located` has found, once it is here."""
+    """Returns the path of the GGUF file that `located` found, and downloads it if needed."""
     return Path(name) if commit is None else _gguf_from_hub(name, commit)[0]
 
 
@@ -98,7 +98,7 @@ def _gguf_from_hub(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def adapter_directory(name: str, commit: str | None) -> Path | None:
-    """Returns where the PEFT adapter is that `located` has found, once it is here; None where that is a whole model."""
+    """Returns the path of the PEFT adapter that `located` found, downloaded if needed; None for a whole model."""
     path = Path(name) if commit is None else _described_on_hub(name, commit)[0]
     if adapter_of(path) is None:
         return None
@@ -110,31 +110,31 @@ def adapter_directory(name: str, commit: str | None) -> Path | None:
 
 
 def is_converted(model_name_or_path: str | Path, revision: str | None = None) -> bool:
-    """Whether a directory, or a repository on the hub, holds the facts of a conversion.
+    """Returns whether a directory, or a repository on the hub, holds the facts of a conversion.
 
     Raises:
-        UserError: the hub does not give what has the form of its ids.
+        UserError: The hub refuses the name.
     """
     return (_described(model_name_or_path, revision) / FACTS_FILE).is_file()
 
 
 def facts_of(model_name_or_path: str | Path, revision: str | None = None) -> ConversionFacts | None:
-    """Reads the facts of a converted model, a directory or a repository on the hub; None where it is not converted.
+    """Reads the facts of a converted model from a directory or the hub; None if the model is not converted.
 
     Raises:
-        UserError: as `read_facts`, and when the hub does not give what has the form of its ids.
+        UserError: As `read_facts`, or if the hub refuses the name.
     """
     path = _described(model_name_or_path, revision)
     return read_facts(path) if (path / FACTS_FILE).is_file() else None
 
 
 def converted_directory(model_name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Returns where the files of a converted model are, once those on the hub are here.
+    """Returns the directory of a converted model, and downloads it if needed.
 
-    A path that does not exist is returned as it is: `read_facts` refuses it.
+    A path that does not exist is returned unchanged: `read_facts` refuses it.
 
     Raises:
-        UserError: the hub does not give it, or it is not converted.
+        UserError: The hub refuses the name, or the model is not converted.
     """
     name = str(model_name_or_path)
     path = Path(name).expanduser()
@@ -149,7 +149,7 @@ def converted_directory(model_name_or_path: str | Path, revision: str | None = N
 
 
 def _refuse_unusable_converted(path: Path) -> None:
-    """Refuses what is no converted model, or lacks files: before its facts are read where those are not the matter."""
+    """Refuses what is not a converted model, or lacks files."""
     if path.is_dir() and (path / FACTS_FILE).is_file():
         facts = read_facts(path)
         if facts.base_reference is not None:  # its source is not here
@@ -162,7 +162,8 @@ def _refuse_unusable_converted(path: Path) -> None:
 
 
 def is_left_to_the_hub(name: str) -> bool:
-    """Whether a name is one for the hub, and begins with no directory here: then it is hardly a mistyped path."""
+    """Returns whether a name is a hub id and does not begin with a directory here, so that it is hardly a mistyped
+    path."""
     path = Path(name).expanduser()
     return is_hub_id(name) and not path.exists() and not path.parent.is_dir()
 
@@ -174,12 +175,12 @@ def check_source(
     may_be_converted: bool = False,
     merge_adapter: bool = False,
 ) -> None:
-    """Refuses a wrong name of a model that is to be converted, before anything is imported to load it.
+    """Refuses a wrong name of a model to convert, before anything is imported to load it.
 
     The hub is asked here only for what may be a mistyped path: a name that begins with a directory that is here.
 
     Raises:
-        UserError: as `located`.
+        UserError: As `located`.
     """
     if not is_left_to_the_hub(str(model_name_or_path)):
         path, commit = located(
@@ -190,14 +191,14 @@ def check_source(
 
 
 def check_converted(model_name_or_path: str | Path, *, may_be_source: bool = False) -> ConversionFacts | None:
-    """Refuses a wrong name of a converted model, as `check_source` does, and returns the facts of one that is here.
+    """Refuses a wrong name of a converted model, like `check_source`. Returns the facts of a model that is here.
 
     Args:
-        model_name_or_path: a directory or a hub id.
-        may_be_source: an AR model, which has no facts, will do.
+        model_name_or_path: A directory or a hub id.
+        may_be_source: Whether an AR model, which has no facts, is accepted.
 
     Raises:
-        UserError: as `read_facts`, `is_converted` and `located`.
+        UserError: As `read_facts`, `is_converted` and `located`.
     """
     name = str(model_name_or_path)
     if may_be_source:
@@ -218,7 +219,7 @@ def _refuse_converted(name: str, path: Path) -> None:
 
 
 def _described(model_name_or_path: str | Path, revision: str | None) -> Path:
-    """A directory that holds what is told of a model, though not always its weights."""
+    """Returns a directory that describes a model, though it may lack the weights."""
     name = str(model_name_or_path)
     if name in EMBEDDED_MODELS:
         return embedded_model_path(name)
@@ -227,6 +228,6 @@ def _described(model_name_or_path: str | Path, revision: str | None) -> Path:
 
 
 def _described_on_hub(name: str, revision: str | None) -> tuple[Path, str]:
-    from decausal.hub import fetch  # which imports the hub's client
+    from decausal.hub import fetch  # this imports the hub's client
 
     return fetch(name, revision, ("config.json", FACTS_FILE, ADAPTER_FILE), is_shown=False)

@@ -1,4 +1,4 @@
-"""What the doctor asks: short forward passes whose outcome the mathematics fixes."""
+"""The doctor's questions: short forward passes whose outcome is known from the mathematics."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from decausal.models.rounding import PROBE_LENGTH, Ask, Resolution, distance, re
 from decausal.objectives import head as output_head
 
 CAUSAL, BIDIRECTIONAL, BLOCKWISE = Layout("causal"), Layout("bidirectional"), Layout("block", 4)
-SPLIT = 5  # the packed row is two documents, of 5 and 7 tokens
+SPLIT = 5  # the packed row holds two documents, of 5 and 7 tokens
 SHRUNK_WINDOW = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """A probe before it is put.
+    """A question to a model.
 
     Attributes:
-        name: the property that should hold.
-        ask: returns whether it does at a resolution, and what was measured.
-        explanation: what it means when it does not hold.
-        required: whether the model is unusable then.
-        of_all_layers: whether the answer is about each layer, and not about how layers of one kind read.
+        name: The property that should hold.
+        ask: Returns whether it does at a resolution, and what was measured.
+        explanation: What it means if the property does not hold.
+        required: Whether the model is then unusable.
+        of_all_layers: Whether the answer concerns every layer, not only how each kind of layer reads.
     """
 
     name: str
@@ -46,7 +46,7 @@ def _head_is_read(model: nn.Module, resolution: Resolution) -> tuple[bool, float
     hook = body.register_forward_hook(lambda _, args, output: bodies.append(output))
     try:
         expected = _stock_logits(model, ids)
-        if not bodies:  # OPT calls a part of its body
+        if not bodies:  # OPT calls a part of its body by this name
             with configured(stock_model(model).config, is_causal=True):
                 body(input_ids=ids, use_cache=False, return_dict=True)
     finally:
@@ -89,7 +89,7 @@ def _states_are_complete(model: nn.Module, _: Resolution) -> tuple[bool, float |
     finally:
         for hook in hooks:
             hook.remove()
-    # These are one tensor or a fault: no rounding comes between them.
+    # These must be the same tensor: no rounding comes between them.
     furthest = max(distance(found, expected) for found, expected in zip(output.hidden_states, seen, strict=False))
     return len(seen) == len(layers) and furthest == 0, furthest
 
@@ -127,7 +127,7 @@ def _documents_are_whole(model: nn.Module, resolution: Resolution) -> tuple[bool
 def _plain_class_agrees(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
     stock = stock_model(model)
     windows = [window for window in layer_windows(stock.config).values() if window is not None]
-    ids = _row(model)[:, : min(windows, default=PROBE_LENGTH)]  # beyond a window its width is transformers' own
+    ids = _row(model)[:, : min(windows, default=PROBE_LENGTH)]  # beyond a window, transformers defines the width
     expected = body_forward(model, ids, BIDIRECTIONAL).last_hidden_state
     with configured(stock.config, is_causal=False):
         found = stock.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
@@ -164,7 +164,7 @@ QUESTIONS = (
     Question(
         "bidirectional layout: every token changes every state",
         _both_ways_is_seen,
-        "a later token does not change an earlier state: some part of it stays causal whatever it is told",
+        "a later token does not change an earlier state: some part of it stays causal whatever its arguments",
     ),
     Question(
         "block layout: a state reads its block and earlier ones only",
@@ -212,10 +212,10 @@ def _documents(model: nn.Module) -> Int[Tensor, "1 T"]:
 def _influence_is(
     model: nn.Module, resolution: Resolution, layout: Layout, is_visible: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[bool, str]:
-    """Whether changing a token changes exactly the states that see it, windows considered.
+    """Returns whether changing a token changes exactly the states that see it, within sliding windows.
 
-    A seen change need only rise above rounding, however faint it is after many layers. An unseen one may differ by
-    rounding: kernels sum in another order in another row, experts in another grouping.
+    A change that is seen only has to exceed rounding, however faint it is after many layers. A state that does not see
+    it may still differ by rounding, since kernels sum in another order and experts group differently.
     """
     ids = _row(model)
     changed = torch.where(torch.eye(PROBE_LENGTH, dtype=torch.bool, device=ids.device), _other(model, ids), ids)

@@ -1,4 +1,4 @@
-"""Who attends to whom in given rows, as a dense mask or as FlexAttention's block mask: one rule behind both."""
+"""Who attends to whom in given rows, as a dense mask or as FlexAttention's block mask, from one rule."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RowAttention:
     """A layout applied to rows.
 
     Attributes:
-        layout: who attends to whom.
-        document_ids: document of each token, -1 for padding.
-        position_ids: positions inside the documents.
-        stream_ids: streams of doubled rows, see `decausal.diffusion.layout.visible`.
+        layout: Who attends to whom.
+        document_ids: Document of each token, -1 for padding.
+        position_ids: Positions inside the documents.
+        stream_ids: Streams of doubled rows, see `decausal.diffusion.layout.visible`.
         future: (future_order, future_fraction) of `decausal.diffusion.layout.attention_mask`.
     """
 
@@ -34,26 +34,27 @@ class RowAttention:
     future: tuple[Float[Tensor, "S S"], float] | None = None
 
     def dense_mask(self, window: int | None) -> Bool[Tensor, "B 1 T T"]:
-        """The mask of layers with this sliding window, True where a query reads a key."""
+        """Returns the mask of layers with this sliding window, True where a query reads a key."""
         order, fraction = self.future if self.future is not None else (None, None)
         return attention_mask(
             self.layout, self.document_ids, self.position_ids, window, order, fraction, self.stream_ids
         )
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """The same for FlexAttention, which skips what no query reads, and never builds [T, T] while it attends."""
+        """Returns the same for FlexAttention, which skips what no query reads and never builds [T, T] while it
+        attends."""
         device = self.document_ids.device
         num_rows, length = self.document_ids.shape
-        # Compiled, the mask is never in memory whole while its blocks are found; on a CPU the compiler costs more.
+        # When compiled, the whole mask is never in memory while its blocks are found. On a CPU the compiler costs more.
         return create_block_mask(
             self._mask_function(window), num_rows, None, length, length, device, _compile=device.type == "cuda"
         )
 
     def _mask_function(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The rule at one place of the mask.
+        """Returns the rule for one element of the mask.
 
-        Compiled attention recompiles where the code or a plain value that a mask function holds has changed, not for
-        other tensors: so all that differs between steps is held as a tensor.
+        Compiled attention recompiles if the code or a plain value of a mask function changes, but not for other
+        tensors. So everything that differs between steps is a tensor.
         """
         layout, documents, positions, streams = self.layout, self.document_ids, self.position_ids, self.stream_ids
         order, fraction = self.future if self.future is not None else (None, None)

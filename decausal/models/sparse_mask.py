@@ -1,7 +1,7 @@
 """Attention that skips what no query reads, for dense masks on a CPU, where FlexAttention has no backward pass.
 
-PyTorch's attention computes every pair of a dense mask, hidden or not. Most pairs of packed and of doubled rows are
-hidden, and in long stretches: so the queries are taken in chunks, each with the keys that any query of the chunk reads.
+PyTorch's attention computes every pair of a dense mask, hidden or not. In packed and doubled rows most pairs are
+hidden, in long stretches. So the queries are taken in chunks, each with the keys that any query of the chunk reads.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 
-# Of 64, 128 and 256 the best or near it for rows of 400 to 1024 tokens, causal, doubled or packed, on one thread.
+# The best of 64, 128 and 256, or close to it, for causal, doubled and packed rows of 400 to 1024 tokens on one thread.
 CHUNK = 128
 WORTHWHILE = 0.8
-"""A finer division is taken where it has at most this share of the pairs of the coarser one."""
+"""A finer division is used if it has at most this share of the pairs of the coarser one."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Chunk:
     """Some queries of some rows, and the keys that they read.
 
     Attributes:
-        rows: which rows.
-        queries: which of their queries.
-        keys: what any of these reads; a slice where that is one stretch.
-        mask: which query reads which of these keys.
+        rows: Which rows.
+        queries: Which of their queries.
+        keys: The keys that any of these reads; a slice if they are contiguous.
+        mask: Which query reads which of these keys.
     """
 
     rows: slice
@@ -41,11 +41,11 @@ class Chunk:
     mask: Bool[Tensor, "b 1 q n"]
 
     def of_queries(self, states: Float[Tensor, "B H S d"]) -> Float[Tensor, "b H q d"]:
-        """The chunk's part of states by query, as a view."""
+        """Returns the chunk's part of states by query, as a view."""
         return states[self.rows, :, self.queries]
 
     def of_keys(self, states: Float[Tensor, "B H S d"]) -> Float[Tensor, "b H n d"]:
-        """The chunk's part of states by key."""
+        """Returns the chunk's part of states by key."""
         rows = states[self.rows]
         return rows[:, :, self.keys] if isinstance(self.keys, slice) else rows.index_select(2, self.keys)
 
@@ -61,14 +61,14 @@ class Chunk:
 class SparseMask(Tensor):
     """A boolean mask [B, 1, S, S] under which `scaled_dot_product_attention` computes chunk by chunk.
 
-    To everything else it is the dense mask that it was made of, and what is made of it is an ordinary tensor.
+    For everything else it is the dense mask that it was made from, and results of operations are ordinary tensors.
     """
 
     chunks: list[Chunk]
 
     @staticmethod
     def of(mask: Bool[Tensor, "B 1 q n"]) -> Tensor:
-        """Returns the mask in this form where that spares enough, else as it is."""
+        """Returns the mask in this form if that saves enough, else unchanged."""
         if mask.device.type != "cpu" or mask.shape[2] <= CHUNK:
             return mask
         chunks = _chunks(mask)
@@ -101,20 +101,21 @@ def _is_plain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether PyTorch's CPU kernel computes this call, and the mask says all there is to say."""
+    """Returns whether PyTorch's CPU kernel computes this call, and only the mask restricts attention."""
     is_same_shape = query.shape[-1] == value.shape[-1] and query.shape[1] == key.shape[1]
     return isinstance(attn_mask, SparseMask) and dropout_p == 0.0 and is_same_shape and query.device.type == "cpu"
 
 
 def _autocast(states: Tensor) -> Tensor:
-    """In the type that autocast would give attention, which it finds by the name of the function."""
+    """Computes in the dtype that autocast would use for attention, which it recognises by the function's name."""
     if not torch.is_autocast_enabled("cpu") or states.dtype == torch.float64:
         return states
     return states.to(torch.get_autocast_dtype("cpu"))
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """What PyTorch's CPU kernel gives, chunk by chunk; backward keeps the whole inputs and outputs, and no copies."""
+    """Computes what PyTorch's CPU kernel computes, chunk by chunk. Backward keeps the whole inputs and outputs, no
+    copies."""
 
     @staticmethod
     def forward(
@@ -161,12 +162,13 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _added(mask: Bool[Tensor, "b 1 q n"], dtype: torch.dtype) -> Float[Tensor, "b 1 q n"]:
-    """The mask as the kernel takes it: added to the scores."""
+    """Returns the mask in the kernel's form, which is added to the scores."""
     return torch.zeros((), dtype=dtype).where(mask, -torch.inf)
 
 
 def _chunks(mask: Bool[Tensor, "B 1 q n"]) -> list[Chunk]:
-    """Chunks of all rows together, or of each row alone, which may hold other documents; none where neither pays."""
+    """Returns chunks of all rows together, or of each row alone, which may hold other documents; none if neither pays
+    off."""
     num_rows, num_queries = mask.shape[0], mask.shape[2]
     starts = range(0, num_queries, CHUNK)
     is_read = np.logical_or.reduceat(mask[:, 0].numpy(), starts, axis=1)

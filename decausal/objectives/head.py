@@ -1,7 +1,7 @@
-"""The output head as numbers, and what the losses that read it chunk by chunk have in common.
+"""The output head as tensors, and what losses share that read it chunk by chunk.
 
-A loss gathers the rows that count, makes the logits of one chunk of them in a buffer of its own, turns that buffer into
-the gradient, and keeps of a chunk nothing but its [chunk, D] gradient: [n, V] never exists.
+A loss gathers the rows that count and works in chunks. It computes a chunk's logits in one buffer, turns the buffer
+into the gradient, and keeps only that [chunk, D] gradient: [n, V] never exists.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Head(NamedTuple):
 
     Attributes:
         weight: W.
-        bias: b, if any.
-        scale: factor on the logits (Granite, Cohere).
-        softcap: bound on the logits (Gemma-2), None for none.
-        banned: id whose logit is -inf: the mask token, which is never a prediction.
+        bias: The bias b, if any.
+        scale: Factor on the logits (Granite, Cohere).
+        softcap: Bound on the logits (Gemma-2), or None.
+        banned: Id whose logit is -inf: the mask token, which is never a prediction.
     """
 
     weight: Float[Tensor, "V D"]
@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
 
 def logits(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
-    """Logits in fp32 (fp64 for fp64 states). The matrix product runs in autocast's dtype, else in that of `hidden`."""
+    """Returns logits in fp32 (fp64 for fp64 states), from a matrix product in autocast's dtype or that of `hidden`."""
     matmul_dtype = matmul_dtype_of(hidden)
     bias = None if head.bias is None else head.bias.to(matmul_dtype)
     values = torch.nn.functional.linear(hidden.to(matmul_dtype), head.weight.to(matmul_dtype), bias)
@@ -48,17 +48,17 @@ def logits(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
         values = head.softcap * torch.tanh(values / head.softcap)
     if head.banned is not None:
         is_banned = torch.arange(values.shape[1], device=values.device) == head.banned
-        values.masked_fill_(is_banned, -torch.inf)  # nothing else holds these values
+        values.masked_fill_(is_banned, -torch.inf)  # in place: nothing else holds these values
     return values
 
 
 def default_chunk_size(vocabulary_size: int, device_type: str) -> int:
-    """Rows per chunk: as many as keep a chunk's fp32 logits small, but enough to keep matrix products efficient."""
+    """Returns rows per chunk: few enough for small fp32 logits, and enough for efficient matrix products."""
     return max(_MIN_CHUNK_SIZE, choices(device_type).logits_bytes // (4 * vocabulary_size))
 
 
 class Gradients(NamedTuple):
-    """Gradients for grad_loss = 1, filled chunk by chunk; None where nobody wants one."""
+    """Gradients for grad_loss = 1, filled chunk by chunk; None where none is needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -86,7 +86,7 @@ class Gradients(NamedTuple):
 
 
 def logits_and_slope(hidden: Tensor, head: Head, dtype: torch.dtype, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits of a chunk in a buffer of their own, and the derivative of the cap (None where there is none)."""
+    """Returns a chunk's logits in a new buffer, and the derivative of the cap (None without a cap)."""
     values = (hidden @ head.weight.T).to(dtype)
     slope = None
     if head.bias is not None:
@@ -103,7 +103,7 @@ def logits_and_slope(hidden: Tensor, head: Head, dtype: torch.dtype, wants_slope
 
 
 def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Not in place: a graph that is retained may ask again.
+    # Not in place: a retained graph may need them again.
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 

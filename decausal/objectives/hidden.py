@@ -1,8 +1,8 @@
 """Alignment: how far the student's hidden states are from the frozen autoregressive model's.
 
 Called once per aligned layer, on target positions only. Sums run in fp32 (fp64 for fp64 states), but no fp32 copy lives
-until the backward pass: that keeps the student's states (alive anyway), the teacher's rows in their own dtype and three
-scalars per row, and recomputes the rest.
+until the backward pass. That pass keeps the student's states (alive anyway), the teacher's rows in their dtype and
+three scalars per row. It recomputes the rest.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def alignment(
     distance: str,
     weights: Float[Tensor, "n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over rows of the distance between student and teacher; differentiable once, in `student` alone.
+    """Returns the sum over rows of the distance between student and teacher, differentiable once, in `student` only.
 
     ``"cosine"`` is 1 - cos, computed as half the squared distance of the two directions, so that equal rows give a
     value and a gradient of exactly 0. A row of zeros has no direction: it counts as 0, lies 1/2 from any direction and
     gets no gradient. ``"l2"`` is the squared difference averaged over the D features.
 
     Args:
-        student: the student's states, one row per aligned position.
-        teacher: the teacher's states at the same positions.
+        student: The student's states, one row per aligned position.
+        teacher: The teacher's states at the same positions.
         distance: ``"cosine"`` or ``"l2"``.
-        weights: per-row weights, not differentiated; 1 by default.
+        weights: Per-row weights, not differentiated; 1 by default.
 
     Raises:
-        UserError: for an unknown distance.
+        UserError: For an unknown distance.
 
-    Source: REPR-ALIGN (arXiv 2605.06885), there a mean over positions and layers; here a sum, for the caller to divide
-    by a global count.
+    Source: REPR-ALIGN (arXiv 2605.06885). The paper takes a mean over positions and layers. Here it is a sum, which the
+    caller divides by a global count.
     """
     total: Tensor = _Alignment.apply(student, None, teacher, weights, _checked(distance))
     return total
@@ -54,10 +54,10 @@ def alignment_at(
     distance: str,
     weights: Float[Tensor, "n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`alignment` of the student's rows at `student_index` (flat, into all rows of `student`), without a copy of them.
+    """Returns `alignment` of the student's rows at `student_index` (flat, into all of `student`), without copying them.
 
     Raises:
-        UserError: for an unknown distance.
+        UserError: For an unknown distance.
     """
     total: Tensor = _Alignment.apply(student, student_index, teacher_rows, weights, _checked(distance))
     return total
@@ -97,8 +97,8 @@ class _Alignment(torch.autograd.Function):
         row_factor = grad_loss if weights is None else (grad_loss * weights)[:, None]
         if ctx.distance == "cosine":
             student_inverse, teacher_inverse, row_distances = scalars
-            # Of the difference of directions, only what is orthogonal to the student's changes the angle. The part
-            # along it is 1 - cos, the distance itself, or all of it where the teacher has no direction.
+            # Only the part of the difference that is orthogonal to the student's direction changes the angle. The part
+            # along it is 1 - cos, the distance itself; without a direction of the teacher it is everything.
             along = torch.where(teacher_inverse > 0, row_distances, 1)
             row_factor = student_inverse * row_factor
             # One factor per row and operand, the same for both where states agree: the gradient is then exactly 0.
@@ -122,6 +122,6 @@ def _scattered(grad_rows: Tensor, index: Tensor | None, student: Tensor) -> Tens
 
 
 def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / |row| as a column of `dtype`, and 0 for a row of zeros, which has no direction."""
+    """Returns 1 / |row| as a column of `dtype`; 0 for a row of zeros, which has no direction."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
     return torch.where(norm > 0, 1 / norm, 0)

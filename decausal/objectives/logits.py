@@ -1,10 +1,10 @@
-"""Distillation: how far the student's next-token distribution is from the teacher's; neither is ever held for all rows.
+"""Distillation: how far the student's next-token distribution is from the teacher's. Neither is held for all rows.
 
-As in `decausal.objectives.tokens` the gradient is computed in the forward pass, chunk by chunk. The teacher comes as
-its states and its head, whose logits are made for one chunk and dropped, or as its top k log-probabilities.
+As in `decausal.objectives.tokens`, the gradient is computed in the forward pass, chunk by chunk. The teacher is given
+by its states and head, or by its top k log-probabilities. From states, logits are made for one chunk and dropped.
 
-The student never predicts the banned token (its mask token), whatever row of the vocabulary the teacher has there: the
-teacher's distribution is renormalised without it. So both speak of the same tokens, and they can agree.
+The student never predicts the banned token (its mask token), so the teacher's distribution is renormalised without it.
+Both are then distributions over the same tokens, and they can agree.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class TopK(NamedTuple):
     """The teacher's k most probable tokens per row, not renormalised.
 
     Attributes:
-        log_probs: their log-probabilities in the whole vocabulary but the banned token, in descending order.
-        ids: their token ids.
-        log_tail: log of the probability of all other tokens together (about -1e30 where there is no other).
+        log_probs: Their log-probabilities in descending order, in the vocabulary without the banned token.
+        ids: Their token ids.
+        log_tail: Log of the probability of all other tokens together (about -1e30 if there are none).
     """
 
     log_probs: Float[Tensor, "n k"]
@@ -67,13 +67,13 @@ def top_k_log_probs(hidden: Float[Tensor, "n D"], head: Head, k: int, chunk_size
     """Returns the k most probable tokens of each row, without gradient. [n, V] never exists.
 
     Args:
-        hidden: the teacher's states that predict.
-        head: its head; `banned` names the token that the student cannot predict.
-        k: tokens to keep, at most as many as there are.
-        chunk_size: rows whose logits are held at once.
+        hidden: The teacher's states that predict.
+        head: Its head; `banned` names the token that the student cannot predict.
+        k: Tokens to keep, at most as many as there are.
+        chunk_size: Rows whose logits are held at once.
 
     Raises:
-        UserError: k is below 1 or above the number of tokens.
+        UserError: `k` is below 1 or above the number of tokens.
     """
     num_tokens = head.weight.shape[0] - (head.banned is not None)
     if not 1 <= k <= num_tokens:
@@ -98,32 +98,32 @@ def chunked_divergence(
     tail_bucket: bool = False,
     chunk_size: int | None = None,
 ) -> LogitLoss:
-    """Weighted sum over rows of the divergence between the teacher's p and the student's q.
+    """Returns the weighted sum over rows of the divergence between the teacher's p and the student's q.
 
     ``forward_kl``: sum p (log p - log q). ``reverse_kl``: sum q (log q - log p). ``jsd``, with the mixture
     m = beta p + (1 - beta) q: beta KL(p || m) + (1 - beta) KL(q || m). ``total_variation``: sum |p - q| / 2, between 0
     and 1; a token drafted from q is accepted by p with probability 1 minus that.
 
-    Sums run over the full vocabulary where the teacher comes as `States`. With a `TopK` they run over its tokens, not
-    renormalised: then the forward KL is least where q is proportional to p on them, while the other two can fall below
-    0 and want the tail. With `tail_bucket` all other tokens count as one, and every divergence is a true one, of
-    distributions over k + 1 events.
+    With a teacher of `States`, sums run over the full vocabulary. With a `TopK` they run over its tokens, which are not
+    renormalised. The forward KL is then smallest where q is proportional to p on them; the other kinds can fall below 0
+    and need the tail. With `tail_bucket` all other tokens count as one event, and every kind is a true divergence over
+    k + 1 events.
 
     Differentiable once, in `hidden`, `head.weight` and `head.bias`. [n, V] never exists; the host never waits for the
     device. Where both agree, value and gradient are 0. Softmax and sums are fp32 (fp64 for fp64 states).
 
     Args:
-        hidden: the student's states that predict, already gathered.
-        head: its head, with the mask token banned; a frozen weight gets no gradient computed.
-        teacher: of the same rows. Of `States`, only tokens that both vocabularies have count.
-        weights: per-row weights, not differentiated.
-        kind: which divergence.
-        beta: of ``jsd``, between 0 and 1.
-        tail_bucket: with a `TopK`, see above.
-        chunk_size: rows whose logits are held at once.
+        hidden: The student's states that predict, already gathered.
+        head: Its head, with the mask token banned; a frozen weight gets no gradient computed.
+        teacher: The teacher's rows, in the same order. With `States`, only tokens in both vocabularies count.
+        weights: Per-row weights, not differentiated.
+        kind: Which divergence.
+        beta: The mixture's weight of p for ``jsd``, between 0 and 1.
+        tail_bucket: Whether all other tokens count as one event, with a `TopK`.
+        chunk_size: Rows whose logits are held at once.
 
     Raises:
-        UserError: an unknown kind, or a beta that is not between 0 and 1.
+        UserError: An unknown kind, or a beta that is not between 0 and 1.
 
     Source: forward KL on the student's own states, OPDLM (arXiv 2606.06712); generalised JSD, GKD (arXiv 2306.13649),
     equation 1; acceptance, speculative decoding (arXiv 2211.17192), corollary 3.6.
@@ -140,7 +140,7 @@ def chunked_divergence(
 
 
 class _Divergence(NamedTuple):
-    """A sum over events of f(p, q), event by event."""
+    """A divergence as a sum of f(p, q) over events."""
 
     kind: str
     beta: float
@@ -148,8 +148,8 @@ class _Divergence(NamedTuple):
     def terms(self, log_p: Tensor, log_q: Tensor, q: Tensor, is_whole: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sum of f [c], q * df/dq [c e], and the sum of the latter [c 1].
 
-        Where the events are all there are (`is_whole`), a constant in df/dq changes no gradient with respect to logits;
-        it is left out, so that equal distributions give a gradient of exactly 0. `log_p` may be overwritten.
+        If the events are complete (`is_whole`), a constant in df/dq does not change the gradient with respect to the
+        logits. It is left out, so that equal distributions give a gradient of exactly 0. `log_p` may be overwritten.
         """
         if self.kind == "forward_kl":
             p = log_p.exp()
@@ -174,7 +174,7 @@ class _Divergence(NamedTuple):
         return value, slope, total
 
     def _over_mixture(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """log(p / m) and log(q / m) from log(q / p), without overflow, and exactly 0 where p = q."""
+        """Returns log(p / m) and log(q / m) from log(q / p), without overflow, and exactly 0 where p = q."""
         difference = log_q - log_p
         is_above = difference > 0
         weight = torch.full_like(difference, 1 - self.beta).masked_fill_(is_above, self.beta)
@@ -186,7 +186,7 @@ class _Divergence(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """All that stays the same over the chunks of one call."""
+    """Everything that is the same for all chunks of one call."""
 
     head: Head
     teacher: TopK | States
@@ -256,7 +256,8 @@ def _chunk(
 def _dense(
     values: Tensor, teacher_values: Tensor, divergence: _Divergence, banned: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over all tokens [c] and its gradient in the student's logits [c V]; overwrites its arguments."""
+    """Returns the divergence over all tokens [c] and its gradient in the student's logits [c V]; overwrites its
+    arguments."""
     num_shared = teacher_values.shape[1]
     values[:, num_shared:].fill_(-torch.inf)
     log_q = values.sub_(torch.logsumexp(values, dim=1, keepdim=True))
@@ -273,11 +274,11 @@ def _dense(
 
 
 def _sparse(values: Tensor, teacher: TopK, divergence: _Divergence, tail_bucket: bool) -> tuple[Tensor, Tensor]:
-    """As `_dense`, over the teacher's tokens, and the tail where it counts as one of them; overwrites `values`."""
+    """Does what `_dense` does over the teacher's k tokens, and the tail if it counts; overwrites `values`."""
     normaliser = torch.logsumexp(values, dim=1, keepdim=True)
     log_q = values.gather(1, teacher.ids) - normaliser
     log_p = teacher.log_probs.to(values.dtype, copy=True)
-    others = normaliser  # what the probabilities of the tokens outside of the k are relative to
+    others = normaliser  # what the probabilities of the other tokens are relative to
     if tail_bucket:
         values.scatter_(1, teacher.ids, -torch.inf)
         others = torch.logsumexp(values, dim=1, keepdim=True).clamp(min=_LOG_ZERO)
@@ -310,7 +311,7 @@ def _teacher_chunks(plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[slice, To
 
 
 def _logit_chunks(hidden: Tensor, head: Head, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yields slices of rows and their logits, each in a buffer that is the caller's to overwrite."""
+    """Yields slices of rows and their logits. The caller may overwrite each buffer."""
     matmul_dtype, softmax_dtype = matmul_dtype_of(hidden), softmax_dtype_of(hidden)
     cast_head = head._replace(
         weight=head.weight.to(matmul_dtype), bias=None if head.bias is None else head.bias.to(softmax_dtype)

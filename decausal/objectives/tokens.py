@@ -1,8 +1,8 @@
-"""Cross-entropy of gathered target rows against the vocabulary, without ever holding their logits.
+"""Cross-entropy of gathered target rows against the vocabulary, without holding their logits.
 
-The gradient is computed in the forward pass, chunk by chunk: logits, softmax and gradient share one [chunk, V] buffer,
-and what remains of a chunk is its [chunk, D] gradient. That takes three matrix products (logits, hidden gradient,
-weight gradient), two where the head is frozen, and nothing is recomputed in the backward pass.
+The gradient is computed in the forward pass, chunk by chunk. Logits, softmax and gradient share one [chunk, V] buffer,
+and only the [chunk, D] gradient remains. That takes three matrix products: logits, hidden gradient, weight gradient
+(two with a frozen head). Nothing is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def chunked_cross_entropy(
     papl: float = 0.0,
     chunk_size: int | None = None,
 ) -> TokenLoss:
-    """Sum over rows of ``(weights_i + papl * stop_gradient(p_i)) * -log p_i``, p_i being the target's probability.
+    """Returns the sum over rows of ``(weights_i + papl * stop_gradient(p_i)) * -log p_i``, p_i being the target's
+    probability.
 
     Differentiable once, in `hidden`, `head.weight` and `head.bias`. [n, V] never exists; the host never waits for the
     device. Softmax and sums are fp32 (fp64 for fp64 states), the matrix products run in autocast's dtype, else in that
@@ -49,14 +50,14 @@ def chunked_cross_entropy(
     finite makes the loss not finite.
 
     Args:
-        hidden: states that predict, already gathered: only rows that count.
-        head: the output head; its weight's gradient is computed (in fp32) only if it requires one.
-        targets: token ids in [0, V).
-        weights: per-row weights, not differentiated.
-        papl: weight of the planner term.
-        chunk_size: rows whose logits are held at once; by default `default_chunk_size`.
+        hidden: States that predict, already gathered: only rows that count.
+        head: The output head; its weight's gradient is computed (in fp32) only if it requires one.
+        targets: Token ids in [0, V).
+        weights: Per-row weights, not differentiated.
+        papl: Weight of the planner term.
+        chunk_size: Rows whose logits are held at once; by default `default_chunk_size`.
 
-    Source: planner term, PAPL (arXiv 2509.23405); here with the factor p_i detached, as REPR-ALIGN's code has it.
+    Source: planner term, PAPL (arXiv 2509.23405), with the factor p_i detached as in REPR-ALIGN's code.
     """
     if chunk_size is None:
         chunk_size = default_chunk_size(head.weight.shape[0], hidden.device.type)
@@ -147,9 +148,9 @@ def _grad_logits(
     slope: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``factor * (p - onehot(target)) * slope`` in `dtype`, in the buffer of `exponentials` where the dtype allows it.
+    """Returns ``factor * (p - onehot(target)) * slope`` in `dtype`, reusing the buffer of `exponentials`.
 
-    On a GPU passes over this buffer cost more than the matrix products do at small D: so normalising, weighting and
+    On a GPU, passes over this buffer cost more than the matrix products at small D. So normalising, weighting and
     casting are one pass.
     """
     index = targets[:, None]

@@ -1,49 +1,38 @@
-"""Any number of prompts through one engine: answers in the order of the prompts, in bounded memory."""
+"""Any number of prompts through one engine, from Python or from a file: answers in order, in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
+from decausal.sampling.batch_files import Lines, continued, count_lines, encoded, job_facts
+from decausal.sampling.batch_paths import check_job_files
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
-from decausal.sampling.generate import Generation, continuation, continuing
+from decausal.sampling.generation import Generation, Wanted, continuation, continuing
 from decausal.sampling.jobs import BATCH_SIZE, Job
-from decausal.sampling.settings import MOST_ROWS, SamplerSettings
+from decausal.sampling.settings import MOST_ROWS
 from decausal.sampling.stopping import end_token_ids
 
 LONGEST = 4096
-"""Tokens of a row where neither the model nor the caller says how many."""
-WINDOW = 64
-"""Rows begun at once, as a multiple of those in one pass: how far others may run ahead of a slow one."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A prompt of a batch.
-
-    Attributes:
-        text: The prompt.
-        settings: How it is continued; its `seed` is the row's own.
-        chat: Put it through the tokenizer's chat template.
-        name: What error messages call it.
-    """
-
-    text: str
-    settings: SamplerSettings
-    chat: bool = False
-    name: str = "the prompt"
+"""Longest row in tokens, if neither the model nor the caller sets a limit."""
+BEGUN_PER_PLACE = 64
+"""Rows begun and not yet yielded, for each place in a pass: how far others may run ahead of a slow one."""
+ON_ERROR = ("stop", "record")
+OnProgress = Callable[[int, int], None]
+"""Called with the lines that are written, and all lines."""
 
 
 class BatchEngine:
-    """Continues prompts `max_rows` at a time; as one row ends the next one enters.
+    """Continues prompts `max_rows` at a time. When a row ends, the next one takes its place.
 
-    What becomes of a prompt is what `generate` makes of it with the same seed and settings.
+    Answers are those of `generate` with the same seed and settings.
 
     Example:
         >>> engine = model.engine(max_rows=64)
@@ -54,11 +43,11 @@ class BatchEngine:
         converted: Model, tokenizer and facts. The facts' sampler settings are the defaults.
         max_rows: Rows in one forward pass.
         max_length: Longest row, prompt and answer together. None: the model's context, at most 4096. A block model
-            takes memory for `max_rows` of them at once.
+            allocates memory for `max_rows` such rows.
         cuda_graphs: See `engine_for`.
 
     Raises:
-        UserError: No row fits, or rows longer than the model's context are wanted.
+        UserError: No row fits, or `max_length` exceeds the model's context.
     """
 
     def __init__(
@@ -79,16 +68,16 @@ class BatchEngine:
         )
 
     def run(self, prompts: Iterable[str], *, chat: bool = False, **options: Any) -> Iterator[Generation]:
-        """Continues prompts and yields the answers in their order; prompts are taken as places become free.
+        """Continues prompts and yields the answers in their order. Prompts are read as places become free.
 
         Args:
-            prompts: Text; row i draws from `seed` + i. One at a time runs on one engine: finish or close the iterator
+            prompts: Texts. Row i draws from `seed` + i. An engine runs one iterator at a time: finish or close it
                 before the next one.
             chat: See `generate`.
             **options: `SamplerSettings` by name.
 
         Raises:
-            UserError: As `generate`, once that prompt is reached.
+            UserError: As `generate`, when that prompt is reached.
         """
         settings = self.defaults.updated(**options)
         wanted = (
@@ -102,9 +91,9 @@ class BatchEngine:
                 yield answer
 
     def answers(self, wanted: Iterable[Wanted | UserError]) -> Generator[Generation | UserError, None, None]:
-        """As `run`, with settings for each prompt; one that is refused yields its error in its place.
+        """Does what `run` does, with settings for each prompt. A refused prompt yields its error in its place.
 
-        Errors among `wanted` are passed on in their places.
+        Errors in `wanted` are passed on in their places.
         """
         source, is_exhausted = iter(wanted), False
         running: dict[int, tuple[int, Wanted, Job]] = {}
@@ -133,8 +122,8 @@ class BatchEngine:
                 self._engine.cancel(ticket)
 
     def _has_room(self, num_unfinished: int) -> bool:
-        """Enough rows wait that no place stays empty for a pass, but not more."""
-        return self._engine.num_waiting < self.max_rows and num_unfinished < WINDOW * self.max_rows
+        """Returns whether more rows should wait: enough that no place stays empty for a pass."""
+        return self._engine.num_waiting < self.max_rows and num_unfinished < BEGUN_PER_PLACE * self.max_rows
 
     def _begin(
         self,
@@ -147,17 +136,101 @@ class BatchEngine:
             finished[index] = wanted
             return
         try:
-            job = self._job(wanted)
+            job = continuing(self.converted, wanted, self._ends)
+            job.row.check(self.converted)
             running[self._engine.submit(job)] = (index, wanted, job)
         except UserError as error:
             finished[index] = error
 
-    def _job(self, wanted: Wanted) -> Job:
-        return continuing(self.converted, wanted.text, wanted.settings, self._ends, chat=wanted.chat, name=wanted.name)
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch job did.
+
+    Attributes:
+        num_lines: Prompts in the file.
+        num_resumed: Lines of these that an earlier run had written.
+        num_errors: Lines of this run that hold an error.
+        num_tokens: Tokens that this run wrote.
+    """
+
+    num_lines: int
+    num_resumed: int
+    num_errors: int
+    num_tokens: int
+
+
+def run_file(
+    converted: Converted,
+    prompts: str | Path,
+    answers: str | Path,
+    *,
+    chat: bool = False,
+    max_rows: int = BATCH_SIZE,
+    cuda_graphs: bool | None = None,
+    max_length: int | None = None,
+    on_error: str = "stop",
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Answers every line of a jsonl file with a line in another file, in the same order.
+
+    A line is {"prompt": text}, optionally with an "id" and sampler settings. The answer is {"id", "text",
+    "finish_reason", "num_tokens", "num_forwards"}. Without an id, it has the number of the line, from 0. Line i draws
+    from `seed` + i, as in `generate`, unless it has its own seed.
+
+    The same call continues a job that was killed: whole lines stay, and a torn last line is written again. A file
+    OUT.settings.json beside the answers holds the settings. A run with other settings is refused.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        prompts: The file to read, in UTF-8. Empty lines are skipped.
+        answers: The file to write.
+        chat: See `generate`.
+        max_rows: Rows in one forward pass.
+        cuda_graphs: See `engine_for`.
+        max_length: Longest row; see `BatchEngine`.
+        on_error: What happens for a line that cannot be answered. "stop": the answers before it are written, and it
+            raises. "record": its answer is {"id", "error"}.
+        on_progress: See `OnProgress`.
+        **options: `SamplerSettings` by name.
+
+    Raises:
+        UserError: A bad setting, a bad line (with its number), a file that cannot be read or written, or answers of
+            another job.
+    """
+    if on_error not in ON_ERROR:
+        raise UserError(f"on_error={on_error!r} is not accepted: it must be one of {', '.join(ON_ERROR)}")
+    source, target = check_job_files(prompts, answers)
+    defaults = settings_for(converted.facts, **options)
+    num_lines = count_lines(source)
+    engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
+    num_errors = num_tokens = 0
+    with continued(target, job_facts(converted, defaults, chat)) as (file, num_written):
+        if num_written > num_lines:
+            raise UserError(f"{target} has {num_written} lines and {source} only {num_lines}: not answers to it")
+        num_resumed = num_written
+        lines = Lines(source, defaults, chat, num_written)
+        _tell(on_progress, num_written, num_lines)
+        with closing(engine.answers(lines)) as found:
+            for answer in found:
+                label, number = lines.labels.pop(num_written)
+                if isinstance(answer, UserError) and on_error == "stop":
+                    raise UserError(
+                        f"{source} line {number}: {answer}; the {num_written} answers before it are written: fix it "
+                        "and run again, or give on_error 'record'"
+                    )
+                file.write(encoded(label, answer))
+                file.flush()
+                num_written += 1
+                num_errors += isinstance(answer, UserError)
+                num_tokens += 0 if isinstance(answer, UserError) else len(answer.ids)
+                _tell(on_progress, num_written, num_lines)
+    return BatchResult(num_lines, num_resumed, num_errors, num_tokens)
 
 
 def longest_row(converted: Converted, max_length: int | None) -> int:
-    """Tokens of the longest row that an engine of this model takes, in whole blocks where it has blocks.
+    """Returns the length of the longest row for an engine of this model, in whole blocks if it has blocks.
 
     Raises:
         UserError: `max_length` is over the model's context, or leaves no room for a block.
@@ -168,5 +241,10 @@ def longest_row(converted: Converted, max_length: int | None) -> int:
     longest = min(context or LONGEST, LONGEST) if max_length is None else max_length
     longest -= longest % block_size
     if longest < 2:
-        raise UserError(f"max_length={max_length} leaves no room for a prompt and {block_size} tokens behind it")
+        raise UserError(f"max_length={max_length} leaves no room for a prompt and {block_size} tokens after it")
     return longest
+
+
+def _tell(on_progress: OnProgress | None, num_written: int, num_lines: int) -> None:
+    if on_progress is not None:
+        on_progress(num_written, num_lines)

@@ -13,7 +13,8 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
     """Returns the paths of a job's prompts and answers.
 
     Raises:
-        UserError: The prompts cannot be read, the answers cannot be written, or are there and no batch job's.
+        UserError: The prompts cannot be read, the answers cannot be written, or a file of something else is in their
+            place.
     """
     source, target = Path(prompts), Path(answers)
     try:
@@ -29,7 +30,7 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
 
 
 def settings_path(answers: Path) -> Path:
-    """Returns where a job's settings stand, beside its answers."""
+    """Returns the path of a job's settings, beside its answers."""
     return answers.with_name(f"{answers.name}.settings.json")
 
 
@@ -45,5 +46,5 @@ def recorded_settings(answers: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{answers} is there already, and no batch job's: {record.name} is missing; write elsewhere")
+        raise UserError(f"{answers} exists and is not of a batch job: {record.name} is missing; write elsewhere")
     return found

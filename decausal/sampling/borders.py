@@ -1,8 +1,8 @@
 """Where given text meets a gap: tokens that cross the border.
 
-Most tokenizers join a space, or a line break with its indentation, to what stands behind it. A text that is cut between
-the two ends in a token that nothing ever followed in training, and the gap is filled badly (docs/log.md). So these
-characters are left out of the given tokens, and the gap's first token must begin with them, or its last end with them.
+Most tokenizers join a space, or a line break with its indentation, to what follows it. A text that is cut between the
+two ends in a token that is rare in training, and the gap is filled badly (docs/log.md). So these characters are left
+out of the given tokens. The gap's first token must begin with them, or its last token must end with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INDENTATION = re.compile(r"[ \t]+(?=\S)")
 
 
 class Border(NamedTuple):
-    """Given characters inside of a gap's tokens.
+    """Given characters inside a gap's tokens.
 
     Attributes:
         start: What its first token begins with.
@@ -32,19 +32,19 @@ class Border(NamedTuple):
     end: str = ""
 
     def inside(self, text: str) -> str:
-        """What is new in the text of the gap's tokens."""
+        """Returns the new part of the text of the gap's tokens."""
         return text.removeprefix(self.start).removesuffix(self.end)
 
 
 def split_at_borders(
     tokenizer: Any, given: Sequence[str], lengths: Sequence[int | None]
 ) -> tuple[list[str], tuple[Border, ...]]:
-    """Returns the given texts without the characters that tokens across a border hold, and these.
+    """Returns the given texts without the characters at borders, and these characters.
 
     Args:
         tokenizer: The model's.
-        given: Texts before, between and behind the gaps.
-        lengths: Of the gaps; None where it is unknown.
+        given: Texts before, between and after the gaps.
+        lengths: Lengths of the gaps; None if unknown.
     """
     texts, borders = list(given), []
     vocabulary = Vocabulary.of(tokenizer)
@@ -57,7 +57,7 @@ def split_at_borders(
 
 
 class Vocabulary:
-    """The text of every token as it reads behind other text; special tokens have none."""
+    """The text of every token as it reads after other text; special tokens have none."""
 
     _known: ClassVar[WeakKeyDictionary[Any, Vocabulary]] = WeakKeyDictionary()
 
@@ -75,14 +75,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
-        """The vocabulary of a tokenizer, read once."""
+        """Returns the vocabulary of a tokenizer, read once."""
         known = cls._known.get(tokenizer)
         if known is None or len(known.texts) != len(tokenizer):
             known = cls._known[tokenizer] = cls(tokenizer)
         return known
 
     def border(self, before: str, behind: str, length: int) -> Border:
-        """The characters beside a gap of so many tokens, at least, that this tokenizer joins to others."""
+        """Returns the fewest characters beside a gap of `length` tokens that this tokenizer joins to others."""
         start = before[-1:] if len(before) > 1 and before[-1].isspace() else ""
         indentation = _INDENTATION.match(behind)
         end = indentation[0][:-1] if indentation else ""
@@ -95,14 +95,14 @@ class Vocabulary:
         return Border(start, end)
 
     def _joins(self, border: Border) -> bool:
-        """Whether some token holds these characters and more."""
+        """Returns whether some token holds these characters and more."""
         num_given = len(border.start) + len(border.end)
-        if border.end and border.end not in self._by_end:  # nothing is kept of endless indentations that clients send
+        if border.end and border.end not in self._by_end:  # very long indentations from clients are not cached
             return False
         return bool((self._lengths[self.fitting(border)] > num_given).any())
 
     def fitting(self, border: Border) -> Bool[Tensor, "V"]:
-        """Which tokens may stand at a border."""
+        """Returns which tokens may stand at a border."""
         if border not in self._fitting:
             tokens = self._by_end.get(border.end, []) if border.end else range(len(self.texts))
             self._fitting[border] = torch.zeros(len(self.texts), dtype=torch.bool)
@@ -111,7 +111,7 @@ class Vocabulary:
 
 
 def _fits(text: str, border: Border) -> bool:
-    """Whether a token may stand at a border. At its end it adds nothing to an indentation that is given."""
+    """Returns whether a token may stand at a border. At its end it adds nothing to an indentation that is given."""
     if len(text) < len(border.start) + len(border.end):
         return False
     is_deeper = border.end != "" and text.removesuffix(border.end).endswith((" ", "\t"))
@@ -120,11 +120,11 @@ def _fits(text: str, border: Border) -> bool:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which tokens the positions of rows may get.
+    """The tokens that positions of rows may get.
 
     Attributes:
-        index: Row of `tokens`; -1 where any token may stand.
-        tokens: True where one may.
+        index: Row of `tokens`; -1 if any token is allowed.
+        tokens: True for allowed tokens.
     """
 
     index: Int[Tensor, "A T"]
@@ -132,11 +132,11 @@ class Allowed:
 
 
 class AllowedTokens:
-    """Sets of tokens by what they begin and end with, made when they are first asked for.
+    """Sets of tokens by what they begin and end with, built on first use.
 
     Args:
         tokenizer: The model's.
-        vocabulary_size: Rows of its head.
+        vocabulary_size: Rows of the model's head.
         device: Where the sets are used.
     """
 
@@ -146,7 +146,7 @@ class AllowedTokens:
         self.tokens: Bool[Tensor, "S V"] = torch.zeros(0, vocabulary_size, dtype=torch.bool, device=device)
 
     def numbers(self, spans: Sequence[range], borders: Sequence[Border]) -> dict[int, int]:
-        """By position, which set the tokens at the borders of a row's gaps are of."""
+        """Returns, by position, the set of tokens allowed at the borders of a row's gaps."""
         wanted: dict[int, Border] = {}
         for span, border in zip(spans, borders, strict=False):
             wanted[span.start] = Border(start=border.start)

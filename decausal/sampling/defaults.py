@@ -1,4 +1,4 @@
-"""A converted model's own sampler settings, with what a call asks for over them."""
+"""The sampler settings of a call: its own, over those of the converted model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from decausal.sampling.settings import SamplerSettings
 
 
 def settings_for(facts: ConversionFacts, **options: Any) -> SamplerSettings:
-    """Returns the defaults, the facts' settings over them, and `options` over both.
+    """Returns the defaults, overridden by the facts' settings and then by `options`.
 
     Args:
-        facts: Of the model that is to be sampled from.
+        facts: The facts of the model to sample from.
         **options: `SamplerSettings` by name, or by the names other samplers use.
 
     Raises:
-        UserError: A bad setting, or one that the model's layout cannot honour; where the facts hold it, they are named.
+        UserError: A bad setting, or one that the model's layout does not support. The message says if the facts hold
+            it.
     """
     try:
         stored = SamplerSettings(speculative=facts.only_drafts).updated(**facts.sampler)

@@ -1,4 +1,4 @@
-"""The engine that fits a model, each job to the engine that fits its settings, and rows written from end to end."""
+"""Chooses the engine for a model and for a job's settings, and writes rows from start to end."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def engine_for(
     is_autoregressive: bool = False,
     cuda_graphs: bool | None = None,
 ) -> Engine:
-    """Returns an engine for the model's layout; the same jobs give the same answers as `generate` and `infill`.
+    """Returns an engine for the model's layout. Jobs have the same answers as in `generate` and `infill`.
 
-    Rows that are to be speculated share no pass with rows that are denoised: where both are there, a step is one pass
-    of each, over `max_rows` of each. Memory for a kind is taken when its first row comes.
+    Speculated rows and denoised rows do not share passes. If there are both, a step is one pass of each, over
+    `max_rows` of each. Memory for a kind is allocated when its first row comes.
 
     Args:
         converted: Model, tokenizer and facts.
         max_rows: Rows in one forward pass.
         max_length: Longest row, given and written tokens together.
-        is_autoregressive: Write a causal model's rows from left to right, one token with every pass, with a cache.
-        cuda_graphs: Record the passes of block models, and replay them; those of the model's own settings are recorded
-            now, others when they come. None: on a GPU, where the model can be recorded.
+        is_autoregressive: Whether a causal model writes from left to right with a cache, one token per pass.
+        cuda_graphs: Whether to record the passes of block models and replay them. Passes for the model's own settings
+            are recorded now, others when needed. None: on a GPU, if the model can be recorded.
 
     Raises:
-        UserError: Graphs of a model that reads whole rows or cannot be recorded, or without a GPU.
+        UserError: CUDA graphs were asked for without a GPU, or for a model that reads whole rows or cannot be recorded.
     """
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
@@ -61,11 +61,11 @@ def engine_for(
 
 
 def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step: OnStep | None = None) -> list[Ended]:
-    """Writes rows with an engine of their own, `batch_size` at a time: as one ends the next one enters.
+    """Writes rows with a new engine, `batch_size` at a time. When a row ends, the next one takes its place.
 
     Args:
         converted: Model, tokenizer and facts.
-        jobs: The rows; what becomes of one depends neither on the others nor on `batch_size`.
+        jobs: The rows. A row's result depends neither on the others nor on `batch_size`.
         batch_size: Rows in one forward pass.
         on_step: See `jobs.OnStep`.
 
@@ -73,7 +73,7 @@ def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step
         How each row ended, in the order of `jobs`.
 
     Raises:
-        UserError: A row that the model cannot read or an engine cannot write; a batch size below 1.
+        UserError: A row that the model cannot read or the engine cannot write, or a batch size below 1.
     """
     refuse_batch_size(batch_size)
     if not jobs:
@@ -106,9 +106,9 @@ def _block_engine(converted: Converted, max_rows: int, max_length: int, cuda_gra
 
 
 class _BySettings:
-    """Two engines as one: jobs whose settings say `speculative` go to the second, which is made for the first of them.
+    """Two engines as one. Jobs with `speculative` settings go to the second, which is made for the first of them.
 
-    A ticket is twice that of the engine which holds the row, one more for the second.
+    A ticket is twice the ticket of the row's engine, plus one for the second engine.
     """
 
     def __init__(self, denoising: Engine, make_speculative: Callable[[], Engine], vocab_size: int) -> None:
@@ -123,7 +123,7 @@ class _BySettings:
 
     @property
     def num_running(self) -> int:
-        """Rows that hold a place."""
+        """Rows that have a place."""
         return sum(engine.num_running for engine in self._engines())
 
     @property
@@ -139,13 +139,13 @@ class _BySettings:
         return 2 * engine.submit(job) + which
 
     def cancel(self, ticket: int) -> None:
-        """Gives a row up, running or waiting."""
+        """Drops a row, running or waiting."""
         own, which = divmod(ticket, 2)
         for engine in self._engines()[which : which + 1]:
             engine.cancel(own)
 
     def step(self) -> list[Progress]:
-        """Fills free places, runs one pass of each engine that has rows, and tells of every row that took part."""
+        """Fills free places, runs one pass of each engine that has rows, and reports on every row that took part."""
         return [
             replace(progress, ticket=2 * progress.ticket + which)
             for which, engine in enumerate(self._engines())

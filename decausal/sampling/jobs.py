@@ -1,4 +1,4 @@
-"""What every engine takes and tells: one row wanted, what a step brought it, how it ended."""
+"""What engines take and report: a row to write, what a step brought it, and how it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 
 BATCH_SIZE = 16
-"""Rows written together unless told otherwise."""
+"""Rows written together, by default."""
 
 TokenLogProbs = tuple[float, list[tuple[int, float]]]
 """A token's log-probability, and the likeliest ids in its place with theirs."""
@@ -22,14 +22,14 @@ class Job:
     """One row to write.
 
     Attributes:
-        row: Given tokens and gaps; a prompt is a row whose one gap stands at its end.
-        settings: How its gaps are filled, and the strings that end it. `max_new_tokens` and `seed` are not used: the
-            gaps say how much is written, and `seed` below what it draws from.
-        seed: What the row draws from.
-        end_token_ids: The row ends once one of these is kept and everything before it is kept too. Rows with text
-            after a gap have none.
-        is_watched: Every step says how sure the model was.
-        num_top_log_probs: Alternatives to report for every kept token; None reports no log-probabilities at all.
+        row: Given tokens and gaps. A prompt is a row with one gap at its end.
+        settings: How its gaps are filled, and the strings that end it. `max_new_tokens` and `seed` are not used here:
+            the gaps give the number of tokens, and `seed` below replaces the other.
+        seed: The seed that the row draws from.
+        end_token_ids: The row ends once one of these and everything before it are kept. Rows with text after a gap have
+            none.
+        is_watched: Whether every step reports how sure the model was.
+        num_top_log_probs: Alternatives to report for every kept token. None reports no log-probabilities at all.
     """
 
     row: Row
@@ -47,15 +47,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a block model knows of a row beyond its tokens. Blocks are counted on the grid that starts with the row.
+    """What a block model reports about a row apart from its tokens. Blocks are counted from the start of the row.
 
     Attributes:
-        of_token: For each new token, its block.
-        step_of_token: For each new token, the denoising step within its block, from 0.
-        first: The block in which the first new token stands.
-        ids: All tokens of the row's whole blocks from position `first` * block size on: the end of the prompt and what
-            was kept after the end of the text are among them, and the mask token stands where nothing was kept.
-        steps: For each of `ids`, the step within its block; -1 where given or not kept.
+        of_token: The block of each new token.
+        step_of_token: The denoising step of each new token within its block, from 0.
+        first: The block of the first new token.
+        ids: All tokens of the row's whole blocks from position `first` * block size on. They include the end of the
+            prompt and what was kept after the end of the text. The mask token stands where nothing was kept.
+        steps: The step of each of `ids` within its block; -1 if given or not kept.
     """
 
     of_token: list[int]
@@ -70,13 +70,13 @@ class Ended:
     """How a row ended.
 
     Attributes:
-        ids: The new tokens in order of their positions, the end token included.
-        step_of_token: For each of `ids` the step of the row, from 0, in which it was kept.
+        ids: The new tokens in order of their positions, including an end token.
+        step_of_token: The row's step, from 0, in which each of `ids` was kept.
         num_forwards: Forward passes that the row took part in.
         reason: "end" (an end token), "stop" (a stop string) or "length" (all gaps are filled).
-        num_tokens_read: Tokens of the row that went through the model, over all passes: less than its length times
-            `num_forwards` where a cache spares some. None where nobody counts them.
-        blocks: Of block models alone.
+        num_tokens_read: Tokens of the row that went through the model, over all passes. With a cache, fewer than its
+            length times `num_forwards`. None if not counted.
+        blocks: Only for block models.
     """
 
     ids: list[int]
@@ -88,26 +88,26 @@ class Ended:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens, the end token included, over all passes."""
+        """New tokens, including an end token, divided by passes."""
         return len(self.ids) / self.num_forwards
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one step brought one row.
+    """The result of one step for one row.
 
     Attributes:
-        ticket: Which row.
+        ticket: The row's ticket.
         step: The row's own step, from 0.
         positions: Newly kept positions in the row, ascending.
         ids: Their tokens.
-        confidence: How sure the model was of each, at most 1; may be empty where the job is not watched.
-        reopened: Positions kept before that are open again.
-        log_probs: Of each of `ids`, and its alternatives; empty where the job did not ask.
-        ended: Not None in the row's last step.
-        row: The row as it began, in its first step: gaps of unknown length have found theirs by then. None later.
-        block: Of block models, the block that was denoised.
-        block_step: Of block models, the step within that block, from 0.
+        confidence: How sure the model was of each, at most 1; may be empty if the job is not watched.
+        reopened: Positions that were kept and are open again.
+        log_probs: Log-probabilities of each of `ids` and its alternatives; empty if the job did not ask.
+        ended: How the row ended, in its last step; else None.
+        row: The row as it began, with the lengths of all gaps, in its first step; else None.
+        block: The block that was denoised, for block models.
+        block_step: The step within that block, from 0, for block models.
     """
 
     ticket: int
@@ -124,12 +124,12 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
-"""Called with every step of every row; the ticket is the row's place among those of the call, from 0."""
+"""Called with every step of every row. The ticket is the row's index in the call, from 0."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Rows come and go between steps; what becomes of one does not depend on the others. Used from one thread."""
+    """Rows come and go between steps, and do not influence each other. Used from one thread."""
 
     @property
     def num_running(self) -> int:
@@ -143,16 +143,16 @@ class Engine(Protocol):
         """Takes a row on and returns its ticket. Raises UserError for a row that cannot be written."""
 
     def cancel(self, ticket: int) -> None:
-        """Gives a row up, running or waiting; its place is free for the next step. Unknown tickets are no error."""
+        """Drops a row, running or waiting. Its place is free in the next step. Unknown tickets are ignored."""
 
     def step(self) -> list[Progress]:
         """Fills free places, runs one forward pass, and reports on every row that took part."""
 
 
 def run(engine: Engine, jobs: Sequence[Job], on_step: OnStep | None = None) -> Iterator[tuple[int, Ended]]:
-    """Writes rows through an engine; yields (index into `jobs`, how it ended) in the order in which they end.
+    """Writes rows through an engine. Yields (index into `jobs`, how it ended) in the order in which they end.
 
-    All jobs are submitted first, so that one that is refused is refused before the first pass.
+    All jobs are submitted first, so that a bad one is refused before the first pass.
 
     Raises:
         UserError: As `Engine.submit`.
@@ -168,6 +168,6 @@ def run(engine: Engine, jobs: Sequence[Job], on_step: OnStep | None = None) -> I
 
 
 def refuse_batch_size(batch_size: int) -> None:
-    """Raises UserError where no row would be taken at a time."""
+    """Raises UserError if the batch size is below 1."""
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is not accepted: it must be at least 1")

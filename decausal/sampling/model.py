@@ -1,4 +1,4 @@
-"""A converted model as Python users hold it."""
+"""A converted model for use in Python."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 from decausal.data.template import set_template
 from decausal.devices import best_device, decoding_dtype
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.sampling import batch_files
+from decausal.sampling import batch as batching
 from decausal.sampling import generate as generating
-from decausal.sampling.batch import BatchEngine
-from decausal.sampling.batch_files import BatchResult, OnProgress
+from decausal.sampling.batch import BatchEngine, BatchResult, OnProgress
 from decausal.sampling.editing import edit as editing
 from decausal.sampling.editing.edit import GROUPS, Edit, TokenConfidence
 from decausal.sampling.filling import infilling
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.infilling import MAX_GAP, Filling
-from decausal.sampling.generate import Generation
+from decausal.sampling.generation import Generation
 from decausal.sampling.jobs import BATCH_SIZE, OnStep
 
 
 class DiffusionModel:
-    """Model, tokenizer and the facts of the conversion, and the ways to sample.
+    """Model, tokenizer and facts of the conversion, with all ways to sample.
 
     Example:
         >>> model = decausal.load("converted")
@@ -136,7 +135,7 @@ class DiffusionModel:
     def confidences(
         self, text: str | Sequence[str], *, groups: int = GROUPS, batch_size: int = BATCH_SIZE
     ) -> list[TokenConfidence] | list[list[TokenConfidence]]:
-        """Says how probable each token of a text is; see `decausal.sampling.editing.edit.confidences`."""
+        """Returns how probable each token of a text is; see `decausal.sampling.editing.edit.confidences`."""
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
     def engine(
@@ -158,8 +157,8 @@ class DiffusionModel:
         on_progress: OnProgress | None = None,
         **options: Any,
     ) -> BatchResult:
-        """Answers a jsonl file of prompts, resumably; see `decausal.sampling.batch_files.run_file`."""
-        return batch_files.run_file(
+        """Answers a jsonl file of prompts, resumably; see `decausal.sampling.batch.run_file`."""
+        return batching.run_file(
             self._converted,
             prompts,
             answers,
@@ -187,13 +186,13 @@ def load(
         model_name_or_path: What `decausal convert` wrote (weights, tokenizer and decausal.json): the directory, or its
             id on the hub.
         device: None: CUDA where there is one, else the CPU.
-        dtype: Of the weights. None: bfloat16 on CUDA, float32 on the CPU.
+        dtype: Type of the weights. None: bfloat16 on CUDA, float32 on the CPU.
         revision: Branch, tag or commit of a hub id.
         chat_template: A file with another chat template than the checkpoint's own, or its text.
         chat_template_kwargs: Values that the chat template reads.
 
     Raises:
-        UserError: No such checkpoint, or its facts and weights disagree; or no such template.
+        UserError: There is no such checkpoint or template, or facts and weights do not match.
     """
     device = best_device() if device is None else torch.device(device)
     dtype = dtype or decoding_dtype(device)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.sampling.candidates import choose
 from decausal.sampling.confidence import confidence, entropies
+from decausal.sampling.drawing import choose
 from decausal.sampling.settings import (
     CACHES,
     CONFIDENCES,
@@ -24,29 +24,29 @@ from decausal.sampling.settings import (
 )
 
 BY_ENTROPY = len(CONFIDENCES)
-"""In place of a kind of confidence: rows that follow `entropy_bound` order their positions by entropy."""
+"""Stands for the entropy in place of a kind of confidence: rows with `entropy_bound` order their positions by it."""
 REMASKS = (False, *REMASKINGS)
 WHOLE_ROW = 2**31
-"""The window of rows that have none."""
+"""The window of rows without one."""
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What decides which token a position gets and how it is scored, one entry per row or, by `at`, per position.
+    """The settings that decide a position's token and score, one entry per row or, with `at`, per position.
 
     Attributes:
-        temperature: 0 where the most probable token is taken.
-        top_k: 0 where all tokens are kept.
-        top_p: 1 where all tokens are kept.
-        min_p: 0 where all tokens are kept.
+        temperature: 0 takes the most probable token.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        min_p: 0 keeps all tokens.
         measure: Index into `CONFIDENCES`, or `BY_ENTROPY`.
-        guidance: 0 where there is none.
-        is_greedy: Every temperature is 0.
-        most_top_k: The largest of `top_k`, rounded up to a power of two so that few values occur; 0 where none is set.
-        is_nucleus: Some `top_p` is below 1.
-        has_min_p: Some `min_p` is above 0.
-        is_guided: Some `guidance` is above 0.
-        measures: The ones that occur.
+        guidance: 0 without guidance.
+        is_greedy: Whether every temperature is 0.
+        most_top_k: The largest of `top_k`, rounded up to a power of two so that few values occur; 0 if none is set.
+        is_nucleus: Whether some `top_p` is below 1.
+        has_min_p: Whether some `min_p` is above 0.
+        is_guided: Whether some `guidance` is above 0.
+        measures: The values of `measure` that occur.
     """
 
     temperature: Float[Tensor, "n"]
@@ -63,14 +63,14 @@ class TokenSettings:
     measures: tuple[int, ...]
 
     def at(self, row: Int[Tensor, "m"]) -> TokenSettings:
-        """The settings of positions, from the row of each; where all are the same, these ones."""
+        """Returns the settings of positions, given the row of each. If all rows are alike, returns itself."""
         if self.is_greedy and len(self.measures) == 1 and not self.is_guided:
             return self
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TokenSettings)}
         return TokenSettings(**{n: value[row] if isinstance(value, Tensor) else value for n, value in values.items()})
 
     def chosen(self, logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"] | None) -> Int[Tensor, "n"]:
-        """One candidate per position; `numbers` are needed where one is not greedy."""
+        """Draws a token per position. `numbers` are needed unless all are greedy."""
         if self.is_greedy or numbers is None:
             return logits.argmax(-1)
         return choose(
@@ -84,7 +84,8 @@ class TokenSettings:
         )
 
     def scored(self, logits: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """By what positions are ordered: confidence, or minus the entropy in nats where that is bounded."""
+        """Returns the numbers by which positions are ordered: confidence, or minus the entropy in nats if that is
+        bounded."""
         scores = None
         for measure in self.measures:
             own = -entropies(logits) if measure == BY_ENTROPY else confidence(logits, token, CONFIDENCES[measure])
@@ -94,21 +95,21 @@ class TokenSettings:
 
 @dataclass(frozen=True)
 class RowSettings(TokenSettings):
-    """All settings of rows, one entry per row, and what the host knows of all of them.
+    """All settings of rows, one entry per row, with a summary for the host.
 
     Attributes:
         order: Index into `ORDERS`.
         schedule: Index into `SCHEDULES`.
-        num_steps: Where the schedule is static, else 1.
-        threshold: Where the schedule is dynamic, else infinite.
-        entropy_bound: Where the schedule is bounded, else 0.
-        window: `WHOLE_ROW` where there is none.
+        num_steps: Steps of a static schedule, else 1.
+        threshold: Threshold of a dynamic schedule, else infinite.
+        entropy_bound: Bound of an entropy schedule, else 0.
+        window: Size of the window, or `WHOLE_ROW`.
         cache: Index into `CACHES`.
-        cache_refresh: 0 where only a window's first pass reads the whole row.
+        cache_refresh: 0 if only a window's first pass reads the whole row.
         remask: Index into `REMASKS`.
-        remask_rate: Where tokens are opened at random, else 0.
-        has_windows, has_cache: Some row has one.
-        orders, schedules, remasks: The ones that occur.
+        remask_rate: Rate at which tokens are opened at random, else 0.
+        has_windows, has_cache: Whether some row has one.
+        orders, schedules, remasks: The values that occur.
     """
 
     order: Int[Tensor, "n"]
@@ -129,7 +130,7 @@ class RowSettings(TokenSettings):
 
     @classmethod
     def of(cls, rows: Sequence[SamplerSettings], device: torch.device) -> RowSettings:
-        """Gathers the settings of rows, which reach the device in one copy."""
+        """Gathers the settings of rows. They reach the device in one copy."""
         measures = [_measure(row) for row in rows]
         top_k = [row.top_k or 0 for row in rows]
         top_p = [1.0 if row.top_p is None else row.top_p for row in rows]
@@ -170,14 +171,14 @@ class RowSettings(TokenSettings):
         )
 
     def rows(self, index: Int[Tensor, "m"]) -> RowSettings:
-        """The settings of some of the rows."""
+        """Returns the settings of some of the rows."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         taken = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **taken)
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """All that the host knows: rows of the same kinds are computed by the same operations."""
+        """The host's summary. Rows of the same kinds are computed by the same operations."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(value for value in values if not isinstance(value, Tensor))
 
@@ -189,7 +190,7 @@ class RowSettings(TokenSettings):
                 held.copy_(getattr(other, field.name))
 
     def has_remask(self, *kinds: bool | str) -> Bool[Tensor, "n"]:
-        """Which rows remask in one of these ways."""
+        """Returns which rows remask in one of these ways."""
         found = torch.zeros_like(self.remask, dtype=torch.bool)
         for kind in kinds:
             found = found | (self.remask == REMASKS.index(kind))
@@ -197,17 +198,17 @@ class RowSettings(TokenSettings):
 
 
 def _on_device(real: dict[str, list[float]], whole: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Both as tensors by name. Numbers of 64 bits hold either kind exactly, so that one copy brings all of them."""
+    """Returns both as tensors by name, after one copy: numbers of 64 bits hold either kind exactly."""
     numbers = torch.tensor([*real.values(), *whole.values()], dtype=torch.float64)
     if device.type == "cuda":
-        numbers = numbers.pin_memory()  # the copy does not wait for what the device does before it
+        numbers = numbers.pin_memory()  # the copy does not wait for earlier work of the device
     numbers = numbers.to(device, non_blocking=True)
     reals, wholes = numbers[: len(real)].float(), numbers[len(real) :].long()
     return dict(zip([*real, *whole], [*reals.unbind(0), *wholes.unbind(0)], strict=True))
 
 
 def _rounded_up(number: int) -> int:
-    """The next power of two; 0 stays 0."""
+    """Returns the next power of two; 0 stays 0."""
     return 1 << (number - 1).bit_length() if number else 0
 
 

@@ -1,4 +1,4 @@
-"""The row that is written: given tokens with gaps between them."""
+"""The row to be written: given tokens with gaps between them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Row:
     """Given tokens, a gap, given tokens, a gap, ..., given tokens.
 
     Attributes:
-        given: Ids before, between and after the gaps: one list more than there are gaps.
+        given: Ids before, between and after the gaps: one more list than gaps.
         gaps: Open positions of each gap.
         name: What error messages call it.
-        borders: Of each gap; none where no token crosses one.
+        borders: The border of each gap; empty if no token crosses one.
     """
 
     given: tuple[list[int], ...]
@@ -31,7 +31,7 @@ class Row:
 
     @classmethod
     def opened(cls, ids: Sequence[int], positions: Sequence[int], name: str) -> Row:
-        """A row of which some positions, in ascending order, are to be written anew."""
+        """Returns a row in which some positions, in ascending order, are opened again."""
         given: list[list[int]] = [[]]
         gaps: list[int] = []
         is_open = set(positions)
@@ -51,29 +51,29 @@ class Row:
 
     @property
     def has_borders(self) -> bool:
-        """Whether a token of some gap holds given characters."""
+        """Whether a token of a gap holds given characters."""
         return any(border != Border() for border in self.borders)
 
     def spans(self) -> list[range]:
-        """The positions of each gap."""
+        """Returns the positions of each gap."""
         sizes = [len(self.given[0]), *chain(*zip(self.gaps, map(len, self.given[1:]), strict=True))]
         ends = list(accumulate(sizes))
         return [range(start, start + gap) for start, gap in zip(ends[::2], self.gaps, strict=False)]
 
     def ids(self, fill: int) -> list[int]:
-        """The whole row, with `fill` in the gaps."""
+        """Returns the whole row, with `fill` in the gaps."""
         pieces = zip_longest(self.given, ([fill] * gap for gap in self.gaps), fillvalue=[])
         return list(chain(*chain(*pieces)))
 
     def filled(self, new: Sequence[int]) -> list[int]:
-        """The whole row, with `new` in the gaps."""
+        """Returns the whole row, with `new` in the gaps."""
         ids, written = self.ids(-1), iter(new)
         for span in self.spans():
             ids[span.start : span.stop] = [next(written) for _ in span]
         return ids
 
     def by_gap(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Deals out what there is one of for each open position, in their order, to the gaps."""
+        """Divides values, one for each open position in order, among the gaps."""
         each = iter(values)
         return [list(islice(each, gap)) for gap in self.gaps]
 

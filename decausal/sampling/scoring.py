@@ -1,11 +1,11 @@
-"""How probable a model finds the tokens of a text, each given others: what edits and lengths are chosen by.
+"""How probable a model finds the tokens of a text, each given others. Edits and lengths are chosen by this.
 
-A masked model is trained at masked positions only, so what it says of a token that it can see is not a probability of
-that token. Here tokens are masked before they are scored: the positions to score are dealt out to `groups` groups like
-cards, and each group is masked in a copy of the row, where all other tokens are visible. One group is all masked at
-once; as many groups as positions is the pseudo-log-likelihood, each token given all others.
+A masked model is trained at masked positions only, so its output for a visible token is not that token's probability.
+Here tokens are masked before they are scored. The positions are dealt out to `groups` groups like cards, and each group
+is masked in a copy of the row where all other tokens are visible. With one group all are masked at once. With as many
+groups as positions it is the pseudo-log-likelihood, each token given all others.
 
-Source: pseudo-log-likelihood, Salazar et al., Masked language model scoring (arXiv 1910.14659); groups are ours.
+Source: pseudo-log-likelihood, Salazar et al., Masked language model scoring (arXiv 1910.14659). Groups are ours.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from decausal.objectives.head import Head, logits
 from decausal.sampling.jobs import Job, TokenLogProbs
 
 LOWEST_LOG_PROB = -9999.0
-"""In place of minus infinity, which JSON cannot write."""
+"""Replaces minus infinity, which JSON cannot write."""
 TOKENS_PER_CHUNK = 256
-"""Tokens of a given text that are scored together, so that its logits never exist all at once."""
+"""Tokens of a given text that are scored together, so that its logits never all exist at once."""
 ROWS_AT_ONCE = 16
 STATES_PER_CHUNK = 2048
 
 
 class TokenScores(NamedTuple):
-    """Natural logarithms of probabilities, in the order of the positions asked for.
+    """Natural logarithms of probabilities, in the order of the given positions.
 
     Attributes:
-        log_prob: Of the token that stands there.
-        best_log_prob: Of the token that the model would put there.
+        log_prob: Log-probability of the token at the position.
+        best_log_prob: Log-probability of the model's own choice there.
     """
 
     log_prob: Float[Tensor, "n"]
@@ -60,17 +60,17 @@ def score_tokens(
     groups: int,
     batch_size: int = ROWS_AT_ONCE,
 ) -> list[TokenScores]:
-    """Scores chosen tokens of each row, masked group by group.
+    """Scores chosen tokens of each row, masking group by group.
 
     Args:
         converted: Model, tokenizer and facts, of layout bidirectional.
         rows: Token ids of each row.
-        positions: Which of them to score; under shift 1 never the first.
-        groups: Copies of a row, at most: the j-th position belongs to group j modulo `groups`.
-        batch_size: Copies that go through the model at once; it does not change the scores.
+        positions: The positions to score in each row; under shift 1 never the first.
+        groups: The most copies of a row. The j-th position belongs to group j modulo `groups`.
+        batch_size: Copies in the model at once; it does not change the scores.
 
     Returns:
-        Scores on the CPU in fp32, as many as positions, for each row.
+        Scores of the positions of each row, on the CPU in fp32.
     """
     copies = [
         _Copy(row, list(places[group::groups]), list(range(len(places))[group::groups]))
@@ -92,7 +92,7 @@ def score_tokens(
 def _score_copies(
     converted: Converted, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
 ) -> TokenScores:
-    """Masks `positions` of each row, all at once, and scores what stood there."""
+    """Masks all `positions` of each row at once, and scores the tokens there."""
     model, facts = converted.model, converted.facts
     device = next(model.parameters()).device
     length = max(map(len, rows))
@@ -113,7 +113,7 @@ def _score_copies(
 
 
 def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
-    """Scores the tokens that states predict; logits exist for `STATES_PER_CHUNK` states at a time."""
+    """Scores the tokens that states predict. Logits exist for `STATES_PER_CHUNK` states at a time."""
     chunks = []
     for some, tokens in zip(states.split(STATES_PER_CHUNK), targets.split(STATES_PER_CHUNK), strict=True):
         log_probs = logits(some, head).log_softmax(-1).float()
@@ -125,13 +125,13 @@ def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, 
 def token_log_probs(
     states: Float[Tensor, "n D"], head: Head, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[TokenLogProbs]:
-    """Log-probabilities of tokens and of the likeliest ones in their places, before temperature and truncation.
+    """Returns log-probabilities of tokens and of the likeliest ones in their places, before temperature and truncation.
 
     Args:
         states: The states that predict them.
         head: The model's head, the mask token banned.
-        tokens: What was kept.
-        counts: How many alternatives to tell of each.
+        tokens: The kept tokens.
+        counts: How many alternatives to report for each.
     """
     if not tokens:
         return []
@@ -151,12 +151,12 @@ def job_log_probs(
     states_of: Callable[[int], Float[Tensor, "n D"]],
     head: Head,
 ) -> list[list[TokenLogProbs]]:
-    """Log-probabilities of what a step kept in each row whose job asks; empty for the others, which cost nothing.
+    """Returns the log-probabilities of newly kept tokens, for each row whose job asks; empty for others.
 
     Args:
-        jobs: Of the rows.
-        tokens: Kept in each row.
-        states_of: The states that predict a row's tokens, by its place in `jobs`.
+        jobs: The jobs of the rows.
+        tokens: The tokens kept in each row.
+        states_of: Returns the states that predict a row's tokens, given its index in `jobs`.
         head: As in `token_log_probs`.
     """
     asking = [place for place, job in enumerate(jobs) if job.wants_log_probs and tokens[place]]
@@ -173,12 +173,13 @@ def job_log_probs(
 
 @torch.no_grad()
 def given_log_probs(converted: Converted, ids: Sequence[int], num_top: int) -> list[TokenLogProbs | None]:
-    """Log-probabilities of given tokens, each after those before it, under a causal model; None of the first.
+    """Returns the log-probabilities of given tokens, each after those before it, under a causal model; None of the
+    first.
 
     Args:
         converted: A model of layout "causal".
         ids: The given tokens.
-        num_top: How many alternatives to tell of each.
+        num_top: How many alternatives to report for each.
     """
     model = converted.model
     head = denoising_head(model, converted.facts.mask_token_id)

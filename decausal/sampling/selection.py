@@ -1,4 +1,4 @@
-"""Which of the scored positions are kept in a step: whole-batch arithmetic, the settings one per row."""
+"""Which of the scored positions are kept in a step: arithmetic on whole batches, with settings per row."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from decausal.objectives.head import Head, logits
 from decausal.sampling.row_settings import RowSettings, TokenSettings
-from decausal.sampling.settings import SCHEDULES
+from decausal.sampling.settings.schedules import SCHEDULES
 
 LOOP_SHARE, LOOP_START, LOOP_STOP = 0.9, 0.45, 0.95
 LOGITS_PER_CHUNK = 2**25
-"""Logits held at once: 128 MiB in fp32, and a few temporaries of that size."""
+"""The most logits at once: 128 MiB in fp32, and a few temporaries of that size."""
 
 
-def candidates(
+def propose(
     states: Float[Tensor, "n D"],
     head: Head,
     settings: TokenSettings,
@@ -27,21 +27,21 @@ def candidates(
     unguided: Float[Tensor, "n D"] | None = None,
     only: tuple[Int[Tensor, "n"], Bool[Tensor, "S V"]] | None = None,
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
-    """A token for each position and its score, from the state that predicts it; logits exist a chunk at a time.
+    """Returns a token for each position and its score, from the state that predicts it. Logits exist chunk by chunk.
 
     Args:
         states: The predicting states.
-        head: The model's head, the mask token banned.
+        head: The model's head, with the mask token banned.
         settings: One per position (`RowSettings.at`).
         numbers: Uniform in (0, 1), for positions that are not greedy.
-        kept: (tokens, is_kept): where kept, that token is scored instead of a new one.
-        is_scored: False where all are kept anyway: then there are no scores.
-        unguided: The states from rows without what was given, where some position has `guidance`.
-        only: (index, is_allowed): the row of `is_allowed` that holds for a position, -1 where any token may stand.
+        kept: (tokens, is_kept). A kept token is scored instead of a new one.
+        is_scored: False if all are kept anyway. Then there are no scores.
+        unguided: The states from rows without the given text, if some position has `guidance`.
+        only: (index, is_allowed): the row of `is_allowed` for each position; -1 if any token is allowed.
     """
     chunk_size = max(1, LOGITS_PER_CHUNK // len(head.weight))
     if len(states) <= chunk_size:
-        return _candidates(states, head, settings, numbers, kept, is_scored, unguided, only)
+        return _proposed(states, head, settings, numbers, kept, is_scored, unguided, only)
     chunks = []
     for here in torch.arange(len(states), device=states.device).split(chunk_size):
         own_numbers = None if numbers is None else numbers[here]
@@ -49,12 +49,12 @@ def candidates(
         own_unguided = None if unguided is None else unguided[here]
         own_only = None if only is None else (only[0][here], only[1])
         own = (own_numbers, own_kept, is_scored, own_unguided, own_only)
-        chunks.append(_candidates(states[here], head, settings.at(here), *own))
+        chunks.append(_proposed(states[here], head, settings.at(here), *own))
     tokens, scores = zip(*chunks, strict=True)
     return torch.cat(tokens), torch.cat(scores) if is_scored else None
 
 
-def _candidates(
+def _proposed(
     states: Float[Tensor, "n D"],
     head: Head,
     settings: TokenSettings,
@@ -80,9 +80,9 @@ def _candidates(
 def guided(
     values: Float[Tensor, "n V"], without: Float[Tensor, "n V"], guidance: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
-    """Logits further away from those of a row without what was given: without + (1 + w) (values - without).
+    """Moves logits away from those of a row without the given text: without + (1 + w) (values - without).
 
-    Where w is 0 the values themselves; a token that is banned stays so.
+    With w = 0 they stay the same. A banned token stays banned.
     """
     weight = guidance[:, None]
     moved = without + (1 + weight) * (values - without)
@@ -99,9 +99,10 @@ def num_to_keep(
     """Returns how many of the scored positions of each row stay or become tokens in this step.
 
     Static: as many as `num_due`.
-    Threshold: those at or above it, but at least one more than before.
-    Entropy bound: the scores are minus entropies; as many of the surest as all but the last sum to at most the bound.
-    With remasking "p2" kept positions are scored too and compete, so the count includes those kept before.
+    Threshold: those at or above it, and at least one more than before.
+    Entropy bound: scores are minus entropies. The surest positions whose entropies, without the last one, sum to at
+    most the bound. With remasking "p2" kept positions are scored too and compete, so the count includes those kept
+    before.
 
     Args:
         scores: -inf where a position is not scored.
@@ -133,11 +134,12 @@ class _State(NamedTuple):
 
 
 def num_due(num_open: Int[Tensor, "A"], settings: RowSettings, step: int | Int[Tensor, "A"]) -> Int[Tensor, "A"]:
-    """How many of N open positions are kept in all after step k (from 0) of the static schedule: ceil((k + 1) N / S).
+    """Returns how many of N open positions are kept in all after step k (from 0) of the static schedule: ceil((k + 1)
+    N / S).
 
-    S is `num_steps`, and no more than N, unless tokens are opened at random: then there is something to do in every
-    step. "remdm_loop" goes to `LOOP_SHARE` of N by `LOOP_START` of the steps and stays there until `LOOP_STOP`, with
-    one position masked at least.
+    S is `num_steps`, and at most N unless tokens are opened at random, when every step has something to do.
+    "remdm_loop" reaches `LOOP_SHARE` of N by `LOOP_START` of the steps and stays there until `LOOP_STOP`, with at least
+    one position masked.
     """
     if not any(kind in settings.remasks for kind in ("remdm", "remdm_loop")):
         num_steps = num_open.minimum(settings.num_steps).clamp(min=1)
@@ -151,7 +153,7 @@ def num_due(num_open: Int[Tensor, "A"], settings: RowSettings, step: int | Int[T
         before = LOOP_SHARE * share / LOOP_START
         after = 1 - (1 - LOOP_SHARE) * (1 - share) / (1 - LOOP_STOP)
         looped = torch.maximum(before.clamp(max=LOOP_SHARE), after)
-        # A hair less, so that rounding makes no integer the one above it.
+        # Slightly less, so that rounding never turns an integer into the next one.
         looped_due = (looped * num_open - 1e-4).ceil().long()
         looped_due = torch.where(share > LOOP_STOP, looped_due, looped_due.minimum(num_open - 1)).clamp(min=1)
         due = torch.where(settings.has_remask("remdm_loop"), looped_due, due)
@@ -169,7 +171,7 @@ def _above_threshold(now: _State) -> Int[Tensor, "A"]:
 
 def _within_entropy(now: _State) -> Int[Tensor, "A"]:
     entropy = -now.scores.sort(dim=1, descending=True).values
-    # Summed up to the one before: a sum less its last member may be off by an ulp, which a bound of 0 does not forgive.
+    # Summed up to the one before. A sum minus its last term may be off by an ulp, which matters for a bound of 0.
     before = entropy.cumsum(1).roll(1, dims=1)
     is_within = (before <= now.settings.entropy_bound[:, None]) & entropy.isfinite()
     is_within[:, 0].fill_(True)
@@ -180,7 +182,7 @@ _COUNTS = {"num_steps": _static, "threshold": _above_threshold, "entropy_bound":
 
 
 def best(scores: Float[Tensor, "A T"], count: Int[Tensor, "A"]) -> Bool[Tensor, "A T"]:
-    """Marks the `count` highest scores of each row; of equal ones the leftmost first."""
+    """Marks the `count` highest scores of each row. Of equal scores the leftmost comes first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)

@@ -16,7 +16,7 @@ _special_ids: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
 def end_token_ids(converted: Converted) -> tuple[int, ...]:
-    """The tokenizer's EOS first, then what else the model's generation settings and its facts count as an end."""
+    """Returns the tokenizer's EOS, then the other end tokens of the model's generation settings and facts."""
     generation_config = getattr(converted.model, "generation_config", None)
     listed = getattr(generation_config, "eos_token_id", None)
     ends = [converted.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
@@ -27,14 +27,14 @@ def end_token_ids(converted: Converted) -> tuple[int, ...]:
 def tokens_to_stop(
     tokenizer: Any, before: Sequence[int], new: Sequence[int], num_searched: int, settings: SamplerSettings
 ) -> int | None:
-    """The fewest new tokens that hold one of the settings' stops; None where none does.
+    """Returns the fewest new tokens that hold one of the settings' stops, or None.
 
     Args:
-        tokenizer: decodes ids.
-        before: ids before the new ones, part of no match.
-        new: ids of the new text.
-        num_searched: that many of them have been searched already.
-        settings: hold `stop` and `stop_token_ids`.
+        tokenizer: Decodes ids.
+        before: Ids before the new ones, which are not part of a match.
+        new: Ids of the new text.
+        num_searched: How many of them have been searched already.
+        settings: Settings with `stop` and `stop_token_ids`.
     """
     at_token = next((i + 1 for i in range(num_searched, len(new)) if new[i] in settings.stop_token_ids), None)
     at_text = _tokens_to_text(tokenizer, before, new[:at_token], num_searched, settings.stop) if settings.stop else None
@@ -44,14 +44,14 @@ def tokens_to_stop(
 def text_before_stop(
     tokenizer: Any, before: Sequence[int], new: Sequence[int], settings: SamplerSettings, border: Border | None = None
 ) -> str:
-    """The text of new ids up to where the first of the settings' stops begins.
+    """Returns the text of new ids up to where the first of the settings' stops begins.
 
     Args:
-        tokenizer: decodes ids.
-        before: ids before the new ones.
-        new: ids of the new text.
-        settings: hold `stop` and `stop_token_ids`.
-        border: given characters inside of the new tokens, left out of the text.
+        tokenizer: Decodes ids.
+        before: Ids before the new ones.
+        new: Ids of the new text.
+        settings: Settings with `stop` and `stop_token_ids`.
+        border: Given characters inside the new tokens, which are left out of the text.
     """
     border, new = border or Border(), list(new)
     found = [(i, "") for i, token in enumerate(new) if token in settings.stop_token_ids][:1]
@@ -67,20 +67,20 @@ def text_before_stop(
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of `stop` in it."""
+    """Returns the text before the first of `stop` in it."""
     places = [place for place in map(text.find, stop) if place >= 0]
     return text[: min(places)] if places else text
 
 
 def is_stop_token(tokenizer: Any, token: int, settings: SamplerSettings) -> bool:
-    """Whether a token by itself ends a row and is no part of its text."""
+    """Returns whether a token by itself ends a row and is not part of its text."""
     return token in settings.stop_token_ids or any(
         marked == _Marked("", token, "") for marked in _marked(tokenizer, settings.stop)
     )
 
 
 def refuse_stop_token_ids(settings: SamplerSettings, vocab_size: int) -> None:
-    """Refuses ids that no token has.
+    """Refuses ids outside the vocabulary.
 
     Raises:
         UserError: Names the first one.
@@ -91,7 +91,7 @@ def refuse_stop_token_ids(settings: SamplerSettings, vocab_size: int) -> None:
 
 
 class _Marked(NamedTuple):
-    """A stop text that holds a special token, which decoding leaves out: its text before, its id, its text behind."""
+    """A stop text with a special token, which decoding leaves out: the text before it, its id, the text after it."""
 
     before: str
     token: int
@@ -101,7 +101,7 @@ class _Marked(NamedTuple):
 def _tokens_to_text(
     tokenizer: Any, before: Sequence[int], new: Sequence[int], num_searched: int, stop: Sequence[str]
 ) -> int | None:
-    # A text of n bytes spans at most n tokens that hold any of it; a few more, since some tokens decode to nothing.
+    # A text of n bytes spans at most n tokens with any of its bytes. A few more, since some tokens decode to nothing.
     reach = max(len(text.encode()) for text in stop) + 8
     first = max(0, num_searched - reach)
     anchor = [*before[-1:], *new[:first]][-1:]
@@ -120,7 +120,7 @@ def _tokens_to_text(
 
 
 def _marked(tokenizer: Any, stop: Sequence[str]) -> list[_Marked]:
-    """Those of the stop texts that hold a special token, split at the first one in each."""
+    """Returns the stop texts with special tokens, split at the first one in each."""
     found = []
     for text in stop:
         places = [(text.find(name), -len(name), name) for name in _special(tokenizer) if name in text]
@@ -132,7 +132,7 @@ def _marked(tokenizer: Any, stop: Sequence[str]) -> list[_Marked]:
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    """Ids by text of the tokens that decoding leaves out."""
+    """Returns the ids of tokens that decoding leaves out, by their text."""
     if tokenizer not in _special_ids:
         tokens = tokenizer.added_tokens_decoder.items()
         _special_ids[tokenizer] = {token.content: number for number, token in tokens if token.special}
@@ -140,7 +140,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _place_of(tokenizer: Any, before: Sequence[int], new: list[int], marked: _Marked) -> int | None:
-    """Where the special token of a stop text stands with the rest of that text around it."""
+    """Returns where the special token of a stop text occurs with the rest of that text around it."""
     for place, token in enumerate(new):
         if token != marked.token:
             continue

@@ -1,4 +1,4 @@
-"""Text to ids and back: how a row begins, and how new tokens read after those before them."""
+"""From text to ids and back: how a row begins, and how new tokens read after earlier ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from decausal.models.checkpoint import Converted
 
 
 def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]:
-    """The ids that begin a row; an empty text starts from the tokenizer's BOS or EOS token.
+    """Returns the ids that begin a row; an empty text starts from the tokenizer's BOS or EOS token.
 
     Raises:
-        UserError: Chat without a template, half a surrogate pair, or nothing to start from under shift 1.
+        UserError: Chat without a template, half a surrogate pair, or no start token under shift 1.
     """
     refuse_broken_text(text, "the prompt")
     tokenizer = converted.tokenizer
@@ -24,7 +24,7 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
             raise UserError("chat=True needs a chat template, and this model's tokenizer has none: leave chat out")
         message = [{"role": "user", "content": text}]
         text = render(message, tokenizer, "the prompt", add_generation_prompt=True)
-    # As documents are encoded for training: what the tokenizer puts before a text, never what it puts after one.
+    # As in training: with what the tokenizer puts before a text, never what it puts after one.
     before = [] if chat else SpecialTokens(tokenizer).prefix
     ids = [*before, *text_ids(tokenizer, text)]
     if ids:
@@ -41,7 +41,7 @@ def prompt_ids(converted: Converted, text: str, chat: bool = False) -> list[int]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text, without what the tokenizer puts around a document.
+    """Returns the ids of a text, without what the tokenizer puts around a document.
 
     Raises:
         UserError: The text holds half a surrogate pair.
@@ -51,7 +51,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def ids_after(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that stands after other text: some tokenizers put a space before whatever they are given."""
+    """Returns the ids of a text that follows other text. Some tokenizers put a space before everything."""
     ids = text_ids(tokenizer, text)
     anchor = text_ids(tokenizer, "\n")
     if not ids or text_ids(tokenizer, "\na")[len(anchor) :] == text_ids(tokenizer, "a"):
@@ -61,7 +61,7 @@ def ids_after(tokenizer: Any, text: str) -> list[int]:
 
 
 def text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:
-    """Decodes `new` as it reads after `before`: some tokenizers drop the space in front of a text's first word."""
+    """Decodes `new` as it reads after `before`. Some tokenizers drop the space before a text's first word."""
     whole = tokenizer.decode(before + new, skip_special_tokens=True)
     start = tokenizer.decode(before, skip_special_tokens=True)
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What each token of a row adds to its text, while some of the row is still open."""
+"""The text that each token of a row adds, while some of the row is still open."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 MOST_TOKENS = 4
-"""Tokens that one character can be spread over: UTF-8 has at most 4 bytes."""
+"""The most tokens of one character: UTF-8 has at most 4 bytes."""
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """Texts of tokens as they read behind other text; a character of several tokens is the last one's.
+    """Texts of tokens as they read after other text. A character of several tokens belongs to the last one.
 
     Args:
-        tokenizer: Decodes.
-        shows_special: Special tokens have their name as text, else none.
+        tokenizer: Decodes ids.
+        shows_special: Whether special tokens have their names as text, or none.
     """
 
     def __init__(self, tokenizer: Any, shows_special: bool = False) -> None:
         self._tokenizer, self._skips_special = tokenizer, not shows_special
-        # Some tokenizers drop the space in front of a text's first word.
+        # Some tokenizers drop the space before a text's first word.
         self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._before = self._decode([])
         self._alone: dict[int, str] = {}
 
     def of(self, ids: Sequence[int | None]) -> list[str | None]:
-        """The text of each token of a row; None of each open position.
+        """Returns the text of each token of a row; None for open positions.
 
-        A token beside an open position that begins or ends inside of a character has no text of that character yet.
+        Next to an open position, a part of a character has no text yet.
         """
         texts: list[str | None] = []
         is_after_open = False
@@ -51,13 +51,13 @@ class TokenTexts:
         return texts
 
     def alone(self, token: int) -> str:
-        """The text of a token whatever stands around it."""
+        """Returns the text of a token, whatever is around it."""
         if token not in self._alone:
             self._alone[token] = self._text([token])
         return self._alone[token]
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token stands for, which need not be whole characters."""
+        """Returns a token's bytes, which need not be whole characters."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if token not in self._added and name is not None:
             if self._is_byte_level and all(character in self._byte_of for character in name):
@@ -67,7 +67,7 @@ class TokenTexts:
         return self.alone(token).encode()
 
     def name_of(self, token: int) -> str:
-        """The text of a token; where its bytes are no text, these, as OpenAI writes them."""
+        """Returns the text of a token, or its bytes as OpenAI writes them if they are not text."""
         text = self.alone(token)
         if BROKEN not in text:
             return text
@@ -87,15 +87,16 @@ class TokenTexts:
         return {character: byte for byte, character in bytes_to_unicode().items()}
 
     def _continues(self, token: int) -> bool:
-        """Whether a token begins with the rest of a character."""
+        """Returns whether a token begins with the rest of a character."""
         return self.alone(token).startswith(BROKEN) and self.bytes_of(token)[0] >> 6 == 0b10
 
     def _joined(self, ids: Sequence[int | None]) -> list[str]:
-        """The texts of the first tokens, up to where a character ends or an open position comes; else of one."""
+        """Returns the texts of the first tokens, up to the end of a character or an open position; else of one
+        token."""
         pieces: list[str] = []
         shown = ""
         for number, token in enumerate(ids, start=1):
-            if token is None:  # the rest of the character is still to come
+            if token is None:  # the rest of the character is still missing
                 return pieces
             text = self.alone(token) if number == 1 else self._text(ids[:number])
             is_whole = not text.endswith(BROKEN)
@@ -106,7 +107,7 @@ class TokenTexts:
                 return pieces
         if len(ids) < MOST_TOKENS:  # the row is over
             return pieces
-        return [self.alone(ids[0])]  # what it begins ends nowhere; the tokens after it may begin a character themselves
+        return [self.alone(ids[0])]  # its character never ends; the next tokens may begin another
 
     def _text(self, ids: Sequence[int | None]) -> str:
         return self._decode(ids).removeprefix(self._before)

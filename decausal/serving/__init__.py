@@ -1,1 +1,1 @@
-"""A converted model behind HTTP: OpenAI's completions and chat, and a page to watch it work."""
+"""Serves a converted model over HTTP: OpenAI's completions and chat, and a page to watch it work."""

@@ -15,7 +15,7 @@ _log = logging.getLogger("decausal.serving")
 
 
 class Told(NamedTuple):
-    """What an answer's queue holds: a step of one of its rows, or why there will be no more."""
+    """What an answer's queue holds: a step of one of its rows, or the reason why no more will come."""
 
     index: int
     progress: Progress | None
@@ -23,23 +23,23 @@ class Told(NamedTuple):
 
 
 class Places:
-    """Places in a worker's queue, kept before it is known what will stand in them.
+    """Places in a worker's queue, reserved before their rows are known.
 
     Args:
         number: How many.
-        give_back: Called with the number of those that are free again.
+        give_back: Called with the number of places that are free again.
     """
 
     def __init__(self, number: int, give_back: Callable[[int], None]) -> None:
         self._number, self._give_back = number, give_back
 
     def use(self, number: int) -> None:
-        """Rows stand in so many of them; the others are free again."""
+        """Uses some of the places for rows and frees the others."""
         left, self._number = self._number - number, 0
         self._give_back(left)
 
     def release(self) -> None:
-        """Those that are not in use are free again. May be called again."""
+        """Frees the places that are not in use. May be called again."""
         self.use(0)
 
 
@@ -48,9 +48,9 @@ class Answer:
 
     Attributes:
         jobs: All rows that were asked for.
-        rows: Those that have not ended; for the worker's thread alone.
+        rows: Rows that have not ended, for the worker's thread only.
         queue: Lists of `Told`, in order.
-        admitted: Done once the engine has taken all rows; its exception is why it refused.
+        admitted: Done once the engine has taken all rows. An exception says why it refused.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -68,17 +68,17 @@ class Answer:
 
 @dataclass(eq=False)
 class AnswerRow:
-    """One row of an answer, in the engine or in front of it.
+    """One row of an answer, in the engine or waiting for it.
 
-    What becomes of a row does not depend on who shares its passes, so that an engine made anew writes it again step by
-    step. What its steps brought is kept to compare: the client may have read it.
+    A row's result does not depend on the rows that share its passes, so a new engine repeats it step by step. The
+    results of its steps are kept for comparison, since the client may have read them.
 
     Attributes:
-        answer: Whose row it is, and `index` which of its rows.
-        job: What it is made of.
-        ticket: The engine's; None while it waits in front of it.
-        told: What its steps have brought so far.
-        num_seen: Steps that the present engine has taken.
+        answer: The answer; the row is its row number `index`.
+        job: The row's job.
+        ticket: The engine's ticket; None while the row waits.
+        told: The results of its steps so far.
+        num_seen: Steps that the current engine has taken.
     """
 
     answer: Answer
@@ -89,10 +89,10 @@ class AnswerRow:
     num_seen: int = 0
 
     def is_news(self, progress: Progress) -> bool:
-        """Takes a step in; False where it is one that has been told.
+        """Takes in a step. Returns False for a step that was already reported.
 
         Raises:
-            ApiError: It has been told differently: two tokens were equally probable to the last bits.
+            ApiError: The repeated step differs: two tokens were equally probable to the last bits.
         """
         brought = (progress.positions, progress.ids, progress.reopened, progress.row, progress.ended)
         self.num_seen += 1
@@ -100,26 +100,26 @@ class AnswerRow:
             self.told.append(brought)
             return True
         if brought != self.told[self.num_seen - 1]:
-            raise engine_failure("the engine failed, and this answer could not be taken up where it was")
+            raise engine_failure("the engine failed, and this answer could not be continued where it was")
         return False
 
 
 def engine_failure(message: str) -> ApiError:
-    """What rows are told that are lost with an engine."""
+    """Returns the error for rows that are lost with an engine."""
     return ApiError(500, message, code="engine_failed")
 
 
 def call(answer: Answer, function: Callable[..., None], *arguments: Any) -> None:
-    """Has an answer's event loop call a function, from the worker's thread."""
+    """Makes an answer's event loop call a function, from the worker's thread."""
     try:
         answer.loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop has been closed: nobody listens
+    except RuntimeError:  # the loop has been closed
         _log.debug("an answer came after the server's end")
 
 
 def settle(answer: Answer, error: ApiError | None) -> None:
-    """Tells whether the engine has taken all rows; for the event loop."""
-    if answer.admitted.done():  # whoever waited has gone
+    """Reports whether the engine has taken all rows; for the event loop."""
+    if answer.admitted.done():  # the waiting request has gone
         return
     if error is None:
         answer.admitted.set_result(None)
@@ -128,6 +128,6 @@ def settle(answer: Answer, error: ApiError | None) -> None:
 
 
 def deliver(told: list[tuple[Answer, list[Told]]]) -> None:
-    """Hands on what a step brought; for the event loop."""
+    """Passes on the results of a step; for the event loop."""
     for answer, items in told:
         answer.queue.put_nowait(items)

@@ -1,4 +1,4 @@
-"""The HTTP application: paths, and what each answers."""
+"""The HTTP application: its paths and their answers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from decausal.serving.errors import ApiError
 from decausal.serving.hosts import Hosts
 from decausal.serving.metrics import Metrics
 from decausal.serving.middleware import Gate, missing_page, refused, wrong_method
+from decausal.serving.parsing import parse
 from decausal.serving.plans import Plan, chat_plan, completion_plan
 from decausal.serving.reading import Readers, Work, client_left, read_body
-from decausal.serving.schema import ChatBody, CompletionBody, parse
+from decausal.serving.schema import ChatBody, CompletionBody
 from decausal.serving.served import Served, find
 from decausal.serving.settings import ServeSettings
 
@@ -49,12 +50,12 @@ PAGE_HEADERS = {
 
 
 def create_app(models: Sequence[Served], settings: ServeSettings, metrics: Metrics) -> FastAPI:
-    """Returns the application; its lifespan starts and ends the models' threads.
+    """Returns the application. Its lifespan starts and ends the models' threads.
 
     Args:
-        models: The first answers where a request names none.
-        settings: Key and limits.
-        metrics: What the models count in too.
+        models: The models. The first one answers requests that name none.
+        settings: The API key and limits.
+        metrics: The counters, which the models share.
     """
 
     @asynccontextmanager
@@ -156,7 +157,7 @@ class _Service:
             call.end()
 
     async def _asked(self, request: Request, kind: type, make_plan: Callable[..., Plan], work: Work) -> Asked:
-        """Reads the body and makes a plan of it, in threads, so that a long one keeps nobody waiting."""
+        """Reads the body and makes a plan from it, in threads, so that a long body does not block other requests."""
 
         def read(body: CompletionBody | ChatBody) -> Asked:
             model = find(self._models, body.model)
@@ -218,7 +219,7 @@ class _Service:
                     yield responses.sse(found)
             if call.plan.has_usage:
                 yield responses.sse(responses.usage_chunk(call.plan, call.header, call.choices))
-        except ApiError as error:  # the status has gone out: the stream itself must tell
+        except ApiError as error:  # the status has been sent: the stream itself must report the error
             yield responses.sse(error.body())
         except Exception:
             _log.exception("a stream of %s failed", call.endpoint)
@@ -227,7 +228,7 @@ class _Service:
         yield responses.DONE
 
     async def _deltas(self, call: Call) -> AsyncIterator[tuple[Choice, Delta]]:
-        """Follows the rows of a call to their end; gives up those that are left where it is not reached."""
+        """Follows the rows of a call to their end. Drops the remaining rows if it is interrupted."""
         num_open, has_text = len(call.answer.jobs), False
         try:
             while num_open:
@@ -253,7 +254,8 @@ class _Service:
 
 
 async def _echoes(plan: Plan, model: Served, request: Request) -> list[Delta]:
-    """What each choice repeats of its prompt. Prompts are scored one at a time, so that others' steps go on."""
+    """Returns what each choice repeats of its prompt. Prompts are scored one by one, so that other requests' steps
+    continue."""
     reason, tokenizer = ("length" if plan.is_echo_only else None), model.converted.tokenizer
     if not plan.scored:
         return [Delta(echo, finish_reason=reason) for echo in plan.echoes]

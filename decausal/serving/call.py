@@ -1,4 +1,4 @@
-"""One request: as it was read, and while it is being answered."""
+"""One request, after it has been read and while it is being answered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Call:
-    """One request while it is being answered; `timer` ends it at its deadline, whatever its connection does."""
+    """One request while it is being answered. `timer` ends it at its deadline, whatever its connection does."""
 
     plan: Plan
     model: Served
@@ -43,13 +43,13 @@ class Call:
     timer: asyncio.TimerHandle
 
     def end(self) -> None:
-        """Gives up what has not ended."""
+        """Drops rows that have not ended."""
         self.timer.cancel()
         self.model.worker.cancel(self.answer)
 
 
 class Stream(StreamingResponse):
-    """A stream whose rows are given up when it ends early, even before its first event."""
+    """A stream that drops its rows if it ends early, even before its first event."""
 
     def __init__(self, call: Call, content: AsyncIterator[str], **options: Any) -> None:
         super().__init__(content, **options)

@@ -1,4 +1,4 @@
-"""One choice of an answer, from the engine's steps: its text so far, its log-probabilities, its draft."""
+"""One choice of an answer, built from the engine's steps: its text so far, its log-probabilities, its draft."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from decausal.serving.text import TextStream
 
 @dataclass(frozen=True)
 class TokenLogProb:
-    """One written token with its log-probability, and the likeliest ones in its place.
+    """A written token with its log-probability, and the likeliest alternatives.
 
     Attributes:
-        text: As it decodes by itself; its bytes where these are no text.
-        bytes: What it stands for in UTF-8.
+        text: The token decoded by itself, or its bytes if they are not text.
+        bytes: Its bytes in UTF-8.
         offset: Characters of the answer before it.
-        log_prob: When it was kept, of the untempered distribution; None for a given token.
-        top: Texts, bytes and log-probabilities.
+        log_prob: Its log-probability when it was kept, before temperature; None for a given token.
+        top: Texts, bytes and log-probabilities of the alternatives.
     """
 
     text: str
@@ -39,10 +39,10 @@ class Delta:
     """What a step adds to a choice.
 
     Attributes:
-        text: Further text that nothing can change any more.
-        log_probs: Of the tokens that came to be certain with it.
+        text: Further final text.
+        log_probs: Log-probabilities of the tokens that became final with it.
         finish_reason: OpenAI's word, in the last step.
-        event: The step as the extension field tells it; None where nobody asked.
+        event: The step as the extension field reports it; None if not asked for.
     """
 
     text: str = ""
@@ -55,14 +55,14 @@ class Choice:
     """Follows one row.
 
     Args:
-        index: Its place among the choices.
-        job: What the row was asked for.
-        tokenizer: Decodes.
-        has_events: Deltas carry the draft.
-        offset: Characters that stand before the text in the answer.
+        index: Its index among the choices.
+        job: The row's job.
+        tokenizer: Decodes ids.
+        has_events: Whether deltas carry the draft.
+        offset: Characters before the text in the answer.
 
     Attributes:
-        row: What is written; gaps of unknown length have the longest they may become until theirs is found.
+        row: The row. Gaps of unknown length have their maximum until their length is found.
         ended: How it ended, once it has.
     """
 
@@ -90,11 +90,11 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """All of the text that is certain."""
+        """All final text so far."""
         return self._stream.sent
 
     def take(self, progress: Progress) -> Delta:
-        """Takes a step in."""
+        """Takes in a step."""
         if progress.row is not None:
             self._begin(progress.row)
         for position in progress.reopened:
@@ -108,7 +108,7 @@ class Choice:
         event = self._event(progress) if self._has_events else None
         if progress.ended is not None:
             return self._end(progress.ended, event)
-        if self.job.settings.remask:  # whatever is kept may be opened again
+        if self.job.settings.remask:  # kept tokens may be opened again
             return Delta(event=event)
         first, self._num_final = self._num_final, self._final_length()
         text = self._stream.push([token for token in self._ids[first : self._num_final] if token is not None])
@@ -136,7 +136,8 @@ class Choice:
     def _told_log_probs(self, first: int, stop: int) -> list[TokenLogProb]:
         if self.job.num_top_log_probs is None:
             return []
-        # What is not final yet counts as open: where a character's tokens arrive one by one, they begin where it does.
+        # Tokens that are not final count as open. If a character's tokens arrive one by one, they begin where it
+        # begins.
         is_over = self.ended is not None
         pieces = self._pieces([*self._ids[:stop], *([] if is_over else [None])])
         ends = list(accumulate((len(piece or "") for piece in pieces), initial=self._offset))
@@ -156,12 +157,12 @@ class Choice:
         return self._texts.name_of(token), self._texts.bytes_of(token)
 
     def _pieces(self, ids: list[int | None]) -> list[str | None]:
-        """What the token in each place adds to the text; None where a place is open."""
+        """Returns what the token at each position adds to the text; None for open positions."""
         pieces = self._texts.of(ids)
         return [piece and self._inside(place, piece) for place, piece in enumerate(pieces)]
 
     def _inside(self, place: int, text: str) -> str:
-        """The text of a place's token without the given characters that it holds."""
+        """Returns the text of a position's token without given characters in it."""
         text = text.removeprefix(self._border.start) if place == 0 else text
         return text.removesuffix(self._border.end) if place == len(self._ids) - 1 else text
 
@@ -183,13 +184,13 @@ class Choice:
 def echoed(
     tokenizer: Any, ids: Sequence[int], num_before: int, found: Sequence[TokenLogProbs | None]
 ) -> list[TokenLogProb]:
-    """A prompt's tokens as a choice tells its own.
+    """Returns a prompt's tokens in the form of a choice's own tokens.
 
     Args:
-        tokenizer: Decodes.
+        tokenizer: Decodes ids.
         ids: The prompt.
-        num_before: So many of them were put before its text, and are not told.
-        found: Of each of `ids`; None of the first.
+        num_before: How many of them were put before the prompt's text. They are not reported.
+        found: Log-probabilities of each of `ids`; None for the first.
     """
     texts = TokenTexts(tokenizer)
     ends = list(accumulate((len(piece or "") for piece in texts.of(ids[num_before:])), initial=0))

@@ -1,4 +1,4 @@
-"""A conversation with a converted model: what was said, and answers that arrive as they become final."""
+"""A conversation with a converted model: its messages, and answers that arrive as they become final."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Conversation:
     """Messages, sampler settings and one row of an engine.
 
     Attributes:
-        messages: All that was said, the system's message left out.
+        messages: All messages except the system's.
         system: The system's message, or None.
-        settings: Of the next answer; each answer draws from `settings.seed`, so a turn can be had again.
+        settings: Settings of the next answer. Each answer draws from `settings.seed`, so a turn can be repeated.
         num_left_out: Messages that the last answer did not see, because the model's context was full.
 
     Args:
@@ -36,7 +36,7 @@ class Conversation:
         **options: `SamplerSettings` by name.
 
     Raises:
-        UserError: No chat template; a setting that is wrong, or not for this layout.
+        UserError: There is no chat template, or a setting is wrong or not for this layout.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class Conversation:
         """Changes sampler settings by name, or by the names other samplers use.
 
         Raises:
-            UserError: A wrong name or value, or one that this model's layout cannot honour; nothing is changed.
+            UserError: A wrong name or value, or one that this model's layout does not support. Nothing is changed.
         """
         settings = self.settings.updated(**options)
         refuse_for(self._converted.facts, settings)
         self.settings = settings
 
     def ask(self, text: str) -> Iterator[str]:
-        """Says something and yields the answer, piece by piece, as nothing can change it any more.
+        """Sends a message and yields the answer piece by piece, as its text becomes final.
 
-        The oldest turns are left out where the context is full. An answer that is stopped, or whose iterator is
-        closed, is kept as far as it came, and the row is free again.
+        The oldest turns are left out if the context is full. If an answer is stopped or its iterator is closed, the
+        part so far is kept, and the row is free again.
 
         Raises:
-            UserError: The message does not fit, holds the mask token, or the template refuses it; it is forgotten.
+            UserError: The message does not fit, holds the mask token, or the template refuses it. It is dropped.
         """
         self.messages.append({"role": "user", "content": text.encode(errors="replace").decode()})
         try:
@@ -96,21 +96,22 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": choice.text})
 
     def stop(self) -> None:
-        """Ends the answer under way after its next step; safe to call from a signal handler."""
+        """Ends the current answer after its next step. Safe to call from a signal handler."""
         self._is_stopped = True
 
     def undo(self) -> bool:
-        """Takes the last question and its answer back; False: there is none."""
+        """Removes the last question and its answer. Returns False if there is none."""
         had_any = bool(self.messages)
         del self.messages[-2:]
         return had_any
 
     def clear(self) -> None:
-        """Forgets all turns; settings and the system's message stay."""
+        """Removes all turns. Settings and the system's message stay."""
         self.messages.clear()
 
     def _job(self) -> Job:
-        """The row for the answer to the last message: as many turns before it as leave room for a whole answer."""
+        """Returns the row for the answer to the last message, with as many earlier turns as leave room for a whole
+        answer."""
         wanted = self.settings.max_new_tokens
         for start in range(0, len(self.messages), 2):
             ids = self._ids(self.messages[start:])

@@ -1,4 +1,4 @@
-"""What a request would come to, found out before anything is made of it."""
+"""The size of a request, found before anything is built from it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from decausal.serving.schema import ChatBody, CompletionBody
 from decausal.serving.settings import MAX_GAPS
 
 CHARACTERS_PER_TOKEN = 8
-"""A text with more of them than this for each token of the longest row is counted piece by piece."""
+"""A text with more characters than this per token of the longest row is counted piece by piece."""
 
 
 def num_rows(body: CompletionBody | ChatBody) -> int:
-    """How many rows a request has: its prompts times `n`."""
+    """Returns how many rows a request has: its prompts times `n`."""
     prompt = body.prompt if isinstance(body, CompletionBody) else None
     is_list = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return (len(prompt) if is_list else 1) * (body.n or 1)
 
 
 def num_characters(body: CompletionBody | ChatBody) -> int:
-    """How much text is to be turned into tokens."""
+    """Returns the number of characters to be tokenised."""
     if isinstance(body, ChatBody):
         return sum(len(message.content) for message in body.messages)
     parts = body.decausal.parts if body.decausal and body.decausal.parts else []
@@ -33,7 +33,7 @@ def num_characters(body: CompletionBody | ChatBody) -> int:
 
 
 def refuse_long_text(tokenizer: Any, text: str, max_tokens: int, name: str, param: str, work: Work) -> None:
-    """Refuses a text that no row could hold, before megabytes of it are tokens.
+    """Refuses a text that fits into no row, before megabytes of it are tokenised.
 
     Raises:
         ApiError: 400.
@@ -45,13 +45,13 @@ def refuse_long_text(tokenizer: Any, text: str, max_tokens: int, name: str, para
     for start in range(0, len(text), size):
         work.check()
         count += len(tokenizer(text[start : start + size], add_special_tokens=False, verbose=False)["input_ids"])
-        # A cut makes a few tokens of one; with that the pieces have no fewer tokens than the text.
+        # A cut may turn one token into a few, so the pieces never have fewer tokens than the text.
         if count - CHARACTERS_PER_TOKEN * (1 + start // size) > max_tokens:
             raise _too_long(name, param, f"more than {max_tokens}", max_tokens)
 
 
 def refuse_long_ids(ids: Sequence[int], max_tokens: int, name: str, param: str) -> None:
-    """Refuses token ids that no row could hold.
+    """Refuses token ids that fit into no row.
 
     Raises:
         ApiError: 400.

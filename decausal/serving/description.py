@@ -1,4 +1,4 @@
-"""The OpenAPI description: bodies as they are checked, and every status that an endpoint answers with."""
+"""The OpenAPI description: bodies as they are checked, and every status of an endpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from decausal.sampling.settings import ALIASES
-from decausal.serving.schema import IGNORED, NEUTRAL, ChatBody, CompletionBody
+from decausal.serving.parsing import IGNORED, NEUTRAL
+from decausal.serving.schema import ChatBody, CompletionBody
 
 BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 ERRORS = {
@@ -42,7 +43,7 @@ ERROR_SCHEMA = {
 
 
 def describe(app: FastAPI, has_key: bool) -> None:
-    """Replaces the application's description by one that says all of this."""
+    """Replaces the application's description with a complete one."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -84,7 +85,7 @@ def _description(app: FastAPI, has_key: bool) -> dict[str, Any]:
 
 
 def _closed(body: dict[str, Any]) -> dict[str, Any]:
-    """Returns a body's schema with the fields that are checked by name rather than by type, and no others."""
+    """Returns a body's schema with the fields that are checked by name instead of type, and no others."""
     own = body["properties"]
     more: dict[str, Any] = {name: {"description": "ignored"} for name in IGNORED}
     more |= {name: {"enum": [*values, None], "description": "not supported"} for name, values in NEUTRAL.items()}

@@ -1,4 +1,4 @@
-"""Refusals as OpenAI's clients understand them."""
+"""Errors as OpenAI's clients understand them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ KIND_OF_STATUS = {
 
 
 LONGEST_MESSAGE, LONGEST_PARAM = 600, 120
-"""Characters of an error: what a client sent may be megabytes."""
+"""The most characters of an error: a client may have sent megabytes."""
 
 
 class ApiError(Exception):
-    """A request that is refused or failed.
+    """A request was refused or failed.
 
     Attributes:
         status: HTTP status.
         message: What was wrong and what to do.
         param: The field of the body that was wrong.
         code: A word that programs can compare.
-        headers: To be sent along.
+        headers: Headers of the response.
     """
 
     def __init__(
@@ -48,22 +48,22 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON that tells of it."""
+        """Returns the error as JSON."""
         return error_body(self.status, self.message, param=self.param, code=self.code)
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Returns OpenAI's shape of an error."""
+    """Returns an error in OpenAI's form."""
     kind = KIND_OF_STATUS.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = None if param is None else _shortened(param, LONGEST_PARAM)
     return {"error": {"message": _shortened(message, LONGEST_MESSAGE), "type": kind, "param": param, "code": code}}
 
 
 def _shortened(text: str, length: int) -> str:
-    """Leaves the middle out: what is wrong stands first, what to do last."""
+    """Leaves out the middle of a text: what is wrong comes first, what to do comes last."""
     return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that says something that is not accepted."""
+    """Returns the error for a request with something that is not accepted."""
     return ApiError(400, message, param=param, code=code)

@@ -1,8 +1,8 @@
-"""To whom the server answers: a page of another site must not reach it through a visitor's browser.
+"""Decides which requests are answered: a page of another site must not reach the server through a visitor's browser.
 
-Two ways lead there. A name of that site may resolve to this machine once its page has been loaded (DNS rebinding): the
-browser then takes the server for that site, and `Host` holds its name. Or the page sends requests to this machine's
-address: then `Origin` holds it. Programs that are no browsers send the host that they call, and no `Origin`.
+There are two ways. After its page is loaded, the site's name may resolve to this machine (DNS rebinding). The browser
+then takes the server for that site, and `Host` holds the site's name. Or the page sends requests to this machine's
+address. Then `Origin` holds the site. Other programs send the host that they call, and no `Origin`.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ ANYBODY = "*"
 
 
 def is_public(host: str) -> bool:
-    """Whether others than this machine reach a server that listens there."""
+    """Returns whether other machines can reach a server that listens on this host."""
     return not _is_loopback(_plain(host))
 
 
 class Hosts:
-    """The names under which a server is called.
+    """The names under which a server may be called.
 
     Args:
-        host: Where it listens.
+        host: The host on which it listens.
         allowed: Further names; `ANYBODY` allows every one.
     """
 
     def __init__(self, host: str, allowed: Sequence[str] = ()) -> None:
         self._is_open = ANYBODY in allowed
         addresses = _addresses(host)
-        # One that listens on all of a machine's addresses is called by any of them; no name resolves to an address.
+        # A server on all addresses of a machine may be called by any of them. No name can imitate an address.
         self._takes_addresses = not host or any(ipaddress.ip_address(each).is_unspecified for each in addresses)
         own = [socket.gethostname()] if self._takes_addresses else [host, *addresses]
         self._names = {_plain(name) for name in (*allowed, *own)}
 
     def refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> ApiError | None:
-        """Says why a request with these headers is not answered; None: it is."""
+        """Returns why a request with these headers is not answered, or None if it is."""
         if self._is_open:
             return None
         given = {name: value.decode("latin-1").strip() for name, value in headers}
@@ -65,7 +65,7 @@ def _refused(what: str, host: str | None, given: str) -> ApiError:
 
 
 def _host_of(address: str) -> str | None:
-    """The host of an address, without its port; None where there is none."""
+    """Returns the host of an address without its port, or None."""
     try:
         host = urlsplit(address).hostname
     except ValueError:
@@ -86,7 +86,7 @@ def _is_address(host: str | None) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """A name or an address that is this machine's own everywhere."""
+    """Returns whether a name or address means this machine everywhere."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     return _is_address(host) and ipaddress.ip_address(host).is_loopback

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics that Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Counters of one server; a registry of its own, so that several servers in one process do not add up."""
+    """Counters of one server. They have their own registry, so that several servers in one process do not add up."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -39,11 +39,11 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
 
     def answered(self, endpoint: str, seconds: float) -> None:
-        """Counts the time of an answer that came to its end."""
+        """Counts the time of an answer that ended."""
         self._seconds.labels(endpoint).observe(seconds)
 
     def first_text(self, endpoint: str, seconds: float) -> None:
-        """Counts the time to the first text that nothing can change any more."""
+        """Counts the time to the first final text."""
         self._first.labels(endpoint).observe(seconds)
 
     def cancelled(self, endpoint: str) -> None:
@@ -55,7 +55,7 @@ class Metrics:
         self._prompt_tokens.labels(model).inc(num_prompt_tokens)
 
     def rows(self, model: str, num_running: int, num_waiting: int) -> None:
-        """Says what the engine holds now."""
+        """Sets how many rows run and wait."""
         self._running.labels(model).set(num_running)
         self._waiting.labels(model).set(num_waiting)
 
@@ -68,5 +68,5 @@ class Metrics:
         self._tokens.labels(model).inc(sum(len(row.ids) for row in ended))
 
     def text(self) -> bytes:
-        """The page that Prometheus reads."""
+        """Returns the page that Prometheus reads."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Around every request: who may ask, the key, errors in OpenAI's shape, and counting."""
+"""Checks around every request: its origin, the API key, errors in OpenAI's form, and counters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def refused(error: ApiError) -> JSONResponse:
 
 
 class Gate:
-    """Refuses other sites' pages, asks for the key, counts answers by status, and gives every error OpenAI's shape."""
+    """Refuses other sites' pages, asks for the key, counts answers by status, and gives every error OpenAI's form."""
 
     def __init__(
         self, app: ASGIApp, hosts: Hosts, api_key: str | None, metrics: Metrics, endpoints: Iterable[str]
@@ -37,7 +37,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # answered as GET is; the server sends no body
+        if scope["method"] == "HEAD":  # answered like GET; the server sends no body
             scope = {**scope, "method": "GET"}
         path = scope["path"]
         endpoint = path if path in self._endpoints else "other"
@@ -64,7 +64,7 @@ class Gate:
                 await JSONResponse(body, 500)(scope, receive, counting)
 
     def _refusal(self, path: str, scope: Scope) -> ApiError | None:
-        if path != "/health" and (error := self._hosts.refusal(scope["headers"])):  # probes call by whatever name
+        if path != "/health" and (error := self._hosts.refusal(scope["headers"])):  # probes may use any name
             return error
         if self._lacks_key(path, scope):
             message = "this server asks for its API key: send it as 'Authorization: Bearer KEY'"
@@ -81,19 +81,19 @@ class Gate:
 
 
 def _encoded(key: str) -> list[bytes]:
-    """A key as clients write it into a header: most in UTF-8, some in Latin-1 where that is possible."""
+    """Returns a key as clients write it into a header: most in UTF-8, some in Latin-1 where that is possible."""
     latin = [key.encode("latin-1")] if all(ord(character) < 256 for character in key) else []
     return [key.encode(), *latin]
 
 
 def missing_page(request: Request, endpoints: Iterable[str]) -> ApiError:
-    """A path that is not there, with the nearest one that is."""
+    """Returns the error for an unknown path, with the nearest known one."""
     hint = nearest(request.url.path, endpoints)
     return ApiError(404, f"{request.url.path} is not there{hint}", code="not_found")
 
 
 def wrong_method(request: Request, allowed: Any) -> ApiError:
-    """A method that a path does not know."""
+    """Returns the error for a method that a path does not have."""
     headers = {"Allow": allowed} if allowed else {}
     message = f"{request.url.path} does not know {request.method}" + (f": use {allowed}" if allowed else "")
     return ApiError(405, message, code="method_not_allowed", headers=headers)

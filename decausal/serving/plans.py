@@ -1,4 +1,4 @@
-"""From a checked body to rows for the engine."""
+"""From a checked body to jobs for the engine."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from decausal.serving.texts import accepted, completion_texts, num_new
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to.
+    """What a request asks for, as jobs.
 
     Attributes:
         kind: "text" or "chat".
-        jobs: One for each choice of the answer, in its order.
-        echoes: Text of the prompt that each choice repeats before its own; empty where it does not.
-        scored: For each choice, ids of the prompt whose log-probabilities are told with the echo, and how many of them
-            were put before its text; empty where none are.
-        is_echo_only: Nothing is written.
-        num_prompt_tokens: Given tokens, each prompt counted once.
-        num_top_log_probs: None: none are told.
-        is_stream: Text comes as server-sent events.
-        has_usage: The stream ends with counts.
-        has_events: The stream tells of every denoising step.
+        jobs: One job for each choice of the answer, in order.
+        echoes: Text of the prompt that each choice repeats before its own; empty if it does not.
+        scored: For each choice, ids of the prompt whose log-probabilities are reported with the echo, and how many of
+            them were put before its text; empty if none are.
+        is_echo_only: Whether nothing is written.
+        num_prompt_tokens: Given tokens. Each prompt counts once.
+        num_top_log_probs: Alternatives to report for each token. None: no log-probabilities.
+        is_stream: Whether text is sent as server-sent events.
+        has_usage: Whether the stream ends with counts.
+        has_events: Whether the stream reports every denoising step.
     """
 
     kind: str
@@ -59,7 +59,7 @@ def completion_plan(body: CompletionBody, converted: Converted, max_total_tokens
     """Reads /v1/completions: prompts, or a gap before a suffix, or gaps anywhere.
 
     Raises:
-        ApiError: 400: what the model cannot do, and why.
+        ApiError: 400. The model cannot do this; the error says why.
     """
     settings = _settings(body, converted)
     texts, prompts = completion_texts(body, converted, settings, max_total_tokens, work)
@@ -75,11 +75,11 @@ def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int, work:
     """Reads /v1/chat/completions: one prompt, made by the tokenizer's chat template.
 
     Raises:
-        ApiError: 400: no template, a conversation that it refuses, or what the model cannot do.
+        ApiError: 400. There is no template, it refuses the conversation, or the model cannot do this.
     """
     settings = _settings(body, converted)
     if body.decausal and body.decausal.parts is not None:
-        raise bad_request("'decausal.parts' has no place in a conversation: use /v1/completions", "decausal.parts")
+        raise bad_request("'decausal.parts' is not for conversations: use /v1/completions", "decausal.parts")
     text = conversation_text(body, converted.tokenizer)
     work.check()
     refuse_long_text(converted.tokenizer, text, max_total_tokens, "the conversation", "messages", work)
@@ -115,7 +115,7 @@ def _plan(
             "row": row,
             "settings": settings,
             "seed": (settings.seed + index) % NUM_SEEDS,
-            "end_token_ids": () if has_text_behind(row) else ends,
+            "end_token_ids": () if has_text_after(row) else ends,
             "is_watched": extension.events,
             "num_top_log_probs": num_top_log_probs,
         }
@@ -143,8 +143,8 @@ def _scored(
     if converted.facts.layout != "causal":
         raise bad_request(
             "'echo' with 'logprobs' asks how probable each token of the prompt is after those before it, which a model "
-            f"of layout '{converted.facts.layout}' does not say: ask the one that it was made from (decausal serve "
-            "--with_source), or leave one of them out",
+            f"of layout '{converted.facts.layout}' does not define: ask the model that it was made from (decausal "
+            "serve --with_source), or leave one of them out",
             "echo",
             "unsupported_field",
         )
@@ -157,8 +157,8 @@ def _scored(
     ]
 
 
-def has_text_behind(row: Row) -> bool:
-    """Whether text stands behind a gap."""
+def has_text_after(row: Row) -> bool:
+    """Returns whether text follows a gap."""
     return len(row.gaps) > 1 or bool(row.given[-1])
 
 
@@ -191,9 +191,9 @@ def _refuse_idle_search(extension: Extension, texts: Sequence[GappedText]) -> No
 
 def _refuse_unreadable(row: Row, converted: Converted) -> None:
     layout = converted.facts.layout
-    if layout != "bidirectional" and has_text_behind(row):
+    if layout != "bidirectional" and has_text_after(row):
         raise bad_request(
-            f"this model has layout '{layout}': a gap cannot see the text behind it; a suffix needs layout "
+            f"this model has layout '{layout}': a gap cannot see the text after it; a suffix needs layout "
             "'bidirectional'",
             "suffix",
             "unsupported_field",

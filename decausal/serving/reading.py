@@ -1,4 +1,4 @@
-"""Reading bodies: off the event loop, in bounded memory, and for no longer than somebody waits."""
+"""Reads bodies off the event loop, in bounded memory, and only while the client waits."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from decausal.serving.settings import LARGE
 Result = TypeVar("Result")
 
 MAX_LARGE_BODIES = 8
-"""Large bodies in memory at a time; of the others no more is read than a connection's buffer holds."""
+"""The most large bodies in memory at a time. Others wait with no more than a connection's buffer read."""
 NUM_SMALL_READERS = 4
 DRAIN_FACTOR = 16
-"""A body that is too long is read on to this many times the limit, so that the client is ready for the answer."""
+"""A body that is too long is read up to this many times the limit, so that the client is ready for the answer."""
 BODY_SECONDS = 60.0
-"""How long a body may take to arrive."""
+"""How many seconds a body may take to arrive."""
 
 
 class Work:
-    """What is done for a request before its rows are queued: it ends with its deadline, and when nobody waits for it.
+    """The work for a request before its rows are queued. It ends at its deadline, or when the client has left.
 
     Args:
-        seconds: Until the deadline.
-        late: What is told beyond it.
+        seconds: Seconds until the deadline.
+        late: The error after the deadline.
     """
 
     def __init__(self, seconds: float, late: ApiError) -> None:
@@ -43,23 +43,23 @@ class Work:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; at least 0."""
+        """Seconds until the deadline; at least 0."""
         return max(0.0, self.deadline - time.monotonic())
 
     def check(self) -> None:
         """Called between pieces of work.
 
         Raises:
-            ApiError: It is to end.
+            ApiError: The work has to end.
         """
         if self._is_stopped or not self.seconds_left:
             raise self.late
 
     def hold(self, places: Places) -> None:
-        """Keeps places in the queue for as long as the work goes on.
+        """Reserves places in the queue while the work goes on.
 
         Raises:
-            ApiError: It is to end.
+            ApiError: The work has to end.
         """
         with self._lock:
             self._places = places
@@ -68,7 +68,7 @@ class Work:
                 raise self.late
 
     def stop(self) -> None:
-        """Nobody waits for it any more: its places are free, and its thread ends at the next `check`."""
+        """Gives the work up: its places are free, and its thread ends at the next `check`."""
         with self._lock:
             self._is_stopped = True
             if self._places is not None:
@@ -76,7 +76,8 @@ class Work:
 
 
 class Readers:
-    """Threads that read bodies: small ones, which are most, never wait for large ones, which are read one at a time."""
+    """Threads that read bodies. Small bodies, which are the most, never wait for large ones, which are read one by
+    one."""
 
     def __init__(self) -> None:
         self._small = ThreadPoolExecutor(NUM_SMALL_READERS, "decausal-read")
@@ -84,10 +85,10 @@ class Readers:
         self._large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
 
     async def call(self, function: Callable[[], Result], size: int, work: Work, request: Request) -> Result:
-        """Has a thread call a function; returns, or raises, what comes of it.
+        """Lets a thread call a function, and returns or raises its result.
 
         Raises:
-            ApiError: 504, 499: the time is over, or the client has left.
+            ApiError: 504 or 499. The time is over, or the client has left.
         """
         pool = self._large if size > LARGE else self._small
         reading = asyncio.wrap_future(pool.submit(function))
@@ -104,10 +105,10 @@ class Readers:
 
     @asynccontextmanager
     async def room(self, work: Work) -> AsyncIterator[None]:
-        """Holds one of the places for large bodies.
+        """Takes one of the places for large bodies.
 
         Raises:
-            ApiError: 504: none has become free in time.
+            ApiError: 504. No place became free in time.
         """
         try:
             async with asyncio.timeout(work.seconds_left):
@@ -120,19 +121,19 @@ class Readers:
             self._large_bodies.release()
 
     def stop(self) -> None:
-        """Takes nothing more on."""
+        """Accepts no more work."""
         for pool in (self._small, self._large):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def left(request: Request) -> None:
-    """Returns once the client has left; its body must have been read."""
+    """Returns once the client has left. Its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def client_left() -> ApiError:
-    """What an answer ends with whose client has left; nobody reads it."""
+    """Returns the error for a client that has left; it is never read."""
     return ApiError(499, "the client has left", code="client_left")
 
 
@@ -140,17 +141,17 @@ async def read_body(request: Request, max_bytes: int, seconds: float, on_large: 
     """Reads a JSON body.
 
     Args:
-        request: Of which nothing has been read.
+        request: A request of which nothing has been read.
         max_bytes: Longest body.
-        seconds: How long it may take.
+        seconds: How many seconds it may take.
         on_large: Awaited before more than `LARGE` bytes are read.
 
     Raises:
-        ApiError: 408: it does not come. 413: it is too long. 415: it says that it is something else.
+        ApiError: 408 if it does not arrive, 413 if it is too long, 415 if it is declared as something else.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
-        # Asked for also because a browser then refuses to send it here on behalf of some other site's page.
+        # The header is also required because browsers then refuse to send it for another site's page.
         raise ApiError(
             415, "send JSON, with the header 'Content-Type: application/json'", code="unsupported_media_type"
         )

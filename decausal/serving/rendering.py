@@ -11,10 +11,10 @@ from decausal.serving.schema import ChatBody, Message
 
 
 def conversation_text(body: ChatBody, tokenizer: Any) -> str:
-    """Renders a conversation, with the beginning of the answer or with its last message left open.
+    """Renders a conversation, with the beginning of an answer or with its last message left open.
 
     Raises:
-        ApiError: 400: no template, one that refuses the conversation or does not read what was given for it.
+        ApiError: 400. There is no template, it refuses the conversation, or it does not read a given value.
     """
     if not tokenizer.chat_template:
         raise bad_request("this model's tokenizer has no chat template: use /v1/completions", "messages")
@@ -37,7 +37,7 @@ def conversation_text(body: ChatBody, tokenizer: Any) -> str:
 
 
 def _ending(body: ChatBody) -> dict[str, bool]:
-    """Whether an answer begins behind the messages, or the last of them is left open."""
+    """Returns whether an answer begins after the messages, instead of continuing the last one."""
     is_continued = bool(body.continue_final_message)
     if is_continued and body.messages[-1].role != "assistant":
         raise bad_request(
@@ -55,7 +55,7 @@ def _ending(body: ChatBody) -> dict[str, bool]:
 
 
 def _refuse_kwargs(kwargs: dict[str, Any], tokenizer: Any) -> None:
-    """Refuses names that are not the template's to read, and those that it does not read."""
+    """Refuses names that are reserved, and names that the template does not read."""
     for name in kwargs:
         param = f"chat_template_kwargs.{name}"
         if is_reserved(name, tokenizer):

@@ -18,10 +18,10 @@ def whole(
     """Returns the answer in one piece.
 
     Args:
-        plan: What was asked.
-        header: id, created, model.
-        choices: All of them, ended.
-        deltas: Of each choice, in order.
+        plan: What was asked for.
+        header: The fields id, created and model.
+        choices: All choices, which have ended.
+        deltas: The deltas of each choice, in order.
     """
     kind = "text_completion" if plan.kind == "text" else "chat.completion"
     told = [_whole_choice(plan, choice, found) for choice, found in zip(choices, deltas, strict=True)]
@@ -31,7 +31,7 @@ def whole(
 def chunk(
     plan: Plan, header: dict[str, Any], choice: Choice, delta: Delta, is_first: bool = False
 ) -> dict[str, Any] | None:
-    """Returns one piece of a stream; None where a step brought nothing that plain clients see and no event is told."""
+    """Returns one piece of a stream, or None if a step brought nothing visible and no event is reported."""
     if not (delta.text or delta.log_probs or delta.finish_reason or delta.event or is_first):
         return None
     told: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": delta.finish_reason}
@@ -53,7 +53,7 @@ def chunk(
 
 
 def usage_chunk(plan: Plan, header: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
-    """Returns the last piece of a stream: counts alone."""
+    """Returns the last piece of a stream, which only holds counts."""
     kind = "text_completion" if plan.kind == "text" else "chat.completion.chunk"
     return {**header, "object": kind, "choices": [], "usage": usage(plan, choices), "decausal": totals(choices)}
 
@@ -66,7 +66,7 @@ def usage(plan: Plan, choices: Sequence[Choice]) -> dict[str, int]:
 
 
 def totals(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Returns what the choices cost together."""
+    """Returns the total cost of the choices."""
     ended = [choice.ended for choice in choices if choice.ended]
     passes = sum(row.num_forwards for row in ended)
     written = sum(len(row.ids) for row in ended)
@@ -74,7 +74,7 @@ def totals(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def facts(choice: Choice) -> dict[str, Any]:
-    """Returns what is known of one choice beyond its text."""
+    """Returns the facts of one choice apart from its text."""
     ended = choice.ended
     if ended is None:
         return {}
@@ -114,7 +114,7 @@ def sse(value: dict[str, Any]) -> str:
 
 
 def _chat_log_prob(text: str, content: bytes, log_prob: float | None) -> dict[str, Any]:
-    # What a token of given text inside the answer has, in a shape that clients can read.
+    # Stands for tokens of given text inside the answer, in a form that clients can read.
     return {"token": text, "logprob": 0.0 if log_prob is None else log_prob, "bytes": list(content)}
 
 

@@ -1,41 +1,29 @@
-"""The bodies that clients send, as JSON schema and as checked values.
+"""The bodies that clients send, as types: JSON schema, and what each field must be.
 
 OpenAI's fields have OpenAI's meaning. The sampler's settings are fields beside them, by their own names, so that
-`extra_body` of OpenAI's clients can hold them. What is sent routinely and changes nothing here is ignored; what would
-change the answer and is not there is refused.
+`extra_body` of OpenAI's clients can hold them.
 """
 
 from __future__ import annotations
 
-import gc
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from reprlib import Repr
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PlainValidator,
-    ValidationError,
     WithJsonSchema,
     create_model,
     model_validator,
 )
 
 from decausal.data.messages import text_of
-from decausal.errors import nearest
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.lengths import SEARCHES
 from decausal.sampling.settings import ALIASES, COUNTS_BELOW, SamplerSettings
-from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.settings import (
-    LARGE,
-    MAX_BRACKETS,
     MAX_CHOICES,
-    MAX_FIELDS,
     MAX_MESSAGES,
     MAX_PROMPTS,
     MAX_STOP_LENGTH,
@@ -43,55 +31,6 @@ from decausal.serving.settings import (
     MAX_TOOL_CALLS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
-)
-
-IGNORED = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
-)
-"""Fields that OpenAI's clients send and that say nothing about the text."""
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
-    "audio": (),
-    "best_of": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-"""Fields of OpenAI's and of other servers that are not there, and the values at which nothing is missed; null always
-is one."""
-
-WHY_NOT = dict.fromkeys(
-    ("frequency_penalty", "presence_penalty", "repetition_penalty"),
-    "a pass writes many tokens at once, and none of them sees what the others repeat",
 )
 
 
@@ -193,7 +132,7 @@ class Extension(BaseModel):
 
     Attributes:
         events: Streams carry every denoising step: the draft, positions, confidence, and whether tokens were reopened.
-        parts: Instead of the prompt: given text and gaps (numbers of tokens, null where unknown) in turn.
+        parts: Instead of the prompt: given texts and gaps (numbers of tokens, null if unknown) in order.
         max_gap: The most tokens of a gap of unknown length.
         length_search: How unknown lengths are found.
     """
@@ -206,7 +145,7 @@ class Extension(BaseModel):
 
 
 class Tool(BaseModel):
-    """What the assistant may call; it goes to the chat template as it was given."""
+    """A tool that the assistant may call. It is passed to the chat template unchanged."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     type: str
@@ -214,7 +153,7 @@ class Tool(BaseModel):
 
 
 class FunctionCall(BaseModel):
-    """What a tool was called with; the arguments are an object, or one written as JSON."""
+    """A tool's name and arguments, which are an object or one written as JSON."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     name: str
@@ -229,7 +168,7 @@ class ToolCall(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation. An assistant's may have no content; calls of tools go to the chat template."""
+    """One turn of a conversation. An assistant's turn may lack content. Tool calls are passed to the chat template."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -241,7 +180,7 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settle_content(cls, value: Any) -> Any:
-        """An assistant's turn that only calls tools has null for content, or none at all."""
+        """Gives an assistant's turn that only calls tools, with null or no content, an empty one."""
         if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
             return {**value, "content": ""}
         return value
@@ -257,8 +196,8 @@ _SamplerBody = create_model(
 )
 
 
-class _Body(_SamplerBody):
-    """What completions and chat have in common."""
+class Body(_SamplerBody):
+    """The fields that completions and chat share."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
@@ -274,7 +213,7 @@ class _Body(_SamplerBody):
     decausal: Extension | None = None
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     """POST /v1/completions."""
 
     prompt: Prompt = None
@@ -284,7 +223,7 @@ class CompletionBody(_Body):
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class ChatBody(_Body):
+class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -297,135 +236,8 @@ class ChatBody(_Body):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-BodyType = TypeVar("BodyType", bound=_Body)
-
-
-def parse(raw: bytes, kind: type[BodyType]) -> BodyType:
-    """Reads a body.
-
-    Raises:
-        ApiError: 400, and the field that is wrong.
-    """
-    with _no_collection() if len(raw) > LARGE else nullcontext():
-        return _parsed(raw, kind)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collects no garbage: a body's parts are in no cycles, and to look for these among millions stops every thread."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _parsed(raw: bytes, kind: type[BodyType]) -> BodyType:
-    num_brackets = raw.count(b"[") + raw.count(b"{")
-    if num_brackets > MAX_BRACKETS:
-        raise bad_request(f"the body has {num_brackets} brackets, and at most {MAX_BRACKETS} are read: send less")
-    try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise bad_request(f"the body is not JSON: {error.msg} at {where}", code="invalid_json") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; NaN
-        raise bad_request(f"the body is not JSON that can be read: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise bad_request(f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
-    _refuse_surrogates(raw, value)
-    _refuse_sprawl(value)
-    try:
-        body = kind.model_validate(value)
-    except ValidationError as error:
-        raise _first_fault(error, value) from None
-    _refuse_what_is_not_there(body)
-    return body
-
-
-def sampler_options(body: _Body) -> dict[str, Any]:
-    """Returns the sampler's settings that a body gives, under our names or others'."""
+def sampler_options(body: Body) -> dict[str, Any]:
+    """Returns the sampler settings in a body, under our names or those of other samplers."""
     named = {name: getattr(body, name) for name in (*SAMPLER_FIELDS, "stop_token_ids", "temperature", "top_p")}
     aliased = {name: value for name, value in (body.model_extra or {}).items() if name in ALIASES}
     return {name: value for name, value in {**named, **aliased}.items() if value is not None}
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def _refuse_surrogates(raw: bytes, value: dict[str, Any]) -> None:
-    """Refuses text that has no UTF-8: half of a pair, which JSON can write as an escape."""
-    if b"\\u" not in raw:
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError as error:
-        raise bad_request(f"the body is not JSON that can be read: {error}", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise bad_request("the body holds half of a surrogate pair (\\ud800 to \\udfff)", code="invalid_utf8") from None
-
-
-def _refuse_sprawl(value: dict[str, Any]) -> None:
-    """Refuses objects of so many fields that a fault in each would fill the memory."""
-    for name in (None, "decausal", "stream_options"):
-        fields = value if name is None else value.get(name)
-        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
-            what = "the body" if name is None else f"'{name}'"
-            raise bad_request(f"{what} has {len(fields)} fields, and at most {MAX_FIELDS} are read", name)
-
-
-def _first_fault(error: ValidationError, value: dict[str, Any]) -> ApiError:
-    fault = error.errors(include_url=False, include_context=False)[0]
-    param = _path(fault["loc"], value, is_missing=fault["type"] == "missing")
-    if fault["type"] == "extra_forbidden":
-        hint = nearest(str(fault["loc"][-1]), Extension.model_fields)
-        return bad_request(f"unknown field '{param}'{hint}", param, "unknown_field")
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message if message.startswith(("must", "should")) else f"is not accepted: {message}"
-    given = "" if fault["type"] == "missing" else f" (given: {_short(fault['input'])})"
-    return bad_request(f"'{param}' {message}{given}", param, "missing_field" if not given else "invalid_value")
-
-
-_shortened = Repr()
-_shortened.maxlist = _shortened.maxdict = 20
-_shortened.maxstring = _shortened.maxlong = _shortened.maxother = 80
-
-
-def _path(location: Sequence[str | int], value: Any, *, is_missing: bool) -> str | None:
-    """The name of a field as the client knows it: pydantic also names the branches of unions."""
-    path = []
-    for i, part in enumerate(location):
-        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
-        if not is_there and not (is_missing and i == len(location) - 1):
-            break
-        path.append(str(part))
-        value = value[part] if is_there else None
-    return ".".join(path) or None
-
-
-def _short(value: Any) -> str:
-    text = _shortened.repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _refuse_what_is_not_there(body: _Body) -> None:
-    accepted = {*type(body).model_fields, *IGNORED, *NEUTRAL, *ALIASES}
-    for name, value in (body.model_extra or {}).items():
-        if name in NEUTRAL:
-            harmless = (*NEUTRAL[name], body.n or 1) if name == "best_of" else NEUTRAL[name]
-            if value is not None and value not in harmless:
-                why = f" ({WHY_NOT[name]})" if name in WHY_NOT else ""
-                raise bad_request(f"'{name}' is not supported here{why}: leave it out", name, "unsupported_field")
-        elif name == "max_new_tokens":
-            raise bad_request("'max_new_tokens' is called 'max_tokens' here", name, "unknown_field")
-        elif name not in IGNORED and name not in ALIASES:
-            raise bad_request(f"unknown field '{name}'{nearest(name, accepted)}", name, "unknown_field")
-    for index, message in enumerate(getattr(body, "messages", ())):
-        is_assistant = message.role == "assistant"
-        for name in ("function_call", "audio", *(() if is_assistant else ("tool_calls",))):
-            if getattr(message, name, None) is not None:
-                where = f"messages.{index}.{name}"
-                raise bad_request(f"'{where}' is not supported here: leave it out", where, "unsupported_field")

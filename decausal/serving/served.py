@@ -1,4 +1,4 @@
-"""The models behind one server, and where their answers come from."""
+"""The models of a server, and their workers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, nearest
-from decausal.exchange.handed_on import without_paths
 from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
+from decausal.privacy import without_paths
 from decausal.sampling.borders import Vocabulary
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.searching import SearchingEngine
@@ -35,7 +35,7 @@ class Served:
         converted: Model, tokenizer, facts.
         max_total_tokens: Longest row.
         worker: Its engine's thread.
-        is_source: It is the autoregressive model that another one was made from.
+        is_source: Whether it is the autoregressive model that another one was made from.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def card(self) -> dict[str, Any]:
-        """What /v1/models tells of it."""
+        """Returns the model's entry in /v1/models."""
         facts = self.converted.facts
         return {
             "id": self.name,
@@ -73,7 +73,7 @@ def served(
     """Returns a model ready to be started.
 
     Raises:
-        UserError: Rows longer than the model's context are wanted.
+        UserError: `max_total_tokens` exceeds the model's context.
     """
     context = context_length(converted.model.config)
     longest = settings.max_total_tokens or min(context or DEFAULT_MAX_TOTAL_TOKENS, DEFAULT_MAX_TOTAL_TOKENS)
@@ -97,7 +97,7 @@ def served(
         return SearchingEngine(engine, converted, settings.max_rows)
 
     if converted.facts.layout == "bidirectional":
-        Vocabulary.of(converted.tokenizer)  # else the first request with a gap would wait for it
+        Vocabulary.of(converted.tokenizer)  # otherwise the first request with a gap would wait for it
     worker = Worker(
         make_engine,
         name=name,
@@ -111,10 +111,10 @@ def served(
 def source_of(converted: Converted) -> Converted:
     """Loads the autoregressive model that a converted one was made from.
 
-    It gets a mask token too, which it never reads and which is never written: engines ban one.
+    It gets a mask token too, which is never read or written, because engines ban one.
 
     Raises:
-        UserError: It is not where it was.
+        UserError: The source is no longer there.
     """
     facts = converted.facts
     model, tokenizer = load_source(
@@ -127,7 +127,7 @@ def source_of(converted: Converted) -> Converted:
 
 
 def find(models: Sequence[Served], name: str | None) -> Served:
-    """Returns the model of that name, or the first where none is named.
+    """Returns the model of that name, or the first one without a name.
 
     Raises:
         ApiError: 404.

@@ -23,17 +23,17 @@ from decausal.serving.served import Served, served, source_of
 from decausal.serving.settings import ServeSettings
 
 GRACE_SECONDS = 5
-"""How long clients have, after the time to drain, to read how their answers were ended."""
+"""How many seconds clients have, after the time to drain, to read how their answers ended."""
 
 KEEP_ALIVE_SECONDS = 75
-"""How long a connection may be idle. Longer than clients keep theirs (5 s in OpenAI's client): who closes first must be
-the client, or it sends its next request into a connection that is just being closed."""
+"""How many seconds a connection may be idle. Longer than clients keep theirs (5 s in OpenAI's client), because the
+client must close first. Otherwise it may send a request into a connection that is being closed."""
 
 
 def models_of(
     directory: str | Path, settings: ServeSettings, metrics: Metrics, *, with_source: bool = False
 ) -> list[Served]:
-    """Loads a checkpoint, and the autoregressive model that it was made from where that is wanted.
+    """Loads a checkpoint, and on request the autoregressive model that it was made from.
 
     Raises:
         UserError: No such checkpoint or source.
@@ -56,13 +56,13 @@ def serve(
     with_source: bool = False,
     on_listening: Callable[[str, list[str]], None] | None = None,
 ) -> None:
-    """Loads a model and answers requests until it is told to end.
+    """Loads a model and answers requests until a signal ends it.
 
     Args:
         directory: What `decausal convert` wrote.
         settings: Address, key and limits.
-        with_source: Also serve the autoregressive model that it was made from, as NAME-source.
-        on_listening: Called with the address and the models' names once requests are taken.
+        with_source: Whether to serve the autoregressive model that it was made from too, as NAME-source.
+        on_listening: Called with the address and the models' names once requests are accepted.
 
     Raises:
         UserError: The model cannot be loaded, or the address is taken.
@@ -73,7 +73,7 @@ def serve(
         models = models_of(directory, settings, metrics, with_source=with_source)
         app = create_app(models, settings, metrics)
         _raise_file_limit()
-        gc.freeze()  # what is there now stays: a collection, which stops every thread, need not look at it
+        gc.freeze()  # these objects stay: garbage collection, which stops every thread, can skip them
         if on_listening:
             host, port = listener.getsockname()[:2]
             on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}", [model.name for model in models])
@@ -83,14 +83,14 @@ def serve(
 
 
 class DrainingServer(uvicorn.Server):
-    """Lets answers go on for a while when it is told to end, then ends them with an error that clients can read."""
+    """Lets answers continue for a while after a signal to end, then ends them with an error that clients can read."""
 
     def __init__(self, app: object, models: Sequence[Served], settings: ServeSettings) -> None:
         super().__init__(uvicorn_config(app, settings))
         self._models, self._drain = models, settings.drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no more requests, and returns once all answers have ended."""
+        """Accepts no more requests, and returns once all answers have ended."""
         ending = asyncio.create_task(self._end_answers())
         try:
             await super().shutdown(sockets)
@@ -104,7 +104,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def uvicorn_config(app: object, settings: ServeSettings) -> uvicorn.Config:
-    """Returns how uvicorn runs the application: quietly, and without waiting for streams for ever at the end."""
+    """Returns uvicorn's configuration: quiet, and without waiting forever for streams at the end."""
     logging.getLogger("decausal.serving").setLevel(logging.INFO)
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def uvicorn_config(app: object, settings: ServeSettings) -> uvicorn.Config:
 
 
 def _listener(settings: ServeSettings) -> socket.socket:
-    """Takes the address before the model is loaded, so that a taken one is told at once."""
+    """Binds the address before the model is loaded, so that a taken address is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -142,7 +142,8 @@ def _listener(settings: ServeSettings) -> socket.socket:
 
 
 def _raise_file_limit() -> None:
-    """Every client is an open file, and the usual limit of 1024 is a low one: goes up to what the system allows."""
+    """Raises the limit of open files to what the system allows. Every client is one, and the usual limit is only
+    1024."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,4 +1,4 @@
-"""What `decausal serve` can be told."""
+"""Settings and limits of `decausal serve`."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ MAX_TOOL_CALLS = 128
 MAX_TOOLS = 128
 MAX_FIELDS = 256
 MAX_BRACKETS = 2**18
-"""Lists and objects of a body, and brackets in its texts: to read a million of them stops every thread for a second."""
+"""The most lists and objects of a body, and brackets in its texts. Reading a million stops every thread for a
+second."""
 LARGE = 2**16
-"""Bytes of a body, or characters of its texts: from here on it takes its turn among the large ones."""
+"""Bytes of a body, or characters of its texts, from which it counts as large and takes its turn."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Where to listen, and how much to take on.
+    """Where to listen, and limits.
 
     Attributes:
-        host: Address to listen on; the default is reached from this machine alone.
-        port: 0 takes a free one.
+        host: Address to listen on. The default can only be reached from this machine.
+        port: Port to listen on; 0 takes a free one.
         max_rows: Rows denoised together. A request has one row for each prompt times `n`.
-        max_queue: Rows that may wait; a request beyond them is refused with status 429.
+        max_queue: Rows that may wait. Requests beyond them are refused with status 429.
         max_total_tokens: Longest row, given and written tokens together. None: the model's context, at most 4096.
-        timeout: Seconds that one request may take, the wait included.
-        drain: Seconds that answers may go on for when the server is told to end; then streams end with an error event.
-        api_key: What clients must send as `Authorization: Bearer KEY`. None: nobody is asked.
-        allowed_hosts: Further names under which the server is called, behind a proxy for one; `*` allows every one.
-        model_name: The name under which clients find the model. None: that of its directory.
+        timeout: Seconds that one request may take, including the wait.
+        drain: Seconds that answers may continue after a signal to end. Then streams end with an error event.
+        api_key: What clients must send as `Authorization: Bearer KEY`. None: no key is needed.
+        allowed_hosts: Further names under which the server may be called, for example through a proxy; `*` allows every
+            name.
+        model_name: The model's name for clients. None: the name of its directory.
         chat_template: A file with another chat template than the model's own, or its text.
-        chat_template_kwargs: Values that the chat template reads, where a request gives no others.
-        cuda_graphs: Record the passes of a block model as CUDA graphs. None: on a GPU, where it can be done.
+        chat_template_kwargs: Values that the chat template reads, unless a request gives others.
+        cuda_graphs: Whether to record the passes of a block model as CUDA graphs. None: on a GPU, if possible.
         max_body_bytes: Longest body of a request.
 
     Raises:
-        UserError: A value outside its range.
+        UserError: A value is outside its range.
     """
 
     host: str = "127.0.0.1"

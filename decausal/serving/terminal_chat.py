@@ -1,4 +1,4 @@
-"""The loop of `decausal chat`: what is typed becomes a question or a command, answers are printed as they come."""
+"""The loop of `decausal chat`: each line is a question or a command, and answers are printed as they come."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HELP = """\
 """
 COMMANDS = ("help", "settings", "history", "undo", "clear", "quit")
 _INVISIBLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""What a terminal would obey instead of showing."""
+"""Characters that a terminal would obey instead of showing."""
 
 
 class TerminalChat:
     """Reads lines until the input ends.
 
     Args:
-        conversation: Whom to ask.
-        read: Returns the next line, without its end; EOFError where there are no more.
-        write: Shows text at once.
+        conversation: The conversation.
+        read: Returns the next line without its end; raises EOFError at the end of the input.
+        write: Shows text immediately.
     """
 
     def __init__(self, conversation: Conversation, read: Callable[[], str], write: Callable[[str], Any]) -> None:
@@ -73,7 +73,7 @@ class TerminalChat:
             with _interrupts(interrupt):
                 for piece in answer:
                     self._write(piece.translate(_INVISIBLE))
-        except KeyboardInterrupt:  # where signals cannot be caught
+        except KeyboardInterrupt:  # signals cannot be caught here
             is_interrupted = True
         finally:
             answer.close()
@@ -114,7 +114,7 @@ class TerminalChat:
 
 
 def _parsed(value: str) -> Any:
-    """A number, true, false or none where it is one; else the word."""
+    """Returns a number, true, false or none if the word is one, else the word."""
     try:
         return json.loads({"none": "null", "None": "null", "True": "true", "False": "false"}.get(value, value))
     except ValueError:
@@ -123,7 +123,7 @@ def _parsed(value: str) -> Any:
 
 @contextmanager
 def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `stop`; pressed once more it interrupts for good. Signals reach the main thread alone."""
+    """Makes Ctrl-C call `stop`. Pressed again, it interrupts. Signals only reach the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Text of a row while it is being written: handed out as soon as nothing can change it."""
+"""Text of a row while it is being written, passed on as soon as it is final."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from decausal.sampling.stopping import cut_at_stop, text_before_stop
 from decausal.sampling.token_texts import BROKEN
 
 CONTEXT = 8
-"""Tokens before the text that decoding sees: some tokenizers drop the space in front of a text's first word."""
+"""Tokens before the text that are decoded with it, because some tokenizers drop the space before the first word."""
 
 
 class TextStream:
     """Decodes a growing row of final tokens, piece by piece.
 
-    What may still change is held back: bytes of a character whose rest is missing, and what may be the beginning of a
-    stop string. The pieces together are what `text_after` makes of the whole.
+    Text that may still change is held back: bytes of an incomplete character, and what may be the beginning of a stop
+    string. The pieces together equal `text_after` of the whole row.
 
     Args:
-        tokenizer: Decodes.
-        before: Ids in front of the text.
-        settings: What ends the text.
-        border: Characters of the tokens that are not of the text, at its beginning and its end.
+        tokenizer: Decodes ids.
+        before: Ids before the text.
+        settings: Settings with the stops that end the text.
+        border: Characters of the tokens, at the beginning and the end, that do not belong to the text.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TextStream:
         self.sent = ""
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes further final ids; returns the text that they make certain."""
+        """Takes further final ids, and returns the text that becomes final."""
         self._ids += ids
         read = self._decode(self._window, self._read)
         text = self._decode(self._window, len(self._ids))
@@ -49,9 +49,9 @@ class TextStream:
         return self._send(self._held + text[len(read) :])
 
     def finish(self, ids: Sequence[int]) -> str:
-        """Takes all new ids of the row that has ended; returns the rest of its text.
+        """Takes all new ids of the ended row, and returns the rest of its text.
 
-        The end of the text is where the first stop begins.
+        The text ends where the first stop begins.
         """
         whole = text_before_stop(self._tokenizer, self._before, ids, self._settings, self._border)
         rest = whole[len(self.sent) :] if whole.startswith(self.sent) else ""

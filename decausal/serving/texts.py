@@ -1,4 +1,4 @@
-"""From what a body gives to texts with gaps, as ids."""
+"""From the texts in a body to texts with gaps, as ids."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from decausal.serving.settings import MAX_UNKNOWN_GAPS
 def completion_texts(
     body: CompletionBody, converted: Converted, settings: SamplerSettings, max_total_tokens: int, work: Work
 ) -> tuple[list[GappedText], list[str]]:
-    """Returns the texts that a completion is to write in, and the prompts that they come from.
+    """Returns a completion's texts with gaps, and the prompts that they come from.
 
     Raises:
-        ApiError: 400: what cannot be read, or is too long.
+        ApiError: 400. A text cannot be read or is too long.
     """
     parts = body.decausal.parts if body.decausal else None
     if parts is not None:
         if body.echo:
-            raise bad_request("'echo' repeats a prompt, and decausal.parts is none: leave it out", "echo")
+            raise bad_request("'echo' repeats a prompt, and decausal.parts is not a prompt: leave it out", "echo")
         if body.prompt is not None or body.suffix or body.max_tokens is not None:
             raise bad_request(
                 "'decausal.parts' holds the whole text and the length of every gap: leave prompt, suffix and "
@@ -43,7 +43,7 @@ def completion_texts(
     if body.suffix:
         refuse_long_text(converted.tokenizer, body.suffix, max_total_tokens, "the suffix", "suffix", work)
         behind = ids_after(converted.tokenizer, body.suffix)
-    wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a row has a gap, whether or not it is written
+    wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a row has a gap, even if it is not written
     is_unknown = bool(behind) and body.max_tokens is None
     is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
     for (ids, prompt), name in zip(prompts, named("prompt", prompts), strict=True):
@@ -61,7 +61,7 @@ def completion_texts(
 def _prompts(
     body: CompletionBody, converted: Converted, max_total_tokens: int, work: Work
 ) -> list[tuple[list[int], str]]:
-    """Returns the ids of each prompt, and its text; of ids only where it is echoed."""
+    """Returns the ids of each prompt and its text. Ids are only decoded for an echo."""
     prompt: Any = body.prompt
     if prompt is None:
         raise bad_request("'prompt' is missing: a string, or a list of them", "prompt", "missing_field")
@@ -86,7 +86,7 @@ def _prompts(
 def _text_of_parts(
     parts: Sequence[Piece], converted: Converted, settings: SamplerSettings, max_total_tokens: int, work: Work
 ) -> GappedText:
-    """Neighbouring gaps of known lengths are one."""
+    """Joins neighbouring gaps of known lengths."""
     pieces: list[Piece] = []
     for part in parts:
         if type(part) is int and pieces and type(pieces[-1]) is int:
@@ -100,7 +100,7 @@ def _text_of_parts(
         refuse_long_text(converted.tokenizer, piece, max_total_tokens, "the text", "prompt", work)
     if lengths[-1] is None and not given[-1]:
         raise bad_request(
-            "the text ends with a gap of unknown length, and nothing behind it tells where it ends: give its length",
+            "the text ends with a gap of unknown length, and nothing after it shows where it ends: give its length",
             "decausal.parts",
         )
     if lengths.count(None) > MAX_UNKNOWN_GAPS:
@@ -115,10 +115,10 @@ def _text_of_parts(
 
 
 def num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_total_tokens: int, name: str) -> int:
-    """How many tokens are to be written.
+    """Returns how many tokens are to be written.
 
     Raises:
-        ApiError: 400: there is no room for them.
+        ApiError: 400. There is no room for them.
     """
     room = max_total_tokens - num_given
     num_new = min(settings.max_new_tokens, room) if wanted is None else wanted
@@ -134,7 +134,7 @@ def num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_t
 
 
 def accepted(make: Any, param: str | None = "prompt") -> Any:
-    """Returns what a function makes; what it refuses is told as a fault of that field."""
+    """Returns a function's result. Its UserError becomes an error of that field."""
     try:
         return make()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The thread that owns an engine: rows of many requests go in, what each step brings goes out."""
+"""The thread that owns an engine: rows of many requests go in, results of each step come out."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _log = logging.getLogger("decausal.serving")
 class Worker:
     """Runs one engine in one thread.
 
-    A step that fails harms nobody but the row that made it fail: the engine is made anew, and its rows are written
-    again, half as many together, until the step succeeds, or fails with one row alone.
+    A step that fails only harms the row that made it fail. A new engine is made, and its rows are written again, half
+    as many together, until the step succeeds or fails with a single row.
 
     Args:
         make_engine: Called once at the start, and again after each step that failed.
-        name: Of the model, for metrics and log.
+        name: The model's name, for metrics and log.
         max_rows: Rows that the engine runs together.
         max_queue: Rows that may wait beyond them.
-        metrics: Counted in.
+        metrics: The counters.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last_word = ApiError(503, "the server is shutting down", code="shutting_down")
         self._rows: dict[int, AnswerRow] = {}  # in the engine, by ticket
-        self._held: deque[AnswerRow] = deque()  # in front of it, after a failure
-        self._most: int | None = None  # rows that it may hold, after a failure
+        self._held: deque[AnswerRow] = deque()  # waiting for the engine after a failure
+        self._most: int | None = None  # rows that the engine may hold after a failure
         self._lock = threading.Lock()
         self._num_rows = 0
         self._ended_at: deque[float] = deque(maxlen=64)
@@ -68,16 +68,16 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step it is in."""
+        """Ends the thread after its current step."""
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=60)
 
     def reserve(self, num_rows: int) -> Places:
-        """Keeps places for rows, from any thread, before anything is made of the request.
+        """Reserves places for rows, from any thread, before anything is built from the request.
 
         Raises:
-            ApiError: 400: more rows than can ever wait together. 429: they cannot now.
+            ApiError: 400 if more rows are wanted than can ever wait together, 429 if they cannot wait now.
         """
         if num_rows > self._max_rows + self._max_queue:
             raise bad_request(
@@ -100,14 +100,14 @@ class Worker:
         return Places(num_rows, self._left)
 
     def submit(self, jobs: Sequence[Job], places: Places) -> Answer:
-        """Takes a request on, from the event loop.
+        """Accepts a request, from the event loop.
 
         Args:
             jobs: Its rows.
-            places: Kept for them; those that they do not need are free again.
+            places: The places reserved for them. Those not needed are freed.
 
         Raises:
-            ApiError: 503: the thread has ended.
+            ApiError: 503. The thread has ended.
         """
         if not self.is_alive:
             raise _stopped()
@@ -117,7 +117,7 @@ class Worker:
         return answer
 
     async def between_steps(self, function: Callable[[], Result]) -> Result:
-        """Has the thread call a function between two steps; returns, or raises, what comes of it."""
+        """Lets the thread call a function between two steps, and returns or raises its result."""
         future: Future[Result] = Future()
 
         def answer() -> None:
@@ -132,16 +132,16 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def cancel(self, answer: Answer) -> None:
-        """Gives up what has not ended, from any thread. May be called again, and after the end."""
+        """Drops rows that have not ended, from any thread. May be called again, and after the end."""
         self._inbox.put(lambda: self._drop(answer))
 
     def give_up(self, answer: Answer, error: ApiError) -> None:
-        """Ends an answer with an error, from the event loop, whoever reads it or does not."""
+        """Ends an answer with an error, from the event loop, even if the client has left."""
         answer.fail(error)
         self.cancel(answer)
 
     def _seconds_to_wait(self, num_rows: int) -> int:
-        """How long until as many rows have left, at the rate of the last ones."""
+        """Returns how many seconds until as many rows have ended, at the rate of the last ones."""
         ended = self._ended_at
         if len(ended) < 2:
             return 1
@@ -162,7 +162,8 @@ class Worker:
         self._fail_all(self._last_word)
 
     def _take_messages(self) -> bool:
-        """Does what the inbox asks, and waits for it where there is nothing else to do. False: the thread ends."""
+        """Handles the inbox, and waits for it if there is nothing else to do. Returns False if the thread has to
+        end."""
         while True:
             try:
                 message = self._inbox.get(block=not (self._rows or self._held))
@@ -184,17 +185,17 @@ class Worker:
         call(answer, settle, answer, None)
 
     def _admit_held(self) -> None:
-        """Lets rows into the engine that wait in front of it, as many as it may hold."""
+        """Moves waiting rows into the engine, as many as it may hold."""
         while self._held and (self._most is None or len(self._rows) < self._most):
             self._submit(self._held.popleft())
         if not self._rows:
             self._most = None
 
     def _submit(self, row: AnswerRow) -> bool:
-        """Gives a row to the engine; where that refuses it the answer ends."""
+        """Submits a row to the engine. If the engine refuses it, the answer ends."""
         try:
             row.ticket, row.num_seen = self._engine.submit(row.job), 0
-        except Exception as error:  # one request's fault is no other's
+        except Exception as error:  # other requests are not affected
             self._give_up(row.answer, _as_api_error(error))
             return False
         self._rows[row.ticket] = row
@@ -215,14 +216,14 @@ class Worker:
         call(answer, deliver, [(answer, [Told(0, None, error)])])
 
     def _step(self) -> bool:
-        """Takes the engine's rows one step further. False: there is no engine any more."""
+        """Takes the engine's rows one step further. Returns False if there is no engine any more."""
         start, failure = time.perf_counter(), None
         try:
             steps = self._engine.step()
         except Exception as error:
             _log.exception("a step of the engine failed with %d rows in it", len(self._rows))
             failure = _as_api_error(error)
-        if failure is not None:  # out of the handler, which holds on to what the engine held
+        if failure is not None:  # outside the handler, which keeps references to what the engine held
             return self._begin_anew(failure)
         told: dict[Answer, list[Told]] = {}
         for progress in steps:
@@ -248,7 +249,7 @@ class Worker:
             del self._rows[progress.ticket]
 
     def _begin_anew(self, error: ApiError) -> bool:
-        """After a step that failed: what the engine held is lost with it, but not what its rows are made of."""
+        """Recovers after a step that failed. The engine's state is lost, but not the jobs of its rows."""
         rows = list(self._rows.values())
         self._rows.clear()
         for row in rows:
@@ -259,11 +260,11 @@ class Worker:
         else:
             self._most = max(1, min(self._most or self._max_rows, len(rows)) // 2)
             self._held.extendleft(reversed(rows))
-        del self._engine  # first, or there might be no memory for another
+        del self._engine  # first, so that there is memory for another one
         try:
             self._engine = self._make_engine()
         except Exception:
-            _log.exception("the engine cannot be made anew: requests are refused from now on")
+            _log.exception("no new engine can be made: requests are refused from now on")
             self._last_word = _stopped()
             return False
         return True

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.secrets import without_secrets
+from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
 # What every run of ours differs in from transformers' defaults.

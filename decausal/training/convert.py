@@ -36,6 +36,7 @@ from decausal.models.row_attention import FLEX
 from decausal.training.inputs import check_conversion
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
+from decausal.training.meters import TokenMeter
 from decausal.training.on_device import attend_by_flex, compiles, say_precision
 from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
 from decausal.training.run import training_arguments
@@ -54,7 +55,6 @@ from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.terms import TERMS
-from decausal.training.token_counts import TokenMeter
 from decausal.training.trainer import ConversionTrainer
 
 

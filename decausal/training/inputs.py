@@ -20,7 +20,7 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
     """Refuses what `convert` would refuse after it has been imported.
 
     Raises:
-        UserError: a value out of its range, an output directory that is not free, no such model, data or prompts.
+        UserError: A value out of its range, an output directory that is not free, no such model, data or prompts.
     """
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
@@ -45,7 +45,7 @@ def check_pretraining(settings: PretrainSettings, training: Mapping[str, Any]) -
     """Refuses what `pretrain` would refuse after it has been imported.
 
     Raises:
-        UserError: a value out of its range, an output directory that is not free, or no such data.
+        UserError: A value out of its range, an output directory that is not free, or no such data.
     """
     check_values(PRETRAIN_DEFAULTS | dict(training))
     _check_output(training, overwrite=settings.overwrite)

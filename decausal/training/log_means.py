@@ -25,8 +25,8 @@ class LogMeans:
         """Returns the means per step since the last call; the host waits for the device.
 
         Args:
-            sum_over_processes: adds up a value of all processes.
-            micro_batches: of a step.
+            sum_over_processes: Adds up a value of all processes.
+            micro_batches: Of a step.
         """
         means = {
             name: round(float(sum_over_processes(value)) / (self._num_added[name] / micro_batches), 6)

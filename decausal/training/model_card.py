@@ -11,9 +11,8 @@ import yaml
 
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores
-from decausal.exchange.handed_on import without_paths
+from decausal.privacy import without_paths, without_secrets
 from decausal.provenance import provenance
-from decausal.secrets import without_secrets
 from decausal.training.settings import PretrainSettings
 
 

@@ -65,7 +65,7 @@ def _try_flex(model: PreTrainedModel, layout: Layout, device: torch.device, name
 
 
 def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
-    """Whether some of the first rows hold several documents, or padding."""
+    """Returns whether some of the first rows hold several documents, or padding."""
     if isinstance(stream, OnPolicyStream):
         return True
     some = islice(range(len(stream.rows)), NUM_ROWS_SEEN)
@@ -73,7 +73,8 @@ def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
 
 
 def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArguments) -> bool:
-    """Whether the decoder layers are compiled: as the settings say, or where the run is long enough to repay it.
+    """Returns whether the decoder layers are compiled: as the settings say, or where the run is long enough to repay
+    it.
 
     Adapters are left as they are unless asked for, since the teacher's hooks would compile them again and again; so
     are sharded and checkpointed layers, of which nobody knows yet what compiling them gives.
@@ -90,7 +91,9 @@ def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArgum
 
 
 def step_operations(settings: ConversionSettings, model: nn.Module, args: TrainingArguments) -> float:
-    """Floating-point operations of the matrices in a step of one process, forward and backward, teacher left out."""
+    """Returns the floating-point operations of matrix products in a step of one process, forward and backward.
+
+    The teacher's are not counted."""
     body = stock_model(model).base_model
     num_weights = sum(weight.numel() for weight in body.parameters()) - body.get_input_embeddings().weight.numel()
     streams = settings.views if settings.layout != "block" else settings.views + 1

@@ -90,15 +90,15 @@ class OnPolicyRows:
     """Makes training batches of the rows at given positions, rolling out whenever a new rollout batch begins.
 
     Attributes:
-        prompts: what rollouts start from; every epoch in a new order.
-        plan: sizes.
-        collator: makes batches of packed rollouts.
-        seed: the run's seed.
-        first_row: position of the first on-policy row, behind the warm start's.
-        end_row: position behind the last row of the run.
-        rows_per_batch: rows of a micro-batch.
-        process: index of this process, which rolls out the rows that it trains on.
-        num_processes: number of processes.
+        prompts: What rollouts start from; every epoch in a new order.
+        plan: Sizes.
+        collator: Makes batches of packed rollouts.
+        seed: The run's seed.
+        first_row: Position of the first on-policy row, behind the warm start's.
+        end_row: Position behind the last row of the run.
+        rows_per_batch: Rows of a micro-batch.
+        process: Index of this process, which rolls out the rows that it trains on.
+        num_processes: Number of processes.
     """
 
     prompts: Prompts
@@ -121,9 +121,9 @@ class OnPolicyRows:
         """Returns the training batch of the rows at `positions`, on the CPU.
 
         Args:
-            positions: training rows, counted from the start of the run; all of one rollout batch.
-            step: the optimizer step that they are trained in.
-            roll_out: makes rollouts with the model as it is now.
+            positions: Training rows, counted from the start of the run; all of one rollout batch.
+            step: The optimizer step that they are trained in.
+            roll_out: Makes rollouts with the model as it is now.
         """
         generated_before = self.tally.tokens
         number = (positions[0] - self.first_row) // self.plan.rows
@@ -198,7 +198,7 @@ class OnPolicyRows:
         """Takes up the rollouts that a checkpoint was saved with.
 
         Raises:
-            UserError: it was saved by another number of processes.
+            UserError: It was saved by another number of processes.
         """
         if not self._file(directory).is_file():
             raise UserError(

@@ -57,14 +57,14 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     """Trains tokenizer and model, resumably, and writes the final model in bfloat16 to `output_dir`.
 
     Args:
-        settings: shape and data.
-        training: fields of `transformers.TrainingArguments` that differ from `PRETRAIN_DEFAULTS`; needs `output_dir`.
+        settings: Shape and data.
+        training: Fields of `transformers.TrainingArguments` that differ from `PRETRAIN_DEFAULTS`; needs `output_dir`.
 
     Returns:
         The output directory, which loads in plain `AutoModelForCausalLM` and holds a model card, and what was measured.
 
     Raises:
-        UserError: the shape is impossible, the data unreadable or the output directory not free.
+        UserError: The shape is impossible, the data unreadable or the output directory not free.
     """
     args = training_arguments(PRETRAIN_DEFAULTS | training)
     output_dir = Path(args.output_dir)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from decausal.training.token_counts import TokenMeter
+from decausal.training.meters import TokenMeter
 
 
 class Pace:
@@ -19,11 +19,11 @@ class Pace:
     checkpoints. The time left is for all of it.
 
     Args:
-        meter: counts the run's tokens.
-        clock: seconds.
+        meter: Counts the run's tokens.
+        clock: Seconds.
 
     Attributes:
-        first_step: the step that it began at.
+        first_step: The step that it began at.
     """
 
     def __init__(self, meter: TokenMeter, clock: Callable[[], float] = time.perf_counter) -> None:

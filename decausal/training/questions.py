@@ -63,8 +63,8 @@ class NextTokens:
     """The next-token distributions after the positions that the batch calls `index`.
 
     Attributes:
-        index: name of the flat positions in clean rows.
-        top_k: the most probable tokens to keep; None: the full vocabulary.
+        index: Name of the flat positions in clean rows.
+        top_k: The most probable tokens to keep; None: the full vocabulary.
     """
 
     index: str

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from decausal.data.stream import TrainingStream
 from decausal.errors import UserError
-from decausal.secrets import without_secrets
+from decausal.privacy import without_secrets
 from decausal.training.on_policy import OnPolicyStream
 from decausal.training.run import rows_per_step
 from decausal.training.run_directory import RUN_FILE, sealed
@@ -47,9 +47,9 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
     """Returns what a checkpoint records of its run.
 
     Args:
-        settings: ours, by name.
-        args: transformers' arguments.
-        rows: fingerprint of the rows that are trained on.
+        settings: Ours, by name.
+        args: Transformers' arguments.
+        rows: Fingerprint of the rows that are trained on.
     """
     return {
         "settings": _fixed_settings(settings),
@@ -102,8 +102,8 @@ def refuse_other_rows(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError where the data do not make the rows that the run has been trained on so far.
 
     Args:
-        checkpoint: where the run goes on.
-        record: what `run_record` says of the run now.
+        checkpoint: Where the run goes on.
+        record: What `run_record` says of the run now.
     """
     if sealed(checkpoint).get("rows", record["rows"]) != record["rows"]:
         raise UserError(

@@ -27,9 +27,9 @@ def states_of(rollout: Rollout, block_size: int, relative_step: Float[Tensor, "K
     r = floor(relative_step * n): so every block of every state has a token to predict.
 
     Args:
-        rollout: the rollout.
-        block_size: tokens per block.
-        relative_step: in [0, 1), for each view and each block of the row.
+        rollout: The rollout.
+        block_size: Tokens per block.
+        relative_step: In [0, 1), for each view and each block of the row.
 
     Source: OPDLM (arXiv 2606.06712, algorithm 1).
     """
@@ -58,11 +58,11 @@ def relative_steps(
     Several states are spread evenly over a block's steps, from one draw.
 
     Args:
-        num_blocks: blocks of the row.
+        num_blocks: Blocks of the row.
         num_states: K.
         choice: "block" draws for each block, "sequence" once for all.
-        position: training row, counted from the start of the run.
-        seed: the run's seed.
+        position: Training row, counted from the start of the run.
+        seed: The run's seed.
     """
     generator = np.random.default_rng([seed % 2**64, position, 0x57A7E])
     drawn = torch.from_numpy(generator.random((1, num_blocks if choice == "block" else 1)))
@@ -118,7 +118,7 @@ def _packed(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _balanced(sizes: Sequence[int], num_rows: int) -> list[list[int]]:
-    """The largest first, each into the row that is the shortest so far."""
+    """Returns the largest first, each into the row that is the shortest so far."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     lengths = [(0, row) for row in range(num_rows)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):

@@ -32,13 +32,13 @@ class Rollout:
     """A prompt and what the student wrote after it.
 
     Attributes:
-        ids: tokens from the prompt's first to the end of the last block, which may lie behind the answer's end.
-        prompt_length: tokens of the prompt.
-        end: position behind the answer's last token: the end token, or the last token of a truncated answer.
-        step_of_token: the step of its block in which each position was unmasked; -1 for the prompt, `NEVER` where the
+        ids: Tokens from the prompt's first to the end of the last block, which may lie behind the answer's end.
+        prompt_length: Tokens of the prompt.
+        end: Position behind the answer's last token: the end token, or the last token of a truncated answer.
+        step_of_token: The step of its block in which each position was unmasked; -1 for the prompt, `NEVER` where the
             rollout ended before.
-        num_forwards: model calls that the row took part in.
-        has_ended: whether the answer has an end token; else it was truncated.
+        num_forwards: Model calls that the row took part in.
+        has_ended: Whether the answer has an end token; else it was truncated.
     """
 
     ids: Int[Tensor, " T"]
@@ -73,10 +73,10 @@ class Decoding:
     """How rollouts are decoded.
 
     Attributes:
-        facts: layout, block size, shift and mask token of the model.
-        settings: temperature, threshold and truncation.
-        end_token_ids: tokens that end an answer.
-        max_rows: rows decoded together.
+        facts: Layout, block size, shift and mask token of the model.
+        settings: Temperature, threshold and truncation.
+        end_token_ids: Tokens that end an answer.
+        max_rows: Rows decoded together.
     """
 
     facts: ConversionFacts

@@ -20,7 +20,7 @@ import yaml
 from decausal.errors import UserError
 from decausal.files import is_partial, write_whole
 from decausal.models.facts import FACTS_FILE
-from decausal.secrets import without_secrets
+from decausal.privacy import without_secrets
 
 RUN_FILE = "run.yaml"
 STAGING = ".saving"  # a checkpoint is written here and renamed when whole, so a half-written one never has its name

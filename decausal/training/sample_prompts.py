@@ -25,7 +25,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     """Reads prompts: one a line, or of a jsonl file records of `prompt`, or of `messages` with one user's message.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt or too many, or a record of another form.
+        UserError: The file cannot be read, holds no prompt or too many, or a record of another form.
     """
     path = Path(path).expanduser()
     try:

@@ -28,11 +28,11 @@ class Samples:
     """Continues prompts with the model as it is.
 
     Args:
-        prompts: what to continue.
-        tokenizer: the student's.
-        facts: how it decodes.
-        num_tokens: new tokens of each.
-        output_dir: where `samples.jsonl` is written; None: nowhere, and nothing is shown (other processes than the
+        prompts: What to continue.
+        tokenizer: The student's.
+        facts: How it decodes.
+        num_tokens: New tokens of each.
+        output_dir: Where `samples.jsonl` is written; None: nowhere, and nothing is shown (other processes than the
             first).
     """
 
@@ -96,6 +96,6 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _one_line(text: str) -> str:
-    """A text as it stands in a log: line ends visible, its end left out where it is long."""
+    """Returns a text as it stands in a log: line ends visible, its end left out where it is long."""
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."

@@ -86,8 +86,8 @@ def tie(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns a gathered state dict in which one parameter of the model is one tensor, which is then saved once.
 
     Args:
-        model: where the weights are from.
-        state_dict: gathered weights; those of one parameter under two names are equal, but not the same tensor.
+        model: Where the weights are from.
+        state_dict: Gathered weights; those of one parameter under two names are equal, but not the same tensor.
     """
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):

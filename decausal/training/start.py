@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from decausal.data.corpus import EMBEDDED_MODELS
 from decausal.errors import UserError
 from decausal.models.adapt import load_source, source_commit
 from decausal.models.checkpoint import load_converted
+from decausal.models.embedded import EMBEDDED_MODELS
 from decausal.models.facts import ConversionFacts, read_facts
 from decausal.models.names import facts_of
 from decausal.training.resuming import refuse_other_settings
@@ -29,9 +29,9 @@ class Start:
     """The model that a run begins with.
 
     Attributes:
-        name: directory, hub id, or an embedded model's name.
-        commit: its commit on the hub, if it is there.
-        facts: those of a converted model; None for an AR model.
+        name: Directory, hub id, or an embedded model's name.
+        commit: Its commit on the hub, if it is there.
+        facts: Those of a converted model; None for an AR model.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Start:
         """Loads it in fp32.
 
         Raises:
-            UserError: it cannot be loaded, or is converted and has another mask token than the one asked for.
+            UserError: It cannot be loaded, or is converted and has another mask token than the one asked for.
         """
         if self.facts is None:
             return load_source(
@@ -66,7 +66,7 @@ class Start:
         """Loads the AR model that a converted one was made from, which teaches its later stages.
 
         Raises:
-            UserError: it is not at hand.
+            UserError: It is not at hand.
         """
         assert self.facts is not None
         try:
@@ -78,7 +78,7 @@ class Start:
             ) from error
 
     def history(self) -> dict[str, Any]:
-        """Where the run's weights come from, as fields of its `ConversionFacts`."""
+        """Returns where the run's weights come from, as fields of its `ConversionFacts`."""
         if self.facts is None:
             return {"source": self.source, "source_revision": self.commit}
         return {
@@ -95,15 +95,15 @@ def find_start(
     """Finds what a run begins with, and what its settings leave to that.
 
     Args:
-        settings: as given.
-        output_dir: where the run writes.
-        checkpoint: of the same run, where it is resumed: the model is then of the commit that it began with.
+        settings: As given.
+        output_dir: Where the run writes.
+        checkpoint: Of the same run, where it is resumed: the model is then of the commit that it began with.
 
     Returns:
         The settings with all facts, and the model.
 
     Raises:
-        UserError: there is no such model, the settings do not go with it, or they are not those of `checkpoint`.
+        UserError: There is no such model, the settings do not go with it, or they are not those of `checkpoint`.
     """
     name, revision = settings.model_name_or_path, settings.revision
     if checkpoint is not None:

@@ -53,8 +53,8 @@ class Teacher:
 
         Layer -1 is the last state, from which `distribution` makes next-token distributions.
         """
-        body, blocks = stock_model(self.model).base_model, decoder_layers(self.model)
-        wanted = [(layer % (len(blocks) + 1), index) for layer, index in wanted]
+        body, layers = stock_model(self.model).base_model, decoder_layers(self.model)
+        wanted = [(layer % (len(layers) + 1), index) for layer, index in wanted]
         positions: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for order, (layer, index) in enumerate(wanted):
             positions[layer].append((order, index))
@@ -67,16 +67,16 @@ class Teacher:
                 raise _AllGathered
 
         hooks = [  # before FSDP's, which would begin the layer that the pass perhaps ends at
-            blocks[layer].register_forward_pre_hook(_gather_input(gather, layer), prepend=True, with_kwargs=True)
+            layers[layer].register_forward_pre_hook(_gather_input(gather, layer), prepend=True, with_kwargs=True)
             for layer in positions
-            if layer < len(blocks)
+            if layer < len(layers)
         ]
         try:
             with torch.no_grad(), self._frozen():
                 output = body_forward(
                     self.model, clean_ids, CAUSAL, document_ids=document_ids, position_ids=position_ids
                 )
-            gather(len(blocks), output.last_hidden_state)
+            gather(len(layers), output.last_hidden_state)
         except _AllGathered:
             pass
         finally:
@@ -87,13 +87,13 @@ class Teacher:
     def distribution(
         self, hidden: Float[Tensor, "n D"], k: int | None, *, banned: int, vocabulary_size: int
     ) -> TopK | States:
-        """Next-token distributions at last states of `read`, in the form that `chunked_divergence` takes.
+        """Returns next-token distributions at last states of `read`, in the form that `chunked_divergence` takes.
 
         Args:
-            hidden: the states.
-            k: the most probable tokens to keep of each. None keeps the states, for the full vocabulary.
-            banned: the mask token, which the student cannot predict and the teacher has perhaps no row for.
-            vocabulary_size: rows of the student's head; spare rows that the teacher has beyond them do not count.
+            hidden: The states.
+            k: The most probable tokens to keep of each. None keeps the states, for the full vocabulary.
+            banned: The mask token, which the student cannot predict and the teacher has perhaps no row for.
+            vocabulary_size: Rows of the student's head; spare rows that the teacher has beyond them do not count.
         """
         head = head_of(self.model)
         num_tokens = min(len(head.weight), vocabulary_size)
@@ -113,7 +113,7 @@ class AdapterTeacher(Teacher):
     """The student itself with its adapters off: the AR model that they are trained on top of, without a second copy.
 
     Args:
-        student: a PEFT wrapper whose base weights are frozen.
+        student: A PEFT wrapper whose base weights are frozen.
     """
 
     def __init__(self, student: nn.Module) -> None:

@@ -23,7 +23,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 from decausal.models.compiled import uncompiled
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
-from decausal.secrets import secrets_set_aside
+from decausal.privacy import secrets_set_aside
 from decausal.training.log_means import LogMeans
 from decausal.training.losses import (
     Supervision,
@@ -32,6 +32,7 @@ from decausal.training.losses import (
     weighed,
     weighted_loss,
 )
+from decausal.training.meters import TokenMeter
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
 from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
@@ -41,7 +42,6 @@ from decausal.training.run_directory import STAGING, checkpoints, discard, disk_
 from decausal.training.sharding import are_finite, gathered, reshard, shard_layers, tie
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.terms import Term
-from decausal.training.token_counts import TokenMeter
 
 Result = TypeVar("Result")
 Counts = dict[str, Tensor]  # scalars, by the values of `decausal.data.counts.Count`
@@ -58,22 +58,22 @@ class ConversionTrainer(Trainer):
         - a loss that is not finite stops the run, naming the step, before it can reach a checkpoint.
 
     Args:
-        model: the student, stock or wrapped by PEFT.
-        args: transformers' arguments; `max_steps` decides the length of the run.
-        stream: training rows.
-        collator: makes batches of them.
-        supervision: the losses.
-        teacher: the frozen AR model, None where the supervision has no use for it.
-        decoding: how the rollouts of an `OnPolicyStream` are made.
-        finish_checkpoint: called with each checkpoint's directory before it gets its name, to add what makes it
+        model: The student, stock or wrapped by PEFT.
+        args: Transformers' arguments; `max_steps` decides the length of the run.
+        stream: Training rows.
+        collator: Makes batches of them.
+        supervision: The losses.
+        teacher: The frozen AR model, None where the supervision has no use for it.
+        decoding: How the rollouts of an `OnPolicyStream` are made.
+        finish_checkpoint: Called with each checkpoint's directory before it gets its name, to add what makes it
             loadable (tokenizer, facts).
-        measure: called with the stock student wherever transformers would evaluate; returns what to log.
-        meter: counts the tokens that are trained on.
-        run_record: what checkpoints record of the run, see `decausal.training.resuming.run_record`.
-        more: passed on to `transformers.Trainer` (callbacks, optimizers).
+        measure: Called with the stock student wherever transformers would evaluate; returns what to log.
+        meter: Counts the tokens that are trained on.
+        run_record: What checkpoints record of the run, see `decausal.training.resuming.run_record`.
+        more: Passed on to `transformers.Trainer` (callbacks, optimizers).
 
     Raises:
-        UserError: arguments that transformers does not take.
+        UserError: Arguments that transformers does not take.
     """
 
     def __init__(
@@ -201,7 +201,8 @@ class ConversionTrainer(Trainer):
         return dict(zip(names, totals.unbind(), strict=True))
 
     def _weights(self, step: int) -> dict[Term, float]:
-        """The losses of this step. A teacher that none of them will ask again is dropped, which frees its memory."""
+        """Returns the losses of this step. A teacher that none of them will ask again is dropped, which frees its
+        memory."""
         if not self.supervision.needs_teacher(step):
             self.teacher = None
         return self.supervision.weights(step)
@@ -402,5 +403,6 @@ class ConversionTrainer(Trainer):
 
 
 def _reads_at_once(device: torch.device) -> bool:
-    """Whether looking at a value costs nothing; on an accelerator the host would wait for all that is queued."""
+    """Returns whether looking at a value costs nothing; on an accelerator the host would wait for all that is
+    queued."""
     return device.type == "cpu"

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         from rich.console import Console
 
         from decausal.compare.run import run_compare
-        from decausal.exchange.handed_on import without_paths_in
+        from decausal.privacy import without_paths_in
     console = Console(stderr=True, quiet=True) if is_json else None
     found = run_compare(settings, arms, console, f"decausal compare {without_paths_in(arguments)}".strip())
     if is_json:

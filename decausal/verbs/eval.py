@@ -17,6 +17,7 @@ from decausal.verbs.flags import (
     add_template_flags,
     at_least,
     given,
+    given_to,
     positive,
     slow_imports,
     template_options,
@@ -48,7 +49,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _what_instead(name: str) -> str:
-    """What to type instead of a measure that there is not: people name benchmarks, our tasks, or the model alone."""
+    """Returns what to type instead of a measure that there is not: people name benchmarks, our tasks, or the model
+    alone."""
     from decausal.data.tasks import TASKS as NAMES
 
     if name in NAMES:
@@ -67,47 +69,32 @@ def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
-    parser.add_argument("--text_field", default="text", help="the field of a record that holds its text (text)")
-    parser.add_argument("--prompt_field", default="prompt", help="the field that holds its prompt (prompt)")
-    parser.add_argument("--completion_field", default="completion", help="and the one with the answer (completion)")
-    parser.add_argument("--dataset_split", default="train", help="the split of a data set (train)")
+    parser.add_argument("--text_field", help="the field of a record that holds its text (text)")
+    parser.add_argument("--prompt_field", help="the field that holds its prompt (prompt)")
+    parser.add_argument("--completion_field", help="and the one with the answer (completion)")
     parser.add_argument(
-        "--on_bad_record", choices=ON_BAD_RECORD, default="error", help="what a bad record does (error)"
+        "--dataset_split", dest="split", metavar="DATASET_SPLIT", help="the split of a data set (train)"
     )
+    parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, help="what a bad record does (error)")
     add_template_flags(parser)
-    parser.add_argument("--max_length", type=at_least(2), default=512, help="tokens in a row (512)")
+    parser.add_argument("--max_length", type=at_least(2), help="tokens in a row (512)")
     parser.add_argument("--num_rows", type=positive, default=64, help="rows to measure on (64)")
-    parser.add_argument("--samples_per_row", type=positive, default=8, help="mask patterns per row (8)")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows measured together (8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks, which are the same for every model (0)")
-    parser.add_argument("--no_source", action="store_true", help="leave out the AR source's own likelihood")
+    parser.add_argument("--samples_per_row", type=positive, help="mask patterns per row (8)")
+    parser.add_argument("--batch_size", type=positive, help="rows measured together (8)")
+    parser.add_argument("--seed", type=int, help="of the masks, which are the same for every model (0)")
+    parser.add_argument(
+        "--no_source", dest="with_source", action="store_false", help="leave out the AR source's own likelihood"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
-    reading = Reading(
-        text_field=flags.text_field,
-        prompt_field=flags.prompt_field,
-        completion_field=flags.completion_field,
-        split=flags.dataset_split,
-        on_bad_record=flags.on_bad_record,
-    )
-    template = template_options(flags)
+    reading = Reading(**given_to(Reading, flags))
+    template_options(flags)  # refuses a template that cannot be read
     check_model(flags.directory, {})
     refuse_missing(flags.data)
     with slow_imports():
         from decausal.evaluation.likelihood import evaluate_checkpoint
 
-    likelihood = evaluate_checkpoint(
-        flags.directory,
-        flags.data,
-        reading=reading,
-        **template,
-        max_length=flags.max_length,
-        num_rows=flags.num_rows,
-        samples_per_row=flags.samples_per_row,
-        batch_size=flags.batch_size,
-        seed=flags.seed,
-        with_source=not flags.no_source,
-    )
+    likelihood = evaluate_checkpoint(**given_to(evaluate_checkpoint, flags), reading=reading)
     return _print(likelihood, flags.json)
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.verbs.flags import VerbParser, at_least, positive, slow_imports
+from decausal.verbs.flags import VerbParser, at_least, given_to, positive, slow_imports
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 DESCRIPTION = "Tasks of lm-evaluation-harness with a converted model, and with its AR source beside it."
@@ -23,26 +23,10 @@ def run(arguments: list[str]) -> int:
     with slow_imports():
         from decausal.evaluation.harness.run import HarnessSettings, evaluate_harness
 
-    settings = HarnessSettings(
-        num_fewshot=flags.num_fewshot,
-        limit=flags.limit,
-        batch_size=flags.batch_size,
-        apply_chat_template=flags.apply_chat_template,
-        system_instruction=flags.system_instruction,
-        fewshot_as_multiturn=not flags.fewshot_as_one_turn,
-        gen_kwargs=_gen_kwargs(flags.gen_kwargs, flags.temperature),
-        likelihood=flags.likelihood,
-        num_samples=flags.num_samples,
-        max_length=flags.max_length,
-        dtype=flags.dtype,
-        seed=0 if flags.seed is None else flags.seed,
-        sampler={name: value for name, value in sampler_options(flags).items() if name not in ("seed", "temperature")},
-        use_cache=flags.use_cache,
-        with_source=flags.with_source,
-        allow_code_execution=flags.allow_code_execution,
-        num_answers=flags.num_answers,
-        ks=_whole_numbers(flags.k),
-    )
+    sampler = {name: value for name, value in sampler_options(flags).items() if name not in ("seed", "temperature")}
+    gen_kwargs = _gen_kwargs(flags.gen_kwargs, flags.temperature)
+    options = given_to(HarnessSettings, flags) | {"gen_kwargs": gen_kwargs, "sampler": sampler}
+    settings = HarnessSettings(**options)
     tasks = [name for name in flags.tasks.split(",") if name]
     scores = evaluate_harness(flags.directory, tasks, settings, include_path=flags.include_path, device=flags.device)
     if flags.json:
@@ -62,21 +46,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--with_source", action="store_true", help="run the AR source beside it, by the harness's `hf`")
     parser.add_argument("--limit", type=float, help="examples of each task, or a share of them (all)")
     parser.add_argument("--num_fewshot", type=at_least(0), help="examples before each question (the task's own number)")
-    parser.add_argument("--batch_size", type=positive, default=16, help="requests in the model at once (16)")
+    parser.add_argument("--batch_size", type=positive, help="requests in the model at once (16)")
     parser.add_argument("--use_cache", metavar="DIR", help="keep answers here: an interrupted run goes on where it was")
-    parser.add_argument("--likelihood", default="auto", help="what scores are made of: nelbo, causal (auto)")
-    parser.add_argument("--num_samples", type=positive, default=8, help="mask patterns of a request, for the NELBO (8)")
+    parser.add_argument("--likelihood", help="what scores are made of: nelbo, causal (auto)")
+    parser.add_argument("--num_samples", type=positive, help="mask patterns of a request, for the NELBO (8)")
     parser.add_argument("--apply_chat_template", action="store_true", help="put requests through the chat template")
     parser.add_argument("--system_instruction", metavar="TEXT", help="a system prompt")
-    parser.add_argument("--fewshot_as_one_turn", action="store_true", help="all examples in one turn of the chat")
+    parser.add_argument(
+        "--fewshot_as_one_turn",
+        dest="fewshot_as_multiturn",
+        action="store_false",
+        help="all examples in one turn of the chat",
+    )
     parser.add_argument("--gen_kwargs", default="", metavar="K=V,...", help="for tasks whose answers are written")
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="run what a model writes, in a contained process"
     )
-    parser.add_argument("--num_answers", type=positive, default=1, help="programs for each problem of code (1)")
-    parser.add_argument("--k", default="1", metavar="K,...", help="for which k pass@k is told (1)")
+    parser.add_argument("--num_answers", type=positive, help="programs for each problem of code (1)")
+    parser.add_argument(
+        "--k", dest="ks", type=_whole_numbers, metavar="K,...", help="for which k pass@k is reported (1)"
+    )
     parser.add_argument("--max_length", type=at_least(2), help="tokens of a request (the model's context)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (as the weights are stored)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (as the weights are stored)")
     parser.add_argument("--device", help="cuda, cpu (CUDA where there is one)")
     add_sampling_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

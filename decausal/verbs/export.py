@@ -30,9 +30,9 @@ def run(arguments: list[str]) -> int:
     refuse_filled(Path(flags.output_dir))
     read_facts(flags.directory)
     with slow_imports():
-        from decausal.exchange.hub import push
         from decausal.exchange.plain import export_plain
         from decausal.exchange.sdar import export_sdar
+        from decausal.hub import push
 
     card = ModelCard(flags.name, flags.license, flags.evaluation, results)
     export = export_sdar if flags.format == "sdar" else export_plain

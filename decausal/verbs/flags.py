@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,13 @@ positive = at_least(1)
 
 
 def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Returns those of the named flags that were given."""
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def given_to(function: Callable[..., Any], flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags that were given and have the name of a parameter of a function, or of a dataclass's field."""
+    return given(flags, *(name for name in signature(function).parameters if hasattr(flags, name)))
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +152,7 @@ def print_training_arguments(defaults: Mapping[str, Any]) -> None:
     """Prints the training arguments that have an effect here.
 
     Args:
-        defaults: what a run of ours has instead of transformers' own.
+        defaults: What a run of ours has instead of transformers' own.
     """
     from decausal.config import accepted
     from decausal.trainer_fields import trainer_fields

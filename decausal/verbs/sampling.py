@@ -41,9 +41,9 @@ def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = 
     """Refuses a wrong name, or sampler settings that a model which is here cannot honour, before anything is loaded.
 
     Args:
-        name: a converted model's.
-        options: of which only the sampler's settings are looked at.
-        may_be_source: an AR model will do, whose settings are not looked at.
+        name: A converted model's.
+        options: Of which only the sampler's settings are looked at.
+        may_be_source: An AR model will do, whose settings are not looked at.
     """
     from decausal.models.names import check_converted
     from decausal.sampling.defaults import settings_for

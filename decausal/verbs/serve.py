@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from decausal.errors import UserError
 from decausal.serving.settings import ServeSettings
-from decausal.verbs.flags import VerbParser, add_template_flags, given, slow_imports, template_options
+from decausal.verbs.flags import VerbParser, add_template_flags, given_to, slow_imports, template_options
 from decausal.verbs.sampling import check_model
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -37,23 +37,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
     add_template_flags(parser)
     flags = parser.parse_args(arguments)
-    names = (
-        "host",
-        "port",
-        "max_rows",
-        "max_queue",
-        "max_total_tokens",
-        "timeout",
-        "drain",
-        "api_key",
-        "allowed_hosts",
-        "model_name",
-        "cuda_graphs",
-    )
     from_environment = {"api_key": os.environ["DECAUSAL_API_KEY"]} if os.environ.get("DECAUSAL_API_KEY") else {}
     if flags.allowed_hosts is not None:
         flags.allowed_hosts = tuple(name.strip() for name in flags.allowed_hosts.split(","))
-    settings = ServeSettings(**from_environment | given(flags, *names) | template_options(flags))
+    template_options(flags)  # refuses a template that cannot be read
+    settings = ServeSettings(**from_environment | given_to(ServeSettings, flags))
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UserError(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from decausal.compare.findings import Curve, milestones, parallel_losses, reaching
 from decausal.compare.records import Measurement, Score
 from decausal.compare.training import RunResult
-from decausal.training.token_counts import TokenCounts
+from decausal.training.meters import TokenCounts
 
 
 def result(arm: str, seed: int, curve: list[tuple[int, float]], final: dict[float, str] | None = None) -> RunResult:

@@ -17,7 +17,7 @@ from rich.console import Console
 import decausal
 from decausal.cli import main
 from decausal.compare.arms import read_arms
-from decausal.compare.recorder import Event
+from decausal.compare.budget_callback import Event
 from decausal.compare.records import MEASUREMENTS
 from decausal.compare.run import run_compare
 from decausal.compare.settings import CompareSettings

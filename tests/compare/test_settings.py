@@ -10,7 +10,7 @@ import pytest
 from decausal.cli import main
 from decausal.compare.budget import Budget
 from decausal.compare.settings import CompareSettings
-from decausal.training.token_counts import TokenCounts
+from decausal.training.meters import TokenCounts
 
 
 @pytest.mark.parametrize(

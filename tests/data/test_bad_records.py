@@ -183,7 +183,7 @@ def inflating(path: Path, start: bytes, filler: bytes, megabytes: int = 48) -> P
         ("a.json.gz", b'[{"text": "', b"a", "a.json.gz: one record of more than 1 MiB"),
         ("a.csv.gz", b'text\n"', b"a" * 4095 + b"\n", "field larger than field limit"),
         ("b.csv.gz", b"text\n", b"a", "b.csv.gz:2: one record of more than 1 MiB"),
-        ("a.txt.gz", b"", b"\0", "is no text"),
+        ("a.txt.gz", b"", b"\0", "is not text"),
         ("b.txt.gz", b"", "aé".encode() + b"a", ""),
         ("b.json.gz", b"[", b" ", "b.json.gz: not JSON"),
         ("c.jsonl.gz", b"", b" ", "c.jsonl.gz:1: one record of more"),
@@ -227,5 +227,5 @@ def test_a_text_without_line_breaks_is_cut_between_characters(tmp_path: Path) ->
 
 
 def test_devices_and_pipes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"/dev/zero is no regular file; write its content to a file"):
+    with pytest.raises(UserError, match=r"/dev/zero is not a regular file; write its content to a file"):
         read("/dev/zero")

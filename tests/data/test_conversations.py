@@ -384,7 +384,7 @@ def test_a_template_comes_from_a_file_or_is_given(tmp_path: Path) -> None:
     ("text", "kwargs", "told"),
     [
         (None, {}, "No such file"),
-        ("hello", {}, "is no chat template"),
+        ("hello", {}, "is not a chat template"),
         ("{% for m in messages %}{{ m.content }", {}, r"a.jinja is not Jinja \(line 1: "),
         ("{{ messages }}", {"thinking": 1}, "the chat template reads no 'thinking'"),
         ("{{ messages }}{{ tools }}", {"tools": []}, "'tools' is not the chat template's to read"),

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decausal
 from decausal.cli import main
-from decausal.data.corpus import EMBEDDED_MODELS, embedded_model_path, split_of, stdlib_documents, tiny_model_path
+from decausal.data.corpus import split_of, stdlib_documents
 from decausal.data.rows import load_rows
 from decausal.data.tasks import examples
 from decausal.data.tokenizer import character_tokenizer
 from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.tasks import evaluate_tasks
 from decausal.models.adapt import adapt, load_source
+from decausal.models.embedded import EMBEDDED_MODELS, embedded_model_path, tiny_model_path
 
 SOURCE = "def area(width, height):\n    return width * height\n" * 8
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from decausal.data.corpus import embedded_model_path
 from decausal.demo.infilling import Gap, _pieces, choose_gap
+from decausal.models.embedded import embedded_model_path
 from decausal.sampling.texts import text_ids
 from tests.families import tiny_tokenizer
 

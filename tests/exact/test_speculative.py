@@ -22,7 +22,7 @@ from decausal.objectives import head as output_head
 from decausal.sampling.blocks import speculative_rows
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.speculative import SpeculativeEngine
-from decausal.sampling.candidates import above, truncate
+from decausal.sampling.drawing import above, truncate
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import DRAFTS, SamplerSettings

@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from decausal.cli import main
-from decausal.secrets import is_secret
+from decausal.privacy import is_secret
 from tests.runs import save_source, write_text
 
 CANARY = "canary7f3ab2notsecretlooking"  # of no form by which it could be known: where it stands must tell

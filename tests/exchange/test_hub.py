@@ -9,9 +9,9 @@ import httpx
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from decausal import hub
 from decausal.cli import main
 from decausal.errors import UserError
-from decausal.exchange import hub
 from tests.exchange.checkpoints import save_block_model
 
 
@@ -89,5 +89,5 @@ def test_a_name_that_the_hub_would_not_take_costs_no_export(tmp_path, capsys):
     save_block_model(tmp_path / "converted")
     flags = ["--format", "hf", "--output_dir", str(tmp_path / "out"), "--push_to_hub", "a/b/c"]
     assert main(["export", str(tmp_path / "converted"), *flags]) == 2
-    assert "'a/b/c' is no hub id" in capsys.readouterr().err
+    assert "'a/b/c' is not a hub id" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

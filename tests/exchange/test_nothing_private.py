@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from decausal.errors import UserError
-from decausal.exchange.handed_on import facts_to_hand_on, without_paths_in
+from decausal.exchange.converted_files import facts_to_hand_on
 from decausal.exchange.plain import export_plain
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.models.facts import read_facts
+from decausal.privacy import without_paths_in
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
 

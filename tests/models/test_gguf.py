@@ -13,7 +13,7 @@ from decausal.models.checkpoint import load_converted
 from decausal.models.examination import examine_path
 from decausal.models.gguf_files import check_gguf, repository_and_file
 from decausal.models.names import check_source
-from decausal.reporting.environment import quiet_libraries
+from decausal.reporting import quiet_libraries
 from tests.families import CHAT_TEMPLATE, CHAT_TOKENS, EOS_ID, FAMILIES, VOCABULARY, tiny_tokenizer
 from tests.gguf_model import write_gguf
 from tests.runs import run, weights, write_text
@@ -82,7 +82,7 @@ def test_a_file_that_is_cut_off_is_one_line(size: int, file: Path, tmp_path: Pat
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:size])
     with pytest.raises(
-        UserError, match=r"cut.gguf (is cut off|cannot be read|is no GGUF file).*; fetch it again"
+        UserError, match=r"cut.gguf (is cut off|cannot be read|is not a GGUF file).*; fetch it again"
     ) as caught:
         check_source(cut)
     assert "\n" not in str(caught.value)

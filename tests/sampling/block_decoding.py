@@ -14,8 +14,8 @@ from decausal.diffusion.layout import visible
 from decausal.models.backbone import head_of
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import logits
-from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.confidence import confidence
+from decausal.sampling.drawing import choose, uniform_numbers
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings

@@ -15,8 +15,7 @@ from decausal.cli import main
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling import batch
-from decausal.sampling.batch import BatchEngine
-from decausal.sampling.batch_files import run_file
+from decausal.sampling.batch import BatchEngine, run_file
 from decausal.sampling.generate import generate
 from tests.runs import call_in_a_copy
 from tests.sampling.tiny_models import converted
@@ -61,7 +60,7 @@ def test_an_engine_gives_the_answers_of_generate_in_the_order_of_the_prompts(mod
 
 
 def test_prompts_are_taken_as_places_become_free(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "WINDOW", 3)
+    monkeypatch.setattr(batch, "BEGUN_PER_PLACE", 3)
     taken = told = 0
     most = 0
 
@@ -110,8 +109,8 @@ def test_lines_have_ids_and_settings_of_their_own_and_empty_ones_are_passed_over
 
 
 BAD: list[tuple[Any, str]] = [
-    ("{", "no JSON"),
-    ("[" * 100_000, "nested|no JSON"),
+    ("{", "not JSON"),
+    ("[" * 100_000, "nested|not JSON"),
     ([1], "must be an object"),
     ({"id": 3}, "no 'prompt'"),
     ({"prompt": 3}, "'prompt' must be a text"),
@@ -139,7 +138,7 @@ def test_bad_lines_are_recorded_in_their_places_or_stop_the_job_with_their_numbe
         assert any(part in wrong["error"] for part in says.split("|")), wrong
         assert right == good | {"id": 2 * index + 1}
     # Each of them alone stops: what stands before it is written, and the mended file is continued.
-    with pytest.raises(UserError, match=r"in\.jsonl line 3: .*mend it"):
+    with pytest.raises(UserError, match=r"in\.jsonl line 3: .*fix it"):
         run_file(
             model, write(source, [{"prompt": "import"}, "", "{", {"prompt": "return"}]), tmp_path / "b.jsonl", **OPTIONS
         )
@@ -164,7 +163,7 @@ def test_a_job_cut_off_at_any_byte_is_continued_to_the_same_answers(model: Conve
 def test_answers_of_another_job_are_not_touched(model: Converted, tmp_path: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", [{"prompt": "import"}]), tmp_path / "out.jsonl"
     target.write_text("mine")
-    with pytest.raises(UserError, match="no batch job's"):
+    with pytest.raises(UserError, match="not of a batch job"):
         run_file(model, source, target, **OPTIONS)
     assert target.read_text() == "mine"
     target.unlink()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from decausal.data.corpus import embedded_model_path
+from decausal.models.embedded import embedded_model_path
 from decausal.sampling.borders import AllowedTokens, Border, Vocabulary, split_at_borders
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import fill

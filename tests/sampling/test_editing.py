@@ -218,7 +218,7 @@ def test_a_difference_shows_old_and_new_and_holds_both_texts() -> None:
         ("abc", {"span": (1, 4)}, "span 1:4 is not in the text, which has 3 characters"),
         ("abc", {"span": (2, 2)}, "span 2:2 is not in the text"),
         ("abc", {"span": (-1, 2)}, "span -1:2 is not in the text"),
-        ("abc", {"find": "d"}, "'d' does not stand in the text"),
+        ("abc", {"find": "d"}, "'d' is not in the text"),
         ("abc", {"find": ""}, "find='' is not accepted"),
         ("abc", {"find": "a", "span": (0, 1)}, "span and find exclude each other"),
         ("abc", {"num_tokens": 1, "fraction": 0.5}, "num_tokens and fraction exclude each other"),

@@ -105,19 +105,19 @@ def test_an_end_token_in_the_prompt_ends_nothing() -> None:
     assert row.ids == plain.ids
 
 
-def test_positions_behind_a_kept_end_are_no_candidates_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_after_a_kept_end_are_no_longer_eligible(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is surest of the third position, which ends the row: the fourth is never decided."""
     sure = torch.tensor([0.6, 0.7, 0.9, 0.5])
     made = engine(block_facts(4, shift=0), max_rows=1)
     tokens = torch.tensor([5, 6, 3, 8])
     counts: list[int] = []
 
-    def candidates(states: Tensor, head: Any, own: Any, numbers: Any) -> tuple[Tensor, Tensor]:
-        index = made._rows.is_candidate[0].nonzero().squeeze(1)
+    def propose(states: Tensor, head: Any, own: Any, numbers: Any) -> tuple[Tensor, Tensor]:
+        index = made._rows.is_eligible[0].nonzero().squeeze(1)
         counts.append(len(states))
         return tokens[index], sure[index]
 
-    monkeypatch.setattr("decausal.sampling.blocks.rows.candidates", candidates)
+    monkeypatch.setattr("decausal.sampling.blocks.keeping.propose", propose)
     (row,) = in_order(made, [job_of([4] * 4, SamplerSettings(max_new_tokens=8, num_steps=4), ends=(3,))])
     assert (row.ids, row.blocks.step_of_token, row.reason) == ([5, 6, 3], [2, 1, 0], "end")
     assert (row.blocks.ids, row.blocks.steps) == ([5, 6, 3, MASK], [2, 1, 0, -1])

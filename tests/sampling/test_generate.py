@@ -14,7 +14,8 @@ from decausal.errors import UserError
 from decausal.models import backbone
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling.filling.infilling import infill
-from decausal.sampling.generate import Generation, generate
+from decausal.sampling.generate import generate
+from decausal.sampling.generation import Generation
 from decausal.sampling.model import DiffusionModel, load
 from decausal.sampling.settings import SamplerSettings
 from tests.families import EOS_ID, MAX_LENGTH

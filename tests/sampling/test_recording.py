@@ -13,9 +13,10 @@ from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.block_cache import BlockCache, decoding
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.keeping import keep
+from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.rows import BlockRows
-from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.engines import engine_for
 from decausal.sampling.jobs import run
 from decausal.sampling.row_settings import RowSettings
@@ -50,7 +51,7 @@ def test_a_pass_is_computed_on_one_device_alone(kind: dict[str, Any], shift: int
     head = head_of(model)._replace(banned=MASK)
     for width in [1] if reader.is_autoregressive else [block_size, 2 * block_size]:
         with decoding(model):
-            told = rows.keep(4, None, reader.predict_fixed(4, width, 64), head, settings)
+            told = keep(rows, 4, None, reader.predict_fixed(4, width, 64), head, settings)
         assert told.shape == (4, 2 * block_size + 2)
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decausal.sampling.candidates import choose, uniform_numbers
 from decausal.sampling.confidence import confidence, entropies
+from decausal.sampling.drawing import choose, uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.selection import best, num_to_keep
 from decausal.sampling.settings import CONFIDENCES, SamplerSettings

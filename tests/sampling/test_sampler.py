@@ -13,7 +13,7 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling import selection
 from decausal.sampling.bidirectional.row_engine import RowEngine
-from decausal.sampling.candidates import choose, uniform_numbers
+from decausal.sampling.drawing import choose, uniform_numbers
 from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row

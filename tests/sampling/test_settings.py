@@ -9,7 +9,7 @@ import torch
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.generate import generate
 from decausal.sampling.settings import ALIASES, WHOLE_ROWS, SamplerSettings, canonical, names_for
 from tests.sampling.tiny_models import converted

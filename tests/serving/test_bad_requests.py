@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from decausal.models.checkpoint import Converted
-from decausal.serving.schema import IGNORED, NEUTRAL
+from decausal.serving.parsing import IGNORED, NEUTRAL
 from tests.families import EOS_ID, MAX_LENGTH
 from tests.serving.running import Running, converted, running
 

@@ -20,9 +20,10 @@ from decausal.serving import reading, texts
 from decausal.serving.connection import MAX_HEAD_BYTES
 from decausal.serving.counting import CHARACTERS_PER_TOKEN, refuse_long_text
 from decausal.serving.errors import ApiError
+from decausal.serving.parsing import parse
 from decausal.serving.plans import completion_plan
 from decausal.serving.reading import Work
-from decausal.serving.schema import CompletionBody, parse
+from decausal.serving.schema import CompletionBody
 from decausal.serving.settings import LARGE
 from tests.families import MAX_LENGTH
 from tests.serving.running import Running, converted, running

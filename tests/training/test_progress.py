@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
+from decausal.training.meters import TokenMeter
 from decausal.training.progress import Pace, duration, log_line
-from decausal.training.token_counts import TokenMeter
 from tests.runs import run, save_source, write_text
 
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from decausal.errors import UserError
 from decausal.models.facts import read_facts
-from decausal.secrets import arguments_without_secrets, is_secret, secrets_set_aside, without_secrets
+from decausal.privacy import arguments_without_secrets, is_secret, secrets_set_aside, without_secrets
 from decausal.training.run_directory import RUN_FILE, SEAL, STAGING, checkpoint_to_resume, checkpoints, discard, sealed
 from tests.runs import assert_same, run, save_source, weights, write_text
 

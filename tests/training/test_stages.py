@@ -16,7 +16,7 @@ from decausal.cli import main
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.exchange.card import ModelCard
-from decausal.exchange.handed_on import facts_to_hand_on
+from decausal.exchange.converted_files import facts_to_hand_on
 from decausal.exchange.importing import import_checkpoint
 from decausal.models.adapt import load_source
 from decausal.models.backbone import body_forward

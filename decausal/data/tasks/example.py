@@ -1,4 +1,4 @@
-"""What a task is, one example of it, and when a completion of its prompt is right."""
+"""A task, an example of it, and when a completion is right."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Task:
     """One kind of problem.
 
     Attributes:
-        name: what data sources and reports call it.
-        make: draws a problem of a size: its prompt, and its completion with all steps written out.
-        sizes: the sizes that examples have, each as often as any other; what size means is the task's own affair.
-        has_steps: the completion may write steps; its answer is what follows its last "=".
+        name: What data sources and reports call it.
+        make: Draws a problem of a size: its prompt, and its completion with all steps.
+        sizes: The sizes of examples, all equally likely. Each task defines what size means.
+        has_steps: Whether the completion may hold steps; the answer then follows its last "=".
     """
 
     name: str
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """A problem and how it is solved: `prompt` + `completion` is the whole text."""
+    """A problem and its solution: `prompt` + `completion` is the whole text."""
 
     task: Task
     prompt: str
@@ -47,9 +47,9 @@ class Example:
 
 
 def is_right(example: Example, completion: str) -> bool:
-    """Whether a completion, without the end-of-text token, ends in the example's final answer, character by character.
+    """Returns whether a completion, without the end-of-text token, ends in exactly the example's final answer.
 
-    Of a task with steps, only what follows the last "=" counts: a slip that does not reach the answer is forgiven, and
-    so are steps left out. Of the others, the whole completion is the answer.
+    In a task with steps only what follows the last "=" counts. Missing steps, and slips that do not change the answer,
+    are forgiven. In the other tasks the whole completion is the answer.
     """
     return example.task.final_answer(completion) == example.answer

@@ -1,4 +1,4 @@
-"""Tasks that move characters about: sorting, reversing, look-up, closing brackets. Their completions have no steps."""
+"""Tasks that move characters: sorting, reversing, look-up, closing brackets. Their completions have no steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reversing(random: Random, size: int) -> tuple[str, str]:
 
 
 def lookup(random: Random, size: int) -> tuple[str, str]:
-    """`look up Kxqzy Bbcde; K` gives `xqzy`; `size` pairs of a capital letter, the key, and the value behind it."""
+    """`look up Kxqzy Bbcde; K` gives `xqzy`; `size` pairs of a key, which is a capital letter, and its value."""
     keys = random.sample(ascii_uppercase, size)
     values = [_letters(random, VALUE_LENGTH) for _ in keys]
     wanted = random.randrange(size)

@@ -1,4 +1,4 @@
-"""The tasks there are, and endless examples of them, split by their prompts."""
+"""All tasks, and endless examples of them, split by their prompts."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ TASKS: dict[str, Task] = {
 
 
 def examples(names: Sequence[str] = (), split: Split = "train", seed: int = 0) -> Iterator[Example]:
-    """Yields examples without end, of each task in turn.
+    """Yields endless examples, of each task in turn.
 
-    A task's examples are a function of its name, the split and the seed: those of other tasks do not change them.
+    A task's examples are a function of its name, the split and the seed. Other tasks do not change them.
     Prompts may repeat, but no prompt is in both splits, whatever the seeds.
 
     Args:
-        names: of `TASKS`; none: all of them.
+        names: Names in `TASKS`; all of them if empty.
         split: "train" or "heldout".
-        seed: any integer.
+        seed: Any integer.
 
     Raises:
-        UserError: an unknown task, or one named twice.
+        UserError: An unknown task, or one named twice.
     """
     streams = [_stream(task, split, seed) for task in named(names)]
     while True:
@@ -48,10 +48,10 @@ def examples(names: Sequence[str] = (), split: Split = "train", seed: int = 0) -
 
 
 def named(names: Sequence[str]) -> list[Task]:
-    """Returns tasks by their names; all of them for none.
+    """Returns tasks by name; all of them if no names are given.
 
     Raises:
-        UserError: an unknown name, or one given twice.
+        UserError: An unknown name, or one given twice.
     """
     for number, name in enumerate(names):
         if name not in TASKS:
@@ -62,13 +62,13 @@ def named(names: Sequence[str]) -> list[Task]:
 
 
 def split_of(prompt: str) -> Split:
-    """Returns which split a prompt belongs to, from a hash of the prompt alone."""
+    """Returns which split a prompt belongs to, from a hash of the prompt."""
     digest = sha256(prompt.encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT_FRACTION else "train"
 
 
 def _stream(task: Task, split: Split, seed: int) -> Iterator[Example]:
-    random = Random(f"{seed} {task.name} {split}")  # a string seeds by its hash, the same in every process
+    random = Random(f"{seed} {task.name} {split}")  # a string is hashed the same way in every process
     while True:
         example = task.draw(random)
         if split_of(example.prompt) == split:

@@ -6,6 +6,6 @@ from typing import Any
 
 
 def bits_of_answer(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """An answer's log-likelihood and its bytes, of which the harness makes bits per byte over all answers."""
+    """Returns an answer's log-likelihood and its bytes, of which the harness makes bits per byte over all answers."""
     ((log_likelihood, _),) = results
     return {"bits_per_byte": (log_likelihood, len(doc["answer"].encode()))}

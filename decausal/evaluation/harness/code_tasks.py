@@ -39,11 +39,11 @@ class CodeTask(ConfigurableTask):
         self._endings: dict[str, Ending] = {}
 
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:
-        """What a model is asked: a text to continue, and how."""
+        """Returns what a model is asked: a text to continue, and how."""
         return context, dict(self.config.generation_kwargs or {})
 
     def program(self, doc: dict[str, Any], answer: str) -> str:
-        """The answer with what tests it."""
+        """Returns the answer with what tests it."""
         raise NotImplementedError
 
     def text_scores(self, doc: dict[str, Any], answers: Sequence[str]) -> dict[str, float]:
@@ -72,7 +72,7 @@ class CodeTask(ConfigurableTask):
         self._endings = dict(zip(distinct, run_all(distinct, self.limits), strict=True))
 
     def process_results(self, doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-        """The figures of one problem."""
+        """Returns the figures of one problem."""
         scores = self.text_scores(doc, results)
         if self.may_run:
             num_right = sum(self._endings[self.program(doc, answer)].passed for answer in results)
@@ -143,7 +143,8 @@ class Infilling(CodeTask):
     }
 
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:
-        """The text before the hole; in `infill` the text behind it and, where it is given, what tells the length."""
+        """Returns the text before the hole; in `infill` the text behind it and, where it is given, what tells the
+        length."""
         hole, behind = _hole(doc)
         is_given = (self.config.metadata or {}).get("length") == "given"
         infill = {"suffix": behind, "as_long_as": hole if is_given else None}
@@ -156,14 +157,14 @@ class Infilling(CodeTask):
         return f"{whole}\n{doc['test']}\ncheck({doc['entry_point']})\n"
 
     def text_scores(self, doc: dict[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        """How many are the solution, but for space around it, and how alike they are to it."""
+        """Returns how many are the solution, but for space around it, and how alike they are to it."""
         hole = _hole(doc)[0] if doc else ""
         same = [float(answer.strip() == hole.strip()) for answer in answers]
         return {"exact_match": _mean(same), "edit_similarity": _mean([similarity(each, hole) for each in answers])}
 
 
 def _hole(doc: dict[str, Any]) -> tuple[str, str]:
-    """What stood in the hole, and what stands behind it: the end of a line belongs to the latter."""
+    """Returns what stood in the hole, and what stands behind it: the end of a line belongs to the latter."""
     hole, behind = doc["canonical_solution"], doc["suffix"]
     return (hole[:-1], "\n" + behind) if hole.endswith("\n") else (hole, behind)
 

@@ -20,7 +20,7 @@ class Estimate(float):
         return estimate
 
     def __add__(self, other: float | int) -> Estimate:
-        """The sum of what was drawn independently."""
+        """Returns the sum of what was drawn independently."""
         error = math.hypot(self.standard_error, getattr(other, "standard_error", 0.0))
         return Estimate(float(self) + float(other), error)
 

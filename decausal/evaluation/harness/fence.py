@@ -101,7 +101,7 @@ def drop_capabilities() -> None:
 
 
 def _filter(architecture: int, calls: dict[str, int]) -> bytes:
-    """The filter in classic BPF: (code, jump if true, jump if false, value) of each step.
+    """Returns the filter in classic BPF: (code, jump if true, jump if false, value) of each step.
 
     Threads are let through: `clone` with CLONE_THREAD. `clone3` hides its flags, so it "does not exist", whereupon
     the C library takes `clone`.

@@ -105,7 +105,7 @@ class DecausalLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def get_model_info(self) -> dict[str, Any]:
-        """What stands beside the scores: which likelihood they are made of, and what the model is."""
+        """Returns what stands beside the scores: which likelihood they are made of, and what the model is."""
         facts = self.converted.facts
         drawn = {"likelihood_samples": self.num_samples, "likelihood_seed": self.seed}
         return {
@@ -141,7 +141,7 @@ class DecausalLM(HFLM):
         return answers  # type: ignore[return-value]
 
     def _fitted(self, context: list[int], tokens: list[int]) -> Continuation:
-        """A request cut from its left to what the model can read, as `hf` cuts it."""
+        """Returns a request cut from its left to what the model can read, as `hf` cuts it."""
         whole = [*context, *tokens][-(self.max_length + 1) :]
         if len(tokens) >= len(whole) and len(context):
             raise UserError(

@@ -142,7 +142,7 @@ def evaluate_harness(
 def _source_results(
     model: DecausalLM, loaded: Sequence[Task | Group], settings: HarnessSettings
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """The harness's results of the AR source, or why there are none."""
+    """Returns the harness's results of the AR source, or why there are none."""
     facts = model.converted.facts
     try:
         source = source_of(model.converted)
@@ -196,7 +196,8 @@ def _in_silence() -> Iterator[None]:
 
 
 def _cache_file(directory: str | None, identity: dict[str, Any]) -> str | None:
-    """Where answers of this model under these settings are kept: the harness's own key is the question alone."""
+    """Returns where answers of this model under these settings are kept: the harness's own key is the question
+    alone."""
     if directory is None:
         return None
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -208,7 +209,7 @@ def _identity(directory: str | Path, model: DecausalLM) -> dict[str, Any]:
 
 
 def _files(model_name_or_path: str | Path) -> Any:
-    """What tells one model from another: of a directory its files' names, sizes and times, else the name."""
+    """Returns what tells one model from another: of a directory its files' names, sizes and times, else the name."""
     directory = Path(model_name_or_path).expanduser()
     if not directory.is_dir():
         return str(model_name_or_path)
@@ -217,13 +218,13 @@ def _files(model_name_or_path: str | Path) -> Any:
 
 
 def _fences(loaded: Sequence[Task | Group]) -> dict[str, bool] | None:
-    """What holds for programs that were run; None where none were."""
+    """Returns what holds for programs that were run; None where none were."""
     has_run = any(isinstance(task, CodeTask) and task.may_run for task in tasks_of(loaded).values())
     return enforced() if has_run else None
 
 
 def _made_of(task: Any, model: DecausalLM) -> str:
-    """What a task's scores are made of: written texts, or which likelihood."""
+    """Returns what a task's scores are made of: written texts, or which likelihood."""
     if task.OUTPUT_TYPE == "generate_until":
         return "texts"
     return "causal likelihood" if model.likelihood == "causal" else f"NELBO, {model.num_samples} masks"

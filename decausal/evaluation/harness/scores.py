@@ -165,7 +165,7 @@ def _score(results: dict[str, Any], source: dict[str, Any] | None, task: str, ke
 def retention(
     metric: str, higher_is_better: bool | None, values: tuple[float, float], samples: Sequence[Sequence[Any]]
 ) -> Ratio:
-    """How much of the source's score a model keeps, in percent, and the standard error over examples.
+    """Returns how much of the source's score a model keeps, in percent, and the standard error over examples.
 
     It is score over source where higher is better, source over score where lower is. The error holds that both models
     answer the same examples.

@@ -1,1 +1,1 @@
-"""Models that read whole rows: one denoising step, rows denoised together, rows that come and go."""
+"""Models that read whole rows: a denoising step, and an engine whose rows come and go."""

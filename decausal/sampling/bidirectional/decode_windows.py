@@ -1,10 +1,10 @@
 """Decode windows: the open positions of a row that are decided at a time, from left to right.
 
-A row's open positions, counted from the left, fall into windows of `window` of them; what was given in between counts
-for none. Only positions of the current window are kept, the leftmost that has a masked one, and only there are kept
-ones opened again. Rows without a window are one window.
+A row's open positions are divided, from the left, into windows of `window` positions. Given tokens in between are not
+counted. The current window is the leftmost one with a masked position. Positions are kept, and opened again, only in
+the current window. Rows without a window are one window.
 
-Source: semi-autoregressive decoding as in LLaDA (arXiv 2502.09992); the share of the steps that a window gets is ours.
+Source: semi-autoregressive decoding as in LLaDA (arXiv 2502.09992). The share of steps for each window is ours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Window(NamedTuple):
     """The current window of each row.
 
     Attributes:
-        is_inside: Its open positions, kept ones included.
-        settings: One per row, with the steps of the window in place of those of the row.
+        is_inside: Its open positions, including those already kept.
+        settings: One per row, with the window's number of steps instead of the row's.
         step: Steps since the window began, under a static schedule.
     """
 
@@ -40,7 +40,7 @@ def current_window(
 
     Args:
         is_open: Positions that were not given.
-        is_masked: Of these, the ones that are not kept.
+        is_masked: Those that are not kept yet.
         settings: One per row.
         step: The row's steps so far.
     """
@@ -52,8 +52,8 @@ def current_window(
     num_windows = (num_open + size - 1) // size
     current = number.masked_fill(~is_masked, torch.iinfo(number.dtype).max).amin(1).minimum(num_windows)
     is_inside = is_open & (number == current[:, None])
-    # A window gets the steps between the shares of N that lie before and behind it. With at least as many steps as
-    # windows that is one or more, and never more than it has positions, unless there are more steps than those.
+    # A window gets the steps between the shares of N before and after it. With at least as many steps as windows, that
+    # is at least one, and never more than its positions unless there are more steps than positions.
     first, end = current * size, torch.minimum((current + 1) * size, num_open)
     most = torch.where(settings.has_remask("remdm", "remdm_loop"), settings.num_steps, num_open)
     num_steps = torch.maximum(torch.minimum(settings.num_steps, most), num_windows)

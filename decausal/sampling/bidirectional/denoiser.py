@@ -1,7 +1,7 @@
-"""One denoising step of rows of any model that is denoised as a whole: what is read, scored, kept and opened again.
+"""One denoising step of whole rows: what is read, scored, kept and opened again.
 
-Whole-batch tensor arithmetic on the model's device. Each row has its own settings, seed and step, and becomes what it
-would become alone.
+Whole-batch tensor arithmetic on the model's device. Each row has its own settings, seed and step, and its result is the
+same as alone.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from decausal.sampling.bidirectional.decode_windows import Window, current_windo
 from decausal.sampling.bidirectional.remasking import opened_at_random
 from decausal.sampling.bidirectional.window_cache import Reading, WindowReader
 from decausal.sampling.borders import Allowed
-from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
-from decausal.sampling.selection import best, candidates, num_to_keep
+from decausal.sampling.selection import best, num_to_keep, propose
 from decausal.sampling.settings import ORDERS
 
 ORDERING_STEPS = 2**41
-"""Added to the step, so that a random order is drawn from other numbers than tokens are."""
+"""Added to the step, so that a random order and tokens are drawn from different numbers."""
 
 
 @dataclass
 class OpenRows:
-    """Rows that are being denoised; a step writes into `ids`, `is_masked` and `steps`.
+    """Rows that are being denoised. A step writes into `ids`, `is_masked` and `steps`.
 
     Attributes:
         ids: Tokens, masked positions holding the mask token.
         is_open: Positions that were not given.
-        is_masked: Of these, the ones that are not kept.
-        document_ids: -1 for padding, which stands at the end of a row; documents do not see each other.
+        is_masked: Open positions that are not kept yet.
+        document_ids: -1 for padding at the end of a row. Documents do not see each other.
         seeds: One per row.
         steps: Steps so far.
-        places: A number of its own for each row, for as long as it is denoised.
+        places: A number for each row, which it keeps while it is denoised.
         settings: One per row.
-        is_whole: Every row is one document without padding: the model needs no explicit mask.
-        allowed: Which tokens some positions may get; None: any, everywhere.
+        is_whole: Whether every row is one document without padding, so that no explicit mask is needed.
+        allowed: Which tokens some positions may get. None: any token everywhere.
     """
 
     ids: Int[Tensor, "A T"]
@@ -62,12 +62,12 @@ class Step(NamedTuple):
     """What a step did.
 
     Attributes:
-        is_new: Positions that are kept now and were masked.
-        is_reopened: The other way round; None where no row remasks.
-        scores: Confidence, or minus the entropy where that is bounded; -inf where nothing was scored.
+        is_new: Positions that were masked and are kept now.
+        is_reopened: Positions that were kept and are masked now; None if no row remasks.
+        scores: Confidence, or minus the entropy if that is bounded; -inf where nothing was scored.
         index: Flat positions in [A * T] that were scored.
         states: The states that predict them.
-        num_forwards: Passes that each row took part in: 2 where it is guided, else 1.
+        num_forwards: Passes that each row took part in: 2 with guidance, else 1.
         num_tokens_read: Tokens of each row that they read.
     """
 
@@ -81,12 +81,12 @@ class Step(NamedTuple):
 
 
 class Denoiser:
-    """A converted model, and what it remembers of rows between their steps.
+    """A converted model, and what it stores of rows between their steps.
 
     Args:
         model: The model, in eval mode.
         facts: Layout, shift, mask token.
-        num_places: Rows at once, at most.
+        num_places: The most rows at once.
     """
 
     def __init__(self, model: Any, facts: ConversionFacts, num_places: int) -> None:
@@ -97,12 +97,12 @@ class Denoiser:
         )
 
     def forget(self, place: int) -> None:
-        """Another row takes a place."""
+        """Makes a place ready for another row."""
         self._read.forget(place)
         self._read_without.forget(place)
 
     def advance(self, rows: OpenRows) -> Step:
-        """Takes every row one step further, with one pass of the model, or two where rows are guided."""
+        """Takes every row one step further, with one pass of the model, or two if rows are guided."""
         settings = rows.settings
         window = current_window(rows.is_open, rows.is_masked, settings, rows.steps)
         is_masked = rows.is_masked & window.is_inside
@@ -120,7 +120,7 @@ class Denoiser:
             unguided, more = self._without_given(rows, reading, index, states)
             num_forwards = num_forwards + (settings.guidance > 0)
             num_read = num_read + more
-        tokens, scores = self._candidates(rows, index, states, unguided)
+        tokens, scores = self._proposed(rows, index, states, unguided)
         still_masked = is_masked if is_opened is None else is_masked | is_opened
         by_order = _in_order(rows, scores, is_scored)
         count = num_to_keep(by_order, window.is_inside, still_masked, window.settings, window.step)
@@ -149,7 +149,8 @@ class Denoiser:
     def _without_given(
         self, rows: OpenRows, reading: Reading, index: Int[Tensor, "n"], states: Float[Tensor, "n D"]
     ) -> tuple[Float[Tensor, "n D"], Int[Tensor, "A"]]:
-        """The states of guided rows with all that was given masked, and how many tokens that read; else zeros."""
+        """Returns the states of guided rows with everything given masked, and how many tokens that read; zeros for
+        other rows."""
         is_guided = rows.settings.guidance > 0
         guided = is_guided.nonzero().squeeze(1)
         row, length = index // rows.ids.shape[1], rows.ids.shape[1]
@@ -162,14 +163,14 @@ class Denoiser:
             0, guided, num_read
         )
 
-    def _candidates(
+    def _proposed(
         self,
         rows: OpenRows,
         index: Int[Tensor, "n"],
         states: Float[Tensor, "n D"],
         unguided: Float[Tensor, "n D"] | None,
     ) -> tuple[Int[Tensor, "A T"], Float[Tensor, "A T"]]:
-        """A token and its score where `index` points, what stands there and -inf elsewhere; kept tokens stay."""
+        """Returns a token and its score where `index` points, else the current token and -inf. Kept tokens stay."""
         settings, length = rows.settings, rows.ids.shape[1]
         row = index // length
         numbers = None
@@ -181,14 +182,14 @@ class Denoiser:
         only = None
         if rows.allowed is not None:
             only = (rows.allowed.index.flatten()[index], rows.allowed.tokens)
-        tokens, scores = candidates(states, self.head, settings.at(row), numbers, kept, unguided=unguided, only=only)
+        tokens, scores = propose(states, self.head, settings.at(row), numbers, kept, unguided=unguided, only=only)
         all_tokens = rows.ids.flatten().index_copy(0, index, tokens)
         all_scores = scores.new_full((rows.ids.numel(),), -torch.inf).index_copy(0, index, scores)
         return all_tokens.view_as(rows.ids), all_scores.view_as(rows.ids)
 
 
 def _in_order(rows: OpenRows, scores: Float[Tensor, "A T"], is_scored: Bool[Tensor, "A T"]) -> Float[Tensor, "A T"]:
-    """By what positions are kept first: their scores, where rows follow no other order."""
+    """Returns the numbers by which positions are kept first: their scores, unless a row has another order."""
     settings = rows.settings
     if settings.orders == ("confidence",):
         return scores

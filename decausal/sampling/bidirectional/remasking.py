@@ -1,8 +1,8 @@
-"""Opening kept tokens again at random, so that they can be kept anew with sight of what came later.
+"""Opens kept tokens again at random, so that they can be decided again with more context.
 
 Source: ReMDM (arXiv 2503.00307). Going from alpha_t kept to alpha_s kept, each kept token is opened with probability
-sigma <= min(1, (1 - alpha_s) / alpha_t), and masked ones are kept so that alpha_s is reached all the same. Here alpha
-is the share of the window's positions that are kept, and a step leaves exactly as many kept as are due.
+    sigma <= min(1, (1 - alpha_s) / alpha_t), and enough masked ones are kept to reach alpha_s. Here alpha is the kept
+    share of the window's positions, and a step leaves exactly as many kept as are due.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decausal.sampling.bidirectional.decode_windows import Window
-from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.selection import LOOP_START, LOOP_STOP, best, num_due
 
 OPENING_STEPS = 2**40
-"""Added to the step, so that a position is opened by another number than its tokens are drawn by."""
+"""Added to the step, so that opening a position and drawing its token use different numbers."""
 
 
 def opened_at_random(
     window: Window, is_masked: Bool[Tensor, "A T"], seeds: Int[Tensor, "A"], step: Int[Tensor, "A"]
 ) -> Bool[Tensor, "A T"]:
-    """Draws kept positions of the current windows that are opened in this step; none in rows that do not do so.
+    """Draws the kept positions of the current windows that are opened in this step; none in rows without remasking.
 
     Args:
         window: The current window of each row.
@@ -44,5 +44,5 @@ def opened_at_random(
     row = torch.arange(len(seeds), device=seeds.device).repeat_interleave(length)
     numbers = uniform_numbers(seeds[row], step[row] + OPENING_STEPS, position).view_as(is_masked)
     is_drawn = is_kept & (numbers < rate[:, None])
-    # By chance more may be drawn than masked positions can replace: then those with the lowest numbers.
+    # More may be drawn than masked positions can replace: then those with the lowest numbers are opened.
     return is_drawn & best(numbers.neg().masked_fill(~is_drawn, -torch.inf), num_left)

@@ -1,4 +1,4 @@
-"""Bidirectional rows that come and go between denoising steps, each with its own settings, seed and step."""
+"""An engine for whole rows that come and go between denoising steps, each with its own settings, seed and step."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class _Running:
     ticket: int
     job: Job
     span: range  # from its first open position to its last
-    ids: dict[int, int]  # by position: given ones of the span, and kept ones
-    num_final: int = 0  # of the span, before the first open position, as last looked at
+    ids: dict[int, int]  # by position: given and kept tokens of the span
+    num_final: int = 0  # tokens of the span before the first open position, when last checked
     step: int = 0
     num_forwards: int = 0
     step_of: dict[int, int] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class _Step(NamedTuple):
 
 
 class RowEngine:
-    """Denoises up to `max_rows` rows together; more wait, and take the place of the first that ends.
+    """Denoises up to `max_rows` rows together. Others wait until a row ends.
 
     Each step runs the body over the rows in its places, and the head at the masked positions of their current windows
-    (with `settings.remask` "p2" also at kept ones). It draws one candidate per masked position and keeps the best. The
-    mask token is never drawn. A row is a function of its own ids, seed and settings: it depends neither on the rows
-    beside it nor on padding nor on when it came.
+    (with `settings.remask` "p2" also at kept ones). It proposes a token for each masked position and keeps the best.
+    The mask token is never drawn. A row is a function of its own ids, seed and settings. It depends neither on other
+    rows, nor on padding, nor on when it was submitted.
 
     Args:
         converted: Model, tokenizer and facts; the layout is "bidirectional" or "causal".
@@ -82,7 +82,7 @@ class RowEngine:
 
     @property
     def num_running(self) -> int:
-        """Rows that hold a place, or will in the next step."""
+        """Rows that have a place, or get one in the next step."""
         return min(len(self._places), self._num_unfinished)
 
     @property
@@ -98,8 +98,8 @@ class RowEngine:
         """Takes a row on and returns its ticket.
 
         Raises:
-            UserError: It is longer than `max_length`, its first position is open and no state predicts it, or its
-                settings are not for this layout, or ask for speculation.
+            UserError: It is longer than `max_length`, no state predicts its first position, or its settings do not fit
+                this layout.
         """
         job.settings.refuse_speculative()
         job.settings.refuse_layout(self._facts.layout, self._facts.shift)
@@ -117,7 +117,7 @@ class RowEngine:
         return self._next_ticket
 
     def cancel(self, ticket: int) -> None:
-        """Gives a row up, running or waiting."""
+        """Drops a row, running or waiting."""
         self._places = [None if place and place.ticket == ticket else place for place in self._places]
         self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != ticket)
 
@@ -129,7 +129,7 @@ class RowEngine:
             return self._advance(places) if places else []
 
     def _admit(self) -> None:
-        """Fills free places with rows that wait, and writes these to the device, all at once."""
+        """Fills free places with waiting rows, and writes all of them to the device at once."""
         free = [place for place, running in enumerate(self._places) if running is None]
         new = [(place, *self._waiting.popleft()) for place in free[: len(self._waiting)]]
         if not new:
@@ -199,7 +199,7 @@ class RowEngine:
         return _Step(new, reopened, self._log_probs(rows, step, open_rows.ids))
 
     def _settings(self, rows: list[_Running]) -> RowSettings:
-        """The rows' settings as tensors, made anew only when other rows run."""
+        """Returns the rows' settings as tensors. They are rebuilt only if other rows run."""
         tickets = tuple(running.ticket for running in rows)
         if self._gathered is None or self._gathered[0] != tickets:
             settings = RowSettings.of([running.job.settings for running in rows], self._ids.device)
@@ -209,7 +209,8 @@ class RowEngine:
     def _log_probs(
         self, rows: list[_Running], step: Step, ids: Int[Tensor, "A T"]
     ) -> dict[tuple[int, int], TokenLogProbs]:
-        """By (row, position), of newly kept tokens of rows that ask, before guidance, temperature and truncation."""
+        """Returns log-probabilities by (row, position), for newly kept tokens of rows that ask. Guidance, temperature
+        and truncation do not count."""
         wanted = [running.job.num_top_log_probs for running in rows]
         if all(count is None for count in wanted):
             return {}
@@ -245,7 +246,8 @@ class RowEngine:
         )
 
     def _ended(self, running: _Running) -> Ended | None:
-        """How the row ends, if it does: at the first end token or stop string with nothing open before it, or full."""
+        """Returns how the row ends, if it does: at the first end or stop with nothing open before it, or when it is
+        full."""
         span, settings = running.span, running.job.settings
         before = 0 if settings.remask else running.num_final
         length = before
@@ -279,7 +281,7 @@ class RowEngine:
 
 
 def refuse_blocks(facts: ConversionFacts) -> None:
-    """Refuses models that are not denoised as whole rows.
+    """Refuses models that are not denoised in whole rows.
 
     Raises:
         UserError: A "block" layout.
@@ -292,20 +294,20 @@ def refuse_blocks(facts: ConversionFacts) -> None:
 
 
 def _as_confidence(score: float, job: Job) -> float:
-    """Rows bound by entropy are ordered by minus the entropy: exp makes a confidence of it."""
+    """Rows with an entropy bound are ordered by minus the entropy. Its exponential is a confidence."""
     return score if job.settings.entropy_bound is None else math.exp(score)
 
 
 def _by_row(step: Step, tokens: Int[Tensor, "A T"]) -> tuple[list[list[tuple[int, int, float]]], list[list[int]]]:
-    """Brings what a step did to the host in one piece.
+    """Copies what a step did to the host in one piece.
 
     Returns:
-        Of each row, (position, token, score) of what is new, and the positions that are open again.
+        For each row, (position, token, score) of new tokens, and the positions that are open again.
     """
     parts = [step.is_new, tokens, step.scores]
     if step.is_reopened is not None:
         parts.append(step.is_reopened)
-    told = torch.stack([part.double() for part in parts]).cpu().numpy()  # exact: of 64 bits
+    told = torch.stack([part.double() for part in parts]).cpu().numpy()  # exact, in 64 bits
     is_new, of_row, scores = told[0] > 0, told[1].astype(int), told[2]
     new: list[list[tuple[int, int, float]]] = [[] for _ in tokens]
     for row, position in zip(*(place.tolist() for place in is_new.nonzero()), strict=True):

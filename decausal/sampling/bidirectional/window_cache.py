@@ -1,9 +1,10 @@
-"""The forward passes of whole rows, and of decode windows against keys and values of an earlier pass.
+"""The forward passes over whole rows, and over decode windows with keys and values of an earlier pass.
 
-A row without a cache is read whole in every pass. A row with one is read whole when a window begins and every
-`cache_refresh` passes; in between a pass reads its window ("dual"), or the window and all behind it ("prefix"), and
-takes the keys and values of the rest as they were. They were made from fewer known tokens: an approximation, exact only
-where every pass reads the whole row, or in a model of one layer, whose keys and values depend on no other token.
+A row without a cache is read whole in every pass. A row with a cache is read whole when a window begins and every
+`cache_refresh` passes. Other passes read its window ("dual"), or the window and everything after it ("prefix"), and
+reuse the keys and values of the rest. Those were computed from fewer known tokens, so this is an approximation. It is
+exact only if every pass reads the whole row, or in a model of one layer, whose keys and values depend on no other
+token.
 
 Source: Fast-dLLM (arXiv 2505.22618).
 """
@@ -33,8 +34,8 @@ class Reading(NamedTuple):
         ids: Tokens, masked positions holding the mask token.
         document_ids: -1 for padding; None where every row is one document without any.
         lengths: Tokens of each row without its padding.
-        places: Which row of the cache belongs to each.
-        cache, cache_refresh: As in `RowSettings`; None where no row has a cache.
+        places: The cache's row for each.
+        cache, cache_refresh: As in `RowSettings`; None if no row has a cache.
         is_inside: Open positions of the current windows.
     """
 
@@ -47,12 +48,12 @@ class Reading(NamedTuple):
     is_inside: Bool[Tensor, "A T"]
 
     def rows(self, index: Int[Tensor, "a"]) -> Reading:
-        """Some of the rows."""
+        """Returns some of the rows."""
         return Reading(*(None if part is None else part[index] for part in self))
 
 
 class _Batch(NamedTuple):
-    """What one call of the model has read: states [b q D], and of each of its rows the first position."""
+    """What one call of the model read: states [b q D], and the first position of each row."""
 
     rows: list[int] | None  # None: all
     states: Float[Tensor, "b q D"]
@@ -60,7 +61,7 @@ class _Batch(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a row with a cache reads, on the host."""
+    """The stretch that a row with a cache reads, on the host."""
 
     row: int
     place: int
@@ -70,22 +71,22 @@ class _Plan(NamedTuple):
 
 
 class WindowReader:
-    """Runs a converted model's body, with a cache for the rows that want one.
+    """Runs a converted model's body, with a cache for rows that ask for it.
 
     Args:
         model: The model.
-        layout: "bidirectional"; "causal" where no row has a cache.
+        layout: "bidirectional", or "causal" if no row has a cache.
         shift: 1 where the state before a position predicts it.
-        num_places: Rows that the cache can hold.
+        num_places: Rows that fit into the cache.
     """
 
     def __init__(self, model: Any, layout: Layout, shift: int, num_places: int) -> None:
         self._model, self._layout, self._shift, self._num_places = model, layout, shift, num_places
         self._cache: BlockCache | None = None
-        self._held: dict[int, tuple[int, int]] = {}  # by place: first position of the window, passes since all was read
+        self._held: dict[int, tuple[int, int]] = {}  # by place: start of the window, passes since a full one
 
     def forget(self, place: int) -> None:
-        """Another row takes a place: nothing that the cache holds there is read again."""
+        """Forgets what the cache holds for a place, since another row takes it."""
         self._held.pop(place, None)
 
     def __call__(self, reading: Reading, index: Int[Tensor, "n"]) -> tuple[Float[Tensor, "n D"], Int[Tensor, "A"]]:
@@ -131,7 +132,7 @@ class WindowReader:
         return batches, num_read
 
     def _planned(self, reading: Reading) -> tuple[list[int], list[_Plan], list[_Plan]]:
-        """Rows without a cache, rows to read whole, and rows of which a window is read."""
+        """Returns rows without a cache, rows to read whole, and rows whose window is read."""
         position = torch.arange(reading.ids.shape[1], device=reading.ids.device)
         first = torch.where(reading.is_inside, position, len(position)).amin(1)
         stop = torch.where(reading.is_inside, position + 1, 0).amax(1)
@@ -151,7 +152,7 @@ class WindowReader:
         return without, whole, windows
 
     def _read(self, ids: Int[Tensor, "A T"], plans: list[_Plan]) -> _Batch:
-        """Reads a stretch of each row against the rest of it in the cache; shorter stretches are padded."""
+        """Reads a stretch of each row, with the rest of it in the cache. Shorter stretches are padded."""
         cache = self._grown(max(plan.length for plan in plans))
         rows, places, first, stop, lengths = torch.tensor(plans, device=ids.device).unbind(1)
         num_keys, width = max(plan.length for plan in plans), max(plan.stop - plan.first for plan in plans)
@@ -185,7 +186,7 @@ def _at(batch: _Batch, row: Int[Tensor, "n"], position: Int[Tensor, "n"]) -> Flo
 
 
 def _as_slice(plans: list[_Plan], places: Int[Tensor, "b"]) -> slice | Int[Tensor, "b"]:
-    """Places that follow each other as a slice, which costs no copy of their keys and values."""
+    """Returns consecutive places as a slice, which avoids a copy of their keys and values."""
     start = plans[0].place
     if [plan.place for plan in plans] == list(range(start, start + len(plans))):
         return slice(start, start + len(plans))

@@ -1,4 +1,4 @@
-"""What the host knows of a row that a block engine writes."""
+"""The host's view of a row that a block engine writes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from decausal.sampling.stopping import tokens_to_stop
 
 @dataclass
 class ActiveRow:
-    """What the host knows of a row in use.
+    """The host's view of a running row.
 
     Attributes:
-        ticket, job: Whose row it is.
+        ticket, job: The row's ticket and job.
         block_size: Tokens per block.
-        is_new: Not yet written to the device.
+        is_new: Whether it has not been written to the device yet.
         start: First position of the block that is being denoised.
         committed: Positions before this one are in the cache.
-        num_candidates: Masked positions of the block that may be kept in the next step.
+        num_eligible: Masked positions of the block that may be kept in the next step.
         num_forwards: Passes so far.
         step, row_step: Denoising steps so far, of the block and of the row.
-        ids, steps: Of the finished blocks, from `first_block` on.
-        first_steps: Of these blocks, the `row_step` of their first step.
+        ids, steps: Tokens and steps of the finished blocks, from `first_block` on.
+        first_steps: The `row_step` of the first step of each of these blocks.
     """
 
     ticket: int
@@ -40,7 +40,7 @@ class ActiveRow:
 
     def __post_init__(self) -> None:
         self.start = self.first_block * self.block_size
-        self.num_candidates = self._num_first_candidates(self.block_size - self.prompt_length % self.block_size)
+        self.num_eligible = self._num_first_eligible(self.block_size - self.prompt_length % self.block_size)
 
     @property
     def prompt(self) -> list[int]:
@@ -70,19 +70,19 @@ class ActiveRow:
         return -(-self.limit // self.block_size) * self.block_size
 
     @property
-    def window(self) -> range:
-        """What the next pass reads."""
+    def unread(self) -> range:
+        """What the next pass reads: tokens without keys and values in the cache yet, and the open block."""
         return range(self.committed, self.start + self.block_size)
 
-    def note_step(self, num_candidates: int) -> None:
-        """A pass has denoised the block once more."""
+    def note_step(self, num_eligible: int) -> None:
+        """Notes that a pass has denoised the block once more."""
         self.num_forwards += 1
         self.step += 1
         self.row_step += 1
-        self.num_candidates = num_candidates
+        self.num_eligible = num_eligible
 
     def end_block(self, ids: list[int], steps: list[int], tokenizer: Any) -> Ended | None:
-        """Takes a block that is done; says how the row ended if that was its last one, else goes on to the next."""
+        """Takes in a finished block. Returns how the row ended if it was the last one, else moves to the next block."""
         already_new = max(0, len(self.ids) - self.prompt_length % self.block_size)
         self.ids += ids
         self.steps += steps
@@ -92,16 +92,16 @@ class ActiveRow:
             return self._ended(num_new, reason)
         self.start += self.block_size
         self.step = 0
-        self.num_candidates = self._num_first_candidates(self.block_size)
+        self.num_eligible = self._num_first_eligible(self.block_size)
         return None
 
-    def _num_first_candidates(self, num_open: int) -> int:
-        """As `BlockRows.is_candidate` has them in a block's first step."""
+    def _num_first_eligible(self, num_open: int) -> int:
+        """Returns how many positions `BlockRows.is_eligible` marks in a block's first step."""
         is_first_alone = self.job.settings.first_token_from_clean and num_open == self.block_size
         return 1 if is_first_alone else num_open
 
     def _end(self, already_new: int, tokenizer: Any) -> tuple[int, str | None]:
-        """How many new tokens the row has, and why it is finished; None: it is not."""
+        """Returns how many new tokens the row has and why it is finished, or None if it is not."""
         new = self.ids[self.prompt_length % self.block_size :][: self.num_wanted]
         num_new, reason = len(new), "length" if self.start + self.block_size >= self.limit else None
         for index in range(already_new, len(new)):

@@ -1,7 +1,7 @@
-"""Decoding of block models, and of autoregressive ones as blocks of one token: many rows, one batch.
+"""Decoding of block models, and of autoregressive models as blocks of one token, many rows in one batch.
 
-Each pass of the model reads, per row, what is not in the cache yet and the block that is being denoised. A finished
-block is committed by the pass that takes the next block's first step, so n denoising steps cost n passes.
+Each pass reads, per row, the tokens that are not in the cache yet and the open block. A finished block is committed by
+the pass that takes the next block's first step. So n denoising steps cost n passes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from decausal.models.block_cache import BlockCache, decoding, refuse_uncacheable
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.sampling.blocks.active_row import ActiveRow
+from decausal.sampling.blocks.keeping import keep
+from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.recording import CannotRecordError, PassRecorder, RecordedPasses
 from decausal.sampling.blocks.rows import BlockRows, NewRow
-from decausal.sampling.blocks.windows import Reader
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.scoring import job_log_probs
@@ -34,28 +35,28 @@ from decausal.sampling.settings import SamplerSettings
 logger = logging.getLogger(__name__)
 
 GROWTH = 128
-"""Slots by which a cache without a given length grows at least."""
+"""The fewest slots by which a cache without a given length grows."""
 
 
 class BlockEngine:
-    """Writes rows block by block, `max_rows` at a time, the others waiting in a queue.
+    """Writes rows block by block, `max_rows` at a time. Others wait in a queue.
 
-    A row is a function of its prompt, settings and seed: not of its batch mates, of padding, or of when it entered.
-    The model is the caller's own: its weights are read in every pass, so it can be trained between calls.
+    A row is a function of its prompt, settings and seed. Other rows, padding and the time of submission do not matter.
+    The model stays the caller's: its weights are read in every pass, so it can be trained between calls.
 
     Args:
         model: Any stock causal LM, or a PEFT wrapper around one. In eval mode while it decodes.
         facts: Layout, block size, shift, mask token. A "causal" layout is decoded as blocks of one token with shift 1.
         max_rows: Rows decoded together.
-        max_length: Most tokens of a row, in whole blocks; memory for that is taken at once. None: the model's context,
-            and memory grows with the rows.
-        tokenizer: Needed for stop texts alone.
-        is_fused: False commits each block in a pass of its own: one pass more per block, the same tokens.
-        record: What records passes that are run again and again, `CudaGraphs()` on a GPU. The weights then stay where
-            they are in memory; they may change in place.
+        max_length: Most tokens of a row, in whole blocks, for which memory is allocated now. None: the model's context,
+            with memory that grows with the rows.
+        tokenizer: Only needed for stop texts.
+        is_fused: False commits each block in a separate pass: one more pass per block, the same tokens.
+        record: What records repeated passes: `CudaGraphs()` on a GPU. The weights must then stay at their addresses,
+            but may change in place.
 
     Raises:
-        UserError: A bidirectional layout; a model that takes no such cache; no room for a block.
+        UserError: A bidirectional layout, a model that does not take the cache, or no room for a block.
 
     Example:
         >>> engine = BlockEngine(model, facts, max_rows=16)
@@ -114,11 +115,11 @@ class BlockEngine:
         return len(self._active) + len(self._queue) - self.num_running
 
     def submit(self, job: Job) -> int:
-        """Puts a row into the queue and returns its ticket.
+        """Queues a row and returns its ticket.
 
         Raises:
-            UserError: Text after a gap; a prompt that holds the mask token or leaves no room; remasking; speculation;
-                stop texts without a tokenizer.
+            UserError: Text after a gap, a prompt that holds the mask token or leaves no room, remasking, speculation,
+                or stop texts without a tokenizer.
         """
         self._refuse(job)
         ticket = self._next_ticket
@@ -135,7 +136,7 @@ class BlockEngine:
                 return
 
     def step(self) -> list[Progress]:
-        """Runs one pass over the running rows, after filling free places from the queue; reports on each of them."""
+        """Fills free places from the queue, runs one pass over the running rows, and reports on each of them."""
         with decoding(self.model):
             return self._advance()
 
@@ -148,45 +149,46 @@ class BlockEngine:
             self._commit()
         if self._recorded is not None:
             self._read_prompts()
-        states, told = self._pass_over([row.window for row in active])
+        states, told = self._pass_over([row.unread for row in active])
         self._set_committed()
         return self._take_note(told.tolist(), states)
 
-    def _pass_over(self, windows: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
-        if self._recorded is not None and self._recorded.takes(windows):
+    def _pass_over(self, spans: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
+        if self._recorded is not None and self._recorded.takes(spans):
             try:
-                return self._recorded.run(windows, self._settings)
-            except CannotRecordError as error:  # of settings that were not recorded ahead
+                return self._recorded.run(spans, self._settings)
+            except CannotRecordError as error:  # with settings that were not recorded ahead
                 logger.warning("%s; passes go on as they are", error)
                 self._recorded = None
-        states = self._reader.predict(windows)
-        num_candidates = sum(row.num_candidates for row in self._active)
-        return states, self._rows.keep(len(windows), num_candidates, states, self._head(), self._settings)
+        states = self._reader.predict(spans)
+        num_eligible = sum(row.num_eligible for row in self._active)
+        return states, keep(self._rows, len(spans), num_eligible, states, self._head(), self._settings)
 
     def _read_prompts(self) -> None:
-        """Reads what recorded passes are too narrow for in a pass of its own, so that the other rows' can be one."""
-        windows = [
-            range(row.committed, row.start) if len(row.window) > 2 * self.block_size else range(0)
+        """Reads what is too wide for recorded passes in a separate pass, so that the other rows can use a recorded
+        one."""
+        spans = [
+            range(row.committed, row.start) if len(row.unread) > 2 * self.block_size else range(0)
             for row in self._active
         ]
-        if not any(windows):
+        if not any(spans):
             return
-        self._reader.commit(windows)
-        for place, (row, window) in enumerate(zip(self._active, windows, strict=True)):
-            if window:
+        self._reader.commit(spans)
+        for place, (row, span) in enumerate(zip(self._active, spans, strict=True)):
+            if span:
                 self._rows.committed[place] = self._rows.start[place]
                 row.committed = row.start
                 row.num_forwards += 1
 
     def record_ahead(self, settings: SamplerSettings, num_ends: int) -> None:
-        """Records the passes that rows of these settings need, where `record` and a length were given.
+        """Records the passes for rows with these settings, if `record` and a length were given.
 
         Args:
             settings: Of the rows.
-            num_ends: How many tokens end a row, at most.
+            num_ends: The most tokens that end a row.
 
         Raises:
-            CannotRecordError: the model does what cannot be recorded.
+            CannotRecordError: The model does something that cannot be recorded.
         """
         if self._recorded is not None and self._cache.max_length:
             self._make_room_for_ends(num_ends)
@@ -197,12 +199,12 @@ class BlockEngine:
         return denoising_head(self.model, self.facts.mask_token_id)
 
     def _commit(self) -> None:
-        """Passes of their own for finished blocks."""
-        windows = [range(row.committed, row.start) for row in self._active]
-        if any(windows):
-            self._reader.commit(windows)
-            for row, window in zip(self._active, windows, strict=True):
-                row.num_forwards += len(window) > 0
+        """Commits finished blocks in separate passes."""
+        spans = [range(row.committed, row.start) for row in self._active]
+        if any(spans):
+            self._reader.commit(spans)
+            for row, span in zip(self._active, spans, strict=True):
+                row.num_forwards += len(span) > 0
             self._set_committed()
 
     def _set_committed(self) -> None:
@@ -213,7 +215,7 @@ class BlockEngine:
                 row.committed = row.start
 
     def _take_note(self, told: list[list[int]], states: Float[Tensor, "b K D"]) -> list[Progress]:
-        """Brings the host's knowledge up to date; rows whose block is done end or go on to the next."""
+        """Updates the host's view. Rows whose block is done end or move to the next block."""
         size = self.block_size
         kept = [
             [offset for offset in range(size) if news[size + offset] == row.step]
@@ -233,11 +235,11 @@ class BlockEngine:
     def _progress(
         self, row: ActiveRow, news: list[int], offsets: list[int], log_probs: list[TokenLogProbs], is_done: bool
     ) -> Progress:
-        """Takes one row's share of a pass."""
+        """Takes in one row's share of a pass."""
         size, start, step, row_step = self.block_size, row.start, row.step, row.row_step
-        row.note_step(num_candidates=news[2 * size])
+        row.note_step(num_eligible=news[2 * size])
         ended = row.end_block(news[:size], news[size : 2 * size], self.tokenizer) if is_done else None
-        # The last block is written whole; what lies after the end of the text belongs to nobody.
+        # The last block is written whole. Tokens after the end of the text are not reported.
         stop = row.limit if ended is None else row.prompt_length + len(ended.ids)
         offsets = [offset for offset in offsets if start + offset < stop]
         log_probs = log_probs[: len(offsets)]
@@ -293,12 +295,12 @@ class BlockEngine:
             self._forget_recordings()
 
     def _forget_recordings(self) -> None:
-        """Where tensors have moved, passes are recorded anew."""
+        """If tensors have moved, passes are recorded again."""
         if self._recorded is not None:
             self._recorded.forget()
 
     def _release(self, places: list[int]) -> None:
-        """Gives places to rows of the queue; into those that stay free the last rows move."""
+        """Gives places to rows of the queue. The last rows move into places that stay free."""
         for place in reversed(places):
             self._settings = None
             if self._queue:
@@ -349,12 +351,12 @@ def _as_blocks(facts: ConversionFacts) -> tuple[Layout, int]:
     if facts.layout == "causal":
         return Layout("block", 1), facts.shift
     raise UserError(
-        f"this model has layout '{facts.layout}': it is not decoded in blocks; use generate, which denoises all of it"
+        f"this model has layout '{facts.layout}': it is not decoded in blocks; use generate, which denoises whole rows"
     )
 
 
 def _capacity(context: int | None, max_length: int | None, block_size: int) -> int:
-    """Positions that a row can have, in whole blocks."""
+    """Returns the positions that a row can have, in whole blocks."""
     if context is not None and max_length is not None and max_length > context:
         raise UserError(f"max_length={max_length} is over the model's context of {context} tokens; lower it")
     limits = [limit for limit in (context, max_length) if limit is not None]

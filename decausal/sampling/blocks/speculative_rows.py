@@ -16,7 +16,7 @@ from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head, logits
 from decausal.sampling.blocks.draft_tables import DraftTables, Masks
-from decausal.sampling.candidates import uniform_numbers
+from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 
 Places = slice | Int[Tensor, "b"]

@@ -1,1 +1,1 @@
-"""Texts rewritten where the model doubts them, or where they are marked."""
+"""Rewrites texts where the model doubts them, or where they are marked."""

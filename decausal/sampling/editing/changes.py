@@ -1,4 +1,4 @@
-"""What an edit did to a text: pieces of it replaced, all else as it was given, and how that looks."""
+"""The changes that an edit made to a text, and how they are shown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OLD, NEW = Style(color="red", strike=True), Style(color="green", bold=True)
 
 @dataclass(frozen=True)
 class Change:
-    """Characters `start` to `end` of the text before, and what stands there now.
+    """A replaced piece of a text: characters `start` to `end` of the text before.
 
     Attributes:
-        start: In the text before.
-        end: In the text before.
-        before: What stood there.
-        after: What stands there.
+        start: First character in the text before.
+        end: The character after the last one in the text before.
+        before: The old characters.
+        after: The new characters.
     """
 
     start: int
@@ -29,12 +29,12 @@ class Change:
 
 
 def apply(text: str, changes: Sequence[Change]) -> str:
-    """Returns the text with its pieces replaced; changes are in order and do not overlap."""
+    """Returns the text with its pieces replaced. Changes are in order and do not overlap."""
     return "".join(new if new is not None else given for given, new in _pieces(text, changes))
 
 
 def word_diff(text: str, changes: Sequence[Change]) -> str:
-    """Returns the text with what went as ``[-old-]`` and what came as ``{+new+}``, as git's word diff writes it."""
+    """Returns the text with old pieces as ``[-old-]`` and new ones as ``{+new+}``, like git's word diff."""
     shown = []
     for given, new in _pieces(text, changes):
         if new is None:
@@ -45,7 +45,7 @@ def word_diff(text: str, changes: Sequence[Change]) -> str:
 
 
 def coloured_diff(text: str, changes: Sequence[Change]) -> Text:
-    """Returns the text with what went in red and struck out, and what came in green."""
+    """Returns the text with old pieces in red and struck out, and new ones in green."""
     shown = Text()
     for given, new in _pieces(text, changes):
         shown.append(given, Style() if new is None else OLD)

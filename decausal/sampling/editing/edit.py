@@ -1,8 +1,8 @@
-"""Edit a text: what the model finds least likely in it, or a marked span, is masked again and rewritten.
+"""Edits a text: what the model finds least likely, or a marked span, is masked and rewritten.
 
-A token is judged by p(token) / p(the model's first choice there), with the token masked: see `scoring`. A rare word in
-its place is unlikely, but nothing else is likelier there by much; a slip is improbable where something else is plain.
-Everything else stays as it was given, byte for byte: only characters of tokens that became others are replaced.
+A token is judged by p(token) / p(the model's first choice there), with the token masked: see `scoring`. A rare word
+that fits is unlikely, but nothing else is much likelier there. A slip is improbable where another token is clearly
+expected. Everything else stays byte for byte: only characters of changed tokens are replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from decausal.sampling.defaults import settings_for
 from decausal.sampling.editing.changes import Change, apply
 from decausal.sampling.editing.encoded import EncodedText, encode_texts
 from decausal.sampling.engines import write
-from decausal.sampling.filling.infilling import refuse_layout
+from decausal.sampling.filling.gaps import refuse_layout
 from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
 from decausal.sampling.rows import Row
 from decausal.sampling.scoring import TokenScores, score_tokens
@@ -26,7 +26,7 @@ from decausal.sampling.settings import SamplerSettings
 
 GROUPS = 8
 FRACTION = 0.15
-"""Share of the tokens that an edit rewrites unless told otherwise."""
+"""Share of the tokens that an edit rewrites by default."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class TokenConfidence:
     """How sure the model is of one token of a text, given the others.
 
     Attributes:
-        text: The token's characters; of a character that is several tokens, each has the whole.
-        start: Where they begin in the text.
-        end: Where they end.
-        probability: Of this token.
-        best_probability: Of the token that the model would put there; the same where it agrees.
+        text: The token's characters. If a character is several tokens, each of them has the whole character.
+        start: Where its characters begin in the text.
+        end: Where its characters end.
+        probability: The probability of this token.
+        best_probability: The probability of the model's own choice there, which may be the same token.
     """
 
     text: str
@@ -56,8 +56,8 @@ class Edit:
         text: The text now.
         before: The text as it was given.
         changes: What was replaced, in order; see `changes.apply` and `changes.word_diff`.
-        num_rewritten: Tokens that were masked and written anew, over all rounds; many may have come back.
-        num_rounds: Rounds; the last one may have changed nothing.
+        num_rewritten: Tokens that were masked and rewritten, over all rounds. Many may be unchanged.
+        num_rounds: Number of rounds. The last one may have changed nothing.
         num_forwards: Passes of single rows through the model, scoring included.
     """
 
@@ -76,17 +76,17 @@ class Edit:
 def confidences(
     converted: Converted, text: str | Sequence[str], *, groups: int = GROUPS, batch_size: int = BATCH_SIZE
 ) -> list[TokenConfidence] | list[list[TokenConfidence]]:
-    """Says of each token of a text how probable it is, given the others.
+    """Returns how probable each token of a text is, given the others.
 
     Args:
         converted: Model, tokenizer and facts.
         text: One text or several.
-        groups: Each token is scored while every `groups`-th token of the text is masked with it, in as many passes:
-            more groups, more accurate. The length of the text gives each token all the others.
+        groups: Number of passes. In each pass every `groups`-th token is masked and scored, so more groups are more
+            accurate. With as many groups as tokens, each token sees all others.
         batch_size: Rows in the model at once; it does not change the result.
 
     Returns:
-        In the order of the text; special tokens written in it are left out. A list of lists for several texts.
+        Confidences in the order of the text, without special tokens. A list of lists for several texts.
 
     Raises:
         UserError: As `edit`.
@@ -125,10 +125,10 @@ def edit(
 ) -> Edit | list[Edit]:
     """Rewrites the tokens that fit least, or a marked span; the number of tokens stays the same.
 
-    Where: in the whole text, or in `span`, or wherever `find` stands. How many: `num_tokens`, or `fraction` of the
-    tokens there; by default 0.15 of a whole text, and all of a marked span. Which: those that fit least. Each further
-    round chooses again, in the text as it is then, at most `num_tokens` or `fraction` (0.15 by default, of a span too);
-    a round that changes nothing is the last.
+    Tokens are chosen in the whole text, in `span`, or wherever `find` occurs. Their number is `num_tokens`, or
+    `fraction` of the tokens there; the default is 0.15 of a whole text, and all of a marked span. Those that fit least
+    are rewritten. Each further round chooses again in the current text, at most `num_tokens` or `fraction` (0.15 by
+    default, also of a span). A round that changes nothing is the last.
 
     Args:
         converted: Model, tokenizer and facts.
@@ -136,8 +136,8 @@ def edit(
         num_tokens: Tokens to rewrite in a round; 0 rewrites nothing.
         fraction: Share of the tokens, 0 to 1, rounded up.
         span: First character and the one after the last. A token that is partly in it is rewritten as a whole.
-        find: Text whose every occurrence is marked.
-        rounds: At most.
+        find: Text of which every occurrence is marked.
+        rounds: The most rounds.
         groups: See `confidences`.
         batch_size: Rows in the model at once; it does not change the result.
         on_step: See `jobs.OnStep`.
@@ -147,8 +147,8 @@ def edit(
         One Edit for a string, a list for a list.
 
     Raises:
-        UserError: A bad setting, an empty text, one that does not fit or holds the mask token, a span outside of it,
-            nothing found, a layout other than bidirectional.
+        UserError: A bad setting; a text that is empty, does not fit or holds the mask token; a span outside of it; text
+            that is not found; or a layout other than bidirectional.
     """
     _check(converted, groups, batch_size)
     choice = _Choice(num_tokens, fraction, span, find)
@@ -207,7 +207,7 @@ class _Choice:
         return self.span is not None or self.find is not None
 
     def where(self, encoded: EncodedText) -> list[int]:
-        """The positions that may be rewritten."""
+        """Returns the positions that may be rewritten."""
         if self.span is not None:
             return encoded.editable([encoded.checked_span(self.span)])
         if self.find is not None:
@@ -252,15 +252,15 @@ class _Draft:
 def _choose(
     converted: Converted, drafts: list[_Draft], choice: _Choice, round_number: int, groups: int, batch_size: int
 ) -> None:
-    """Opens what fits least; scores only where there is a choice."""
+    """Opens what fits least. Scores only if there is a choice."""
     undecided = []
     for draft in drafts:
         count = choice.how_many(len(draft.allowed), round_number)
         draft.opened = list(draft.allowed) if count == len(draft.allowed) else []
         if 0 < count < len(draft.allowed):
             undecided.append((draft, count))
-    # Tokens outside of a marked span are not scored, but all of a text is dealt out alike: what is masked with a token
-    # must not depend on what is marked.
+    # Tokens outside a marked span are not scored, but the whole text is divided into groups. What is masked together
+    # with a token must not depend on the marks.
     positions = [draft.encoded.editable() for draft, _ in undecided]
     scores = score_tokens(
         converted, [draft.ids for draft, _ in undecided], positions, groups=groups, batch_size=batch_size

@@ -1,4 +1,4 @@
-"""A text as tokens whose characters are known: so that what is not rewritten stays as it was given."""
+"""A text as tokens with known characters, so that the rest of the text stays as it was given."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from decausal.sampling.rows import Row
 from decausal.sampling.texts import named, prompt_ids, text_after
 
 CONTEXT_IDS = 64
-"""Tokens before rewritten ones that are decoded with them: enough for a tokenizer to place its spaces."""
+"""Tokens before rewritten ones that are decoded with them, so that a tokenizer places its spaces correctly."""
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Ids of a text behind what begins a row.
+    """Ids of a text, after the tokens that begin a row.
 
     Attributes:
-        text: As it was given.
+        text: The text as it was given.
         name: What error messages call it.
-        ids: Of the whole row.
-        offsets: First character, and the one after the last, of each id; empty for those that are no text.
+        ids: Ids of the whole row.
+        offsets: First character of each id, and the one after the last; empty for special tokens.
         is_special: Whether an id is a special token, in the text or before it.
     """
 
@@ -40,7 +40,7 @@ class EncodedText:
     is_special: list[bool]
 
     def editable(self, spans: Sequence[tuple[int, int]] | None = None) -> list[int]:
-        """The positions that can be rewritten, of all or of those that touch one of the character spans."""
+        """Returns the positions that can be rewritten: all, or those that touch one of the character spans."""
         return [
             position
             for position, (start, end) in enumerate(self.offsets)
@@ -59,22 +59,22 @@ class EncodedText:
         return start, end
 
     def occurrences(self, wanted: str) -> list[tuple[int, int]]:
-        """The spans of a text in this one; they do not overlap."""
+        """Returns the spans of a text in this one; they do not overlap."""
         spans, start = [], self.text.find(wanted)
         while start >= 0:
             spans.append((start, start + len(wanted)))
             start = self.text.find(wanted, start + len(wanted))
         if not spans:
-            raise UserError(f"{wanted!r} does not stand in {self.name}: give text exactly as it stands there")
+            raise UserError(f"{wanted!r} is not in {self.name}: give text exactly as it is written there")
         return spans
 
     def whole_characters(self, positions: Sequence[int]) -> list[int]:
-        """Adds the other tokens of characters that are several tokens."""
+        """Adds the other tokens of characters that span several tokens."""
         chosen = set(positions)
         return [position for group in self.groups() if chosen.intersection(group) for position in group]
 
     def groups(self) -> list[list[int]]:
-        """Text positions; those that share a character stand together."""
+        """Returns the text's positions, grouped where they share a character."""
         groups: list[list[int]] = []
         end = 0
         for position in self.editable():
@@ -86,7 +86,7 @@ class EncodedText:
         return groups
 
     def changes(self, ids: Sequence[int], tokenizer: Any) -> list[Change]:
-        """Returns what becomes of the text when the row has other ids in the same places."""
+        """Returns how the text changes if the row has other ids at the same positions."""
         is_changed = [any(ids[position] != self.ids[position] for position in group) for group in self.groups()]
         changes = []
         numbered = zip(is_changed, self.groups(), strict=True)
@@ -106,16 +106,16 @@ class EncodedText:
 def encode_texts(converted: Converted, texts: Sequence[str]) -> list[EncodedText]:
     """Encodes texts with the characters of each token.
 
-    Under shift 1 a row begins with BOS or EOS where the tokenizer puts nothing there itself, so that the first token
-    can be scored and rewritten too.
+    Under shift 1, a row begins with BOS or EOS if the tokenizer puts nothing there, so that the first token can be
+    scored and rewritten too.
 
     Raises:
-        UserError: An empty text, the mask token in it, too many tokens, a tokenizer that knows no offsets.
+        UserError: An empty text, a text with the mask token or too many tokens, or a tokenizer without offsets.
     """
     tokenizer = converted.tokenizer
     if not tokenizer.is_fast:
         raise UserError(
-            "this model's tokenizer does not say which characters a token has (it is no fast tokenizer), and edit "
+            "this model's tokenizer does not say which characters a token has (it is not a fast tokenizer), and edit "
             "needs that: convert the model with a fast tokenizer"
         )
     start = SpecialTokens(tokenizer).prefix or (prompt_ids(converted, "") if converted.facts.shift else [])
@@ -135,7 +135,7 @@ def encode_texts(converted: Converted, texts: Sequence[str]) -> list[EncodedText
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[tuple[int, int]]]]:
-    """Returns what encodes a text to ids and the characters of each, the space in front of a word included."""
+    """Returns a function that encodes a text to ids with their characters, including the space before a word."""
 
     def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -144,7 +144,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[tuple[int,
     processor = tokenizer.backend_tokenizer.post_processor
     if processor is None or b'"trim_offsets":true' not in processor.__getstate__():
         return encode
-    # A byte-level tokenizer that leaves spaces out of its offsets, though they are in its tokens.
+    # This byte-level tokenizer leaves spaces out of its offsets, although its tokens hold them.
     backend = deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()

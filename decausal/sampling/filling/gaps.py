@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from decausal.errors import UserError
+from decausal.models.facts import ConversionFacts
 
 Piece = str | int | None
 """A string is given text; an integer a gap of so many tokens; None a gap of unknown length."""
@@ -16,15 +17,15 @@ _MARK = re.compile(r"(\\*)\{gap(?::([^{}\n]*))?\}")
 def parse_gaps(template: str) -> list[Piece]:
     r"""Reads `{gap}` as a gap of unknown length and `{gap:4}` as one of 4 tokens.
 
-    All else is text, other braces too. A literal `{gap}` is written `\{gap}`; of backslashes right before one, two
-    stand for one.
+    Everything else is text, including other braces. A literal `{gap}` is written `\{gap}`. Two backslashes directly
+    before a gap stand for one.
 
     Example:
         >>> parse_gaps("def f(x):{gap} return{gap:4}")
         ['def f(x):', None, ' return', 4]
 
     Raises:
-        UserError: No gap, or a length that is no integer of at least 1.
+        UserError: There is no gap, or a length is not an integer of at least 1.
     """
     pieces: list[Piece] = [""]
     end = 0
@@ -55,10 +56,10 @@ def _length(mark: str, length: str | None) -> int | None:
 
 
 def split_gaps(pieces: Sequence[Piece], name: str) -> tuple[list[str], list[int | None]]:
-    """Returns the given texts, one more than gaps and some of them empty, and the lengths of the gaps.
+    """Returns the given texts (one more than gaps, some may be empty) and the lengths of the gaps.
 
     Raises:
-        UserError: No gap, two gaps without text between them, a length below 1, or a piece of another type.
+        UserError: There is no gap, two gaps without text between them, a length below 1, or a piece of another type.
     """
     texts: list[list[str]] = [[]]
     lengths: list[int | None] = []
@@ -78,3 +79,22 @@ def split_gaps(pieces: Sequence[Piece], name: str) -> tuple[list[str], list[int 
     if not lengths:
         raise UserError(f"{name} has no gap: put an integer, or None for an unknown length, where text is missing")
     return ["".join(text) for text in texts], lengths
+
+
+def refuse_layout(facts: ConversionFacts) -> None:
+    """Refuses models whose gaps do not see what follows them.
+
+    Raises:
+        UserError: The layout is not bidirectional.
+    """
+    if facts.layout == "causal":
+        raise UserError(
+            "this model has layout 'causal': a gap cannot see the suffix after it; infill and edit need layout "
+            "'bidirectional'"
+        )
+    if facts.layout == "block":
+        raise UserError(
+            f"this model has layout 'block' with block_size {facts.block_size}: a gap sees text after it only to the "
+            f"end of its own block, {facts.block_size - 1} tokens at most; infill and edit need a model of layout "
+            "'bidirectional', such as the recipes repr-align, mdm and diffullama make"
+        )

@@ -1,4 +1,4 @@
-"""Fill gaps in texts: one or many in each, of given or unknown length."""
+"""Fills gaps in texts: one or many in each, of given or unknown length."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from itertools import chain
 from typing import Any
 
 from decausal.errors import UserError, nearest
+from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.models.facts import ConversionFacts
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import write
-from decausal.sampling.filling.gaps import Piece, split_gaps
-from decausal.sampling.filling.lengths import SEARCHES, GappedText, Search, Trial, choose_lengths
-from decausal.sampling.generate import Generation
+from decausal.sampling.filling.gaps import Piece, refuse_layout, split_gaps
+from decausal.sampling.filling.lengths import SCORING_GROUPS, SEARCHES, GappedText, LengthSearch, Search, Trial
+from decausal.sampling.generation import Generation
 from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
 from decausal.sampling.rows import Row
+from decausal.sampling.scoring import score_tokens
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.texts import named, text_after
 
 MAX_GAP = 32
-"""The most tokens of a gap of unknown length, unless asked otherwise."""
+"""The most tokens of a gap of unknown length, by default."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class Filling:
 
     Attributes:
         texts: The new text of each gap, special tokens left out.
-        full_text: The whole: what was given is in it as it was given.
+        full_text: The whole text, with given text as it was given.
         ids: The new tokens of each gap; the first and last may also hold given characters, see `borders`.
         step_of_token: For each of `ids` the step, from 0, in which it was kept.
         lengths: The tokens of each gap.
-        num_forwards: Passes of single rows through the model: this text's own, and those of all candidates for its
-            lengths, with their scores.
+        num_forwards: Passes of single rows through the model: of this text, and of all candidates for its lengths with
+            their scores.
         tokens_per_forward: New tokens over `num_forwards`.
-        trials: The lengths that were tried and their scores in nats, higher is better; none where all were given.
+        trials: The lengths that were tried and their scores in nats (higher is better); empty if all lengths were
+            given.
     """
 
     texts: list[str]
@@ -64,25 +66,25 @@ def fill(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Filling | list[Filling]:
-    """Writes what is missing in one text or in each of several; every gap is written with sight of all that is given.
+    """Writes what is missing in one text or in several. Every gap is written with all given text in view.
 
     Args:
         converted: Model, tokenizer and facts.
-        texts: A text is a list: strings are given, an integer is a gap of so many tokens, None one of unknown length,
-            as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see `gaps.parse_gaps`. Where a text begins with a
-            gap, its row starts from BOS or EOS.
-        max_gap: The most tokens in a gap of unknown length; fewer where the model's context ends.
+        texts: A text is a list of strings, which are given text, integers, which are gaps of so many tokens, and None
+            for a gap of unknown length, as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see
+            `gaps.parse_gaps`. If a text begins with a gap, its row starts from BOS or EOS.
+        max_gap: The most tokens in a gap of unknown length; fewer if the model's context ends.
         length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
-        batch_size: Rows in the model at once; it does not change what they become.
-        on_step: See `jobs.OnStep`; called while the text is filled, not while lengths are tried.
+        batch_size: Rows in the model at once; it does not change the results.
+        on_step: See `jobs.OnStep`. Called while the text is filled, not while lengths are tried.
         **options: `SamplerSettings` by name, or by the names other samplers use. Text i draws from `seed` + i.
 
     Returns:
         One Filling for one text, a list for a list of texts.
 
     Raises:
-        UserError: A bad setting or gap, a text that does not fit or holds the mask token, a gap of unknown length with
-            nothing behind it, a layout under which gaps cannot see what is behind them.
+        UserError: A bad setting or gap, a text that does not fit or holds the mask token, a gap of unknown length at
+            the end of a text, or a layout under which gaps cannot see what follows them.
     """
     refuse_layout(converted.facts)
     is_one = not texts or any(isinstance(piece, str | int) or piece is None for piece in texts)
@@ -118,9 +120,9 @@ def infill(
 
     Args:
         converted: Model, tokenizer and facts.
-        prefix: Text before the gap, or one per row. Where it is empty the row starts from BOS or EOS.
+        prefix: Text before the gap, or one per row. If it is empty, the row starts from BOS or EOS.
         suffix: Text after the gap, as many as prefixes.
-        length: Tokens in the gap; None where it is unknown.
+        length: Tokens in the gap; None if unknown.
         max_gap: As in `fill`.
         length_search: As in `fill`.
         batch_size: As in `fill`.
@@ -167,32 +169,52 @@ def infill(
     return generations[0] if isinstance(prefix, str) else generations
 
 
-def refuse_layout(facts: ConversionFacts) -> None:
-    """Refuses models whose gaps do not see what is behind them.
-
-    Raises:
-        UserError: Any layout but bidirectional.
-    """
-    if facts.layout == "causal":
-        raise UserError(
-            "this model has layout 'causal': a gap cannot see the suffix behind it; infill and edit need layout "
-            "'bidirectional'"
-        )
-    if facts.layout == "block":
-        raise UserError(
-            f"this model has layout 'block' with block_size {facts.block_size}: a gap sees text behind it only to the "
-            f"end of its own block, {facts.block_size - 1} tokens at most; infill and edit need a model of layout "
-            "'bidirectional', such as the recipes repr-align, mdm and diffullama make"
-        )
-
-
 def _gapped(converted: Converted, given: list[str], lengths: list[int | None], name: str, seed: int) -> GappedText:
     if lengths[-1] is None and not given[-1]:
         raise UserError(
-            f"{name} ends with a gap of unknown length: nothing behind it tells where it ends; give its length, or use "
+            f"{name} ends with a gap of unknown length: nothing after it shows where it ends; give its length, or use "
             "generate"
         )
     return GappedText.of(converted, given, lengths, name, seed)
+
+
+def choose_lengths(
+    converted: Converted,
+    texts: Sequence[GappedText],
+    settings: SamplerSettings,
+    *,
+    max_gap: int,
+    search: str = "candidates",
+    batch_size: int,
+) -> list[Search]:
+    """Finds the unknown lengths of texts. The candidates of all texts share batches.
+
+    Args:
+        converted: Model, tokenizer and facts.
+        texts: They do not influence each other.
+        settings: How candidates are filled.
+        max_gap: The most tokens of one gap; fewer if the context ends.
+        search: "candidates" or "grow".
+        batch_size: Rows in the model at once; it does not change what is found.
+    """
+    context = context_length(converted.model.config)
+    for text in texts:
+        if text.unknown:
+            text.row(text.started(1)).check(converted)
+    shift = converted.facts.shift
+    searches = [LengthSearch(text, text.longest(max_gap, context), shift, search) for text in texts]
+    while running := [each for each in searches if each.asked]:
+        jobs = [Job(row, settings, each.text.seed) for each in running for row in each.asked]
+        places = [each.scored_positions(index) for each in running for index in range(len(each.asked))]
+        ended = write(converted, jobs, batch_size=batch_size)
+        ids = [job.row.filled(each.ids) for job, each in zip(jobs, ended, strict=True)]
+        scores = score_tokens(converted, ids, places, groups=SCORING_GROUPS, batch_size=batch_size)
+        start = 0
+        for each in running:
+            part = slice(start, start + len(each.asked))
+            start = part.stop
+            each.take(ids[part], [row.num_forwards for row in ended[part]], scores[part])
+    return [each.found for each in searches]
 
 
 def _search(

@@ -1,15 +1,15 @@
-"""How long a gap is when nobody says: candidates of several lengths are filled, and ranked by likelihood.
+"""Finds the length of a gap: candidates of several lengths are filled and ranked by likelihood.
 
-A masked model given n open positions says nothing of n itself. What speaks of it are the tokens around the gap: when
-the length is wrong, they read badly. So a candidate's score is the log-likelihood of the given tokens next to the gap,
-the same ones for every length, plus that of the gap's own tokens divided by the square root of their number: their sum
-would favour short gaps, their mean long ones that repeat themselves. docs/log.md holds what else was tried.
+A masked model cannot tell how long a gap should be. But if the length is wrong, the tokens around the gap become
+unlikely. So a candidate's score is the log-likelihood of the given tokens next to the gap, the same ones for every
+length, plus that of the gap's own tokens divided by the square root of their number. Their sum would favour short gaps,
+and their mean long gaps that repeat themselves. docs/log.md holds what else was tried.
 
-Two ways to propose lengths, measured against each other by benchmarks/infill_length.py:
+There are two ways to propose lengths, which benchmarks/infill_length.py compares:
 
 - "candidates": a geometric grid, filled in one batch, then the lengths between the best one's neighbours.
-- "grow": one filling, in which the weakest place is made longer or shorter by a few tokens, which are filled anew with
-  their neighbours, as long as that scores better.
+- "grow": one filling whose weakest place is made longer or shorter by a few tokens. These are filled again with their
+  neighbours, as long as the score improves.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.borders import Border, split_at_borders
-from decausal.sampling.engines import write
-from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
-from decausal.sampling.scoring import TokenScores, score_tokens
-from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.scoring import TokenScores
 from decausal.sampling.texts import ids_after, prompt_ids
 
 CONTEXT_TOKENS = 8
-"""Given tokens on each side of a gap that a filling is judged by."""
+"""Given tokens on each side of a gap by which a filling is judged."""
 SCORING_GROUPS = 4
 MOST_RESIZINGS = 12
 RESIZINGS = (1, 2, 4)
 START = 4
-"""Length at which an unknown gap stands while another one is searched, and from which one grows."""
+"""Length of an unknown gap while another one is searched, and the length from which a gap grows."""
 
 SEARCHES = ("candidates", "grow")
 
@@ -43,11 +39,11 @@ class GappedText:
     """A text with gaps, as ids.
 
     Attributes:
-        given: Ids before, between and behind the gaps.
-        lengths: Of each gap; None where it is unknown.
+        given: Ids before, between and after the gaps.
+        lengths: The length of each gap; None if unknown.
         name: What error messages call it.
-        seed: What it draws from.
-        borders: Of each gap; none where no token crosses one.
+        seed: The seed that it draws from.
+        borders: The border of each gap; empty if no token crosses one.
     """
 
     given: tuple[list[int], ...]
@@ -60,10 +56,10 @@ class GappedText:
     def of(
         cls, converted: Converted, given: Sequence[str], lengths: Sequence[int | None], name: str, seed: int
     ) -> GappedText:
-        """Encodes texts, so that their tokens, and those of the gaps, are as in a whole text.
+        """Encodes texts, so that their tokens and those of the gaps are the same as in a whole text.
 
         Raises:
-            UserError: There is nothing to start a row from, see `prompt_ids`.
+            UserError: There is no token to start a row from, see `prompt_ids`.
         """
         texts, borders = split_at_borders(converted.tokenizer, given, lengths)
         before, behind = prompt_ids(converted, texts[0]), [ids_after(converted.tokenizer, text) for text in texts[1:]]
@@ -73,7 +69,7 @@ class GappedText:
         return Row(self.given, tuple(lengths), self.name, self.borders)
 
     def started(self, length: int) -> tuple[int, ...]:
-        """The lengths, with `length` where they are unknown."""
+        """Returns the lengths, with `length` for unknown ones."""
         return tuple(length if known is None else known for known in self.lengths)
 
     @property
@@ -81,7 +77,7 @@ class GappedText:
         return [gap for gap, length in enumerate(self.lengths) if length is None]
 
     def longest(self, max_gap: int, context: int | None) -> int:
-        """The most tokens that each unknown gap may have; at least 1, whether or not that fits."""
+        """Returns the most tokens that each unknown gap may have; at least 1, even if that does not fit."""
         if context is None or not self.unknown:
             return max_gap
         left = context - self.row(self.started(0)).length
@@ -90,7 +86,7 @@ class GappedText:
 
 @dataclass(frozen=True)
 class Trial:
-    """A filling that was scored: the lengths of all gaps, and the score, in nats."""
+    """A scored filling: the lengths of all gaps, and the score in nats."""
 
     lengths: tuple[int, ...]
     score: float
@@ -102,8 +98,8 @@ class Search:
 
     Attributes:
         lengths: The lengths of all gaps.
-        trials: What was tried, in this order.
-        num_forwards: Passes of single rows through the model, fillings and scores together.
+        trials: The fillings that were tried, in this order.
+        num_forwards: Passes of single rows through the model, for fillings and scores.
     """
 
     lengths: tuple[int, ...]
@@ -113,7 +109,7 @@ class Search:
 
 @dataclass(frozen=True)
 class _Proposal:
-    """A row to fill, whose gaps have these lengths; where it grows, part of a gap is given already."""
+    """A row to fill whose gaps have these lengths. When a gap grows, part of it is given."""
 
     lengths: tuple[int, ...]
     row: Row
@@ -124,24 +120,24 @@ class _Scored:
     lengths: tuple[int, ...]
     ids: list[int]
     score: float
-    log_prob: dict[int, float]  # by position in the row, of the tokens in gaps and beside them
+    log_prob: dict[int, float]  # by position in the row: tokens in gaps and beside them
 
 
 _Proposals = Generator[list[_Proposal], list[_Scored], tuple[int, ...]]
 
 
 class LengthSearch:
-    """The search for one text's unknown lengths: it asks for rows to be filled and scored until it knows them.
+    """The search for one text's unknown lengths. It asks for rows to be filled and scored until the lengths are known.
 
     Args:
         text: What to fill.
         longest: The most tokens of one gap.
-        shift: The model's: under 1 no state predicts a row's first token.
+        shift: The model's shift. Under 1, no state predicts a row's first token.
         search: "candidates" or "grow".
 
     Attributes:
-        asked: Rows to fill, all from the text's seed; empty once the lengths are known.
-        found: What was tried, and in the end the lengths.
+        asked: Rows to fill, all with the text's seed; empty once the lengths are known.
+        found: What has been tried, and finally the lengths.
     """
 
     def __init__(self, text: GappedText, longest: int, shift: int, search: str = "candidates") -> None:
@@ -155,16 +151,16 @@ class LengthSearch:
         return [proposal.row for proposal in self._proposals]
 
     def scored_positions(self, index: int) -> list[int]:
-        """The positions by which one of `asked` is judged, for `score_tokens` with `SCORING_GROUPS`."""
+        """Returns the positions by which one of `asked` is judged, for `score_tokens` with `SCORING_GROUPS`."""
         return scored_positions(self.text.row(self._proposals[index].lengths), self._shift)
 
     def take(self, ids: Sequence[list[int]], num_forwards: Sequence[int], scores: Sequence[TokenScores]) -> None:
-        """Takes in what became of `asked`, and asks for more or ends.
+        """Takes in the results for `asked`, and asks for more rows or ends.
 
         Args:
             ids: The rows, filled.
-            num_forwards: What filling each one cost.
-            scores: Of `scored_positions`.
+            num_forwards: Passes for filling each row.
+            scores: Scores of `scored_positions`.
         """
         results = []
         told = zip(self._proposals, ids, num_forwards, scores, strict=True)
@@ -181,47 +177,8 @@ class LengthSearch:
             self.found.lengths, self._proposals = stop.value, []
 
 
-def choose_lengths(
-    converted: Converted,
-    texts: Sequence[GappedText],
-    settings: SamplerSettings,
-    *,
-    max_gap: int,
-    search: str = "candidates",
-    batch_size: int,
-) -> list[Search]:
-    """Finds the unknown lengths of texts, the candidates of all texts batched together.
-
-    Args:
-        converted: Model, tokenizer and facts.
-        texts: They do not influence each other.
-        settings: How candidates are filled.
-        max_gap: The most tokens of one gap; fewer where the context ends.
-        search: "candidates" or "grow".
-        batch_size: Rows in the model at once; it does not change what is found.
-    """
-    context = context_length(converted.model.config)
-    for text in texts:
-        if text.unknown:
-            text.row(text.started(1)).check(converted)
-    shift = converted.facts.shift
-    searches = [LengthSearch(text, text.longest(max_gap, context), shift, search) for text in texts]
-    while running := [each for each in searches if each.asked]:
-        jobs = [Job(row, settings, each.text.seed) for each in running for row in each.asked]
-        places = [each.scored_positions(index) for each in running for index in range(len(each.asked))]
-        ended = write(converted, jobs, batch_size=batch_size)
-        ids = [job.row.filled(each.ids) for job, each in zip(jobs, ended, strict=True)]
-        scores = score_tokens(converted, ids, places, groups=SCORING_GROUPS, batch_size=batch_size)
-        start = 0
-        for each in running:
-            part = slice(start, start + len(each.asked))
-            start = part.stop
-            each.take(ids[part], [row.num_forwards for row in ended[part]], scores[part])
-    return [each.found for each in searches]
-
-
 def scored_positions(row: Row, shift: int) -> list[int]:
-    """The positions in gaps and up to `CONTEXT_TOKENS` beside them, without one that no state predicts."""
+    """Returns the positions in gaps and up to `CONTEXT_TOKENS` beside them that a state predicts."""
     near: set[int] = set()
     for span in row.spans():
         near.update(range(max(span.start - CONTEXT_TOKENS, shift), min(span.stop + CONTEXT_TOKENS, row.length)))
@@ -229,7 +186,8 @@ def scored_positions(row: Row, shift: int) -> list[int]:
 
 
 def score(row: Row, log_prob: Mapping[int, float]) -> float:
-    """The log-likelihood of the given tokens beside the gaps, plus each gap's own over the root of its length."""
+    """Returns the log-likelihood of the given tokens beside the gaps, plus each gap's own over the root of its
+    length."""
     gaps = row.spans()
     in_gaps = {position for span in gaps for position in span}
     beside = sum(value for position, value in log_prob.items() if position not in in_gaps)
@@ -237,7 +195,7 @@ def score(row: Row, log_prob: Mapping[int, float]) -> float:
 
 
 def coarse_lengths(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to and with `most`."""
+    """Returns 1, 2, 3, 4, 6, 8, 12, 16, ... up to and including `most`."""
     lengths = [1]
     while lengths[-1] < most:
         doubled = 2 * lengths[-2] if len(lengths) > 2 else lengths[-1] + 1
@@ -246,7 +204,7 @@ def coarse_lengths(most: int) -> list[int]:
 
 
 def _by_candidates(text: GappedText, most: int) -> _Proposals:
-    """Gap after gap: the grid, then halving steps around the best."""
+    """Searches gap after gap: first the grid, then halving steps around the best."""
     lengths = text.started(min(START, most))
     scores: dict[tuple[int, ...], float] = {}
     for gap in text.unknown:
@@ -265,7 +223,7 @@ def _by_candidates(text: GappedText, most: int) -> _Proposals:
 def _best_of(
     text: GappedText, lengths: tuple[int, ...], gap: int, candidates: list[int], scores: dict[tuple[int, ...], float]
 ) -> Generator[list[_Proposal], list[_Scored], tuple[int, ...]]:
-    """Tries other lengths of one gap; what was tried before is not filled again. Of equal ones the shortest is best."""
+    """Tries other lengths of one gap that have not been tried before. Among equal scores the shortest wins."""
     tried = [(*lengths[:gap], candidate, *lengths[gap + 1 :]) for candidate in candidates]
     new = [each for each in tried if each not in scores]
     if new:
@@ -275,7 +233,7 @@ def _best_of(
 
 
 def _by_growing(text: GappedText, most: int) -> _Proposals:
-    """Makes the weakest place of a gap longer or shorter, as long as that scores better."""
+    """Makes the weakest place of a gap longer or shorter as long as the score improves."""
     lengths = text.started(min(START, most))
     (best,) = yield [_Proposal(lengths, text.row(lengths))]
     for _ in range(MOST_RESIZINGS):
@@ -296,10 +254,11 @@ def _by_growing(text: GappedText, most: int) -> _Proposals:
 
 
 def _resized(text: GappedText, filling: _Scored, gap: int, change: int) -> _Proposal:
-    """Inserts open positions beside the weakest token of a gap, or takes tokens out around it, and opens the rest."""
+    """Inserts open positions beside the weakest token of a gap, or removes tokens around it, and opens its
+    neighbours."""
     span = text.row(filling.lengths).spans()[gap]
     weakest = min(span, key=lambda position: filling.log_prob[position])
-    size = max(-change, 1)  # the tokens taken out, or the weakest alone
+    size = max(-change, 1)  # the removed tokens, or only the weakest
     first = min(max(weakest - size // 2, span.start), span.stop - size)
     opened = range(max(first - 1, span.start), min(first + size + 1, span.stop))
     lengths = (*filling.lengths[:gap], filling.lengths[gap] + change, *filling.lengths[gap + 1 :])

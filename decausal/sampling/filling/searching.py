@@ -1,4 +1,4 @@
-"""Gaps of unknown length in an engine: the search's rows are rows like others, and its answer ends as one row."""
+"""Gaps of unknown length in an engine. The search's rows run like any others, and its answer ends as one row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from decausal.sampling.scoring import TokenScores, score_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob(Job):
-    """A job with gaps of unknown length; its `row` has the longest that they may become.
+    """A job with gaps of unknown length. Its `row` has the longest possible gaps.
 
     Attributes:
-        text: The given ids, and the lengths that are known.
+        text: The given ids and the known lengths.
         longest: The most tokens of a gap of unknown length.
         length_search: "candidates" or "grow".
     """
@@ -29,11 +29,11 @@ class SearchJob(Job):
     length_search: str = "candidates"
 
     def with_row(self, row: Row) -> Job:
-        """The same job for a row whose lengths are known."""
+        """Returns the same job for a row whose lengths are known."""
         return Job(row, self.settings, self.seed, self.end_token_ids, self.is_watched, self.num_top_log_probs)
 
     def candidate(self, row: Row) -> Job:
-        """A row that is filled to be scored: whole, and nobody looks on."""
+        """Returns the job that fills a row for scoring: to its full length and unwatched."""
         return Job(row, replace(self.settings, stop=(), stop_token_ids=()), self.seed)
 
 
@@ -41,11 +41,11 @@ class SearchJob(Job):
 class _Searching:
     job: SearchJob
     search: LengthSearch
-    scored: dict[int, tuple[list[int], int, TokenScores]] = field(default_factory=dict)  # by index into what it asked
+    scored: dict[int, tuple[list[int], int, TokenScores]] = field(default_factory=dict)  # by index of a row
 
 
 class _Place(NamedTuple):
-    """Which of the rows that a search asked for."""
+    """One of the rows that a search asked for."""
 
     ticket: int
     index: int
@@ -60,16 +60,16 @@ class _Candidate(NamedTuple):
 
 
 class SearchingEngine:
-    """An engine that also takes `SearchJob`s: fills candidates, scores them, and then writes the row that is best.
+    """An engine that also takes `SearchJob`s. It fills candidates, scores them, and then writes the best row.
 
-    Candidates take at most half of the engine's places, so that other rows go on; a step scores at most as many of
-    them as fit into one batch. What comes of a search is what `fill` makes of the same text and seed, and its steps are
-    told from where the lengths are known.
+    Candidates take at most half of the engine's places, so that other rows continue. A step scores at most as many of
+    them as fit into one batch. The result is that of `fill` for the same text and seed. Steps are reported once the
+    lengths are known.
 
     Args:
-        engine: Fills rows; one for bidirectional models.
-        converted: Its model.
-        max_rows: Its places.
+        engine: The engine that fills rows, for a bidirectional model.
+        converted: The engine's model.
+        max_rows: The engine's places.
     """
 
     def __init__(self, engine: Engine, converted: Converted, max_rows: int) -> None:
@@ -77,11 +77,11 @@ class SearchingEngine:
         self._most_candidates = max(1, max_rows // 2)
         self._scored_at_once = max(1, max_rows // SCORING_GROUPS)
         self._num_searches = 0
-        self._searching: dict[int, _Searching] = {}  # by ticket, below 0: the engine's own are above
+        self._searching: dict[int, _Searching] = {}  # by ticket, below 0; the engine's own tickets are not negative
         self._waiting: deque[_Place] = deque()
         self._trying: dict[int, _Place] = {}  # by the engine's ticket
         self._unscored: deque[_Candidate] = deque()
-        self._settled: dict[int, int] = {}  # the search's ticket by the engine's, once lengths are known
+        self._settled: dict[int, int] = {}  # the search's ticket by the engine's ticket, once lengths are known
 
     @property
     def num_running(self) -> int:
@@ -97,7 +97,7 @@ class SearchingEngine:
         """Takes a row on and returns its ticket.
 
         Raises:
-            UserError: As the engine's; a search is refused where its longest row is.
+            UserError: As the engine's. A search is refused if its longest row would be.
         """
         if not isinstance(job, SearchJob):
             return self._engine.submit(job)
@@ -109,7 +109,7 @@ class SearchingEngine:
         return -self._num_searches
 
     def cancel(self, ticket: int) -> None:
-        """Gives a row up, with all that is searched for it."""
+        """Drops a row and its search."""
         inner = [own for own, place in self._trying.items() if place.ticket == ticket]
         inner += [own for own, search in self._settled.items() if search == ticket]
         for own in inner if ticket < 0 else [ticket]:
@@ -121,7 +121,7 @@ class SearchingEngine:
         self._settled = {own: search for own, search in self._settled.items() if search != ticket}
 
     def step(self) -> list[Progress]:
-        """Takes all rows one step further, scores candidates that are filled, and tells of every row but those."""
+        """Takes all rows one step further, scores filled candidates, and reports on all rows except candidates."""
         while self._waiting and len(self._trying) < self._most_candidates:
             place = self._waiting.popleft()
             searching = self._searching[place.ticket]
@@ -171,7 +171,7 @@ class SearchingEngine:
             self._settle(ticket)
 
     def _settle(self, ticket: int) -> None:
-        """Goes on with a search once all that it asked for is scored."""
+        """Continues a search once all rows that it asked for are scored."""
         searching = self._searching[ticket]
         search = searching.search
         if len(searching.scored) < len(search.asked):

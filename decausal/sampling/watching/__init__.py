@@ -1,1 +1,1 @@
-"""Denoising to look at: live in the terminal, or recorded."""
+"""Shows denoising: live in the terminal, or as a recording."""

@@ -1,6 +1,6 @@
-"""Frames of a row as an animation: characters on a grid, drawn into an SVG or a GIF.
+"""Animates frames of a row: characters on a grid, drawn into an SVG or a GIF.
 
-Every position has one place, that of its last token, so nothing jumps when tokens appear.
+Every position has the place of its last token, so nothing jumps when tokens appear.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MARGIN = 14
 FONT_SIZE = 13
 BACKGROUND, GIVEN, BOX = "#16181d", "#c9ced6", "#3a404b"
 LONGEST_STEP, LONGEST_PLAY, REST = 0.35, 12.0, 2.5
-"""Seconds: of one step at most, of all steps together at most (where a step has at least 0.03), of the last frame."""
+"""Seconds: the most for one step, the most for all steps (though a step has at least 0.03), and of the last frame."""
 
 
 class Cell(NamedTuple):
     """What a frame shows at a position.
 
     Attributes:
-        text: None where it is open.
-        step: In which the token was kept; None for a given one.
+        text: None if it is open.
+        step: The step in which the token was kept; None for a given one.
     """
 
     text: str | None
@@ -60,7 +60,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """Where each position stands: the runs of its last token."""
+    """The place of each position: the runs of its last token."""
 
     runs: list[list[Run]]
     num_columns: int
@@ -68,7 +68,7 @@ class Page:
 
     @classmethod
     def of(cls, frame: Frame, num_columns: int) -> Page:
-        """Lays the tokens of a frame out in lines."""
+        """Arranges the tokens of a frame in lines."""
         runs: list[list[Run]] = []
         column = line = 0
         for cell in frame:
@@ -91,7 +91,7 @@ class Page:
         return self.num_columns * CHARACTER[0] + 2 * MARGIN, self.num_lines * CHARACTER[1] + 2 * MARGIN
 
     def shown(self, position: int, text: str) -> list[Run]:
-        """The runs of a token; one that is not the last of its position takes that one's place, cut to fit."""
+        """Returns the runs of a token. A token that is not its position's last takes that one's place, cut to fit."""
         own = self.runs[position]
         if text == "".join(run.text for run in own) or not own:
             return own
@@ -104,7 +104,7 @@ class Page:
 
 
 def write_svg(path: Path, frames: Sequence[Frame], num_columns: int) -> None:
-    """Writes an animation that browsers and GitHub's pages play: no script, nothing from outside."""
+    """Writes an animation that browsers and GitHub play, without scripts or outside resources."""
     pages, times, total = _prepared(frames, num_columns)
     width, height = (max(sizes) for sizes in zip(*(page.size for _, page in pages), strict=True))
     parts = [
@@ -116,7 +116,7 @@ def write_svg(path: Path, frames: Sequence[Frame], num_columns: int) -> None:
         spans = sorted(_spans(frames, chunk), key=lambda span: (span.start, span.stop))
         for (start, stop), group in groupby(spans, key=lambda span: (span.start, span.stop)):
             begin, end = times[start] / total, times[stop] / total
-            # Where nothing is animated, the last frame alone is seen.
+            # Without animation only the last frame is visible.
             parts.append(f'<g visibility="{"visible" if end == 1 else "hidden"}">{_shown_between(begin, end, total)}')
             parts += [_svg_cell(page, span) for span in group]
             parts.append("</g>")
@@ -156,7 +156,7 @@ def _svg_cell(page: Page, span: Span) -> str:
 
 
 def write_gif(path: Path, frames: Sequence[Frame], num_columns: int) -> None:
-    """Writes an animation that plays everywhere; matplotlib's font has no Chinese, Japanese or Korean characters."""
+    """Writes an animation that plays everywhere. matplotlib's font lacks Chinese, Japanese and Korean characters."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -183,13 +183,13 @@ def _draw_cell(draw: Any, font: Any, page: Page, span: Span) -> None:
         return
     for run in page.shown(span.position, span.cell.text):
         x, y = _corner(run)
-        for character in run.text:  # the font's own advance is no whole number of pixels
+        for character in run.text:  # the font's own advance is not a whole number of pixels
             draw.text((x, y), character, font=font, fill=_colour(span.cell))
             x += cell_len(character) * CHARACTER[0]
 
 
 def _prepared(frames: Sequence[Frame], num_columns: int) -> tuple[list[tuple[range, Page]], list[float], float]:
-    """Frames in stretches of one length with their pages; when each frame begins and the last ends; the last again."""
+    """Returns the frames with their pages, when each begins and the last one ends, and the last frame once more."""
     pages, start = [], 0
     for _, group in groupby(frames, key=len):
         stop = start + sum(1 for _ in group)
@@ -201,7 +201,7 @@ def _prepared(frames: Sequence[Frame], num_columns: int) -> tuple[list[tuple[ran
 
 
 def _spans(frames: Sequence[Frame], chunk: range) -> list[Span]:
-    """For every position, what it shows for how long."""
+    """Returns what every position shows, and for how long."""
     found = []
     for position in range(len(frames[chunk.start])):
         for cell, group in groupby(chunk, key=lambda index: frames[index][position]):
@@ -211,7 +211,7 @@ def _spans(frames: Sequence[Frame], chunk: range) -> list[Span]:
 
 
 def _joined(runs: list[Run]) -> list[Run]:
-    """Neighbouring characters of one line as one run."""
+    """Returns neighbouring characters of one line as one run."""
     joined = []
     for _, group in groupby(runs, key=lambda run: run.line):
         line = list(group)

@@ -1,4 +1,4 @@
-"""One row as it is written, put together from its steps: what both the live view and recordings draw."""
+"""A row put together from its steps, which the live view and recordings draw."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from decausal.sampling.rows import Row
 
 
 class Followed:
-    """A row of which every step is taken in.
+    """A row that takes in every step.
 
     Attributes:
-        kept: For each position its token; None where it is open.
-        step_of: By position, the step in which a token was kept; given ones are not in it.
+        kept: The token of each position; None if it is open.
+        step_of: The step in which a token was kept, by position, without given tokens.
         new: Positions that the last step kept.
         num_open: Positions that were open when the row began.
         length: Positions of the row; fewer once it has ended early.
@@ -33,7 +33,7 @@ class Followed:
         return self.kept[: self.length].count(None)
 
     def take(self, progress: Progress) -> None:
-        """Takes a step in."""
+        """Takes in a step."""
         for position in progress.reopened:
             self.kept[position] = None
             self.step_of.pop(position, None)
@@ -44,6 +44,6 @@ class Followed:
             self._end(progress.ended)
 
     def _end(self, ended: Ended) -> None:
-        """A row that ends early has nothing after its end, though positions there may have been kept."""
+        """A row that ends early shows nothing after its end, although positions there may have been kept."""
         if ended.reason != "length":
             self.length = self._row.spans()[0].start + len(ended.ids)

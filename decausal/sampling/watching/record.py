@@ -1,4 +1,4 @@
-"""A recording of the denoising of one row: an animated SVG or GIF for a page, tokens coloured by step."""
+"""Records the denoising of one row as an animated SVG or GIF, with tokens coloured by step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ WRITERS = dict(zip(SUFFIXES, (write_svg, write_gif), strict=True))
 class Recording:
     """Records one row while it is written: pass it as `on_step` inside a `with` block.
 
-    The file is written at the end of the block, unless that ends in an error. Open positions are boxes, tokens have
-    the colour of the step in which they were kept. An edit of several rounds is one recording.
+    The file is written at the end of the block, unless the block raises. Open positions are boxes. Tokens have the
+    colour of the step in which they were kept. An edit of several rounds is one recording.
 
     Example:
         >>> with Recording("denoising.svg", model.tokenizer) as recording:
         ...     model.infill(prefix, suffix, length=48, on_step=recording)
 
     Args:
-        path: Ends in .svg or .gif.
-        tokenizer: Decodes.
+        path: A file name that ends in .svg or .gif.
+        tokenizer: Decodes ids.
         row: Which row of the call, from 0.
         num_columns: Characters of a line.
 
     Raises:
-        UserError: Another suffix, or no such directory.
+        UserError: The suffix is another one, or there is no such directory.
     """
 
     def __init__(self, path: str | Path, tokenizer: Any, row: int = 0, num_columns: int = 80) -> None:

@@ -1,4 +1,4 @@
-"""Where a recording goes, checked before anything is loaded."""
+"""Checks where a recording goes before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SUFFIXES = (".svg", ".gif")
 
 
 def check_recording(path: str | Path) -> Path:
-    """Returns the path of a recording to be made, once it is sure that it can be written.
+    """Returns the path of a recording, after checking that it can be written.
 
     Raises:
-        UserError: No suffix of ours, or no such directory.
+        UserError: The suffix is neither .svg nor .gif, or there is no such directory.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:

@@ -18,22 +18,21 @@ from decausal.sampling.watching.followed import Followed
 
 OPEN_POSITION = "░"
 COLOUR_STEPS = 24
-"""Steps after which the colours begin again."""
+"""Steps after which the colours repeat."""
 
 
 class Watch:
     """Shows one row while it is written: pass it as `on_step` inside a `with` block.
 
-    Given text is plain, tokens are coloured by the step in which they were kept, the newest ones reversed, open
-    positions are dim blocks. Where the console is no terminal it prints a line at each quarter of the way instead,
-    without colours.
+    Given text is plain. Tokens are coloured by the step in which they were kept, the newest ones are reversed, and open
+    positions are dim blocks. If the console is not a terminal, it prints a plain line at each quarter instead.
 
     Example:
         >>> with Watch(model.tokenizer) as watch:
         ...     model.infill(prefix, suffix, length=48, on_step=watch)
 
     Args:
-        tokenizer: Decodes.
+        tokenizer: Decodes ids.
         console: Where to draw; the standard output by default.
         row: Which row of the call, from 0.
         pause: Seconds to rest after each step, so that a small model can be followed. Only in a terminal.

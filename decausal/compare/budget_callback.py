@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from decausal.compare.budget import Budget
 from decausal.compare.records import Measurement, RunRecord, Score
-from decausal.reporting.clock import Clock
-from decausal.training.token_counts import TokenCounts, TokenMeter
+from decausal.training.meters import Clock, TokenCounts, TokenMeter
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,12 @@ class Event:
     """What a run tells while it trains.
 
     Attributes:
-        run: its name.
+        run: Its name.
         kind: "began", "stepped", "measured" or "ended".
-        step: training steps taken.
-        progress: share of the budget used.
-        loss: of the last step, for "stepped".
-        measurement: for "measured".
+        step: Training steps taken.
+        progress: Share of the budget used.
+        loss: Of the last step, for "stepped".
+        measurement: For "measured".
     """
 
     run: str
@@ -45,16 +44,16 @@ class BudgetCallback(TrainerCallback):
     Its clock runs in training only, rollouts included: not while the model is prepared, measured or saved.
 
     Args:
-        name: of the run.
-        budget: ends the run when it is used up.
-        points: shares of the budget, ascending, after which to measure.
-        score: measures the student.
-        start_scores: what it would measure before any step.
-        record: where measurements go.
-        tell: hears of it.
+        name: Of the run.
+        budget: Ends the run when it is used up.
+        points: Shares of the budget, ascending, after which to measure.
+        score: Measures the student.
+        start_scores: What it would measure before any step.
+        record: Where measurements go.
+        tell: Hears of it.
 
     Attributes:
-        meter: for the trainer to count tokens with.
+        meter: For the trainer to count tokens with.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class BudgetCallback(TrainerCallback):
         self._losses: list[float] = []
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """What `convert` calls with the student; returns what the trainer logs."""
+        """Returns what `convert` calls with the student; returns what the trainer logs."""
         self.clock.stop()
         measurement = Measurement(
             step=self._step,

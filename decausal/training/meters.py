@@ -1,8 +1,10 @@
-"""Training tokens, counted from the batches that the student reads and the rollouts that it writes, for any recipe."""
+"""What a run has used up: tokens that the student read or wrote, and seconds spent training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,9 +17,9 @@ class TokenCounts(NamedTuple):
     """Tokens that a run has trained on so far. A token that is trained on twice counts twice.
 
     Attributes:
-        clean: tokens of the clean rows that training forwards read, prompts included, padding not.
-        supervised: targets of the loss: positions whose prediction is compared with something.
-        generated: tokens that rollouts have written, whether or not they were trained on.
+        clean: Tokens of the clean rows that training forwards read, prompts included, padding not.
+        supervised: Targets of the loss: positions whose prediction is compared with something.
+        generated: Tokens that rollouts have written, whether or not they were trained on.
     """
 
     clean: int = 0
@@ -52,3 +54,27 @@ class TokenMeter:
     def start_from(self, counts: TokenCounts) -> None:
         """Counts on from what an earlier part of the run has counted."""
         self._before, self._sums = counts, {}
+
+
+@dataclass
+class Clock:
+    """A clock that stands still where a run is not training.
+
+    Attributes:
+        now: Gives the time, in seconds from any start.
+        passed: Seconds before the last start; a resumed run begins with those of its earlier part.
+    """
+
+    now: Callable[[], float] = time.perf_counter
+    passed: float = 0.0
+    _started: float | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        self._started = self.now()
+
+    def stop(self) -> None:
+        self.passed, self._started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.passed + (0.0 if self._started is None else self.now() - self._started)

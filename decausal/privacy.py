@@ -1,22 +1,29 @@
-"""Secrets among settings: tokens, keys and passwords, none of which is ever written to a file."""
+"""What is kept from others: secrets, which no file ever holds, and where files lie on this machine.
+
+Whatever leaves the machine with a model names the last part of a path only. Ids on the hub stay as they are.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
+
+from decausal.files import DATA_SUFFIX
 
 HIDDEN = "[removed]"
 
-# A model's own files name tokens of text in any way, so only these are taken for secrets there.
+# A model's own files use the word token for text, so only these names count as secrets there.
 _SECRET_OF_A_MODEL = re.compile(
     r"token|(.*_)?((auth|access|api|hub|hf)_token|password|passwd|passphrase|secret|(api|access|private|secret)_key)",
     re.IGNORECASE,
 )
 
-# Vocabulary has tokens, too: those are no secrets.
+# Names of tokens in the vocabulary: those are not secrets.
 _TOKENS_OF_TEXT = re.compile(r"(mask|eos|bos|pad|unk|sep|cls|end|stop|special|image|prefix|suffix|middle)_token")
 _SECRET_NAME = re.compile(
     r"(^|[_\-.])(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth|secret)_?key)$",
@@ -27,8 +34,13 @@ _SECRET_TEXT = re.compile(
 )
 
 
+# Settings that hold text. There a slash is a character like any other: `</s>` is not a path.
+_NO_PATHS = ("sampler", "mask_token", "chat_template_kwargs")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a token, a key or a password."""
+    """Returns whether a setting of this name holds a token, a key or a password."""
     name = name.lstrip("-").replace("-", "_")
     return _SECRET_NAME.search(name) is not None and _TOKENS_OF_TEXT.fullmatch(name) is None
 
@@ -64,7 +76,7 @@ def drop_secrets(settings: Any) -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Returns a value to be recorded: secret entries of its tables are left out, tokens in its texts replaced.
+    """Returns a value to be recorded: without secret entries in tables, and with secrets in texts replaced.
 
     Example:
         >>> without_secrets({"hub_token": "hf_0123456789", "data": "https://me:pass@example.org/a.txt"})
@@ -106,3 +118,41 @@ def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:
         else:
             shown.append(without_secrets(argument))
     return shown
+
+
+def is_public_name(name: object) -> bool:
+    """Returns whether a source or data set is named by its id on the hub, not by a path."""
+    text = str(name).partition(":")[0]
+    is_name = _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
+    return is_name and DATA_SUFFIX.search(text) is None and not Path(text).exists()
+
+
+def without_paths(value: Any) -> Any:
+    """Returns a value of a recipe with every path, in lists and tables too, reduced to its last part.
+
+    Example:
+        >>> without_paths("/home/me/a.txt,bigcode/python,/home/me/b.txt:8000@7")
+        'a.txt,bigcode/python,b.txt:8000@7'
+    """
+    if isinstance(value, dict):
+        return {name: part if name in _NO_PATHS else without_paths(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(part) for part in value]
+    if isinstance(value, PurePath):
+        return value.name
+    if not isinstance(value, str) or "/" not in value or "\n" in value:
+        return value
+    return ",".join(_last_part(part) for part in value.split(","))
+
+
+def without_paths_in(arguments: Sequence[str]) -> str:
+    """Returns a command's arguments as one line, without secrets and with only the last part of each path."""
+    words = []
+    for argument in arguments_without_secrets(arguments):
+        flag, is_joined, value = argument.rpartition("=")
+        words.append(f"{flag}{is_joined}{without_paths(value)}")
+    return shlex.join(words)
+
+
+def _last_part(text: str) -> str:
+    return text if "://" in text or is_public_name(text) else PurePath(text).name

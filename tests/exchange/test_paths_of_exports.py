@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from decausal.compare.settings import CompareSettings
-from decausal.exchange.handed_on import without_paths, without_paths_in
 from decausal.exchange.plain import export_plain
 from decausal.exchange.sdar import export_sdar
 from decausal.models.facts import read_facts
+from decausal.privacy import without_paths, without_paths_in
 from tests.exchange.checkpoints import save_block_model
 
 

@@ -1,4 +1,4 @@
-"""One candidate token for each open position, from its logits and one number in (0, 1)."""
+"""Draws one token for each open position, from its logits and one number in (0, 1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decausal.sampling.settings import NUM_SEEDS
+from decausal.sampling.settings.drawing import NUM_SEEDS
 
 
 def choose(
@@ -19,20 +19,20 @@ def choose(
     min_p: float | Float[Tensor, "n"] | None = None,
     most: int | None = None,
 ) -> Int[Tensor, "n"]:
-    """Draws one token per row by inverting its cumulative distribution at `numbers`; temperature 0 takes the likeliest.
+    """Draws one token per row by inverting the cumulative distribution at `numbers`. Temperature 0 takes the likeliest.
 
-    Each setting is one for all rows, or one per row. What a row draws does not depend on the settings of others.
+    Each setting is one for all rows, or one per row. A row's token does not depend on the settings of others.
 
     Args:
         logits: Unscaled log-probabilities. A token at -inf is never drawn.
         numbers: Uniform in (0, 1), the only source of randomness.
         temperature: Divides the logits before truncation.
-        top_k: Keep the k most probable tokens. Per row: 0 where all are kept.
-        top_p: Of those, keep the fewest most probable ones whose probabilities sum to at least this. Per row: at least
-            1 where all are kept.
-        min_p: Before all that, and before the temperature, keep tokens at least this many times as probable as the
-            likeliest. Per row: 0 where all are kept.
-        most: The largest of several `top_k`, which the host then need not ask the device for.
+        top_k: Keep the k most probable tokens. Per row: 0 keeps all.
+        top_p: Of those, keep the fewest most probable tokens whose probabilities sum to at least this. Per row: 1 or
+            more keeps all.
+        min_p: First, before the temperature, keep tokens at least this many times as probable as the likeliest. Per
+            row: 0 keeps all.
+        most: The largest of several `top_k`, so that the host need not ask the device for it.
     """
     if isinstance(temperature, int | float):
         if temperature == 0:
@@ -48,13 +48,13 @@ def choose(
 def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    # A parallel cumulative sum may be off by an ulp: asking for p > 0 keeps impossible tokens out whatever it returns.
+    # A parallel cumulative sum may be off by an ulp. The condition p > 0 excludes impossible tokens in any case.
     is_past = (cumulative > numbers[:, None] * cumulative[:, -1:]) & (probabilities > 0)
     return torch.where(is_past.any(-1), is_past.to(torch.uint8).argmax(-1), logits.argmax(-1))
 
 
 def above(logits: Float[Tensor, "n V"], min_p: float | Float[Tensor, "n"] | None) -> Float[Tensor, "n V"]:
-    """Sets to -inf what is less probable than `min_p` times the likeliest token. Source: arXiv 2407.01082."""
+    """Sets tokens to -inf that are less probable than `min_p` times the likeliest. Source: arXiv 2407.01082."""
     if min_p is None:
         return logits
     share = min_p[:, None] if isinstance(min_p, Tensor) else torch.tensor(min_p)
@@ -68,7 +68,7 @@ def truncate(
     top_p: float | Float[Tensor, "n"] | None = None,
     most: int | None = None,
 ) -> Float[Tensor, "n V"]:
-    """Sets to -inf what lies outside the `top_k` most probable tokens, then outside the nucleus `top_p` of the rest."""
+    """Sets tokens to -inf outside the `top_k` most probable ones, then outside the nucleus `top_p` of the rest."""
     if top_k is not None:
         logits = _only_top(logits, top_k, most)
     if top_p is not None and (isinstance(top_p, Tensor) or top_p < 1):
@@ -100,19 +100,20 @@ def _only_top(logits: Float[Tensor, "n V"], k: int | Int[Tensor, "n"], most: int
 def uniform_numbers(
     seed: Int[Tensor, "n"], step: int | Int[Tensor, "n"], position: Int[Tensor, "n"]
 ) -> Float[Tensor, "n"]:
-    """Numbers in (0, 1), a function of (seed, step, position) alone: 23 bits of a chain of hashes.
+    """Returns numbers in (0, 1), a function of (seed, step, position) only: 23 bits of a chain of hashes.
 
-    A row therefore draws the same numbers alone and in a batch, padded or not, and whenever others finish. Seeds are
-    taken modulo `NUM_SEEDS`, so that those of a call's rows go on behind the last one from 0.
+    So a row draws the same numbers alone and in a batch, padded or not, and whenever others finish. Seeds are taken
+    modulo `NUM_SEEDS`, so that a call's seeds continue from 0 after the last one.
 
-    Source: the finaliser of splitmix64 (Steele et al. 2014), applied once per coordinate.
+    Source: the finaliser of splitmix64 (Steele et al. 2014), once per coordinate.
     """
     bits = _mixed(_mixed(_mixed(seed & (NUM_SEEDS - 1)) + step) + position)
     return ((bits >> 40) & (2**23 - 1)).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 
 def _mixed(bits: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """Splitmix64's finaliser; int64 products wrap around, and its constants are written as signed numbers."""
+    """Applies splitmix64's finaliser. Products of int64 wrap around, and the constants are written as signed
+    numbers."""
     bits = bits + _signed(0x9E3779B97F4A7C15)
     bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
     bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
@@ -120,7 +121,7 @@ def _mixed(bits: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
 
 
 def _shifted(bits: Int[Tensor, "n"], places: int) -> Int[Tensor, "n"]:
-    """Shifts right as if unsigned: torch's shift copies the sign."""
+    """Shifts right as if unsigned, because torch's shift copies the sign."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 
 

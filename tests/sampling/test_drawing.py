@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decausal.sampling.candidates import choose, truncate, uniform_numbers
+from decausal.sampling.drawing import choose, truncate, uniform_numbers
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf, 0.2, -3.0])
 NUM_DRAWS = 20_000

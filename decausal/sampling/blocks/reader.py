@@ -1,8 +1,8 @@
-"""The forward passes of a block engine: each row reads a window of its own, batches are made of similar ones.
+"""The forward passes of a block engine. Each row reads its own span; similar spans share a batch.
 
-A row's window begins with its first token that has no keys and values in the cache yet and ends with the block that is
-being denoised: prompt and block when it enters, the finished block and the next one (which commits the former), or the
-block alone. Under block size 1 and shift 1, which is the autoregressive model, no masked token is ever read.
+A row's span begins with its first token that is not in the cache yet and ends with the open block. So it is the prompt
+and a block when the row enters, the finished block and the next one (which commits the former), or one block. With
+block size 1 and shift 1, which is the autoregressive model, no masked token is ever read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NUM_KNOWN_OFFSETS = 64
 
 @dataclass
 class Reader:
-    """Runs the model over the windows of rows.
+    """Runs the model over the spans of rows.
 
     Attributes:
-        model: the model.
-        layout: kind "block".
-        shift: 1 where a block's first token is predicted by the clean state before it.
-        cache: keys and values.
-        rows: what the rows hold.
+        model: The model.
+        layout: A layout of kind "block".
+        shift: 1 if a block's first token is predicted by the clean state before it.
+        cache: Keys and values.
+        rows: The state of the rows.
     """
 
     model: Any
@@ -53,32 +53,32 @@ class Reader:
         self.shortest_window = min((w for w in layer_windows(self.config).values() if w is not None), default=None)
         self.is_autoregressive = self.layout.block_size == 1 and self.shift == 1
 
-    def commit(self, windows: list[range]) -> None:
-        """Reads finished tokens alone, windows that end before the blocks: how to commit without fusing."""
-        self._read(windows, tail=0)
+    def commit(self, spans: list[range]) -> None:
+        """Commits finished tokens without reading open blocks: the spans end before them."""
+        self._read(spans, tail=0)
 
-    def predict(self, windows: list[range]) -> Float[Tensor, "b K D"]:
-        """Reads the windows of rows 0 to b - 1 and returns the state that predicts each position of their blocks."""
+    def predict(self, spans: list[range]) -> Float[Tensor, "b K D"]:
+        """Reads the spans of rows 0 to b - 1 and returns the state that predicts each position of their blocks."""
         if self.is_autoregressive:
-            self._read([range(window.start, window.stop - 1) for window in windows], tail=0)
-            return self._predicting(None, len(windows))
-        return self._predicting(self._read(windows, tail=self.layout.block_size), len(windows))
+            self._read([range(span.start, span.stop - 1) for span in spans], tail=0)
+            return self._predicting(None, len(spans))
+        return self._predicting(self._read(spans, tail=self.layout.block_size), len(spans))
 
     def predict_fixed(self, num_rows: int, width: int, num_keys: int) -> Float[Tensor, "b K D"]:
-        """`predict` in a shape that does not depend on the rows: tensors alone say what each of them reads.
+        """Does what `predict` does in a shape that does not depend on the rows. Only tensors say what each row reads.
 
         Args:
-            num_rows: rows 0 to b - 1; their windows have at most `width` tokens.
-            width: tokens that are read of each row, those before its window into the scratch slot.
-            num_keys: slots among which all windows end.
+            num_rows: Rows 0 to b - 1, whose spans have at most `width` tokens.
+            width: Tokens that each row reads. Those before its span go to the scratch slot.
+            num_keys: Slots among which all spans end.
         """
         tail = 0 if self.is_autoregressive else self.layout.block_size
-        offsets = torch.arange(tail - width, tail, device=self.rows.device)  # made anew: nothing else may let go of it
+        offsets = torch.arange(tail - width, tail, device=self.rows.device)  # new: nothing else may free its memory
         states = self._read_rows(slice(0, num_rows), offsets, tail, num_keys, is_ragged=True, sees_everything=False)
         return self._predicting(states, num_rows)
 
     def _predicting(self, states: Float[Tensor, "b K D"] | None, num_rows: int) -> Float[Tensor, "b K D"]:
-        """The states that predict a block, from the states of its own positions."""
+        """Returns the states that predict a block, from the states of its own positions."""
         if self.shift == 0:
             return states
         before = self.rows.clean_state
@@ -88,22 +88,22 @@ class Reader:
             return torch.cat([states[:, :1], states[:, :-1]], dim=1)
         return torch.cat([before[:num_rows, None], states[:, :-1]], dim=1)
 
-    def _read(self, windows: list[range], tail: int) -> Float[Tensor, "b tail D"] | None:
-        """Returns the states of the last `tail` positions of each window; the state before them goes to the rows."""
-        batches = self._batches([len(window) for window in windows])
-        if len(batches) == 1 and len(batches[0]) == len(windows):
-            return self._read_batch(windows, slice(0, len(windows)), tail)
+    def _read(self, spans: list[range], tail: int) -> Float[Tensor, "b tail D"] | None:
+        """Returns the states of the last `tail` positions of each span; the state before them goes to the rows."""
+        batches = self._batches([len(span) for span in spans])
+        if len(batches) == 1 and len(batches[0]) == len(spans):
+            return self._read_batch(spans, slice(0, len(spans)), tail)
         found = None
         for batch in batches:
             index = torch.tensor(batch, device=self.rows.device)
-            states = self._read_batch([windows[row] for row in batch], index, tail)
+            states = self._read_batch([spans[row] for row in batch], index, tail)
             if states is not None:
-                found = states.new_zeros(len(windows), *states.shape[1:]) if found is None else found
+                found = states.new_zeros(len(spans), *states.shape[1:]) if found is None else found
                 found[index] = states
         return found
 
     def _batches(self, widths: list[int]) -> list[list[int]]:
-        """Rows by width, the widest first; narrower ones are padded to it where that is cheaper than another call."""
+        """Groups rows by width, the widest first. Narrower rows are padded if that is cheaper than another call."""
         by_width = defaultdict(list)
         for row, width in enumerate(widths):
             if width:
@@ -121,11 +121,11 @@ class Reader:
         return [sorted(batch) for batch in batches]
 
     def _read_batch(
-        self, windows: list[range], index: slice | Int[Tensor, "b"], tail: int
+        self, spans: list[range], index: slice | Int[Tensor, "b"], tail: int
     ) -> Float[Tensor, "b tail D"] | None:
-        width, num_keys = max(map(len, windows)), max(window.stop for window in windows)
-        is_ragged = any(len(window) != width for window in windows)
-        sees_everything = self._sees_everything(windows, width, tail)
+        width, num_keys = max(map(len, spans)), max(span.stop for span in spans)
+        is_ragged = any(len(span) != width for span in spans)
+        sees_everything = self._sees_everything(spans, width, tail)
         offsets = self._offsets(tail - width, tail)
         return self._read_rows(index, offsets, tail, num_keys, is_ragged=is_ragged, sees_everything=sees_everything)
 
@@ -139,7 +139,7 @@ class Reader:
         is_ragged: bool,
         sees_everything: bool,
     ) -> Float[Tensor, "b tail D"] | None:
-        """One pass over tokens at `offsets` from the blocks' first; those before a row's window are padding."""
+        """Runs one pass over tokens at `offsets` from the blocks' first. Tokens before a row's span are padding."""
         rows, width = self.rows, len(offsets)
         start = rows.start[index][:, None]
         slots = positions = start + offsets
@@ -163,7 +163,7 @@ class Reader:
         return hidden[:, width - tail :] if tail else None
 
     def _offsets(self, first: int, end: int) -> Int[Tensor, "q"]:
-        """Places relative to the first of the block."""
+        """Returns places relative to the first of the block."""
         if (first, end) not in self._known_offsets:
             if len(self._known_offsets) > NUM_KNOWN_OFFSETS:
                 self._known_offsets.clear()
@@ -179,10 +179,10 @@ class Reader:
         context = self.rows.ids[index].gather(1, positions[:, : width - tail])
         return torch.cat([context, blocks], dim=1) if tail else context
 
-    def _sees_everything(self, windows: list[range], width: int, tail: int) -> bool:
-        """Whether all rows have windows of the same span, inside one block that reads all of itself: no mask needed."""
-        first = windows[0]
-        if any(window != first for window in windows) or width > self.layout.block_size:
+    def _sees_everything(self, spans: list[range], width: int, tail: int) -> bool:
+        """Returns whether all rows read the same span, inside one block that reads all of itself: no mask needed."""
+        first = spans[0]
+        if any(span != first for span in spans) or width > self.layout.block_size:
             return False
         if tail == 0 and self.layout.causal_context and width > 1:
             return False
@@ -199,7 +199,7 @@ class Reader:
     def _remember(
         self, index: slice | Int[Tensor, "b"], states: Float[Tensor, "b D"], has_read: Bool[Tensor, "b 1"] | None
     ) -> None:
-        """Keeps the state of the last finished token of each row that has read one; None: every row has."""
+        """Stores the state of the last finished token of each row that has read one. None: of every row."""
         rows = self.rows
         if rows.clean_state is None:
             rows.clean_state = states.new_zeros(len(rows.start), states.shape[1])
