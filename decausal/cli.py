@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
+from pathlib import Path
 
 from decausal.errors import UserError, nearest
 
+_warning_for_developers = warnings.formatwarning
 DESCRIPTION = """\
 Turn an autoregressive language model into a diffusion language model.
 
@@ -63,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, or 2 for bad input, which prints one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _keep_bars_out_of_files()
+    warnings.formatwarning = _warning_for_users
     try:
         try:
             return _dispatch(arguments)
@@ -91,6 +95,15 @@ def _keep_bars_out_of_files() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _warning_for_users(
+    message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
+) -> str:
+    """A warning of ours is one line: a user has no use for the place in the code that gave it."""
+    if Path(file).is_relative_to(Path(__file__).parent):
+        return f"decausal: warning: {' '.join(str(message).split())}\n"
+    return _warning_for_developers(message, category, file, number, line)
 
 
 def _dispatch(arguments: list[str]) -> int:

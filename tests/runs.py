@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.cli import main
 from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
+from decausal.models.checkpoint import save_converted
+from decausal.models.facts import ConversionFacts
 from decausal.training.convert import Conversion, convert
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.run import run_length, training_arguments
@@ -95,6 +97,17 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: 
             )
         else:
             assert torch.equal(found[name], tensor), name
+
+
+def assert_saved_as_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Asserts that a model is written as plain numbers, as any model of its family is."""
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
+    save_converted(directory, model, tokenizer, ConversionFacts("x", "causal", 1, 0))
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+    found, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert_same(found.state_dict(), model.state_dict())
 
 
 def environment(**more: str) -> dict[str, str]:

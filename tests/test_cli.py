@@ -14,7 +14,7 @@ import yaml
 from decausal.cli import VERBS, main
 from decausal.training.run import argument_errors
 from decausal.training.settings import ConversionSettings
-from tests.runs import environment, save_source, write_text
+from tests.runs import call, environment, save_source, write_text
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate")
 SCRIPT = f"""
@@ -49,6 +49,18 @@ def test_a_reader_that_leaves_early_is_not_complained_of(arguments):
     writing.stdout.close()
     _, errors = writing.communicate(timeout=60)
     assert errors == b""
+
+
+def test_a_warning_of_ours_is_one_line_without_its_place_in_the_code(tmp_path):
+    text = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": "the hat", "completion": "a"}, {"prompt": "the hat " * 40, "completion": "a"}]
+    text.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    arguments = ["convert", save_source(tmp_path / "source"), "--data", text, "--output_dir", tmp_path / "out"]
+    ended = call(*arguments, "--recipe", "mdm", "--max_length", "32", "--max_steps", "1", "--save_strategy", "no")
+    assert ended.returncode == 0, ended.stderr
+    (told,) = [line for line in ended.stderr.splitlines() if "left out" in line]
+    assert told.startswith("decausal: warning: left out 1 document longer than a row of 32 tokens: ")
+    assert ".py" not in ended.stderr
 
 
 def test_help_names_every_verb_and_every_setting_with_its_default(capsys):

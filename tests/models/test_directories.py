@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import load_converted, save_converted
 from decausal.models.facts import ConversionFacts
 from decausal.models.names import check_converted, check_source
-from tests.runs import assert_same, run_python, save_source
+from tests.runs import run_python, save_source
 
 
 @pytest.fixture
@@ -134,83 +133,6 @@ def test_shards_of_pickles_that_are_missing_are_named(directory: Path) -> None:
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(UserError, match=r"lacks pytorch_model-00002-of-00002.bin, which"):
         check_source(directory)
-
-
-def assert_saved_as_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Asserts that a model is written as plain numbers, as any model of its family is."""
-    assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
-    save_converted(directory, model, tokenizer, ConversionFacts("x", "causal", 1, 0))
-    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
-    found, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["missing_keys"]
-    assert_same(found.state_dict(), model.state_dict())
-
-
-def test_fp8_weights_come_back_as_plain_numbers(tmp_path: Path) -> None:
-    """Each matrix of the layers in float8 with a scale for each block of 128 by 128, as DeepSeek-V3 is published."""
-    directory = save_source(tmp_path / "model")
-    tensors, expected = load_file(directory / "model.safetensors"), {}
-    for name in [name for name in tensors if "_proj.weight" in name]:
-        scale = tensors[name].abs().max() / 448
-        packed = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        expected[name] = packed.float() * scale
-        tensors |= {name: packed, f"{name}_scale_inv": scale.reshape(1, 1)}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    configure(quantization_config=stored)(directory)
-    model, tokenizer = load_source(directory)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(model.state_dict()[name], tensor)
-    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
-
-
-@pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # a family whose weights stand the other way round, too
-def test_weights_of_bitsandbytes_come_back_as_plain_numbers(family: str, num_bits: int, tmp_path: Path) -> None:
-    directory, stored = save_source(tmp_path / "model", family), BitsAndBytesConfig(**{f"load_in_{num_bits}bit": True})
-    plain = load_source(directory)[0]
-    packed = AutoModelForCausalLM.from_pretrained(directory, quantization_config=stored, device_map={"": "cpu"})
-    ids = torch.arange(12)[None]
-    packed.save_pretrained(directory)
-    assert load_file(directory / "model.safetensors").keys() != plain.state_dict().keys()
-    model, tokenizer = load_source(directory)
-    for name, tensor in plain.state_dict().items():
-        assert (model.state_dict()[name] - tensor).norm() <= (0.5 if num_bits == 4 else 0.02) * tensor.norm()
-    with torch.no_grad():
-        expected = packed.dequantize(torch.float32)(ids).logits
-        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
-
-
-@pytest.mark.parametrize("num_bits", [4, 8])
-def test_weights_of_compressed_tensors_come_back_as_plain_numbers(num_bits: int, tmp_path: Path) -> None:
-    """Each matrix of the layers as whole numbers with a scale for each row; those of 4 bits packed by eights."""
-    directory = save_source(tmp_path / "model")
-    tensors, expected = load_file(directory / "model.safetensors"), {}
-    largest = 2 ** (num_bits - 1) - 1
-    for name in [name for name in tensors if "_proj.weight" in name]:
-        scale = tensors[name].abs().amax(dim=1, keepdim=True) / largest
-        whole = (tensors[name] / scale).round().to(torch.int8)
-        expected[name] = whole.float() * scale
-        tensors[f"{name}_scale"] = scale
-        if num_bits == 8:
-            tensors[name] = whole
-        else:
-            tensors[f"{name}_shape"] = torch.tensor(tensors.pop(name).shape)
-            unsigned = (whole.int() + 8).unflatten(1, (-1, 8))
-            tensors[f"{name}_packed"] = (unsigned << torch.arange(0, 32, 4)).sum(dim=2, dtype=torch.int32)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    weights = {"num_bits": num_bits, "type": "int", "symmetric": True, "strategy": "channel"}
-    stored = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
-    stored |= {"format": "int-quantized" if num_bits == 8 else "pack-quantized"}
-    stored |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-    configure(quantization_config=stored)(directory)
-    model, tokenizer = load_source(directory)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(model.state_dict()[name], tensor)
-    assert_saved_as_plain(model, tokenizer, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors"])
