@@ -1,4 +1,7 @@
-"""Weights that bitsandbytes quantized come back as plain numbers. Run by name: all training imports it if it is there."""
+"""Weights that bitsandbytes quantized come back as plain numbers.
+
+Run by name: where bitsandbytes is installed, all training imports it, which takes a second.
+"""
 
 from __future__ import annotations
 

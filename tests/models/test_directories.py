@@ -140,6 +140,7 @@ def test_what_turns_them_back_is_named_where_it_is_missing(
     method: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized(method)(directory)
+    monkeypatch.setattr("decausal.models.directories.find_spec", lambda name: name)
     check_source(directory)
     monkeypatch.setattr("decausal.models.directories.find_spec", lambda name: None)
     for refuse in (check_source, load_source):

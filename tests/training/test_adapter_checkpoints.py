@@ -116,7 +116,7 @@ def merged_by_hand(adapter: Path) -> dict[str, torch.Tensor]:
 
 def test_an_adapter_is_told_from_a_model(adapter: Path) -> None:
     for refuse in (check_source, load_source, check_converted, load_converted):
-        with pytest.raises(UserError, match=r"is a PEFT adapter on .*source and no whole.*--merge_adapter true"):
+        with pytest.raises(UserError, match=r"is a PEFT adapter on .*source and not a whole.*--merge_adapter true"):
             refuse(adapter)
 
 
