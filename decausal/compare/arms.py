@@ -1,4 +1,4 @@
-"""The arms of a comparison: recipes with names, overrides for one or for all, and facts that must be alike."""
+"""The arms of a comparison: named recipes, overrides for one or all of them, and facts that must agree."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Arm:
     """One recipe in a comparison.
 
     Attributes:
-        name: What the report calls it; also the beginning of its runs' directories.
-        recipe: Name of a recipe that comes with decausal, or a YAML file.
-        overrides: Settings of this arm over the recipe's, as strings.
+        name: The name in the report, with which its runs' directories begin too.
+        recipe: The name of a recipe that comes with decausal, or a YAML file.
+        overrides: Settings of this arm that override the recipe's, as strings.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Arm:
     overrides: dict[str, str] = field(default_factory=dict)
 
     def directory(self, output_dir: str | Path, seed: int) -> Path:
-        """Returns where the run of one seed goes."""
+        """Returns the directory of the run with one seed."""
         return Path(output_dir, f"{self.name}-seed{seed}")
 
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run as it is to be trained: an arm, a seed, and all settings but the length of the run."""
+    """A run to be trained: an arm, a seed, and all settings except the length."""
 
     arm: Arm
     seed: int
@@ -75,12 +75,13 @@ def read_arms(recipes: str, overrides: Sequence[str] = (), shared: Mapping[str, 
     """Reads `--recipes` and every `--set ARM.KEY=VALUE`.
 
     Args:
-        recipes: Names or YAML files with commas, each with `NAME=` before it or without.
+        recipes: Names or YAML files with commas, each optionally after `NAME=`.
         overrides: `ARM.KEY=VALUE`, for one arm.
-        shared: Keys and values for all arms; an arm's own win.
+        shared: Keys and values for all arms. An arm's own override them.
 
     Raises:
-        UserError: No recipe, a name twice, a bad name, an override of no arm, or of what the comparison sets itself.
+        UserError: There is no recipe, a name is bad or given twice, or an override is for an unknown arm or for a
+            setting of the comparison.
     """
     entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
     if not entries:
@@ -102,7 +103,7 @@ def read_arms(recipes: str, overrides: Sequence[str] = (), shared: Mapping[str, 
 
 
 def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) -> ArmRun:
-    """Returns all settings of one run but its length.
+    """Returns all settings of one run except its length.
 
     Raises:
         UserError: An unknown recipe or setting, or a value that is not accepted.
@@ -134,7 +135,7 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
 
 
 def refuse_unlike_templates(runs: Sequence[ArmRun]) -> None:
-    """Raises UserError where arms would read conversations by different templates, and held-out ones too."""
+    """Raises UserError if arms would render conversations, and held-out ones, with different templates."""
     first, *others = runs
     for run in others:
         for name in ("chat_template", "chat_template_kwargs"):
@@ -146,7 +147,8 @@ def refuse_unlike_templates(runs: Sequence[ArmRun]) -> None:
 
 
 def refuse_unlike_facts(runs: Sequence[ArmRun]) -> None:
-    """Raises UserError where arms would read and decode in different ways: that alone would tell them apart."""
+    """Raises UserError if arms would read and decode in different ways, since that would change the results by
+    itself."""
     first, *others = runs
     for run in others:
         for fact in _FACTS:

@@ -1,4 +1,4 @@
-"""How long a run is: steps, tokens or minutes; and how much of that it has used."""
+"""The length of a run in steps, tokens or minutes, and how much of it has been used."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MEAN_NOISE_LEVEL = 0.5
 
 @dataclass(frozen=True)
 class Budget:
-    """What each run may use.
+    """The budget of each run.
 
     Attributes:
-        kind: What is counted.
-        amount: Of it; minutes for "minutes".
-        tokens: Which tokens count, for "tokens".
+        kind: The unit: "steps", "tokens" or "minutes".
+        amount: How many of them.
+        tokens: The tokens that count, for "tokens".
     """
 
     kind: Literal["steps", "tokens", "minutes"]
@@ -41,7 +41,7 @@ class Budget:
         return cls("tokens", float(settings.budget_tokens or DEFAULT_TOKENS), settings.tokens)
 
     def progress(self, step: int, counts: TokenCounts, seconds: float) -> float:
-        """Returns the share that is used, which may pass 1 by what one step takes."""
+        """Returns the used share, which may exceed 1 by one step."""
         used = {"steps": step, "tokens": getattr(counts, self.tokens), "minutes": seconds / 60}
         return used[self.kind] / self.amount
 
@@ -51,11 +51,11 @@ class Budget:
 
 
 def steps_for_tokens(budget: Budget, run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns in how many steps a run uses up its tokens: what its schedules are laid out for.
+    """Returns the number of steps in which a run uses up its tokens. Schedules are laid out for it.
 
-    A run ends when its tokens are used up, so an estimate that is too high costs the end of its schedules, and one that
-    is too low costs tokens. Of rollouts only the prompts are known beforehand; they are taken to be as long as the
-    data's own answers, or, where it has none, as long as rollouts may be.
+    A run ends when its tokens are used up. So an estimate that is too high cuts off its schedules, and one that is too
+    low leaves tokens unused. Only the prompts of rollouts are known in advance. Rollouts are assumed to be as long as
+    the answers in the data, or as long as possible if there are none.
     """
     rows = training_rows(run, tokenizer)
     if isinstance(rows, Prompts):
@@ -81,15 +81,15 @@ def _rows_per_step(run: ArmRun) -> int:
 
 
 def _tokens_of_rollouts(prompts: Prompts, run: ArmRun) -> float:
-    """Tokens of an optimizer step on rollouts that are as long as they may be."""
+    """Returns the tokens of an optimizer step on rollouts of the maximum length."""
     lengths = [len(prompts[index]) + run.conversion.rollout_tokens for index in range(len(prompts))]
     return _rows_per_step(run) * sum(min(each, run.conversion.max_length) for each in lengths) / len(lengths)
 
 
 def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows | Prompts:
-    """Returns the rows that `convert` will load: packed now, so that no run's clock has to wait for it.
+    """Returns the rows that `convert` will load. They are packed now, so that no run's clock waits for it.
 
-    Where a run needs no answers and the data hold none, its prompts.
+    Returns the prompts if a run needs no answers and the data hold none.
 
     Raises:
         UserError: The data cannot be read.
@@ -113,7 +113,7 @@ def training_rows(run: ArmRun, tokenizer: PreTrainedTokenizerBase) -> PackedRows
 
 
 def steps_for_minutes(budget: Budget, steps_tried: int, seconds_tried: float) -> int:
-    """Returns in how many steps a run uses up its minutes, from the time that a trial took."""
+    """Returns the number of steps in which a run uses up its minutes, from the time of a trial."""
     return max(1, math.floor(budget.amount * 60 * steps_tried / max(seconds_tried, 1e-9)))
 
 

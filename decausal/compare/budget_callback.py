@@ -1,4 +1,4 @@
-"""Watches one run as it trains: counts its tokens, measures it at shares of its budget, and ends it with the budget."""
+"""Follows one run as it trains: counts its tokens, measures it at shares of its budget, and ends it with the budget."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from decausal.training.meters import Clock, TokenCounts, TokenMeter
 
 @dataclass(frozen=True)
 class Event:
-    """What a run tells while it trains.
+    """What a run reports while it trains.
 
     Attributes:
-        run: Its name.
+        run: The run's name.
         kind: "began", "stepped", "measured" or "ended".
         step: Training steps taken.
         progress: Share of the budget used.
-        loss: Of the last step, for "stepped".
-        measurement: For "measured".
+        loss: Loss of the last step, for "stepped".
+        measurement: The measurement, for "measured".
     """
 
     run: str
@@ -39,21 +39,21 @@ Tell = Callable[[Event], None]
 
 
 class BudgetCallback(TrainerCallback):
-    """Measures a run after shares of its budget and records it, with a checkpoint each time.
+    """Measures a run at shares of its budget and records it, with a checkpoint each time.
 
-    Its clock runs in training only, rollouts included: not while the model is prepared, measured or saved.
+    Its clock runs only during training, including rollouts, not while the model is prepared, measured or saved.
 
     Args:
-        name: Of the run.
-        budget: Ends the run when it is used up.
+        name: The run's name.
+        budget: The budget, which ends the run when it is used up.
         points: Shares of the budget, ascending, after which to measure.
         score: Measures the student.
-        start_scores: What it would measure before any step.
-        record: Where measurements go.
-        tell: Hears of it.
+        start_scores: The scores of the student before any step.
+        record: Takes the measurements.
+        tell: Called with each event.
 
     Attributes:
-        meter: For the trainer to count tokens with.
+        meter: Counts the trainer's tokens.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BudgetCallback(TrainerCallback):
         self._losses: list[float] = []
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Returns what `convert` calls with the student; returns what the trainer logs."""
+        """Returns the function that `convert` calls with the student, and that returns what the trainer logs."""
         self.clock.stop()
         measurement = Measurement(
             step=self._step,
@@ -122,7 +122,7 @@ class BudgetCallback(TrainerCallback):
             self.tell(Event(self.name, "stepped", state.global_step, self._progress(), loss=loss))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.clock.start()  # it has stood still since the measurement before
+        self.clock.start()  # nothing has happened since the last measurement
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.clock.stop()

@@ -1,6 +1,6 @@
-"""What a comparison from the embedded model of the tasks sets where its user says nothing: small enough for a laptop.
+"""Default settings of a comparison from the embedded model of tasks, small enough for a laptop.
 
-Recipes hold what suits large models and long texts; these are for 2 million parameters and answers of 40 characters.
+Recipes suit large models and long texts. These are for 2 million parameters and answers of 40 characters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SHARED: dict[str, str] = {
     "per_device_train_batch_size": "8",
     "learning_rate": "1e-3",
 }
-"""For every recipe with a block layout. A step reads about a thousand clean tokens, or rolls out half as many."""
+"""Settings for every recipe with a block layout. A step reads about a thousand clean tokens, or rolls out half as
+many."""
 
 BY_RECIPE: dict[str, dict[str, str]] = {
     "opdlm": {
@@ -33,11 +34,11 @@ BY_RECIPE: dict[str, dict[str, str]] = {
         "rollout_tokens": "48",
     },
 }
-"""For single recipes, over those for all."""
+"""Settings for single recipes, which override those for all."""
 
 
 def default_settings(model_name_or_path: str, recipe: str) -> dict[str, str]:
-    """Returns settings of one arm that its user's own win over; none for any other model."""
+    """Returns default settings of an arm, which a user's own override; none for other models."""
     if model_name_or_path != EMBEDDED:
         return {}
     return SHARED | BY_RECIPE.get(recipe, {})

@@ -1,4 +1,4 @@
-"""What a comparison found: tokens to reach the reference's best, and what decoding in parallel costs."""
+"""The findings of a comparison: tokens to reach the reference's best, and what parallel decoding costs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from decausal.compare.training import RunResult
 from decausal.reporting import share_of_the_way
 
 SHARES = (0.5, 0.8, 0.9, 0.97)
-"""Of the AR model's accuracy: milestones on the way there."""
+"""Shares of the AR model's accuracy that serve as milestones."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds, and how far the seeds lie apart (None for one seed)."""
+    """A mean over seeds, and the deviation over seeds (None for one seed)."""
 
     mean: float
     deviation: float | None
@@ -35,27 +35,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's quality, measured under one schedule, by the tokens it had trained on."""
+    """A run's quality under one schedule, by the tokens it had trained on."""
 
     tokens: tuple[float, ...]
     quality: tuple[float, ...]
 
     @classmethod
     def of(cls, measurements: Sequence[Measurement], threshold: Schedule, counted: str) -> Curve:
-        """Takes the points at which `threshold` was measured; `counted` names the tokens."""
+        """Takes the points at which `threshold` was measured. `counted` names the kind of tokens."""
         scored = [(found, found.score(threshold)) for found in measurements]
         points = [(float(getattr(found.tokens, counted)), score.quality) for found, score in scored if score]
         return cls(tuple(tokens for tokens, _ in points), tuple(quality for _, quality in points))
 
     def best(self, *, higher_is_better: bool) -> tuple[float, float]:
-        """Returns the best quality after training had begun, and the tokens at which it was first had."""
+        """Returns the best quality after the start of training, and the tokens at which it was first reached."""
         trained = [point for point in zip(self.tokens, self.quality, strict=True) if point[0] > 0]
         sign = -1 if higher_is_better else 1
         tokens, quality = min(trained, key=lambda point: sign * point[1])
         return quality, tokens
 
     def tokens_to(self, target: float, *, higher_is_better: bool) -> float | None:
-        """Returns where the line through the measurements, from the start on, reaches `target`; None: it never did."""
+        """Returns where the line through the measurements, from the start on, reaches `target`, or None."""
         sign = 1 if higher_is_better else -1
         points = list(zip(self.tokens, self.quality, strict=True))
         for before, now in pairwise(points):
@@ -67,15 +67,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reaching:
-    """Tokens that an arm needed for the best quality that the reference had, seed by seed.
+    """Tokens that an arm needed to reach the reference's best quality, seed by seed.
 
     Attributes:
-        arm, reference: Their names.
-        seeds: Seeds of both.
-        starts: Quality before any training.
+        arm, reference: Names of the two arms.
+        seeds: The seeds that both have.
+        starts: The quality before training.
         targets: The reference's best quality.
-        reference_tokens: The tokens at which the reference first had it.
-        arm_tokens: Those at which the arm had it; None: never.
+        reference_tokens: The tokens at which the reference first reached it.
+        arm_tokens: The tokens at which the arm reached it; None if it never did.
     """
 
     arm: str
@@ -88,7 +88,7 @@ class Reaching:
 
     @property
     def ratios(self) -> tuple[float | None, ...]:
-        """The arm's tokens over the reference's."""
+        """The arm's tokens divided by the reference's."""
         return tuple(
             None if own is None else own / of_reference
             for own, of_reference in zip(self.arm_tokens, self.reference_tokens, strict=True)
@@ -96,14 +96,14 @@ class Reaching:
 
     @property
     def mean_ratio(self) -> float | None:
-        """Geometric mean over seeds; None unless the arm got there with every seed."""
+        """The geometric mean over seeds; None unless the arm reached it with every seed."""
         ratios = [ratio for ratio in self.ratios if ratio is not None]
         if len(ratios) < len(self.seeds) or min(ratios) <= 0:
             return None
         return math.exp(fmean(math.log(ratio) for ratio in ratios))
 
     def sentence(self, unit: str) -> str:
-        """Returns the finding in words, whichever way it went."""
+        """Returns the finding in words."""
         best, when = fmean(self.targets), fmean(self.reference_tokens)
         start = (
             f"{self.reference}'s best {unit} was {best:.3f} (mean over {_counted(self.seeds)}), first at "
@@ -129,14 +129,15 @@ class Reaching:
 
 @dataclass(frozen=True)
 class ParallelLoss:
-    """What an arm loses at its end when decoded in parallel instead of one token per forward.
+    """What an arm loses at the end if decoded in parallel instead of one token per forward.
 
     Attributes:
         arm: Its name.
         threshold: The parallel schedule.
-        lost: Static accuracy less the accuracy under that schedule, seed by seed.
-        standard_error: Of the mean over seeds, over prompts, pair by pair; None below two prompts.
-        tokens_per_forward: Under that schedule, the mean over seeds.
+        lost: The accuracy of the static schedule minus that of the parallel one, seed by seed.
+        standard_error: Standard error over prompts of the mean over seeds, pair by pair; None for fewer than two
+            prompts.
+        tokens_per_forward: Tokens per forward under that schedule, the mean over seeds.
     """
 
     arm: str
@@ -162,7 +163,7 @@ class ParallelLoss:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """An arm over its seeds: its end under each schedule, and what it took."""
+    """An arm over its seeds: its final quality under each schedule, and what it used."""
 
     arm: str
     tokens: dict[str, Spread]
@@ -193,7 +194,7 @@ class ArmSummary:
 def reaching(
     results: Sequence[RunResult], reference: str, threshold: Schedule, counted: str, *, higher_is_better: bool
 ) -> list[Reaching]:
-    """Returns, for each arm but the reference, the tokens to the reference's best, over the seeds that both have."""
+    """Returns, for each arm except the reference, the tokens to the reference's best over the common seeds."""
     curves = {(result.arm, result.seed): Curve.of(result.measurements, threshold, counted) for result in results}
     found = []
     for arm in dict.fromkeys(result.arm for result in results):
@@ -220,7 +221,7 @@ def reaching(
 
 
 def parallel_losses(results: Sequence[RunResult]) -> list[ParallelLoss]:
-    """Returns what each arm loses at each other schedule than the static one; nothing where that was not measured."""
+    """Returns what each arm loses under each schedule except the static one, where both were measured."""
     found = []
     for arm in dict.fromkeys(result.arm for result in results):
         of_arm = [result for result in results if result.arm == arm]
@@ -242,7 +243,7 @@ def parallel_losses(results: Sequence[RunResult]) -> list[ParallelLoss]:
 
 
 def _paired_error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
-    """Standard error over prompts of the mean difference: each prompt's is the mean over seeds."""
+    """Returns the standard error over prompts of the mean difference. A prompt's difference is its mean over seeds."""
     by_seed = [
         [int(before) - int(after) for before, after in zip(static.right, other.right, strict=True)]
         for static, other in pairs
@@ -257,7 +258,7 @@ def _counted(seeds: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Milestone:
-    """Tokens to a share of the AR model's own quality, by seed; None where a seed never had it."""
+    """Tokens to a share of the AR model's quality, by seed; None if a seed never reached it."""
 
     arm: str
     share: float

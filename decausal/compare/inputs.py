@@ -1,4 +1,4 @@
-"""The runs of a comparison, and what is wrong with its paths and values, found before torch is imported."""
+"""The runs of a comparison. Wrong paths and values are found here before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ MARK = {"verb": "compare"}
 
 
 def check_inputs(settings: CompareSettings, arms: Sequence[Arm]) -> None:
-    """Refuses what `run_compare` would refuse after it has been imported.
+    """Refuses early what `run_compare` would refuse after its slow import.
 
     Raises:
-        UserError: Arms that contradict themselves or each other, no such model or data, or a directory of another verb.
+        UserError: Arms contradict themselves or each other, there is no such model or data, or the directory is another
+            verb's.
     """
     output_dir = Path(settings.output_dir)
     refuse_other_verb(output_dir)
@@ -45,7 +46,7 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
     """Returns every run, a seed of each arm before the next seed.
 
     Raises:
-        UserError: A reference that is no arm, a setting that is not accepted, or facts that differ and may not.
+        UserError: The reference is not an arm, a setting is not accepted, or facts differ that must agree.
     """
     names = [arm.name for arm in arms]
     if settings.reference is not None and settings.reference not in names:
@@ -59,20 +60,20 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
 
 
 def refuse_other_verb(output_dir: Path) -> None:
-    """Raises UserError where a run of another verb is in the directory."""
+    """Raises UserError if the directory holds a run of another verb."""
     try:
         recorded: Any = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # whoever claims the directory refuses one that no run of ours made
+        return  # a directory that no run of ours made is refused when it is claimed
     if not (isinstance(recorded, dict) and MARK.items() <= recorded.items()):
         raise UserError(f"{output_dir} holds the run of another verb; choose another --output_dir")
 
 
 def held_out_problems(settings: CompareSettings) -> list[Example]:
-    """Returns all held-out examples, each task in turn: their longest answer does not depend on how many are measured.
+    """Returns all held-out examples, the tasks in turn. Their longest answer does not depend on how many are measured.
 
     Raises:
-        UserError: `--eval_data` names no held-out tasks, or fewer examples than are to be measured.
+        UserError: `--eval_data` names no held-out tasks, or too few examples.
     """
     name = settings.measured_data
     if name.partition(":")[0].partition("@")[0] != "tasks-heldout":

@@ -1,4 +1,4 @@
-"""What all runs are measured with: the same held-out prompts or rows, and the AR model beside them."""
+"""Measures all runs on the same held-out prompts or rows, with the AR model beside them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts
 
 ROWS_TOGETHER = 16
-EVAL_SEED = 0  # not the runs': runs of different seeds are measured on the same masks
+EVAL_SEED = 0  # not the runs' seeds: all runs are measured on the same masks
 
 
 class Measure(ABC):
-    """Measures students against held-out data. Making one loads the AR model and tells bad input.
+    """Measures students on held-out data. Creating one loads the AR model and refuses bad input.
 
     Attributes:
-        settings: Of the comparison.
+        settings: The settings of the comparison.
         source: The frozen AR model.
-        tokenizer: With the mask token.
+        tokenizer: The tokenizer, with the mask token.
     """
 
     higher_is_better: bool
@@ -65,7 +65,7 @@ class Measure(ABC):
     @property
     @abstractmethod
     def thresholds(self) -> tuple[Schedule, ...]:
-        """Decoding schedules while a run trains; (None,) where nothing is decoded."""
+        """Decoding schedules while a run trains; (None,) if nothing is decoded."""
 
     @abstractmethod
     def final_thresholds(self, run: ArmRun) -> tuple[Schedule, ...]:
@@ -73,7 +73,7 @@ class Measure(ABC):
 
     @abstractmethod
     def measured(self, *, is_final: bool) -> dict[str, Any]:
-        """Returns what is measured on: two measurements of equal descriptions can be compared."""
+        """Returns a description of what is measured. Measurements with equal descriptions can be compared."""
 
     @abstractmethod
     def _score(self, converted: Converted, threshold: Schedule, is_final: bool) -> Score: ...
@@ -108,7 +108,7 @@ class Measure(ABC):
             model.train(was_training)
 
     def start_scores(self, run: ArmRun) -> tuple[Score, ...]:
-        """Measures what a run's student is before any training: once for all arms that read alike."""
+        """Measures a run's student before any training, once for all arms that read alike."""
         facts = self.facts(run)
         key = (facts.attention, facts.shift)
         if key not in self._start_scores:
@@ -132,7 +132,7 @@ class TaskMeasure(Measure):
     """Exact answers on held-out prompts: accuracy, the mean over tasks.
 
     Raises:
-        UserError: The held-out data holds no tasks, or the model's tokenizer does not read their characters.
+        UserError: The held-out data holds no tasks, or the model's tokenizer cannot read their characters.
     """
 
     higher_is_better = True
@@ -244,7 +244,7 @@ class LikelihoodMeasure(Measure):
 
 
 def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
-    """Loads what all runs are measured with.
+    """Loads what all runs are measured on.
 
     Raises:
         UserError: The model cannot be converted, or the held-out data is not for it.
@@ -253,7 +253,7 @@ def prepare(settings: CompareSettings, run: ArmRun) -> Measure:
 
 
 def refuse_unread_characters(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Example], model_name: str) -> None:
-    """Raises UserError where the tokenizer does not give a task's text back as it was, or has no end of text."""
+    """Raises UserError if the tokenizer does not reproduce a task's text, or has no end-of-text token."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model_name} has no end-of-text token, so its answers to tasks do not end; use --eval nll")
     for problem in problems:
@@ -267,7 +267,7 @@ def refuse_unread_characters(tokenizer: PreTrainedTokenizerBase, problems: Seque
 
 
 def static_schedule(facts: ConversionFacts, max_new_tokens: int) -> dict[str, int]:
-    """Returns the sampler's options for one token per forward: a step for each token of a block, or of the answer."""
+    """Returns the sampler's options for one token per forward: a step for each token of a block or of the answer."""
     return {"num_steps": facts.block_size or max_new_tokens}
 
 

@@ -16,7 +16,7 @@ from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
 from decausal.reporting import LIGHT, Palette, style
 
-# After Okabe and Ito: told apart by colour-blind eyes.
+# After Okabe and Ito: colour-blind readers can distinguish them.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -34,12 +34,12 @@ def save_figure(
     """Saves the figure as PNG.
 
     Args:
-        path: Where to.
+        path: The file to write.
         results: All runs.
-        ar: The AR model's own scores: on what runs are measured on while they train, and at their end.
-        threshold: Schedule of the curves over training.
-        counted: Which training tokens the x axis counts.
-        unit: What quality is.
+        ar: The AR model's scores, on the data of measurements during training and at the end.
+        threshold: The schedule of the curves over training.
+        counted: The training tokens on the x axis.
+        unit: The unit of quality.
         palette: Light or dark.
     """
     is_decoded = any(score.tokens_per_forward is not None for result in results for score in result.final)
@@ -75,7 +75,7 @@ def save_figure(
 def _by_tokens(
     axes: Axes, results: Sequence[RunResult], threshold: Schedule, counted: str, colour: str, marker: str
 ) -> None:
-    """Each seed thin, the mean over seeds at equal shares of the budget thick."""
+    """Draws each seed as a thin line, and the mean over seeds at equal shares of the budget as a thick one."""
     curves = [Curve.of(result.measurements, threshold, counted) for result in results]
     for curve in curves:
         axes.plot(curve.tokens, curve.quality, color=colour, linewidth=0.8, alpha=0.4)
@@ -85,7 +85,7 @@ def _by_tokens(
 
 
 def _by_speed(axes: Axes, results: Sequence[RunResult], colour: str, marker: str) -> None:
-    """The final schedules, from the static one to the boldest, and apart from them self-speculation, hollow."""
+    """Draws the final schedules from the static one to the boldest, and self-speculation as a hollow marker."""
     thresholds, speculative = (
         [[score for score in result.final if (score.threshold == SPECULATIVE) is is_speculative] for result in results]
         for is_speculative in (False, True)
@@ -97,7 +97,7 @@ def _by_speed(axes: Axes, results: Sequence[RunResult], colour: str, marker: str
 
 
 def _means_by_speed(axes: Axes, by_seed: Sequence[Sequence[Score]], colour: str) -> list[tuple[float, float]]:
-    """Draws each seed as faint dots; returns tokens per forward and quality of each schedule, the means over seeds."""
+    """Draws each seed as faint dots. Returns the means over seeds of tokens per forward and quality, per schedule."""
     points = [[(score.tokens_per_forward or 0.0, score.quality) for score in scores] for scores in by_seed]
     for x, y in chain(*points):
         axes.plot(x, y, color=colour, marker=".", alpha=0.4)
@@ -105,7 +105,7 @@ def _means_by_speed(axes: Axes, by_seed: Sequence[Sequence[Score]], colour: str)
 
 
 def _cut_the_start(axes: Axes, results: Sequence[RunResult], ar: Score) -> None:
-    """Cuts the axis above all that was measured after the start: the fall from there would dwarf all else."""
+    """Cuts off the axis above everything measured after the start, whose fall would dwarf the rest."""
     after = [found.scores[0].quality for result in results for found in result.measurements if found.step > 0]
     low, high = min(*after, ar.quality), max(*after, ar.quality)
     margin = 0.08 * (high - low) or 0.1

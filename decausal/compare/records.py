@@ -1,4 +1,5 @@
-"""What was measured of one run, on disk beside its checkpoints: in whole lines, so that a killed run loses nothing."""
+"""The measurements of one run on disk, beside its checkpoints. Lines are written whole, so a killed run loses
+nothing."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ class Score:
 
     Attributes:
         threshold: Confidence above which a token is kept; 1 is the static schedule; "speculative" for self-speculation;
-            None where nothing was decoded (nll).
+            None if nothing was decoded (nll).
         quality: Accuracy, the mean over tasks; or NELBO in nats per token.
-        standard_error: Over prompts (or rows).
+        standard_error: Standard error over prompts (or rows).
         by_task: Accuracy of each task.
-        tokens_per_forward: Tokens kept over all forward passes; None where nothing was decoded.
-        right: For each prompt in order "1" where it was answered right, else "0"; "" for nll.
+        tokens_per_forward: Kept tokens divided by forward passes; None if nothing was decoded.
+        right: For each prompt in order, "1" for a right answer, else "0"; "" for nll.
         details: Further figures.
     """
 
@@ -43,15 +44,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A run after some of its budget.
+    """A measurement of a run during its budget.
 
     Attributes:
         step: Training steps taken.
         progress: Share of the budget that is used up.
-        seconds: Time spent in training; measuring and saving are not counted.
-        tokens: What it has been trained on.
-        scores: By schedule, as settings name them.
-        loss: Mean training loss since the measurement before; None where there was none.
+        seconds: Time spent in training, without measuring and saving.
+        tokens: The tokens it has been trained on.
+        scores: Scores by schedule, as settings name them.
+        loss: Mean training loss since the previous measurement; None for the first.
     """
 
     step: int
@@ -65,7 +66,7 @@ class Measurement:
         return asdict(self) | {"tokens": self.tokens._asdict() | {"total": self.tokens.total}}
 
     def score(self, threshold: Schedule) -> Score | None:
-        """Returns the score under a threshold; None where it was not measured."""
+        """Returns the score under a threshold, or None."""
         return next((score for score in self.scores if score.threshold == threshold), None)
 
 
@@ -77,23 +78,23 @@ def measurement_of(record: Mapping[str, Any]) -> Measurement:
 
 
 class RunRecord:
-    """The measurements of one run in its directory: a line each, behind a line that says what was measured."""
+    """The measurements of one run in its directory: first a line that says what was measured, then one line each."""
 
     def __init__(self, directory: Path, measured: Mapping[str, Any]) -> None:
         self.path = directory / MEASUREMENTS
         self.measured = _plain(measured)
 
     def read(self) -> list[Measurement]:
-        """Returns all measurements; a last line that was cut short does not count."""
+        """Returns all measurements, without a last line that was cut off."""
         return [measurement_of(record) for record in self._records()[1:]]
 
     def measured_before(self) -> dict[str, Any] | None:
-        """Returns what an earlier run in the directory was measured on; None where there was none."""
+        """Returns what an earlier run in the directory was measured on, or None."""
         records = self._records()
         return records[0] if records else None
 
     def begin(self, measurements: list[Measurement]) -> None:
-        """Replaces what is there, in one step."""
+        """Replaces the measurements in one step."""
         lines = [self.measured, *(measurement.as_dict() for measurement in measurements)]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -119,7 +120,7 @@ class FinalRecord:
         self.measured = _plain(measured)
 
     def read(self) -> list[Score]:
-        """Returns the scores; none where they were measured on something else."""
+        """Returns the scores; none if they were measured on something else."""
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -132,5 +133,5 @@ class FinalRecord:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Returns a value as it comes back from JSON."""
     return json.loads(json.dumps(values))

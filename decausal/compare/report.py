@@ -1,4 +1,4 @@
-"""The comparison on disk: all figures as JSON, one table and what was found as Markdown, one picture."""
+"""The comparison on disk: all figures as JSON, a table and the findings as Markdown, and a picture."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "repo
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison found.
+    """Everything that a comparison found.
 
     Attributes:
-        settings: As given.
+        settings: The settings of the comparison.
         plan: All runs, with their settings.
         results: The runs that have finished, in the plan's order.
         source: The AR model: name, type, parameters.
         measured: What runs are measured on, while they train and at their end.
         ar: The AR model's score on what runs are measured on at their end.
-        ar_while_training: On what they are measured on while they train.
-        unit: What quality is.
-        higher_is_better: Of quality.
-        command: That made it.
+        ar_while_training: The AR model's score on the data of measurements during training.
+        unit: The unit of quality.
+        higher_is_better: Whether higher quality is better.
+        command: The command that made it.
         started: Local time, as ISO 8601 writes it.
-        seconds: How long it took, without the runs that had been finished before.
+        seconds: How long it took, without runs that were finished before.
     """
 
     settings: CompareSettings
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def reference(self) -> str:
-        """The arm whose best the others are to reach."""
+        """The arm whose best the others should reach."""
         return self.settings.reference or self.plan[0].run.arm.name
 
     @property
@@ -95,13 +95,13 @@ class Comparison:
         return parallel_losses(self.results)
 
     def milestones(self) -> list[Milestone]:
-        """Returns the tokens to shares of the AR model's accuracy; none for a quality that has no such shares."""
+        """Returns the tokens to shares of the AR model's accuracy; empty for other qualities."""
         if not self.higher_is_better:
             return []
         return milestones(self.results, self.ar_while_training, self.curve_threshold, self.settings.tokens)
 
     def sentences(self) -> list[str]:
-        """Returns what was found, in words, whichever way it came out."""
+        """Returns the findings in words."""
         told = (_nearest_threshold(self.settings), SPECULATIVE)
         losses = [found for found in self.parallel_losses() if found.threshold in told]
         return [
@@ -111,7 +111,7 @@ class Comparison:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures and all they depend on, as `report.json` holds them."""
+        """Returns all figures and what they depend on, as in `report.json`."""
         runs = {planned.run.name: planned for planned in self.plan}
         return {
             "command": self.command,
@@ -155,7 +155,7 @@ def write_report(comparison: Comparison) -> list[Path]:
 
 
 def write_figures(comparison: Comparison) -> None:
-    """Writes `report.json` alone: what is known so far."""
+    """Writes only `report.json`, with the results so far."""
     text = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n"
     write_whole(Path(comparison.settings.output_dir, REPORT_FIGURES), text)
 
@@ -192,13 +192,12 @@ torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformer
 
 
 def _thresholds(arms: Sequence[ArmSummary]) -> list[Schedule]:
-    """Returns the schedules that some arm was measured under at its end: the table's columns."""
+    """Returns the table's columns: the schedules under which some arm was measured at the end."""
     return list(dict.fromkeys(threshold for arm in arms for threshold, _, _ in arm.final))
 
 
 def _cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
-    """Returns an arm's quality under each schedule, and behind it the tokens per forward; empty where it was not
-    measured."""
+    """Returns an arm's quality under each schedule, followed by the tokens per forward; empty if not measured."""
     cells = {
         threshold: str(quality) if speed is None else f"{quality} ({speed.mean:.2f}/fwd)"
         for threshold, quality, speed in arm.final
@@ -242,6 +241,6 @@ def _plain(spread: Spread | None) -> dict[str, Any] | None:
 
 
 def _nearest_threshold(settings: CompareSettings) -> float | None:
-    """Returns the parallel schedule that sentences speak of: the one nearest to the sampler's own default."""
+    """Returns the parallel schedule for sentences: the one nearest to the sampler's default."""
     below = [threshold for threshold in settings.thresholds if threshold < 1]
     return min(below, key=lambda threshold: abs(threshold - 0.9)) if below else None

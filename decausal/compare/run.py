@@ -1,4 +1,4 @@
-"""A comparison from beginning to end: check all arms, measure the AR model, train what is missing, report."""
+"""A comparison from start to end: checks all arms, measures the AR model, trains what is missing, and reports."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from decausal.training.run_directory import claimed
 def run_compare(
     settings: CompareSettings, arms: Sequence[Arm], console: Console | None = None, command: str = ""
 ) -> Comparison:
-    """Trains every arm with every seed from the same AR model and budget, measures all alike, and reports.
+    """Trains every arm with every seed from the same AR model and budget, measures all in the same way, and reports.
 
-    Runs that have finished are not trained again, and one that was killed goes on from its last measurement.
+    Finished runs are not trained again. A killed run continues from its last measurement.
 
     Args:
         settings: What to compare, on what, for how long.
         arms: See `decausal.compare.arms.read_arms`.
-        console: Where to tell of it; the standard output by default.
-        command: What was typed, for the report.
+        console: Where to print; the standard output by default.
+        command: The command line, for the report.
 
     Returns:
-        All that was found. `output_dir` then holds a converted model for each run, and the report.
+        The findings. `output_dir` then holds a converted model for each run, and the report.
 
     Raises:
-        UserError: As `decausal.training.convert.convert`, or arms that cannot be compared, or a directory that holds
+        UserError: As `decausal.training.convert.convert`, or the arms cannot be compared, or the directory holds
             something else.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

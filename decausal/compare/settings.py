@@ -1,4 +1,4 @@
-"""What a user can set for a comparison. Light on purpose: the command line reads this class to print its help."""
+"""The settings of a comparison. This file is light: the command line reads the class to print its help."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STATIC = 1.0
 """The threshold that no probability exceeds: one token per forward."""
 
 SPECULATIVE = "speculative"
-"""In a threshold's place: self-speculation, which has none."""
+"""Stands for self-speculation, which has no threshold."""
 
 Schedule = float | str | None
-"""A threshold, SPECULATIVE, or None where nothing is decoded."""
+"""A threshold, SPECULATIVE, or None if nothing is decoded."""
 
 DEFAULT_TOKENS = 200_000
 EVAL_DATA = {"tasks": "tasks-heldout", "nll": "stdlib-heldout"}
@@ -43,7 +43,7 @@ class CompareSettings:
     )
     seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of each recipe for each, with commas")
     reference: str | None = _setting(
-        None, "the arm whose best quality the others are to reach; unset: the first of --recipes"
+        None, "the arm whose best quality the others should reach; unset: the first of --recipes"
     )
     any_facts: bool = _setting(
         False, "compare recipes whose layout, block size or shift differ; they decode in different ways"
@@ -88,7 +88,7 @@ class CompareSettings:
     num_workers: int | None = _setting(
         None, "runs at the same time, each on its share of the cores; unset: one per core for small models on a CPU"
     )
-    overwrite: bool = _setting(False, "train all runs anew, also those that are finished")
+    overwrite: bool = _setting(False, "train all runs again, also finished ones")
 
     def __post_init__(self) -> None:
         for name in ("eval_prompts", "final_prompts", "eval_batch_size", "eval_rows", "eval_samples"):
@@ -119,12 +119,12 @@ class CompareSettings:
 
     @property
     def points(self) -> tuple[float, ...]:
-        """Shares of the budget after which a run is measured, ascending; the whole budget is always the last."""
+        """Shares of the budget at which a run is measured, ascending. The last is always the whole budget."""
         return tuple(sorted({*self.eval_at, 1.0}))
 
     @property
     def measured_data(self) -> str:
-        """What is measured on."""
+        """The data to measure on."""
         return self.eval_data or EVAL_DATA[self.eval]
 
 

@@ -1,4 +1,4 @@
-"""One run of a comparison: an ordinary conversion in a directory of its own, continued where it was left."""
+"""One run of a comparison: an ordinary conversion in its own directory, which can be continued."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from decausal.training.run_directory import RUN_FILE, checkpoints
 
 _MAY_DIFFER = {"output_dir", "overwrite", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "eval_rows"}
 _TRIAL_STEPS = 30
-_TRIAL_SHARE = 0.05  # of the minutes of one run
+_TRIAL_SHARE = 0.05  # share of the minutes of one run
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run with its length, and what its student measures before any step.
+    """One run with its length and the scores of its student before any step.
 
     Attributes:
         run: All other settings.
-        max_steps: What its schedules are laid out for.
-        budget: What ends it, where that is used up before.
-        start_scores: Of the student before training.
+        max_steps: The steps for which its schedules are laid out.
+        budget: The budget, which may end the run earlier.
+        start_scores: Scores of the student before training.
     """
 
     run: ArmRun
@@ -56,7 +56,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its measurements, the first before any step, and the scores of what it has become."""
+    """A finished run: its measurements, the first before any step, and its final scores."""
 
     arm: str
     seed: int
@@ -65,23 +65,23 @@ class RunResult:
     final: list[Score]
 
     def final_score(self, threshold: Schedule) -> Score | None:
-        """Returns the score at the end under a threshold; None where it was not measured."""
+        """Returns the final score under a threshold, or None."""
         return next((score for score in self.final if score.threshold == threshold), None)
 
 
 def is_finished(directory: Path) -> bool:
-    """Returns whether a run has come to its end: the facts of a conversion are written last."""
+    """Returns whether a run has ended: the facts of a conversion are written last."""
     return (directory / FACTS_FILE).is_file()
 
 
 def steps_before(directory: Path) -> int | None:
-    """Returns `max_steps` of the run that the directory holds; None where there is none."""
+    """Returns `max_steps` of the run in the directory, or None."""
     recorded = _recorded(directory)
     return recorded.get("max_steps") if recorded else None
 
 
 def refuse_other_run(planned: Planned, measured: dict[str, Any]) -> None:
-    """Raises UserError where the directory holds a run of other settings, or measured on something else."""
+    """Raises UserError if the directory holds a run with other settings or other measurements."""
     directory = planned.run.directory
     recorded = _recorded(directory)
     if recorded is None:
@@ -94,12 +94,12 @@ def refuse_other_run(planned: Planned, measured: dict[str, Any]) -> None:
         if old != new:
             raise UserError(
                 f"{directory} holds a run with {name} {old}, not {new}: give the earlier settings to continue the "
-                "comparison, choose another --output_dir, or train all runs anew with --overwrite true"
+                "comparison, choose another --output_dir, or train all runs again with --overwrite true"
             )
 
 
 def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = False) -> RunResult:
-    """Trains one run, or continues it, or only reads what it was; then measures what is missing.
+    """Trains or continues one run, or only reads its results. Then measures what is missing.
 
     Raises:
         UserError: As `convert`.
@@ -133,7 +133,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
 
 
 def described(planned: Planned, measure: Measure) -> dict[str, Any]:
-    """Returns what a run's measurements depend on beside its own settings."""
+    """Returns what a run's measurements depend on apart from its own settings."""
     return measure.measured(is_final=False) | {
         "budget": asdict(planned.budget),
         "points": list(measure.settings.points),
@@ -142,7 +142,7 @@ def described(planned: Planned, measure: Measure) -> dict[str, Any]:
 
 
 def tried_steps(run: ArmRun, budget: Budget) -> int:
-    """Returns in how many steps a run would use up its minutes, from a short trial that leaves nothing behind."""
+    """Returns the number of steps in which a run would use up its minutes, from a short trial without traces."""
     with tempfile.TemporaryDirectory(prefix="decausal-trial-") as folder:
         trial = replace(run, training=run.training | {"output_dir": str(Path(folder, "run"))})
         watch = _Trial(budget.amount * 60 * _TRIAL_SHARE)
@@ -151,7 +151,7 @@ def tried_steps(run: ArmRun, budget: Budget) -> int:
 
 
 class _Trial(TrainerCallback):
-    """Times steps after the first, which prepares what later ones reuse."""
+    """Times steps after the first one, which includes preparations."""
 
     def __init__(self, most_seconds: float) -> None:
         self.most_seconds, self.clock, self.num_steps = most_seconds, Clock(), 0
@@ -178,7 +178,7 @@ def _convert(
     is_begun = is_resumed and bool(checkpoints(directory))
     conversion = replace(planned.run.conversion, overwrite=not is_begun)
     training = planned.training | ({"resume_from_checkpoint": "true"} if is_begun else {})
-    # transformers prints each log line; who watches the comparison sees what is in them
+    # the comparison's view shows what transformers would print
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return convert(conversion, training, callbacks=[callback], measure=measure, meter=meter).model
 

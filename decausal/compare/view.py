@@ -1,4 +1,4 @@
-"""A comparison in the terminal: bars and a table that fill in as runs train. Elsewhere it prints plain lines."""
+"""A comparison in the terminal: bars and a table that fill up as runs train. Elsewhere it prints plain lines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 
 
 class ComparisonView:
-    """Shows the runs in one live display: a bar for each that trains, and the latest figures of all.
+    """Shows the runs in one live display: a bar for each running one, and the latest figures of all.
 
     Args:
-        console: Where to draw. If it is no terminal, each measurement is printed as one line instead.
-        names: Of all runs, in the order of the table.
-        unit: What quality is.
-        counted: Which training tokens are shown.
+        console: Where to draw. If it is not a terminal, each measurement is printed as one line instead.
+        names: Names of all runs, in the order of the table.
+        unit: The unit of quality.
+        counted: The training tokens that are shown.
     """
 
     def __init__(self, console: Console, names: Sequence[str], unit: str, counted: str) -> None:
@@ -56,7 +56,7 @@ class ComparisonView:
             self._live = None
 
     def tell(self, event: Event) -> None:
-        """Shows what a run tells."""
+        """Shows an event of a run."""
         if event.measurement is not None:
             self.latest[event.run] = event.measurement
         if self._live is not None:
@@ -102,7 +102,7 @@ class ComparisonView:
 
 
 def summary_table(arms: Sequence[ArmSummary], ar: Score, unit: str, counted: str) -> Table:
-    """Returns all arms at their end, mean and deviation over seeds: a line for each schedule, the AR model's last."""
+    """Returns all arms' final means and deviations over seeds, a line for each schedule. The AR model comes last."""
     title = f"At the end: {unit} on held-out data, mean ± deviation over seeds"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("arm", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Several runs at the same time: small models gain more from a core each than from sharing all cores."""
+"""Runs several runs at the same time: small models gain more from one core each than from sharing all cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from decausal.compare.training import Planned, RunResult, train
 from decausal.provenance import usable_cores
 from decausal.reporting import quiet_libraries
 
-SMALL = 100_000_000  # parameters: of these, several students with teachers and optimiser states fit into any memory
+SMALL = 100_000_000  # parameters: several students of this size with teachers and optimiser states fit into any memory
 
 
 def num_workers(settings: CompareSettings, measure: Measure, num_runs: int) -> int:
@@ -36,10 +36,10 @@ def num_workers(settings: CompareSettings, measure: Measure, num_runs: int) -> i
 def train_all(
     plan: Sequence[Planned], measure: Measure, tell: Tell, *, workers: int, overwrite: bool
 ) -> Iterator[RunResult]:
-    """Trains all runs and yields each when it has finished.
+    """Trains all runs and yields each when it is finished.
 
     Raises:
-        UserError: As `train`; the other runs then stop at their next step, to be continued another time.
+        UserError: As `train`. The other runs then stop at their next step, and can be continued later.
     """
     if workers == 1:
         for planned in plan:
@@ -68,9 +68,9 @@ def train_all(
 
 
 def _clean_processes() -> Any:
-    """Processes that are no copies of this one, whose threads of torch would hang in a copy.
+    """Returns a way to start processes that are not copies of this one, whose torch threads would hang in a copy.
 
-    On Linux they are copies of one that has done nothing but import what takes seconds, which they then share.
+    On Linux they are copies of a process that has only done the slow imports, which they share.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -96,7 +96,7 @@ def _initialise(settings: CompareSettings, run: ArmRun, events: Any, stop: Any, 
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the comparison is killed: nobody would hear of what it trains."""
+    """Ends this process when the comparison is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

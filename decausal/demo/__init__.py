@@ -1,1 +1,1 @@
-"""The demo: one command, a real AR model turned into a diffusion model before your eyes, and a report."""
+"""The demo: one command turns a real AR model into a diffusion model before your eyes, and writes a report."""

@@ -1,4 +1,4 @@
-"""The two runs: one recipe, once without its alignment, and each measured on a clock that stops for measuring."""
+"""The two runs: one recipe with and without its alignment, each on a clock that stops for measurements."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _FROM_DEMO = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One run as it went.
+    """The record of one run.
 
     Attributes:
-        name: "plain" or "aligned"; also its directory's name.
-        conversion: The student and where it was written.
+        name: "plain" or "aligned", also the name of its directory.
+        conversion: The student and its directory.
         measurements: Held-out figures, the first before any step.
         likelihoods: The same measurements in full.
         token_losses: The training loss on tokens of each step, in nats per masked token.
@@ -60,7 +60,8 @@ class Arm:
 
 
 def arm_settings(settings: DemoSettings, arm: str, *, is_bf16: bool) -> tuple[ConversionSettings, dict[str, Any]]:
-    """Returns a run's settings: the same for both but for `align_weight`, 0 in the plain run, and `output_dir`."""
+    """Returns a run's settings: the same for both except `output_dir` and `align_weight`, which is 0 in the plain
+    run."""
     recipe = read_recipe(RECIPE) | {name: getattr(settings, name) for name in _FROM_DEMO}
     if arm == "plain":
         recipe["align_weight"] = 0.0
@@ -93,7 +94,7 @@ def train_arm(
     conversion_settings, training = arm_settings(settings, arm, is_bf16=is_bf16)
     recorder = MeasuringCallback(arm, likelihood, view)
     view.begin(arm)
-    # transformers prints each log line; the view shows what is in them
+    # the view shows what transformers would print
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         conversion = convert(conversion_settings, training, callbacks=[recorder], measure=recorder.measure)
     return Arm(
@@ -102,9 +103,9 @@ def train_arm(
 
 
 class MeasuringCallback(TrainerCallback):
-    """Measures a run before its first step, wherever the trainer evaluates, and after its last.
+    """Measures a run before its first step, at the trainer's evaluations, and after its last step.
 
-    Its clock runs in training only: not while the model is prepared, measured or saved.
+    Its clock runs only during training, not while the model is prepared, measured or saved.
     """
 
     def __init__(self, arm: str, likelihood: Callable[[PreTrainedModel], Likelihood], view: TrainingView) -> None:
@@ -119,7 +120,7 @@ class MeasuringCallback(TrainerCallback):
         self._seconds_before = 0.0
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Returns what `convert` calls with the student; returns what the trainer logs."""
+        """Returns the function that `convert` calls with the student, and that returns what the trainer logs."""
         self.clock.stop()
         found = self.likelihood(model)
         measurement = Measurement(

@@ -1,4 +1,4 @@
-"""What both runs are measured with: the same held-out rows, the same mask patterns, the same AR model beside them."""
+"""Measures both runs on the same held-out rows and mask patterns, with the same AR model beside them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts
 from decausal.training.settings import ConversionSettings
 
-EVAL_SEED = 0  # not the run's: runs of different seeds are measured on the same masks
+EVAL_SEED = 0  # not the run's seed: all runs are measured on the same masks
 COSINE_LEVEL = 0.5  # the mean noise level of training
 BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows, and the models as they were before any training.
+    """Held-out rows, and the models before any training.
 
     Attributes:
-        rows: All held-out rows; `num_rows` of them, evenly spread, are measured.
-        num_rows: How many.
-        samples_per_row: Mask patterns for each.
+        rows: All held-out rows, of which `num_rows` are measured, evenly spread.
+        num_rows: How many rows are measured.
+        samples_per_row: Mask patterns for each row.
         source: The frozen AR model.
-        start: The student that both runs start from: the AR model with a mask token and its attention opened.
-        tokenizer: With the mask token.
+        start: The student of both runs before training: the AR model with a mask token and opened attention.
+        tokenizer: The tokenizer, with the mask token.
         facts: The student's layout, shift and mask token.
-        is_bf16: Measure in bfloat16, as training computes.
+        is_bf16: Whether to measure in bfloat16, as in training.
     """
 
     rows: PackedRows
@@ -75,7 +75,7 @@ class HeldOut:
     def cosines(self, model: nn.Module) -> list[float]:
         """Returns the mean cosine of a student's states to the AR model's, for each of the L + 1 hidden states.
 
-        The student reads noised rows and is compared where it predicts, the AR model reads them clean.
+        The student reads noised rows and is compared where it predicts. The AR model reads the clean rows.
         """
         with self._precision():
             return layer_cosines(

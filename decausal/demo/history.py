@@ -1,4 +1,4 @@
-"""What was measured while a run trained, and when one run reached the best that another ever had."""
+"""The measurements of a run, and when one run reached the other's best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from decausal.reporting import share_of_the_way
 Measure = Literal["masked_cross_entropy", "nelbo_per_token"]
 
 MEASURES: dict[Measure, str] = {"masked_cross_entropy": "masked cross-entropy", "nelbo_per_token": "NELBO"}
-"""The measures that fall as a run trains, and what people call them."""
+"""The measures that fall as a run trains, with their names."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Measurement:
         seconds: Time spent in training so far; measuring is not counted.
         masked_cross_entropy: Nats per masked token, at uniform noise level.
         nelbo_per_token: Nats per token.
-        bits_per_byte: The NELBO again (None where the text has no bytes).
+        bits_per_byte: The NELBO in other units (None if the text has no bytes).
     """
 
     step: int
@@ -39,11 +39,11 @@ class Crossing:
     """Where the aligned run reached the plain run's best value of a measure.
 
     Attributes:
-        measure: Which.
+        measure: The measure.
         start: Its value before any training, the same in both runs.
-        plain_best: The plain run's lowest value after that, first had at `plain_step`, `plain_seconds`.
-        aligned_best: The aligned run's lowest measured value, first had at `aligned_best_step`.
-        aligned_step: Step of the aligned run's first measurement at or below `plain_best`; None: it never was.
+        plain_best: The plain run's lowest value after that, first reached at `plain_step` and `plain_seconds`.
+        aligned_best: The aligned run's lowest measured value, first reached at `aligned_best_step`.
+        aligned_step: Step of the aligned run's first measurement at or below `plain_best`, or None.
         aligned_seconds: Training time at that measurement.
         between_step: Where the straight line from the measurement before it meets `plain_best`.
         between_seconds: The same in training time.
@@ -62,7 +62,7 @@ class Crossing:
     between_seconds: float | None = None
 
     def sentence(self) -> str:
-        """Returns the finding in words, whichever way it went."""
+        """Returns the finding in words."""
         start = (
             f"Plain denoising's best {MEASURES[self.measure]} was {self.plain_best:.3f} nats, "
             f"at step {self.plain_step} ({self.plain_seconds:.1f} s of training)"
@@ -79,7 +79,7 @@ class Crossing:
 
 
 def best(measurements: Sequence[Measurement], measure: Measure) -> Measurement:
-    """Returns the first measurement with the lowest value after training had begun."""
+    """Returns the first measurement with the lowest value after the start of training."""
     trained = [measurement for measurement in measurements if measurement.step > 0]
     return min(trained, key=lambda measurement: getattr(measurement, measure))
 
@@ -87,7 +87,7 @@ def best(measurements: Sequence[Measurement], measure: Measure) -> Measurement:
 def crossing(plain: Sequence[Measurement], aligned: Sequence[Measurement], measure: Measure) -> Crossing:
     """Returns where the aligned run reached the plain run's best value, or that it never did.
 
-    Both are taken from the measurements, the first of which is of the start, so both are as coarse as these are apart.
+    Both are taken from the measurements, the first of which is the start. So both are as coarse as the intervals.
     """
     plain_best, aligned_best = best(plain, measure), best(aligned, measure)
     target: float = getattr(plain_best, measure)

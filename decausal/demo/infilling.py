@@ -1,4 +1,4 @@
-"""A region of a held-out file, chosen by seed and not by eye, and what a converted model writes there."""
+"""A region of a held-out file, chosen by seed, and what a converted model writes there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from decausal.data.documents import Record, read_documents
 from decausal.sampling.jobs import OnStep
 from decausal.sampling.model import DiffusionModel
 
-MOST_DOCUMENTS = 500  # of a large data set, the first ones are choice enough
+MOST_DOCUMENTS = 500  # the first documents of a large data set are enough to choose from
 LINES_BEFORE, LINES_BEHIND = 9, 5
 MOST_GIVEN_TOKENS = 160
 
@@ -28,8 +28,8 @@ class Gap:
     Attributes:
         origin: The held-out document.
         prefix: Text before the hole.
-        text: What the document says there.
-        suffix: Text behind it.
+        text: The document's own text there.
+        suffix: Text after the hole.
         num_tokens: Tokens of `text`.
     """
 
@@ -48,7 +48,7 @@ class Filling:
         pieces: The text of each token.
         step_of_piece: The step, from 0, in which it was kept.
         num_forwards: Forward passes.
-        num_as_in_file: Tokens that are the document's own, place by place.
+        num_as_in_file: Tokens that equal the document's, position by position.
     """
 
     pieces: list[str]
@@ -64,17 +64,17 @@ class Filling:
 def choose_gap(
     data: str, tokenizer: PreTrainedTokenizerBase, *, most_tokens: int, context_length: int | None, seed: int
 ) -> Gap | None:
-    """Chooses whole lines of a document; where any stand behind a line that opens a block (`def f():`), of these.
+    """Chooses whole lines of a document, if possible after a line that opens a block (`def f():`).
 
     Args:
         data: See `decausal.data.documents.read_documents`.
         tokenizer: Counts the tokens.
-        most_tokens: Length of the region at most; it has at least half as many.
-        context_length: Tokens that the model can read, None for no limit.
-        seed: Decides on document and lines.
+        most_tokens: The most tokens of the region, which has at least half as many.
+        context_length: Tokens that the model can read, or None.
+        seed: Chooses document and lines.
 
     Returns:
-        The gap, or None where no document is plain text with lines short enough.
+        The gap, or None if no document is plain text with short enough lines.
     """
     given = MOST_GIVEN_TOKENS if context_length is None else min(MOST_GIVEN_TOKENS, context_length - most_tokens - 1)
     documents = [record for record in islice(read_documents(data), MOST_DOCUMENTS) if "text" in record]
@@ -100,8 +100,8 @@ def fill(model: DiffusionModel, gap: Gap, on_step: OnStep | None = None) -> Fill
 
 def _gaps(record: Record, tokenizer: Any, most_tokens: int, most_given: int) -> Iterator[Gap]:
     """Yields the gaps of a document: for each line, the longest that begins there and has lines around it."""
-    # Each with the break before it: tokenizers join a break to the indentation behind it. Where a text is cut between
-    # these, it ends and goes on with tokens that the model has hardly ever seen there.
+    # Each has the line break before it, because tokenizers join a break to the indentation after it. A text that is cut
+    # between them has tokens at the cut that the model has rarely seen there.
     lines = re.split(r"(?=\n)", record["text"])
     counts = [len(ids) for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]]
     for start in range(1, len(lines)):
@@ -121,7 +121,7 @@ def _gaps(record: Record, tokenizer: Any, most_tokens: int, most_given: int) -> 
 
 
 def _num_fitting(counts: list[int], most: int) -> int:
-    """Returns how many of the first counts sum to no more than `most`."""
+    """Returns how many of the first counts sum to at most `most`."""
     return sum(total <= most for total in accumulate(counts))
 
 
@@ -130,7 +130,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Decodes token by token; a character of several tokens comes with its last."""
+    """Decodes token by token. A character of several tokens comes with the last one."""
     pieces, done = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What is wrong with a demo's paths, found before torch and transformers are imported."""
+"""Checks a demo's paths before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from decausal.training.run_directory import refuse_taken
 
 
 def check_inputs(settings: DemoSettings) -> None:
-    """Refuses what `run_demo` would refuse after it has been imported.
+    """Refuses early what `run_demo` would refuse after its slow import.
 
     Raises:
         UserError: No such model or data, or the directory holds something that no demo made.

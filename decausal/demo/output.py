@@ -1,4 +1,4 @@
-"""The demo's directory: an earlier demo in it is replaced, files of others never."""
+"""The demo's directory. An earlier demo in it is replaced, other files never."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from decausal.training.run_directory import RUN_FILE
 ARM_NAMES = ("plain", "aligned")
 REPORT_PAGE, REPORT_FIGURES, REPORT_PICTURE = "report.html", "report.json", "report.png"
 MARK = {"verb": "demo"}
-"""What `run.yaml` says beside the settings, so that a later demo knows its own."""
+"""An entry in `run.yaml` by which a later demo recognises its own directory."""
 
 _OUR_FILES = {REPORT_PAGE, REPORT_FIGURES, REPORT_PICTURE}
 _CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", RUN_FILE, ".*")
 
 
 def refuse_foreign_files(output_dir: Path) -> None:
-    """Raises if a demo in `output_dir` would touch anything that no demo has made.
+    """Raises if a demo in `output_dir` would touch anything that is not of a demo.
 
     Raises:
         UserError: Names the file or directory in the way.
     """
     if not output_dir.is_dir():
-        return  # a file in its place is refused by whoever claims the directory
+        return  # a file in its place is refused when the directory is claimed
     ours = [path for name in (*ARM_NAMES, *_OUR_FILES, RUN_FILE) if (path := output_dir / name).exists()]
     if ours and not _is_of_a_demo(output_dir / RUN_FILE):
         raise _in_the_way(ours[0])
@@ -36,7 +36,7 @@ def refuse_foreign_files(output_dir: Path) -> None:
 
 
 def remove_reports(output_dir: Path) -> None:
-    """Removes an earlier demo's report: it must not stand beside newer models."""
+    """Removes an earlier demo's report, which must not stand beside newer models."""
     for name in _OUR_FILES:
         (output_dir / name).unlink(missing_ok=True)
 

@@ -21,7 +21,8 @@ from decausal.reporting import Palette, style
 
 @dataclass(frozen=True)
 class Theme(Palette):
-    """Colours that differ in brightness too, after Okabe and Ito: told apart by colour-blind eyes and in grey."""
+    """Colours that differ in brightness too, after Okabe and Ito: colour-blind readers can distinguish them, also in
+    grey."""
 
     plain: str
     aligned: str
@@ -39,10 +40,10 @@ class Curves:
     """What the figures show.
 
     Attributes:
-        measurements: Of the runs "plain" and "aligned".
-        crossings: By measure.
-        cosines: Of each hidden state, "before" training and after either run.
-        ar_nll_per_token: The AR model's own, in nats.
+        measurements: The measurements of the runs "plain" and "aligned".
+        crossings: The crossings, by measure.
+        cosines: The cosine of each hidden state, "before" training and after either run.
+        ar_nll_per_token: The AR model's negative log-likelihood in nats.
     """
 
     measurements: dict[str, list[Measurement]]
@@ -86,7 +87,8 @@ def save_picture(path: Path, curves: Curves, theme: Theme = LIGHT) -> None:
 
 
 def _falling(axes: Axes, theme: Theme, curves: Curves, measure: Measure, against: str) -> None:
-    """A measure of both runs against steps or seconds, the plain run's best, and where the aligned run meets it."""
+    """Draws a measure of both runs against steps or seconds, the plain run's best, and where the aligned run meets
+    it."""
     for arm, measurements in curves.measurements.items():
         x, y = ([getattr(found, name) for found in measurements] for name in (against, measure))
         axes.plot(x, y, color=getattr(theme, arm), marker=_MARKERS[arm], markersize=4, label=LABELS[arm])
@@ -101,7 +103,7 @@ def _falling(axes: Axes, theme: Theme, curves: Curves, measure: Measure, against
     name = MEASURES[measure]
     per = "masked token" if measure == "masked_cross_entropy" else "token"
     axes.set_title(f"Held-out {name} by {'step' if against == 'step' else 'training time'}")
-    axes.set_xlabel("training step" if against == "step" else "seconds of training, measuring not counted")
+    axes.set_xlabel("training step" if against == "step" else "seconds of training, without measuring")
     axes.set_ylabel(f"nats per {per}")
     axes.legend(facecolor=theme.background, edgecolor="none", labelcolor=theme.text, fontsize=9)
 
@@ -126,7 +128,7 @@ def _mark_crossing(axes: Axes, theme: Theme, crossing: Crossing, against: str) -
 
 
 def _limit(axes: Axes, curves: Curves, measure: Measure) -> None:
-    """Cuts the axis above all that was measured after the start: the fall from there would dwarf all else."""
+    """Cuts off the axis above everything measured after the start, whose fall would dwarf the rest."""
     measurements = [found for of_arm in curves.measurements.values() for found in of_arm]
     highest = max(getattr(found, measure) for found in measurements if found.step > 0)
     lowest = min(getattr(found, measure) for found in measurements)
@@ -137,7 +139,7 @@ def _limit(axes: Axes, curves: Curves, measure: Measure) -> None:
 
 
 def _cosines(axes: Axes, theme: Theme, curves: Curves) -> None:
-    """Bars for each hidden state: before, after plain denoising, after REPR-ALIGN."""
+    """Draws bars for each hidden state: before training, after plain denoising, after REPR-ALIGN."""
     labels = {"before": "before", **{arm: f"after {LABELS[arm]}" for arm in curves.measurements}}
     width = 0.8 / len(labels)
     num_states = len(curves.cosines["before"])

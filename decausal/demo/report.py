@@ -22,7 +22,7 @@ from decausal.demo.terminal import LABELS
 CAPTIONS = {
     "cross_entropy_by_step": (
         "Mean cross-entropy of masked tokens in files that neither run trained on, by training step. The dashed line "
-        "is the best that plain denoising ever had; the star is where REPR-ALIGN's line meets it."
+        "is the best of plain denoising; the star is where REPR-ALIGN's line meets it."
     ),
     "cross_entropy_by_seconds": (
         "The same by training time. A step of REPR-ALIGN costs more: the frozen AR model reads each row too. Time "
@@ -109,9 +109,9 @@ def _page(result: DemoResult, record: dict[str, Any], curves: Curves) -> str:
     """Returns the page as HTML.
 
     Args:
-        result: What the demo found.
-        record: The same as `report.json` holds it.
-        curves: What the figures show.
+        result: The demo's result.
+        record: The result as in `report.json`.
+        curves: The data of the figures.
     """
     body = "\n".join(
         (
@@ -136,7 +136,7 @@ def _opening(result: DemoResult, record: dict[str, Any]) -> str:
     source, data = record["source"], record["training_data"]
     settings = result.settings
     return f"""<h1>An autoregressive model becomes a diffusion model, twice</h1>
-<p>An <b>autoregressive</b> (AR) language model writes from left to right and never sees what comes behind. A <b>masked
+<p>An <b>autoregressive</b> (AR) language model writes from left to right and never sees what comes later. A <b>masked
 diffusion</b> model sees the whole text with holes in it and fills them in any order, several at once. decausal turned
 one into the other: it opened the attention of <code>{escape(settings.model_name_or_path)}</code>
 ({source["num_parameters"] / 1e6:.1f} million parameters) to both sides, masked random tokens of training text and
@@ -170,7 +170,7 @@ def _findings(result: DemoResult) -> str:
     rows += "".join(f"<td>{median(arm.step_seconds):.2f} s</td>" for arm in result.arms.values()) + "</tr>"
     sentences = [*(found.sentence() for found in result.crossings.values()), result.difference_sentence()]
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences if sentence)
-    return f"""<h2>What came of it</h2>
+    return f"""<h2>Results</h2>
 <ul class="findings">{items}</ul>
 <div class="scroll"><table>
 <thead><tr><th></th><th class="plain">plain denoising</th><th class="aligned">REPR-ALIGN</th></tr></thead>
@@ -203,13 +203,13 @@ def _infilling(gap: Gap | None, fillings: dict[str, Filling]) -> str:
     )
     return f"""<h2>Filling a gap</h2>
 <p>From <code>{escape(gap.origin)}</code>, a held-out file, the lines between the bars were taken out:
-{gap.num_tokens} tokens. Each model wrote them anew, seeing what stands before and behind. Each pass keeps the tokens
+{gap.num_tokens} tokens. Each model rewrote them, seeing what stands before and after. Each pass keeps the tokens
 that the model is surest of; colours go from the first pass to the last: {_legend()}</p>
 <div class="infill"><label class="replay"><input type="checkbox"> play again</label>
 {shown}<h3>The file itself</h3>
 <pre>{escape(gap.prefix)}<mark>{escape(gap.text)}</mark>{escape(gap.suffix)}</pre></div>
-<p class="note">Lines chosen by seed, not by eye. A region has many good fillings: being unlike the file is no error by
-itself.</p>"""
+<p class="note">Lines chosen by seed, not by eye. A region has many good fillings: being unlike the file is not an error
+by itself.</p>"""
 
 
 def _filled(gap: Gap, filling: Filling) -> str:
@@ -232,7 +232,7 @@ def _legend() -> str:
 
 
 def _hue(step: int, num_steps: int) -> int:
-    """From blue over green and yellow to red."""
+    """Returns a hue from blue over green and yellow to red."""
     return round(240 * (1 - step / max(num_steps - 1, 1)))
 
 

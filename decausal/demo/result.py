@@ -1,4 +1,4 @@
-"""What the demo found, as the terminal, the figures and the page tell it."""
+"""The demo's result, as the terminal, the figures and the page show it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from decausal.provenance import provenance
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the demo found, computed on the spot.
+    """Everything that the demo found, computed by this run.
 
     Attributes:
-        settings: As given.
+        settings: The settings of the demo.
         started: Local time, as ISO 8601 writes it.
         is_bf16: Whether training and measuring computed in bfloat16.
-        held_out: What was measured on.
+        held_out: The held-out data.
         training_rows: The slice of the corpus that both runs trained on.
         ar: The AR model's own likelihood of the held-out text.
         arms: The runs "plain" and "aligned".
         crossings: Where the aligned run reached the plain run's best, by measure.
         nelbo_difference: Lowest NELBO of the aligned run minus that of the plain run, and its standard error over rows.
-        cosines: To the AR model's hidden states: "before" training, and after either run.
-        gap: The region of a held-out file that was filled in; None where there was none to choose.
-        fillings: What either model wrote there.
-        seconds: How long all of this took.
+        cosines: Cosines to the AR model's hidden states, "before" training and after either run.
+        gap: The region of a held-out file that was filled in, or None.
+        fillings: What each model wrote there.
+        seconds: How long the demo took.
     """
 
     settings: DemoSettings
@@ -51,7 +51,7 @@ class DemoResult:
     seconds: float
 
     def difference_sentence(self) -> str:
-        """Returns how far the runs' lowest NELBOs are apart, measured pair by pair."""
+        """Returns the difference of the runs' lowest NELBOs in words, measured pair by pair."""
         value, error = self.nelbo_difference
         if value is None:
             return ""
@@ -72,7 +72,7 @@ class DemoResult:
         return commands
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures and all they depend on, as `report.json` holds them."""
+        """Returns all figures and what they depend on, as in `report.json`."""
         config = self.held_out.source.config
         return {
             "settings": asdict(self.settings),

@@ -36,10 +36,10 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResu
 
     Args:
         settings: What to convert, on what, for how long.
-        console: Where to tell of it; the standard output by default.
+        console: Where to print; the standard output by default.
 
     Returns:
-        All that was found. `output_dir` then holds both models, ready for `decausal.load`, and the report.
+        The result. `output_dir` then holds both models, ready for `decausal.load`, and the report.
 
     Raises:
         UserError: As `decausal.training.convert.convert`, or the directory holds something that no demo made.
@@ -60,7 +60,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResu
 
 
 class _Demo:
-    """The demo's parts in their order. Making one loads model and data: all bad input is told then."""
+    """The demo's parts in order. Creating one loads model and data, and refuses bad input."""
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
         self.settings, self.console = settings, console
@@ -119,7 +119,7 @@ class _Demo:
             }
 
     def _fill(self, gap: Gap, arms: dict[str, Arm]) -> dict[str, Filling]:
-        """Fills the gap with each model as saved; the aligned one is watched."""
+        """Fills the gap with each saved model. The aligned one is shown live."""
         fillings = {"plain": fill(load(arms["plain"].conversion.output_dir), gap)}
         model = load(arms["aligned"].conversion.output_dir)
         _say(
@@ -141,14 +141,14 @@ class _Demo:
             f"  measured on  {ar.num_tokens:,} tokens of {escape(settings.eval_data)}, "
             f"{settings.eval_samples} mask patterns each",
             f"  two runs     {settings.max_steps} steps of {settings.per_device_train_batch_size} rows of "
-            f"{settings.max_length} tokens, alike but for the alignment; "
+            f"{settings.max_length} tokens, alike except for the alignment; "
             f"{precision}, {torch.get_num_threads()} threads\n",
         )
 
 
 def _training_rows(conversion: ConversionSettings, seed: int, held_out: HeldOut) -> PackedRows:
-    """Returns the rows that `convert` will load from the cache: packed here, so that neither run's clock has to
-    wait."""
+    """Returns the rows that `convert` will load from the cache. They are packed here, so that neither run's clock
+    waits."""
     return load_rows(
         conversion.data,
         held_out.tokenizer,

@@ -1,4 +1,4 @@
-"""What a user can set for the demo. Light on purpose: the command line reads this class to print its help."""
+"""The demo's settings. This file is light: the command line reads the class to print its help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _setting(default: Any, help_text: str) -> Any:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """One demo: a model converted twice, alike in all but the alignment, on little data.
+    """One demo: a model is converted twice, with and without alignment, on little data.
 
     Raises:
         UserError: A setting is out of its range.

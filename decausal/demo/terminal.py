@@ -1,4 +1,4 @@
-"""The demo in the terminal: bars and a table that fill in while the runs train. Elsewhere it prints plain lines."""
+"""The demo in the terminal: bars and a table that fill up while the runs train. Elsewhere it prints plain lines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from decausal.demo.output import ARM_NAMES
 LABELS = {"plain": "plain denoising", "aligned": "REPR-ALIGN"}
 _COLUMN_LABELS = {"plain": "plain", "aligned": "REPR-ALIGN"}
 COLOURS = {"plain": "dark_orange", "aligned": "dodger_blue1"}
-_LINES_AROUND_TABLE = 9  # title, rules, bars and a line to spare
+_LINES_AROUND_TABLE = 9  # title, rules, bars and a spare line
 
 
 class TrainingView:
     """Shows both runs in one live display: a bar each, and held-out figures side by side.
 
     Args:
-        console: Where to draw. If it is no terminal, each measurement is printed as one line instead.
+        console: Where to draw. If it is not a terminal, each measurement is printed as one line instead.
         max_steps: Steps of each run.
     """
 
@@ -60,7 +60,7 @@ class TrainingView:
                 self.console.print(measurement_table(self.measurements))
 
     def begin(self, arm: str) -> None:
-        """Says that a run begins."""
+        """Shows that a run begins."""
         if self._live is not None:
             self._progress.start_task(self._tasks[arm])
         else:
@@ -90,11 +90,11 @@ class TrainingView:
 
 
 def measurement_table(measurements: dict[str, list[Measurement]], most_rows: int | None = None) -> Table:
-    """Returns both runs' held-out figures side by side; the best of each column is bold.
+    """Returns both runs' held-out figures side by side. The best of each column is bold.
 
     Args:
-        measurements: Of each run.
-        most_rows: Show the last so many steps of the run in progress only.
+        measurements: The measurements of each run.
+        most_rows: The most rows of the run in progress, its latest.
     """
     table = Table(title="On held-out text, in nats: lower is better", title_justify="left", title_style="bold")
     table.add_column("step", justify="right")

@@ -1,1 +1,1 @@
-"""Handing models on: converted models to engines and to the hub, and public diffusion checkpoints to decausal."""
+"""Exports converted models to engines and the hub, and imports public diffusion checkpoints."""

@@ -22,12 +22,12 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card says beside the facts of the conversion.
+    """What a card says apart from the facts of the conversion.
 
     Attributes:
-        name: Title of the card.
-        license: Identifier as the hub has it ("apache-2.0"); None: not stated.
-        evaluation: Name of the file that `results` come from.
+        name: The card's title.
+        license: Identifier on the hub ("apache-2.0"), or None.
+        evaluation: The file that `results` come from.
         results: Measured figures by name, see `read_evaluation`.
     """
 
@@ -47,9 +47,9 @@ class ModelCard:
         """Returns the whole card.
 
         Args:
-            facts: Of the model.
-            config: Of the stock model.
-            form: "hf" or "sdar": how to load it depends on that.
+            facts: The model's facts.
+            config: The stock model's configuration.
+            form: "hf" or "sdar", which decides how to load it.
             commands: How to serve it, by the engine's name.
         """
         title = self.name or f"{_shown(facts.source)}, converted to a diffusion language model"
@@ -87,10 +87,10 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
     """Reads the figures of an evaluation: a JSON object as `decausal eval ... --json` prints it.
 
     Returns:
-        Names and values, with standard errors where the file has them; nested names are joined by dots.
+        Names and values, with standard errors if the file has them. Nested names are joined by dots.
 
     Raises:
-        UserError: There is no such file, or it holds no figures.
+        UserError: There is no such file, or it does not hold figures.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
 
 
 def names_base_model(facts: ConversionFacts) -> bool:
-    """Returns whether the source is on the hub: then its commit is on record. A path may look like a name there."""
+    """Returns whether the source is on the hub, so that its commit is known. A path may look like a hub id."""
     return facts.source_revision is not None and is_public_name(facts.source)
 
 

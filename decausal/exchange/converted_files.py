@@ -1,4 +1,4 @@
-"""A converted model as it lies on disk: facts, configuration and tokenizer in memory, tensors still in their files."""
+"""A converted model on disk: facts, configuration and tokenizer are in memory, tensors still in their files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ConvertedFiles(NamedTuple):
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-    """Yields a converted model's directory; for a checkpoint that holds adapters, one in which they are merged.
+    """Yields a converted model's directory. For a checkpoint with adapters, it is a directory with merged weights.
 
     Raises:
         UserError: As `load_converted`.
@@ -53,7 +53,7 @@ def open_converted(directory: Path) -> ConvertedFiles:
     """Opens a converted model without loading its weights.
 
     Raises:
-        UserError: It is none, its files are broken, or facts, tokenizer and weights disagree.
+        UserError: It is not a converted model, its files are broken, or facts, tokenizer and weights do not match.
     """
     facts = read_facts(directory)
     refuse_links_out(directory)
@@ -77,10 +77,10 @@ def open_converted(directory: Path) -> ConvertedFiles:
 
 
 def refuse_links_out(directory: Path) -> None:
-    """Raises UserError for a link to a file elsewhere, which would be handed on under the link's name.
+    """Raises UserError for a link to a file elsewhere, which would be exported under the link's name.
 
-    Weights may be links: what is no safetensors file is refused when it is opened. The hub's cache is made of links to
-    the blobs beside it.
+    Weights may be links, since other files are refused when they are opened. The hub's cache consists of links to the
+    blobs beside it.
     """
     inside = [directory.resolve()]
     if directory.resolve().parent.name == "snapshots":
@@ -90,7 +90,7 @@ def refuse_links_out(directory: Path) -> None:
             continue
         if not any(path.resolve().is_relative_to(root) for root in inside):
             raise UserError(
-                f"{path} is a link to a file outside {directory}, which is not handed on: replace it by a copy, or "
+                f"{path} is a link to a file outside {directory}, which is not exported: replace it by a copy, or "
                 "remove it"
             )
 
@@ -104,13 +104,12 @@ def refuse_secrets(directory: Path) -> None:
 
 
 def eos_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Every token that ends a text, as generation_config.json, config.json and the tokenizer know them, in that order.
+    """Returns every token that ends a text, from generation_config.json, config.json and the tokenizer, in this order.
 
-    A chat model ends its turns with another token than its documents; which one, often only generation_config.json
-    says.
+    A chat model ends its turns with another token than its documents. Often only generation_config.json names it.
     """
     found: list[int] = []
-    with suppress(*LOADING_ERRORS):  # a directory may have none
+    with suppress(*LOADING_ERRORS):  # the file may be missing
         found += _as_list(GenerationConfig.from_pretrained(directory).eos_token_id)
     found += _as_list(config.eos_token_id)
     found += _as_list(getattr(tokenizer, "eos_token_id", None))

@@ -1,4 +1,4 @@
-"""How the engines that serve SDAR are started, with the flags that their own tests and documentation use.
+"""How to start the engines that serve SDAR, with the flags of their own tests and documentation.
 
 Sources: SGLang, docs "Diffusion language models", `srt/dllm/config.py` and `test/registered/dllm/test_sdar.py`;
 LMDeploy 0.16, `lmdeploy serve api_server` and `autotest/configs/JetLM`.
@@ -40,8 +40,8 @@ def launch_commands(directory: Path, facts: ConversionFacts) -> dict[str, str]:
 
 
 def _threshold(facts: ConversionFacts) -> float:
-    """Returns where the default is a number of steps, 1.0: one token a step, the only static schedule that SGLang
-    has."""
+    """Returns the threshold. It is 1.0 if the default is a number of steps: one token a step, SGLang's only static
+    schedule."""
     if facts.sampler.get("num_steps") is not None:
         return 1.0
     return float(facts.sampler.get("threshold") or DEFAULT_THRESHOLD)

@@ -1,8 +1,8 @@
 """The forms in which diffusion language models are published, read from their config.json alone.
 
-Each form is a stock architecture under other names. A key that decausal does not know is refused unless it is null:
-it might change the mathematics. Keys and their meaning were read in the models' public configuration and modelling
-files (November 2026): JetAstra/SDAR, DreamLM/Dream, ML-GSAI/LLaDA, NVlabs/Fast-dLLM and the checkpoints they name.
+Each form is a stock architecture under other names. An unknown key is refused unless it is null, because it might
+change the mathematics. Keys and their meaning were read in the models' public configuration and modelling files
+(November 2026): JetAstra/SDAR, DreamLM/Dream, ML-GSAI/LLaDA, NVlabs/Fast-dLLM and the checkpoints they name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from decausal.errors import UserError, nearest
 
-# What transformers itself, trainers and engines leave in a config.json; none of it changes what is computed.
+# Keys that transformers, trainers and engines leave in a config.json and that do not change what is computed.
 _NEUTRAL = frozenset(
     """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
@@ -34,10 +34,10 @@ _QWEN = (
 _QWEN3 = (*_QWEN, "attention_bias", "head_dim")
 _EXPERTS = ("decoder_sparse_step", "moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok")
 _OPTIONAL = frozenset({"attention_bias", "decoder_sparse_step", "head_dim", "tie_word_embeddings"})
-# Switches whose other setting changes the mathematics in a way that no stock class with our layouts has.
+# Switches that must be set like this. Otherwise no stock class with our layouts has the same mathematics.
 _FIXED: dict[str, Any] = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False}
 _FIXED |= {"mlp_only_layers": [], "decoder_sparse_step": 1}
-# LLaDA has the names of OLMo for what is a Llama model. These switches must be set as here.
+# LLaDA is a Llama model with the names of OLMo. These switches must be set like this.
 _LLADA_FIXED: dict[str, Any] = {
     "activation_type": "silu",
     "alibi": False,
@@ -53,7 +53,7 @@ _LLADA_FIXED: dict[str, Any] = {
     "rope": True,
     "scale_logits": False,
 }
-# Numbers that the mathematics needs, then those that may be left out or follow from others.
+# Numbers that are needed, then numbers that may be missing or follow from others.
 _LLADA_NEEDED = ("d_model", "max_sequence_length", "n_heads", "n_layers", "rms_norm_eps", "rope_theta", "vocab_size")
 _LLADA_DERIVED = (
     "embedding_size",
@@ -63,7 +63,7 @@ _LLADA_DERIVED = (
     "n_kv_heads",
     "weight_tying",
 )
-# Dropout, initialisation and kernels. Rotary embeddings in another precision are the same mathematics.
+# Dropout, initialisation and kernels. The precision of rotary embeddings does not change the mathematics.
 _LLADA_WITHOUT_EFFECT = frozenset(
     """
     alibi_bias_max attention_layer_norm_with_affine embedding_dropout flash_attention flash_attn_varlen
@@ -91,18 +91,18 @@ _LLADA_LAYER = re.compile(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.weight")
 
 @dataclass(frozen=True)
 class PublicForm:
-    """One form.
+    """A published form of diffusion language models.
 
     Attributes:
-        name: How people call it.
-        model_type: In its config.json.
+        name: Its usual name.
+        model_type: `model_type` in its config.json.
         layout: Its attention layout.
-        shift: 1 where the state before a token predicts it.
-        stock: Makes the stock configuration from config.json.
-        block_key: Key of the block size, for the layout "block".
-        mask_token_id: Where config.json does not say; None: it must.
-        renamed: A tensor's stock name.
-        sampler: Settings of the form's own sampler that are not ours by default.
+        shift: 1 if the state before a token predicts it.
+        stock: Returns the stock configuration for a config.json.
+        block_key: The key of the block size, for the layout "block".
+        mask_token_id: The default if config.json has none. None: config.json must have it.
+        renamed: Returns a tensor's stock name.
+        sampler: Settings of the form's own sampler that differ from our defaults.
     """
 
     name: str
@@ -117,10 +117,10 @@ class PublicForm:
 
 
 def form_of(config: Mapping[str, Any], where: object) -> PublicForm:
-    """Returns the form that a config.json is of.
+    """Returns the form of a config.json.
 
     Raises:
-        UserError: It is of none.
+        UserError: It has no known form.
     """
     model_type = config.get("model_type")
     for form in FORMS:
@@ -132,10 +132,10 @@ def form_of(config: Mapping[str, Any], where: object) -> PublicForm:
 
 
 def block_size_of(form: PublicForm, config: Mapping[str, Any], asked: int | None) -> int | None:
-    """Returns the block size: `asked`, or what config.json says.
+    """Returns the block size: `asked`, or the one in config.json.
 
     Raises:
-        UserError: The form has blocks and neither says their size, or it has none and one was asked for.
+        UserError: The form has blocks of unknown size, or it has no blocks and a size was given.
     """
     if form.block_key is None:
         if asked is not None:
@@ -148,10 +148,10 @@ def block_size_of(form: PublicForm, config: Mapping[str, Any], asked: int | None
 
 
 def mask_token_id_of(form: PublicForm, config: Mapping[str, Any], asked: int | None) -> int:
-    """Returns the mask token's id: `asked`, or what config.json or the form says.
+    """Returns the mask token's id: `asked`, or the one of config.json or of the form.
 
     Raises:
-        UserError: None of them does.
+        UserError: None of them has one.
     """
     for found in (asked, config.get("mask_token_id"), form.mask_token_id):
         if found is not None:
@@ -162,7 +162,7 @@ def mask_token_id_of(form: PublicForm, config: Mapping[str, Any], asked: int | N
 def _qwen(
     stock: type[PretrainedConfig], copied: tuple[str, ...], special: tuple[str, ...] = ()
 ) -> Callable[[Mapping[str, Any], Collection[str]], PretrainedConfig]:
-    """Returns a form whose config.json has a Qwen model's own keys, and `special` ones that are facts."""
+    """Returns `stock` for a config.json with a Qwen model's keys, and `special` keys that are facts."""
 
     def make(config: Mapping[str, Any], ignored: Collection[str]) -> PretrainedConfig:
         config = {**config, "rope_theta": _rope_theta(config)}
@@ -179,7 +179,7 @@ def _qwen(
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float | None:
-    """Returns the base of the rotary embedding, which transformers 4 and 5 write in different places.
+    """Returns the base of the rotary embedding, which transformers 4 and 5 store in different places.
 
     Raises:
         UserError: The embedding is scaled.
@@ -193,7 +193,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float | None:
 
 
 def _llada_name(name: str) -> str:
-    """Returns the stock name of a LLaDA tensor; a name that is none of LLaDA's comes back as it is."""
+    """Returns the stock name of a LLaDA tensor; other names unchanged."""
     found = _LLADA_LAYER.fullmatch(name)
     if found and found[2] in _LLADA_IN_LAYER:
         return f"model.layers.{found[1]}.{_LLADA_IN_LAYER[found[2]]}.weight"
@@ -213,7 +213,7 @@ def _llada_config(config: Mapping[str, Any], ignored: Collection[str]) -> LlamaC
         ignored,
     )
     missing = [name for name in _LLADA_NEEDED if config.get(name) is None]
-    # Its code takes another block, another norm and no rotary embedding where the keys are left out.
+    # Without these keys, its code uses another block, another norm and no rotary embedding.
     missing += [name for name in ("activation_type", "block_type", "layer_norm_type", "rope") if name not in config]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
@@ -235,7 +235,7 @@ def _llada_config(config: Mapping[str, Any], ignored: Collection[str]) -> LlamaC
 def _refuse_keys(
     config: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], ignored: Collection[str]
 ) -> None:
-    """Raises UserError, with names, for keys that are not known and switches that are set otherwise than `fixed`."""
+    """Raises UserError, with names, for unknown keys and for switches that differ from `fixed`."""
     unknown = {name for name, value in config.items() if name not in known and value is not None} - set(ignored)
     if unknown:
         shown = ", ".join(f"{name} = {config[name]!r}" for name in sorted(unknown))
@@ -245,7 +245,7 @@ def _refuse_keys(
         )
     for name, value in fixed.items():
         if config.get(name) is not None and config[name] != value and name not in ignored:
-            raise UserError(f"config.json has {name} = {config[name]!r}; import takes models with {value!r} alone")
+            raise UserError(f"config.json has {name} = {config[name]!r}; import only takes models with {value!r}")
 
 
 FORMS = (
@@ -273,10 +273,10 @@ FORMS = (
         model_type="Fast_dLLM_Qwen",
         layout="block",
         shift=1,
-        # The two switches, of which the published files hold the second as it is spelt here, speak of training alone.
+        # The last two switches concern training only. The published files spell the last one like this.
         stock=_qwen(Qwen2Config, _QWEN, ("bd_size", "complementary_mask", "conplemenrary_mask")),
         block_key="bd_size",
-        mask_token_id=151665,  # a default of its code
+        mask_token_id=151665,  # the default in its code
         sampler={"first_token_from_clean": True},
     ),
     PublicForm(

@@ -1,4 +1,4 @@
-"""Import: a public diffusion checkpoint becomes a plain directory with `decausal.json`, and none of its code runs."""
+"""Imports a public diffusion checkpoint as a plain directory with `decausal.json`. None of its code runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 
 class Imported(NamedTuple):
-    """What an import made.
+    """The result of an import.
 
     Attributes:
         output_dir: The directory.
@@ -55,20 +55,20 @@ def import_checkpoint(
 ) -> Imported:
     """Reads a public diffusion checkpoint and writes it in decausal's form, under a stock architecture.
 
-    Its config.json and safetensors are read; its code is neither fetched nor run. Tensors keep their type and values,
-    one is in memory at a time.
+    Only its config.json, tokenizer and safetensors are read. Its code is neither downloaded nor run. Tensors keep their
+    type and values, and only one is in memory at a time.
 
     Args:
         model_name_or_path: A directory or a hub id.
         output_dir: A new or empty directory.
         revision: Branch, tag or commit of a hub id.
-        block_size: Instead of what config.json says.
-        mask_token_id: Instead of what config.json says.
-        ignore_keys: Keys of config.json that are known to change nothing in the forward pass.
+        block_size: Replaces the block size in config.json.
+        mask_token_id: Replaces the mask token's id in config.json.
+        ignore_keys: Keys of config.json that do not change the forward pass.
 
     Raises:
-        UserError: The form is not known, config.json or tensors hold what no stock class computes (with names), files
-            are missing or broken, or `output_dir` is not empty.
+        UserError: The form is unknown, config.json or tensors hold something that no stock class computes (with names),
+            files are missing or broken, or `output_dir` is not empty.
     """
     output_dir = Path(output_dir)
     refuse_filled(output_dir)
@@ -79,7 +79,7 @@ def import_checkpoint(
     facts = _facts(form, config, str(model_name_or_path), commit, block_size, mask_token_id)
     if not 0 <= facts.mask_token_id < stock.vocab_size:
         raise UserError(
-            f"mask token id {facts.mask_token_id} is outside of the vocabulary of {stock.vocab_size} rows; "
+            f"mask token id {facts.mask_token_id} is outside the vocabulary of {stock.vocab_size} rows; "
             "give the right one with --mask_token_id"
         )
     tokenizer = read_tokenizer(directory, stock)
@@ -132,7 +132,7 @@ def _tensors(files: TensorFiles, form: PublicForm, stock: PretrainedConfig, dire
     """Returns the tensors under their stock names, checked against the stock architecture."""
     original: dict[str, str] = {}
     for name in files.names():
-        if name.endswith("rotary_emb.inv_freq"):  # follows from config.json
+        if name.endswith("rotary_emb.inv_freq"):  # these follow from config.json
             continue
         if form.renamed(name) in original:
             raise UserError(f"{directory} holds both {original[form.renamed(name)]} and {name}, which are one tensor")
@@ -146,7 +146,7 @@ def _tensors(files: TensorFiles, form: PublicForm, stock: PretrainedConfig, dire
             )
         del found[HEAD]
     expected = expected_tensors(stock)
-    # Errors name tensors as the checkpoint does.
+    # Errors name tensors like the checkpoint.
     refuse_other_tensors(
         {original[name]: shape for name, shape in found.items()},
         {original.get(name, name): shape for name, shape in expected.items()},
@@ -156,7 +156,7 @@ def _tensors(files: TensorFiles, form: PublicForm, stock: PretrainedConfig, dire
 
 
 def _complete(stock: PretrainedConfig, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-    """Adds to the stock configuration what is no number of the model: its class, its type and its tokens."""
+    """Adds the class, the type and the special tokens to the stock configuration."""
     stock.architectures = [ARCHITECTURES[stock.model_type]]
     stock.dtype = tensors[EMBEDDINGS].load().dtype
     stock.is_causal = False

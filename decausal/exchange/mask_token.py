@@ -1,4 +1,4 @@
-"""The mask token on its way to another program: under which id, and that it is never the answer."""
+"""The mask token for other programs: its id there, and how they are kept from predicting it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from decausal.errors import UserError
 
 ENGINE_MASK_TOKEN_ID = 151669
-"""What SGLang and LMDeploy take for SDAR's mask token, whatever config.json says."""
+"""The id that SGLang and LMDeploy use for SDAR's mask token, whatever config.json says."""
 SDAR_MASK_TOKEN = "<|MASK|>"
 
 
 def engine_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Gives the tokenizer the mask token id that engines expect, in place, where the vocabulary reaches it.
+    """Gives the tokenizer the mask token id that engines expect, in place, if the vocabulary is large enough.
 
     Returns:
-        The mask token's id from now on: 151669, or the old one where the vocabulary is too small for that.
+        The mask token's new id: 151669, or the old one if the vocabulary is too small.
 
     Raises:
-        UserError: 151669 is another token's, or the tokenizer cannot come to it.
+        UserError: Id 151669 belongs to another token, or the tokenizer cannot add it.
     """
     if tokenizer.mask_token_id == ENGINE_MASK_TOKEN_ID or vocab_size <= ENGINE_MASK_TOKEN_ID:
         return tokenizer.mask_token_id
@@ -36,10 +36,10 @@ def engine_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> in
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> None:
-    """Makes `token_id` the tokenizer's mask token, in place: the token that has this id, or a new one.
+    """Makes `token_id` the tokenizer's mask token, in place. It is the token with this id, or a new one.
 
     Raises:
-        UserError: The tokenizer has no such token, and the next one that it would add has another id.
+        UserError: The tokenizer has no such token, and the next one that it can add has another id.
     """
     known = {found: text for text, found in tokenizer.get_vocab().items()}
     text = known.get(token_id, SDAR_MASK_TOKEN)
@@ -54,14 +54,15 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> None:
 def never_predicted(head: Float[Tensor, "V D"], token_ids: list[int], trained_ids: list[int]) -> Float[Tensor, "V D"]:
     """Returns a copy of an output head under which none of `token_ids` is ever the most probable token.
 
-    decausal never predicts the mask token, so its row of the head is not trained to stay low. Engines take the argmax
-    over all rows; one that answered "mask" would never finish. Their rows become the mean of the trained ones: the
-    logit is then the mean of the others' logits, below the largest, and the probability is below one over their number.
+    decausal never predicts the mask token, so its row of the head is not trained to stay low. But engines take the
+    argmax over all rows, and an engine that answered "mask" would never finish. The rows become the mean of the trained
+    ones. Their logit is then the mean of the other logits, below the largest, and their probability is below one over
+    the number of tokens.
 
     Args:
-        head: The head's weight.
+        head: Weight of the head.
         token_ids: Rows to silence.
-        trained_ids: Rows of tokens that may be predicted.
+        trained_ids: Rows of the tokens that may be predicted.
     """
     silenced = head.clone()
     kept = sorted(set(trained_ids) - set(token_ids))

@@ -29,7 +29,7 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
     Args:
         directory: What `decausal convert` wrote.
         output_dir: A new or empty directory.
-        card: What the card says beside the facts.
+        card: What the card says apart from the facts.
 
     Raises:
         UserError: `directory` is no whole converted model, or `output_dir` is not empty.
@@ -57,12 +57,12 @@ def _export(directory: Path, output_dir: Path, card: ModelCard) -> Exported:
         for name in _NAME_CODE:
             without_code(staging / name)
         (staging / CARD).write_text(card.text(source.facts, source.config), encoding="utf-8")
-        write_facts(staging, facts_to_hand_on(source.facts))  # last: a directory with them is whole
+        write_facts(staging, facts_to_hand_on(source.facts))  # last: a directory with facts is complete
     return Exported(output_dir, source.facts, {}, _notes(card, source.facts))
 
 
 def _has_second_head(source: ConvertedFiles) -> bool:
-    """Returns whether the weights hold a tied head a second time, as earlier versions wrote it and nothing reads it."""
+    """Returns whether the weights hold a tied head twice. Earlier versions wrote it, and nothing reads it."""
     tensors = source.tensors
     return (
         source.config.tie_word_embeddings

@@ -1,4 +1,4 @@
-"""Where a public checkpoint is that is to be imported."""
+"""Finds the public checkpoint to be imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decausal.models.names import is_converted, is_hub_id, is_left_to_the_hub
 
 
 def refuse_wrong_name(name: str, revision: str | None = None) -> None:
-    """Refuses what `located` would refuse, before anything is imported; the hub is asked as by `check_source`.
+    """Refuses early what `located` would refuse. The hub is asked in the same cases as in `check_source`.
 
     Raises:
         UserError: As `located`.
@@ -20,10 +20,10 @@ def refuse_wrong_name(name: str, revision: str | None = None) -> None:
 
 
 def located(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Returns the directory of a checkpoint, and its commit where it came from the hub.
+    """Returns the directory of a checkpoint, and its commit if it is from the hub.
 
     Raises:
-        UserError: There is none of that name, or it is converted already.
+        UserError: There is no such checkpoint, or it is converted already.
     """
     _refuse(name, revision)
     path = Path(name).expanduser()

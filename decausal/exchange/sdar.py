@@ -1,4 +1,4 @@
-"""Export as SDAR: the form in which SGLang and LMDeploy serve block diffusion models made from Qwen3."""
+"""Exports as SDAR, the form in which SGLang and LMDeploy serve block diffusion models made from Qwen3."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ FACTS_KEY = "decausal"
 def export_sdar(directory: str | Path, output_dir: str | Path, *, card: ModelCard | None = None) -> Exported:
     """Writes a converted Qwen3 or Qwen3-MoE block model as an SDAR checkpoint.
 
-    Tensors are copied in the type they are stored in, one at a time. The head is always written, untied, with the
-    mask token's row silenced (`never_predicted`); the mask token moves to id 151669 where the vocabulary reaches it.
+    Tensors are copied one at a time in their stored type. The head is always written, untied, with the mask token's row
+    silenced (`never_predicted`). The mask token moves to id 151669 if the vocabulary is large enough.
 
     Args:
         directory: What `decausal convert` wrote.
         output_dir: A new or empty directory.
-        card: What the model card says beside the facts.
+        card: What the model card says apart from the facts.
 
     Raises:
         UserError: SDAR cannot express the model (with the reason), its files are broken, or `output_dir` is not empty.
@@ -80,7 +80,7 @@ def _export(source: ConvertedFiles, output_dir: Path, card: ModelCard) -> Export
 
 
 def refusal(facts: ConversionFacts, config: PretrainedConfig) -> str | None:
-    """Why SDAR cannot express a model, as one clause; None when it can."""
+    """Returns why SDAR cannot express a model, as one clause, or None."""
     if config.model_type not in MODEL_TYPES:
         return f"it is made from '{config.model_type}', and SDAR is Qwen3 or Qwen3-MoE"
     if facts.layout != "block":
@@ -93,7 +93,7 @@ def refusal(facts: ConversionFacts, config: PretrainedConfig) -> str | None:
     if rope_type != "default":
         return f"its rotary embedding is scaled ('{rope_type}'), which engines read in different ways"
     if config.use_sliding_window:
-        return "it has sliding-window layers, which SDAR has not"
+        return "it has sliding-window layers, which SDAR does not have"
     if config.hidden_act != "silu":
         return f"its activation is '{config.hidden_act}', and SDAR's is 'silu'"
     if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
@@ -102,7 +102,7 @@ def refusal(facts: ConversionFacts, config: PretrainedConfig) -> str | None:
 
 
 def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any]:
-    """Returns the exported config.json: what SGLang, LMDeploy and transformers read, all under their own names."""
+    """Returns the exported config.json, with the names that SGLang, LMDeploy and transformers each read."""
     config, kind = source.config, source.config.model_type
     end_ids = eos_token_ids(source.directory, config, source.tokenizer)
     class_name = "SDARConfig" if kind == "qwen3" else "SDARMoeConfig"
@@ -118,18 +118,18 @@ def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any
         "architectures": [ARCHITECTURES[kind]],
         "auto_map": {"AutoConfig": f"configuration_sdar.{class_name}"},
         "block_size": facts.block_size,
-        # LMDeploy fills rows up with it, so it may not be empty.
+        # LMDeploy fills rows with it, so it may not be empty.
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else next(iter(end_ids), None),
         "dtype": dtype,
         "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,
-        "fuse_cross_entropy": True,  # as published: SDAR's modelling file reads it, in training it always fuses
+        "fuse_cross_entropy": True,  # as published: SDAR's modelling file reads it, but always fuses in training
         "head_dim": head_dim(config),
         "mask_token_id": facts.mask_token_id,
         "max_window_layers": config.num_hidden_layers,
         "model_type": MODEL_TYPES[kind],
-        # Read by LMDeploy and transformers 5, which loses it again where the key rope_scaling stands beside it.
+        # Read by LMDeploy and transformers 5, which drops it if there is also a key rope_scaling.
         "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
-        "rope_theta": rope_theta,  # read by SGLang, which otherwise takes 10000 without a word
+        "rope_theta": rope_theta,  # read by SGLang, which otherwise silently uses 10000
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
@@ -171,7 +171,7 @@ def _generation_config(source: ConvertedFiles) -> dict[str, Any]:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Saves a tokenizer under names that transformers 4, which engines use too, understands as well as 5."""
+    """Saves a tokenizer under names that transformers 4, which engines also use, and 5 both understand."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

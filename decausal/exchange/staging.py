@@ -1,4 +1,4 @@
-"""What an export makes: a directory that appears whole or not at all."""
+"""The result of an export, and a directory that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from decausal.models.facts import ConversionFacts
 
 
 class Exported(NamedTuple):
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         output_dir: The directory.
@@ -34,9 +34,9 @@ class Exported(NamedTuple):
 
 @contextmanager
 def staged(output_dir: Path) -> Iterator[Path]:
-    """Gives a directory to write into, beside `output_dir`, which takes its name when the block ends well.
+    """Yields a directory beside `output_dir` to write into. It gets the name `output_dir` if the block succeeds.
 
-    When the block fails, or is interrupted, nothing is left: neither files nor parent directories that were made.
+    If the block fails or is interrupted, nothing is left: neither files nor new parent directories.
 
     Raises:
         UserError: `output_dir` is a file or is not empty, or the disk fails.
@@ -63,7 +63,7 @@ def staged(output_dir: Path) -> Iterator[Path]:
 
 
 def refuse_filled(output_dir: Path) -> None:
-    """Raises UserError where `output_dir` is a file, or a directory that holds something."""
+    """Raises UserError if `output_dir` is a file or a directory that is not empty."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file; name a directory")
     if output_dir.is_dir() and any(output_dir.iterdir()):
@@ -75,8 +75,8 @@ def _settle(staging: Path, output_dir: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    staging.chmod(_default_mode())  # mkdtemp makes directories for their owner alone
-    os.replace(staging, output_dir)  # in place of nothing, or of an empty directory
+    staging.chmod(_default_mode())  # mkdtemp makes directories that only their owner can read
+    os.replace(staging, output_dir)  # replaces nothing, or an empty directory
 
 
 def _default_mode() -> int:

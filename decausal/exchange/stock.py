@@ -1,4 +1,4 @@
-"""What a stock checkpoint of each architecture that is exchanged holds on disk: names and shapes of its tensors."""
+"""Names and shapes of the tensors in stock checkpoints of all architectures that are exchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each tensor, by name.
 
     Args:
-        config: Of a model type in `STOCK_MODEL_TYPES`.
+        config: Configuration of a model type in `STOCK_MODEL_TYPES`.
     """
     vocabulary, width = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""Safetensors on disk, read one tensor at a time and written shard by shard: a model never has to fit in memory."""
+"""Safetensors on disk, read tensor by tensor and written shard by shard, so a model need not fit in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = {
 
 
 class Stored(NamedTuple):
-    """A tensor that is yet to be read, and how many bytes it will take."""
+    """A tensor that has not been read yet, and its size in bytes."""
 
     num_bytes: int
     load: Callable[[], Tensor]
@@ -36,10 +36,10 @@ class TensorFiles:
     """The tensors of a checkpoint, in one file or in shards with an index. Only headers are read at first.
 
     Args:
-        directory: Holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
+        directory: A directory with `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 
     Raises:
-        UserError: Files are missing or broken, are no safetensors, or hold numbers that are not floating point.
+        UserError: Files are missing, broken or not safetensors, or hold numbers that are not floating point.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,7 +111,7 @@ class TensorFiles:
 def write_tensor_files(
     directory: Path, tensors: Mapping[str, Stored], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes tensors as transformers does: one file, or shards of at most `max_shard_bytes` with an index."""
+    """Writes tensors like transformers: one file, or shards of at most `max_shard_bytes` with an index."""
     shards = _shards(tensors, max_shard_bytes)
     file_of: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -139,7 +139,7 @@ def _shards(tensors: Mapping[str, Stored], max_shard_bytes: int) -> list[list[st
 def refuse_other_tensors(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
-    """Raises UserError, with names, where tensors are missing, are not expected, or have another shape."""
+    """Raises UserError, with names, if tensors are missing, unexpected, or have another shape."""
     for problem, names in (("lacks", expected.keys() - found.keys()), ("also holds", found.keys() - expected.keys())):
         if names:
             raise UserError(f"{where} {problem} {_listed(names)}: it is not the model that its config.json describes")

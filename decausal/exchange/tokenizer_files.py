@@ -1,4 +1,4 @@
-"""The tokenizer of a public checkpoint, read without its code and without a question about it."""
+"""Reads the tokenizer of a public checkpoint without its code."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _READ += ("chat_template.jinja", "chat_template.json", "tokenizer.model")
 
 
 def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Reads a tokenizer from its files alone: beside a config.json with code, transformers asks whether to run that.
+    """Reads a tokenizer from its files only. With code in config.json, transformers would ask whether to run it.
 
-    Where the tokenizer has code of its own, its tokenizer.json is read, or, for the Qwen family, whose forms bring
-    copies of Qwen2's tokenizer, the vocabulary and merges of that.
+    If the tokenizer has its own code, its tokenizer.json is read. Forms of the Qwen family have copies of Qwen2's
+    tokenizer, of which vocabulary and merges are read.
 
     Args:
         directory: The checkpoint.
         stock: Configuration of the stock model.
 
     Raises:
-        UserError: There is none, or its files are broken.
+        UserError: There is no tokenizer, or its files are broken.
     """
     with tempfile.TemporaryDirectory() as bare:
         for name in _READ:
@@ -58,11 +58,11 @@ def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokeni
 
 
 def without_code(settings: Path, *others: str) -> bool:
-    """Removes the names of code that came with a source from a file of settings; returns whether there were any.
+    """Removes the names of a source's code from a file of settings. Returns whether there were any.
 
     Args:
-        settings: The file; one that is not there names no code.
-        others: Keys that go with them, where there are some.
+        settings: The file, which may be missing.
+        others: Keys to remove together with them.
     """
     values = read_json(settings) if settings.is_file() else {}
     if "auto_map" not in values:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a table from a file.
 
     Raises:
-        UserError: It is not there, or holds something else.
+        UserError: It does not exist, or holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

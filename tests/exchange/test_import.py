@@ -123,7 +123,7 @@ def test_options_win_over_the_file_and_fill_in_what_it_lacks(tmp_path):
     change_json(tmp_path / "public" / "config.json", block_size=..., mask_token_id=...)
     with pytest.raises(UserError, match="give the block size with --block_size"):
         import_checkpoint(tmp_path / "public", tmp_path / "b")
-    with pytest.raises(UserError, match="mask token id 151669 is outside of the vocabulary of 272 rows"):
+    with pytest.raises(UserError, match="mask token id 151669 is outside the vocabulary of 272 rows"):
         import_checkpoint(tmp_path / "public", tmp_path / "b", block_size=4)
     facts = import_checkpoint(tmp_path / "public", tmp_path / "b", block_size=4, mask_token_id=MASK_ID).facts
     assert (facts.block_size, facts.mask_token_id) == (4, MASK_ID)
@@ -188,7 +188,7 @@ def refused(directory: Path, **options: Any) -> str:
     [
         ("sdar", {"logit_cap": 30.0}, "holds logit_cap = 30.0, which import does not know"),
         ("sdar", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scales the rotary embedding ('yarn')"),
-        ("sdar", {"use_sliding_window": True}, "has use_sliding_window = True; import takes models with False alone"),
+        ("sdar", {"use_sliding_window": True}, "has use_sliding_window = True; import only takes models with False"),
         ("sdar", {"rope_theta": ...}, "lacks rope_theta"),
         ("sdar", {"hidden_act": "gelu"}, "has hidden_act = 'gelu'"),
         ("sdar_moe", {"norm_topk_prob": ...}, "lacks norm_topk_prob"),
