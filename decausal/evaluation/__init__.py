@@ -1,1 +1,1 @@
-"""Measuring models: likelihood, hidden-state geometry."""
+"""Measures models: likelihood, right answers to tasks, hidden-state geometry."""

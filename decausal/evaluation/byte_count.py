@@ -1,4 +1,4 @@
-"""How many bytes of text tokens stand for: what makes models of different tokenizers comparable."""
+"""Counts the bytes of text in tokens, which makes models with different tokenizers comparable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from decausal.data.encode import SpecialTokens
 
 
 class ByteCounter:
-    """Counts the UTF-8 bytes of the text that tokens stand for; special tokens (EOS, turn markers) stand for none.
+    """Counts the UTF-8 bytes of tokens' text. Special tokens (EOS, turn markers) have none.
 
-    The tokens of a byte-level BPE (GPT-2, Llama-3, Qwen, ...) are strings with one character per byte, so the count is
-    exact and a sum over tokens, even where a row ends within a character. Tokens of other tokenizers are decoded
-    together: exact but for characters cut at a row's end and a space that the decoder strips.
+    The tokens of a byte-level BPE (GPT-2, Llama-3, Qwen, ...) are strings with one character per byte. So the count is
+    exact and a sum over tokens, even if a row ends within a character. Tokens of other tokenizers are decoded together.
+    That is exact except for characters cut at a row's end and a space that the decoder strips.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,7 +41,7 @@ def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "V"]:
     num_bytes = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
     for token, token_id in vocabulary.items():
         num_bytes[token_id] = len(token)
-    for token_id, added in tokenizer.added_tokens_decoder.items():  # written as they are, not byte by byte
+    for token_id, added in tokenizer.added_tokens_decoder.items():  # these are plain text, not one character per byte
         num_bytes[token_id] = len(added.content.encode())
     num_bytes[torch.from_numpy(SpecialTokens(tokenizer).ids).long()] = 0
     return num_bytes

@@ -1,4 +1,4 @@
-"""How much of the autoregressive model's representation a student keeps: cosines of hidden states, layer by layer."""
+"""How much of the autoregressive model's representation a student keeps: cosines of hidden states by layer."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def layer_cosines(
 ) -> list[float]:
     """Returns the mean cosine between the student's states and the teacher's, for each of the L + 1 hidden states.
 
-    The teacher reads the clean row causally, as in training. The student reads the clean row too, or with `level` a
-    noised one, under its own layout. State 0 is the embedding output, state L the one after the final norm.
+    The teacher reads the clean row causally, as in training. The student reads the clean row, or with `level` a noised
+    one, under its own layout. State 0 is the embedding output, and state L the one after the final norm.
 
     Args:
         student: The converted model.
         student_layout: Its layout.
         teacher: The autoregressive model.
         rows: Packed rows, see `decausal.data.stream.Rows`.
-        num_rows: Measure this many rows, spread evenly over all; None is all.
-        positions: States to compare: "all" but padding; "targets", those that predict a masked token; "visible",
-            those whose own token is not masked.
+        num_rows: How many rows to measure, spread evenly. None: all.
+        positions: States to compare: "all" except padding, "targets" (which predict a masked token), or "visible"
+            (whose own token is not masked).
         level: Chance that a token is masked for the student, in [0, 1]; 0 leaves the row clean.
-        mask_token_id: The student's mask token; needed where `level` is above 0.
-        shift: The student's; decides which states are "targets".
+        mask_token_id: The student's mask token, needed if `level` is above 0.
+        shift: The student's shift, which decides which states are "targets".
         batch_size: Rows per forward pass.
-        seed: Of the noise, which is a function of (seed, row index).
+        seed: Seed of the noise, which is a function of (seed, row index).
 
     Raises:
-        UserError: For an option out of range, or when there is no state to compare.
+        UserError: An option is out of range, or there is no state to compare.
     """
     _check(level, mask_token_id, positions)
     sums, num_states = None, 0
@@ -134,4 +134,4 @@ def _check(level: float, mask_token_id: int | None, positions: AlignedPositions)
     if level and mask_token_id is None:
         raise UserError(f"level is {level} but mask_token_id is not given; give the student's")
     if positions == "targets" and not level:
-        raise UserError("positions 'targets' with level 0: nothing is masked, so there is none; give a level")
+        raise UserError("positions 'targets' with level 0: nothing is masked, so there are no targets; give a level")

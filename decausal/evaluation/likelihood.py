@@ -1,9 +1,9 @@
 """Likelihood of held-out rows: the diffusion model's NELBO, and its autoregressive source's NLL on the same tokens.
 
-A document's NELBO (`decausal.diffusion.nelbo`) is estimated from mask patterns of its own: m of its n predicted tokens
-are masked, m uniform in 1..n, and their summed cross-entropy weighs n/m. Documents of a row are isolated, so a row's
+A document's NELBO (`decausal.diffusion.nelbo`) is estimated from its own mask patterns: m of its n predicted tokens are
+masked, m uniform in 1..n, and their summed cross-entropy has weight n/m. Documents of a row are isolated. So a row's
 NELBO is the sum over its documents, and one pass over the row scores a pattern of each. Under a block layout a document
-is written block by block, so its NELBO is the sum over its blocks, each with earlier ones clean.
+is written block by block, so its NELBO is the sum over its blocks, each with clean blocks before it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from decausal.objectives.head import Head
 CAUSAL = Layout("causal")
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of noised rows that are done, and of all there will be."""
+"""Called with the number of noised rows that are done, and of all rows."""
 
 
 def evaluate_nll(
@@ -70,18 +70,18 @@ def evaluate_nll(
 ) -> Likelihood:
     """Measures a diffusion model's NELBO and masked cross-entropy on packed rows.
 
-    Masks are a function of (seed, row index) alone, so models measured with one seed are compared on the same masks.
-    Gradients are off and the model is in eval mode; its modes are afterwards what they were.
+    Masks are a function of (seed, row index) only, so models measured with one seed see the same masks. Gradients are
+    off and the model is in eval mode. Afterwards its modes are restored.
 
     Args:
         model: The converted model, or one in training.
         facts: Its layout, shift and mask token.
         rows: Packed rows, see `decausal.data.stream.Rows`.
         tokenizer: Counts the bytes of the tokens.
-        num_rows: Measure this many rows, spread evenly over all; None is all.
-        samples_per_row: Mask patterns per row, S; their levels are stratified.
-        batch_size: Noised rows per forward pass. No figure depends on it, but for rounding.
-        seed: Of the mask patterns.
+        num_rows: How many rows to measure, spread evenly. None: all.
+        samples_per_row: Mask patterns per row, S, with stratified levels.
+        batch_size: Noised rows per forward pass. It changes figures only by rounding.
+        seed: Seed of the mask patterns.
         num_bins: Bins of equal width of the share of masked tokens.
         on_progress: Called after each forward pass.
 
@@ -176,12 +176,12 @@ def evaluate_checkpoint(
         chat_template, chat_template_kwargs: See `decausal.data.template.set_template`.
         max_length: Tokens per row, T: how much a token can read at most.
         num_rows, samples_per_row, batch_size, seed: See `evaluate_nll`.
-        with_source: Load the source as well. Where it is not at hand or has changed, `ar_missing` says so.
+        with_source: Whether to measure the source too. If it is not available or has changed, `ar_missing` says so.
         device: None: CUDA where there is one, else the CPU.
-        dtype: Of the weights of both models.
+        dtype: Type of the weights of both models.
 
     Raises:
-        UserError: No such checkpoint, data that cannot be read, or an option out of range.
+        UserError: There is no such checkpoint, data cannot be read, or an option is out of range.
     """
     converted = load_converted(directory, dtype, device or best_device())
     model, tokenizer, facts = converted
@@ -213,7 +213,7 @@ def source_of(converted: Converted) -> PreTrainedModel:
     """Loads the AR model that a converted one was made from, in its dtype and on its device.
 
     Raises:
-        UserError: When it is not at hand, or what has its name now has another vocabulary.
+        UserError: It is not available, or a model of this name has another vocabulary.
     """
     model, tokenizer, facts = converted
     source, source_tokenizer = load_source(
@@ -233,7 +233,7 @@ class _Sizes(NamedTuple):
 
 
 class _Totals:
-    """Sums by row, and by row and bin, in fp64; their size does not grow with the number of samples."""
+    """Sums by row, and by row and bin, in fp64. Their size does not grow with the number of samples."""
 
     def __init__(self, num_rows: int, num_bins: int) -> None:
         self.nelbo = torch.zeros(num_rows, dtype=torch.float64)
@@ -250,11 +250,11 @@ class _Totals:
             tensor.flatten()[index] for tensor in (batch.weight, batch.num_masked, batch.num_predicted)
         )
         self.nelbo += _sum_by(slot, nll * weight, num_rows)
-        # Bins are open below, closed above: the share m/n is in (0, 1]. In whole numbers, so that no edge is rounded.
+        # Bins are open below and closed above, since the share m/n is in (0, 1]. Whole numbers avoid rounding at edges.
         level_bin = (num_masked * num_bins - 1) // num_predicted
         cell = slot * num_bins + level_bin
-        # At uniform t, n of n + 1 patterns mask anything; only those are drawn here. With this factor documents of
-        # all lengths count as they do in training.
+        # At uniform t, n of n + 1 patterns mask anything, and only those are drawn here. With this factor, documents of
+        # all lengths count as in training.
         share = num_predicted.double() / (num_predicted + 1)
         for total, values in (
             (self.cross_entropy, nll * share),

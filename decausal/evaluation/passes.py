@@ -1,4 +1,4 @@
-"""Running a model over held-out rows: which of them, in what batches, and what its states say of chosen tokens."""
+"""Runs a model over held-out rows: which rows, in what batches, and the likelihood of chosen tokens."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Item = TypeVar("Item")
 
 
 def spread_indices(rows: Rows, num_rows: int | None) -> list[int]:
-    """Indices of `num_rows` rows spread evenly over all there are, or of all where there are no more.
+    """Returns the indices of `num_rows` rows, spread evenly, or of all rows if there are fewer.
 
-    Neighbouring rows hold the same files: the first rows would be a poor sample of the data.
+    Neighbouring rows hold the same files, so the first rows would be a poor sample.
 
     Raises:
-        UserError: When there are no rows, or fewer than one is asked for.
+        UserError: There are no rows, or fewer than one is asked for.
     """
     if num_rows is not None and num_rows < 1:
         raise UserError(f"--num_rows {num_rows}: must be at least 1")
@@ -55,17 +55,17 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 
 def predicted_tokens(row: dict[str, Tensor]) -> Bool[Tensor, "T"]:
-    """Returns which tokens of a row are measured: those that may be masked, but no document's first.
+    """Returns which tokens of a row are measured: those that may be masked, except each document's first.
 
-    An autoregressive model cannot predict a document's first token, nor can a converted one of shift 1. It is given,
-    never masked, for every model: so all are measured on the same tokens.
+    An autoregressive model cannot predict a document's first token, and neither can a converted one with shift 1. It is
+    given and never masked for every model, so that all are measured on the same tokens.
     """
     return row["is_maskable"] & predictable(row["document_ids"][None], shift=1)[0]
 
 
 @contextmanager
 def measuring(*models: nn.Module) -> Iterator[None]:
-    """Without gradients and in eval mode; afterwards every module is in the mode it was in."""
+    """Turns gradients off and eval mode on, and afterwards restores every module's mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -78,13 +78,12 @@ def measuring(*models: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns where the model's weights are."""
+    """Returns the device of the model's weights."""
     return next(model.parameters()).device
 
 
 def documents_if_packed(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
-    """Returns the document ids, or None where every row is one whole document: then attention needs no explicit
-    mask."""
+    """Returns the document ids, or None if every row is one whole document and needs no explicit mask."""
     return document_ids if is_packed(document_ids) else None
 
 
@@ -100,17 +99,17 @@ def token_nll(
 ) -> Float[Tensor, "n"]:
     """Returns the negative log-likelihood in nats, on the CPU in fp64, of tokens given what the model reads.
 
-    The head runs on the states that predict those tokens, a chunk at a time: all logits never exist. Call it inside
-    `measuring`.
+    The head runs on the states that predict those tokens, chunk by chunk, so all logits never exist at once. Call it
+    inside `measuring`.
 
     Args:
         model: Any stock causal LM.
-        head: Its head, with the mask token banned where the model is a diffusion model.
+        head: Its head, with the mask token banned for a diffusion model.
         layout: Who attends to whom.
-        input_ids: What the model reads; tensors are moved to its device.
+        input_ids: The rows to read. Tensors are moved to the model's device.
         document_ids: Document of each token, -1 for padding.
         token_index: Flat index into [B*T] of each token to score.
-        token_ids: Those tokens.
+        token_ids: The tokens to score.
         shift: Which state predicts a token, see `decausal.diffusion.shift`.
     """
     states = _predicting_states(model, layout, input_ids, document_ids, token_index, shift)
@@ -149,9 +148,9 @@ def noised_states(
     Args:
         model: Any stock causal LM.
         facts: Layout, shift and mask token.
-        clean_ids: Packed rows; tensors are moved to the model's device.
+        clean_ids: Packed rows. Tensors are moved to the model's device.
         document_ids: Document of each token, -1 for padding.
-        is_masked: What each view masks; a view that masks nothing costs nothing.
+        is_masked: What each view masks. Views without masks cost nothing.
 
     Returns:
         One state for each masked token, in the order of their flat index into [B*K*T].
@@ -175,8 +174,8 @@ def _block_states(
     document_ids: Int[Tensor, "B T"],
     is_masked: Bool[Tensor, "B K T"],
 ) -> Float[Tensor, "n D"]:
-    """As `noised_states`. A row's clean tokens are read once for all its views, and a block is read anew only in views
-    where a state of its own predicts a masked token."""
+    """Does what `noised_states` does for block layouts. A row's clean tokens are read once for all its views. A block
+    is read again only in views where one of its states predicts a masked token."""
     device, attention = device_of(model), facts.attention
     assert attention.block_size is not None
     is_copied = needs_copy(is_masked, block_starts(document_ids, attention.block_size), facts.shift)
@@ -198,7 +197,7 @@ def _block_states(
 def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Returns the negative log-likelihood in nats, on the CPU in fp64, of the tokens that states predict.
 
-    The head runs on a chunk at a time: all logits never exist.
+    The head runs chunk by chunk, so all logits never exist at once.
     """
     weights = torch.ones(len(token_ids), device=states.device)
     return chunked_cross_entropy(states, head, token_ids.to(states.device), weights).nll.double().cpu()

@@ -1,4 +1,4 @@
-"""Mask patterns, drawn for each document or block on its own: what a likelihood is estimated from."""
+"""Mask patterns, drawn for each document or block separately, from which likelihoods are estimated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from decausal.evaluation.passes import predicted_tokens
 
 
 class NoisedRow(NamedTuple):
-    """One mask pattern of one row; or, stacked, a batch of them.
+    """A mask pattern of one row, or a stacked batch of them.
 
     Attributes:
-        slot: Which of the measured rows.
+        slot: Index among the measured rows.
         weight: n/m of the token's document, or block.
-        num_masked: M of the token's document, or block.
-        num_predicted: N of the token's document, or block.
+        num_masked: m of the token's document, or block.
+        num_predicted: n of the token's document, or block.
     """
 
     slot: Int[Tensor, "*B"]
@@ -40,7 +40,7 @@ class NoisedRow(NamedTuple):
 def noised_rows(
     rows: Rows, indices: Sequence[int], num_samples: int, seed: int, block_size: int | None = None
 ) -> Iterator[NoisedRow]:
-    """Yields the noised views of the rows `indices`, S of each; documents, or their blocks, on their own."""
+    """Yields S noised views of each of the rows `indices`, with separate patterns for documents or blocks."""
     for slot, index in enumerate(indices):
         row = rows[index]
         clean_ids, document_ids = row["clean_ids"], row["document_ids"]
@@ -53,24 +53,24 @@ def noised_rows(
 
 
 def _units(document_ids: Int[Tensor, "T"], block_size: int | None) -> Int[Tensor, "T"]:
-    """Returns what is denoised on its own: a document, or a block of it."""
+    """Returns the units that are denoised separately: documents, or their blocks."""
     return document_ids if block_size is None else block_numbers(document_ids[None], block_size)[0]
 
 
 def stack(views: Sequence[NoisedRow]) -> NoisedRow:
-    """Returns one batch of them, each tensor with an axis B in front."""
+    """Returns one batch, with a leading axis B in each tensor."""
     return NoisedRow(*(torch.stack(tensors) for tensors in zip(*views, strict=True)))
 
 
 class WeightedPatterns(NamedTuple):
-    """Mask patterns of one row of units, and what a masked token's loss weighs in each.
+    """Mask patterns of one row of units, and the weights of masked tokens' losses.
 
-    The mean over patterns of the weighted losses is unbiased for the sum of the units' NELBOs.
+    The mean of the weighted losses over patterns is an unbiased estimate of the sum of the units' NELBOs.
 
     Attributes:
         is_masked: What each pattern masks.
-        weight: Of each token's loss; 0 where it is not masked.
-        is_exact: Tokens of units whose patterns are all there, so that nothing is left to chance.
+        weight: Weight of each token's loss; 0 if it is not masked.
+        is_exact: Tokens of units with all their patterns, for which the result is exact.
     """
 
     is_masked: Bool[Tensor, "S T"]
@@ -79,15 +79,15 @@ class WeightedPatterns(NamedTuple):
 
 
 def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int) -> WeightedPatterns:
-    """Draws `num_samples` patterns; units that have no more patterns than that get each of theirs once.
+    """Draws `num_samples` patterns. Units with no more patterns than that get each of them once.
 
-    A unit of n tokens has 2^n - 1 patterns that mask anything. Where all units are so small there are only as many
-    patterns as the largest has.
+    A unit of n tokens has 2^n - 1 patterns that mask anything. If all units are small, there are only as many patterns
+    as the largest unit has.
 
     Args:
         unit_ids: 0, 1, ... for tokens that are denoised together; -1 for those that are never masked.
-        num_samples: S, at most.
-        seed: With `position`, all the randomness there is.
+        num_samples: The most patterns, S.
+        seed: With `position`, the only source of randomness.
         position: Number of the row.
     """
     is_maskable = unit_ids >= 0
@@ -110,7 +110,7 @@ def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int
 
 @cache
 def _all_patterns(n: int) -> tuple[Bool[Tensor, "P n"], Float[Tensor, "P"]]:
-    """All patterns that mask any of n tokens, and their weights in the NELBO (`decausal.diffusion.nelbo`)."""
+    """Returns all patterns that mask any of n tokens, and their weights in the NELBO (`decausal.diffusion.nelbo`)."""
     chosen = [(m, places) for m in range(1, n + 1) for places in combinations(range(n), m)]
     is_masked = torch.zeros(len(chosen), n, dtype=torch.bool)
     for row, (_, places) in enumerate(chosen):

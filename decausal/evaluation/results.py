@@ -1,4 +1,4 @@
-"""What a measurement found: numbers with standard errors, as JSON and as a table."""
+"""Results of measurements: numbers with standard errors, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 
 class Ratio(NamedTuple):
-    """A mean per token or byte: None where there was nothing to divide by, without standard error below two rows."""
+    """A mean per token or byte. None if there is nothing to divide by, and without standard error for fewer than two
+    rows."""
 
     value: float | None
     standard_error: float | None
@@ -24,13 +25,13 @@ def ratio_over_rows(sums: Float[Tensor, "R"], counts: Float[Tensor, "R"]) -> Rat
     """Returns the mean per token over rows that hold different numbers of tokens, and its standard error with rows as
     clusters.
 
-    Tokens of a row are not independent, rows nearly are. So the spread is that between rows,
-    ``sqrt(R / (R - 1) * sum_r (sums_r - mean * counts_r)^2) / sum_r counts_r``, which holds both the choice of text and
-    the draw of masks.
+    Tokens of a row are not independent, but rows nearly are. So the standard error is that between rows, ``sqrt(R / (R
+    - 1) * sum_r (sums_r - mean * counts_r)^2) / sum_r counts_r``. It covers both the choice of text and the draw of
+      masks.
 
     Args:
         sums: Each row's sum, in any unit.
-        counts: What the sum is per: the row's tokens, bytes or weights. Not all need be above 0.
+        counts: The denominators: the row's tokens, bytes or weights. Some may be 0.
 
     Source: the ratio estimator, Cochran, Sampling techniques (3rd ed., sections 2.11 and 6.3).
     """
@@ -71,7 +72,7 @@ class ArLikelihood:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What `evaluate_nll` measures. Standard errors are over rows; None where there is but one.
+    """The results of `evaluate_nll`. Standard errors are over rows; None for a single row.
 
     Attributes:
         nelbo_per_token: Upper bound on the negative log-likelihood, in nats per predicted token.
@@ -80,12 +81,12 @@ class Likelihood:
         bits_per_byte_standard_error: Its standard error.
         masked_cross_entropy: Mean over masked tokens at uniform noise level, in nats: what training minimises.
         masked_cross_entropy_standard_error: Its standard error.
-        bins: The same by share of the document that is masked.
+        bins: The same by the masked share of the document.
         num_tokens: Predicted tokens.
         num_bytes: Bytes of their text.
         num_rows: Rows measured.
-        samples_per_row: Mask patterns drawn for each.
-        seed: Of the patterns.
+        samples_per_row: Mask patterns per row.
+        seed: Seed of the patterns.
         ar_nll_per_token: Negative log-likelihood of the same tokens under the autoregressive source, in nats.
         ar_nll_standard_error: Its standard error.
         ar_bits_per_byte: The same in bits per byte.
@@ -159,7 +160,7 @@ def _number(value: float | None) -> str:
 
 
 def beside(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
-    """Returns the likelihood with an AR model's, of the same tokens, written beside it.
+    """Returns the likelihood together with an AR model's, for the same tokens.
 
     Raises:
         ValueError: When they were not measured on the same rows.
@@ -181,13 +182,13 @@ def beside(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
 
 
 def nelbo_difference(first: Likelihood, second: Likelihood) -> Ratio:
-    """NELBO per token of `first` minus that of `second`, in nats, with the standard error of the difference.
+    """Returns the NELBO per token of `first` minus that of `second` in nats, with the standard error of the difference.
 
-    Row by row, on the same masks: what makes a row hard is hard for both and cancels. So this standard error is far
-    smaller than that of either.
+    Rows are compared one by one on the same masks. A hard row is hard for both, which cancels. So this standard error
+    is far smaller than that of either.
 
     Raises:
-        ValueError: When they were not measured on the same rows with the same masks.
+        ValueError: They were not measured on the same rows with the same masks.
     """
     first_draw, second_draw = ((run.row_num_tokens, run.samples_per_row, run.seed) for run in (first, second))
     if first_draw != second_draw:

@@ -1,4 +1,4 @@
-"""Accuracy on tasks with exact answers, and how many tokens a forward pass gave: of AR and of converted models."""
+"""Accuracy on tasks with exact answers, and tokens per forward pass, of AR and converted models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ArModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class Written(NamedTuple):
-    """What a model wrote after one prompt: the new tokens, an end token included, and the passes that it took."""
+    """A model's answer to one prompt: the new tokens, including an end token, and the passes that it took."""
 
     ids: list[int]
     num_forwards: int
@@ -44,9 +44,9 @@ class TaskScore:
 
     Attributes:
         task: Its name.
-        is_right: For each example, in the order given, whether the answer was right.
-        num_tokens: Tokens written in all, end tokens included.
-        num_forwards: Forward passes in all, each row counting those that it took part in.
+        is_right: Whether the answer to each example was right, in order.
+        num_tokens: All written tokens, including end tokens.
+        num_forwards: All forward passes. Each row counts those that it took part in.
     """
 
     task: str
@@ -56,47 +56,48 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """The share of right answers."""
         return sum(self.is_right) / len(self.is_right)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the accuracy, over the choice of examples: sqrt(p (1 - p) / (n - 1)). None for one example."""
+        """The accuracy's standard error over the choice of examples: sqrt(p (1 - p) / (n - 1)). None for one
+        example."""
         if len(self.is_right) < 2:
             return None
         return math.sqrt(self.accuracy * (1 - self.accuracy) / (len(self.is_right) - 1))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens written over forward passes: 1 for an AR model."""
+        """Written tokens divided by forward passes: 1 for an AR model."""
         return self.num_tokens / max(self.num_forwards, 1)
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The results of all tasks, each of which weighs the same in the mean."""
+    """The results of all tasks, which have equal weight in the mean."""
 
     tasks: tuple[TaskScore, ...]
 
     @property
     def accuracy(self) -> float:
-        """Mean of the tasks' accuracies."""
+        """The mean of the tasks' accuracies."""
         return sum(score.accuracy for score in self.tasks) / len(self.tasks)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean. None where a task has one example only."""
+        """The standard error of the mean. None if a task has only one example."""
         errors = [score.standard_error for score in self.tasks]
         known = [error for error in errors if error is not None]
         return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
 
     @property
     def tokens_per_forward(self) -> float:
-        """All tokens over all forward passes."""
+        """All tokens divided by all forward passes."""
         return sum(score.num_tokens for score in self.tasks) / max(sum(score.num_forwards for score in self.tasks), 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all figures as plain values: the means, and under "tasks" those of each task by its name."""
+        """Returns all figures as plain values: the means, and each task's figures by name under "tasks"."""
         return _figures(self) | {
             "num_examples": sum(len(score.is_right) for score in self.tasks),
             "tasks": {score.task: _figures(score) | {"num_examples": len(score.is_right)} for score in self.tasks},
@@ -122,17 +123,17 @@ def evaluate_tasks(
     max_new_tokens: int | None = None,
     **options: Any,
 ) -> TaskScores:
-    """Lets a model complete each problem's prompt and checks what it wrote.
+    """Lets a model complete each problem's prompt, and checks its answers.
 
-    A converted model writes as `decausal.sampling.generate.generate` does, an AR model greedily.
+    A converted model writes like `decausal.sampling.generate.generate`, an AR model greedily.
 
     Args:
         model: A converted model, or an AR model with its tokenizer.
         problems: Examples of tasks; see `decausal.data.tasks.examples`.
         batch_size: Prompts completed together.
-        max_new_tokens: Tokens to write at most. None: as many as the longest of the problems' own completions has, and
-            the end token.
-        **options: `SamplerSettings` by name, for a converted model only.
+        max_new_tokens: The most tokens to write. None: those of the longest completion of the problems, with its end
+            token.
+        **options: `SamplerSettings` by name, only for a converted model.
 
     Raises:
         UserError: No problems, a bad sampler setting, or a prompt that does not fit the model's context.
@@ -162,13 +163,13 @@ def evaluate_tasks_of(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> TaskScores:
-    """Measures the model in a directory, converted or AR, or of that name, on held-out examples.
+    """Measures a converted or AR model, given by directory or name, on held-out examples.
 
     Args:
         model_name_or_path: What `decausal convert` wrote, or an AR model as `load_source` takes it.
-        names: Tasks; none: all.
-        num_examples: Of each task.
-        device: Where the model runs. None: CUDA where there is one, then in bfloat16, else the CPU.
+        names: Tasks; all of them if empty.
+        num_examples: Examples of each task.
+        device: Where the model runs. None: CUDA in bfloat16 if there is one, else the CPU.
         **options: See `evaluate_tasks`.
 
     Raises:
@@ -186,7 +187,7 @@ def evaluate_tasks_of(
 
 
 def longest_completion(problems: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns how many tokens the longest of the completions has, its end token included.
+    """Returns the number of tokens of the longest completion, including its end token.
 
     Raises:
         UserError: There are no problems.
@@ -212,10 +213,9 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     ends: Sequence[int],
 ) -> TaskScores:
-    """Checks what was written after each problem's prompt; tasks come in the order in which they first appear.
+    """Checks the answer to each problem. Tasks are in the order in which they first appear.
 
-    The text up to the first of `ends` is the completion. Special tokens in it are text like any other, so they make it
-    wrong.
+    The text up to the first of `ends` is the completion. Special tokens in it count as text, so they make it wrong.
     """
     by_task: dict[str, list[tuple[bool, Written]]] = defaultdict(list)
     for problem, one in zip(problems, written, strict=True):
@@ -243,7 +243,7 @@ def write_greedily(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Written]:
-    """Completes prompts with an AR model by transformers' own generate: greedy, batched, keys and values cached."""
+    """Completes prompts with an AR model through transformers' generate: greedy, batched, with a cache."""
     ends, prefix = ends_of((model, tokenizer)), SpecialTokens(tokenizer).prefix
     end = ends[0]
     prompt_ids = [prefix + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]

@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """A bar on standard error, where that is a terminal."""
+    """Shows a bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 

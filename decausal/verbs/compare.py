@@ -9,7 +9,7 @@ from decausal.verbs.flags import leading_positional, print_settings, slow_import
 
 _HELP = (
     "  --set ARM.KEY=VALUE           a setting of one arm; may be given several times\n"
-    "  --json                        print report.json instead of telling how it goes\n"
+    "  --json                        print report.json instead of showing progress\n"
     "  --KEY VALUE                   any setting of `decausal convert`, for all arms\n\n"
 )
 
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _overrides(flags: list[str]) -> tuple[list[str], list[str]]:
-    """Takes every `--set` out of the flags: it may come several times, which no other flag may."""
+    """Takes every `--set` out of the flags. It is the only flag that may be repeated."""
     rest: list[str] = []
     overrides: list[str] = []
     waiting = list(flags)

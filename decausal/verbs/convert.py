@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
         return 0
     from decausal.training.inputs import check_conversion
 
-    check_conversion(settings, training)  # convert begins with it too, once the imports have cost their seconds
+    check_conversion(settings, training)  # convert checks this too, but only after its slow imports
     with slow_imports():
         from decausal.training.convert import convert
 

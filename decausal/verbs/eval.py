@@ -28,7 +28,7 @@ from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_opt
 NLL = "decausal eval nll DIR --data DATA"
 TASKS = "decausal eval tasks MODEL"
 HARNESS = "decausal eval harness DIR --tasks TASKS"
-# What people call the measures, and ours.
+# Common names of measures, and ours.
 MEASURES = {
     **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), NLL),
     **dict.fromkeys(("tasks", "accuracy"), TASKS),
@@ -49,8 +49,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _what_instead(name: str) -> str:
-    """Returns what to type instead of a measure that there is not: people name benchmarks, our tasks, or the model
-    alone."""
+    """Returns what to type instead of an unknown measure: it may be a benchmark, one of our tasks, or the model."""
     from decausal.data.tasks import TASKS as NAMES
 
     if name in NAMES:

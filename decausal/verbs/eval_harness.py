@@ -82,7 +82,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _gen_kwargs(text: str, temperature: float | None) -> dict[str, Any]:
-    """Reads K=V,K=V as the harness does. A temperature goes there: tasks say that they draw none."""
+    """Reads K=V,K=V like the harness. A temperature goes there too, because tasks ask for greedy decoding."""
     found: dict[str, Any] = {} if temperature is None else {"temperature": temperature, "do_sample": temperature > 0}
     for pair in filter(None, text.split(",")):
         name, equals, value = pair.partition("=")

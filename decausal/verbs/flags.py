@@ -21,7 +21,7 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 
 
 class VerbParser(argparse.ArgumentParser):
-    """argparse, but a bad flag is told in one line like every other error."""
+    """argparse, but a bad flag is reported on one line like every other error."""
 
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"decausal {verb}", description=description, allow_abbrev=False)
@@ -32,8 +32,7 @@ class VerbParser(argparse.ArgumentParser):
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Keeps the garbage collector out of imports, a fifth of whose time it takes: they make objects by the hundred
-    thousand, and no garbage."""
+    """Pauses garbage collection during imports, where it takes a fifth of the time and finds nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -44,7 +43,7 @@ def slow_imports() -> Iterator[None]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Returns what reads a whole number, and refuses one that is smaller."""
+    """Returns a function that reads a whole number and refuses smaller ones."""
 
     def read(written: str) -> int:
         value = int(written)
@@ -52,7 +51,7 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is not accepted: it must be at least {least}")
         return value
 
-    read.__name__ = "int"  # argparse says it of what is no number
+    read.__name__ = "int"  # argparse names it in its messages
     return read
 
 
@@ -81,10 +80,10 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def template_options(flags: argparse.Namespace, chat: bool = True) -> dict[str, Any]:
-    """Returns what `add_template_flags` takes, by name.
+    """Returns the values of the flags of `add_template_flags`.
 
     Raises:
-        UserError: There is no such template, or nothing is put through it.
+        UserError: There is no such template, or it would not be used.
     """
     found = given(flags, "chat_template", "chat_template_kwargs")
     if found and not chat:
@@ -152,7 +151,7 @@ def print_training_arguments(defaults: Mapping[str, Any]) -> None:
     """Prints the training arguments that have an effect here.
 
     Args:
-        defaults: What a run of ours has instead of transformers' own.
+        defaults: Our runs' defaults, which replace transformers' own.
     """
     from decausal.config import accepted
     from decausal.trainer_fields import trainer_fields

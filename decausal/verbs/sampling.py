@@ -1,4 +1,4 @@
-"""What the verbs that sample share: sampler flags, the live view, how a generation is printed."""
+"""Shared by the verbs that sample: sampler flags, the live view, printing of generations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `sampler_options` reads: those of every sampler setting."""
+    """Adds the flags of every sampler setting, which `sampler_options` reads."""
     for name, setting in SETTINGS.items():
         for flag in setting.flags:
             names = flag.names if "dest" in flag.options else (f"--{name}", *flag.names)
@@ -38,12 +38,12 @@ def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = False) -> None:
-    """Refuses a wrong name, or sampler settings that a model which is here cannot honour, before anything is loaded.
+    """Refuses a wrong name, or sampler settings that a local model does not support, before anything is loaded.
 
     Args:
-        name: A converted model's.
-        options: Of which only the sampler's settings are looked at.
-        may_be_source: An AR model will do, whose settings are not looked at.
+        name: A converted model's name.
+        options: Options, of which only sampler settings are checked.
+        may_be_source: Whether an AR model is accepted, whose settings are not checked.
     """
     from decausal.models.names import check_converted
     from decausal.sampling.defaults import settings_for
@@ -66,7 +66,7 @@ def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
 
 @contextmanager
 def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[OnStep | None]:
-    """Shows the steps in the terminal, writes them to a file, both or neither; yields what to call after each step."""
+    """Shows the steps in the terminal, writes them to a file, both or neither. Yields what to call after each step."""
     from decausal.sampling.watching.record import Recording
     from decausal.sampling.watching.watch import Watch
 

@@ -1,1 +1,1 @@
-"""How likely texts are as continuations of others: what benchmarks with several choices ask of a model."""
+"""How likely texts are as continuations of others, which benchmarks with several choices need."""

@@ -1,4 +1,4 @@
-"""Exact likelihood of continuations under a model that reads from left to right; a context is read once for all."""
+"""Exact likelihood of continuations under a model that reads from left to right. Each context is read once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ CAUSAL = Layout("causal")
 
 
 class Tree:
-    """A context and the continuations that branch off it, as one row.
+    """A context and its continuations as branches, in one row.
 
-    Each continuation reads the context and itself. Its last token is read by none, so it takes no place.
+    Each continuation reads the context and itself. No token reads its last one, so that has no place.
 
     Attributes:
         members: Indices of the continuations among the requests.
-        ids, positions, streams: Of the row's tokens; stream 0 is the context, j the j-th continuation.
-        places: Of the states that predict the continuations' tokens.
-        targets: Those tokens.
-        lengths: How many each continuation has.
+        ids, positions, streams: Ids, positions and streams of the row's tokens. Stream 0 is the context, j the j-th
+            continuation.
+        places: Places of the states that predict the continuations' tokens.
+        targets: The continuations' tokens.
+        lengths: Number of tokens of each continuation.
     """
 
     def __init__(self, context: Sequence[int], members: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
@@ -48,7 +49,7 @@ class Tree:
 
     @property
     def is_a_line(self) -> bool:
-        """Whether no two tokens have one position: then plain causal attention is right."""
+        """Whether all positions differ, so that plain causal attention is correct."""
         return self.positions == list(range(len(self.ids)))
 
 
@@ -61,10 +62,10 @@ def score_causally(
         converted: Model, tokenizer and facts; the weights are read causally, whatever their layout, and never predict
             the mask token.
         requests: The continuations.
-        batch_size: Requests that go through the model at once; it does not change the scores, but for rounding.
+        batch_size: Requests in the model at once. It changes the scores only by rounding.
     """
     for trees in _batches(requests, batch_size):
-        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
+        with measuring(converted.model):  # closed before a yield, so that the caller's code has gradients
             scores = _score(converted, trees)
         of_each = [length for tree in trees for length in tree.lengths]
         members = [index for tree in trees for index in tree.members]
@@ -75,7 +76,7 @@ def score_causally(
 
 
 def _batches(requests: Sequence[Continuation], batch_size: int) -> Iterator[list[Tree]]:
-    """Trees of like length, longest first, of at most `batch_size` requests together."""
+    """Yields trees of similar lengths, the longest first, with at most `batch_size` requests together."""
     by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         by_context[tuple(request.context)].append(index)
@@ -99,7 +100,7 @@ def _score(converted: Converted, trees: Sequence[Tree]) -> TokenScores:
     device = device_of(model)
     length = max(len(tree.ids) for tree in trees)
     ids = _rows([tree.ids for tree in trees], length, facts.mask_token_id).to(device)
-    if all(tree.is_a_line for tree in trees):  # padding behind a row is read by none of its tokens
+    if all(tree.is_a_line for tree in trees):  # no token of a row reads the padding after it
         states = body_forward(model, ids, CAUSAL).last_hidden_state
     else:
         documents = _rows([[0] * len(tree.ids) for tree in trees], length, -1).to(device)

@@ -1,4 +1,4 @@
-"""Whether a masked model, decoding greedily, writes a given continuation."""
+"""Decides whether a masked model writes a given continuation in greedy decoding."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def written_greedily(
 ) -> Iterator[tuple[int, bool]]:
     """Yields (index, whether greedy decoding writes exactly this continuation) of each request, in any order.
 
-    Decoding knows the continuation's length, and keeps one token with each pass: where it is surest, its likeliest
-    token; block by block under a block layout. As long as what it keeps is the continuation's, the text so far is the
-    continuation's too: so the continuation itself is masked, and a request is done at the first token that differs.
+    Decoding knows the continuation's length and keeps one token per pass: the likeliest token at the surest position,
+    block by block under a block layout. As long as the kept tokens agree, the text so far is that of the continuation.
+    So the continuation itself is masked, and a request ends at the first different token.
 
     Args:
         converted: Model, tokenizer and facts.
         requests: The continuations.
-        batch_size: Requests that go through the model at once.
+        batch_size: Requests in the model at once.
     """
     for batch in in_parts(longest_first(requests), batch_size):
-        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
+        with measuring(converted.model):  # closed before a yield, so that the caller's code has gradients
             is_right = _decode(converted, [requests[index] for index in batch])
         yield from zip(batch, is_right, strict=True)
 
@@ -55,7 +55,8 @@ def _decode(converted: Converted, asked: Sequence[Continuation]) -> list[bool]:
 
 
 def _surest(converted: Converted, rows: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> list[tuple[int, bool]]:
-    """Of each row the masked place where the model is surest, and whether the row's token is the likeliest there."""
+    """Returns, for each row, the masked place where the model is surest, and whether the row's token is likeliest
+    there."""
     model, _, facts = converted
     clean_ids, document_ids = padded(rows)
     is_masked = torch.zeros_like(clean_ids, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """A lower bound on the likelihood of continuations under a masked model: its negative NELBO.
 
-The context is given, the continuation is masked. Under a bidirectional layout the continuation is denoised as a whole;
-under a block layout block by block, each with all before it clean, so what the context holds of the continuation's
-first block is clean, too. The estimate is that of `decausal.diffusion.nelbo`, with what has few mask patterns exact.
+The context is given and the continuation is masked. Under a bidirectional layout the continuation is denoised as a
+whole. Under a block layout it is denoised block by block, each with everything before it clean, including the context's
+part of the first block. The estimate is that of `decausal.diffusion.nelbo`, and exact for few mask patterns.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from decausal.models.checkpoint import ConversionFacts, Converted
 from decausal.sampling.scoring import score_states
 
 LONGEST_PASS = 16384
-"""Tokens of a request's noised views in one pass, about; what has more is read in several."""
+"""Approximate number of tokens of a request's noised views in one pass. More are read in several passes."""
 
 
 class _Piece(NamedTuple):
-    """Some of a request's patterns, for one pass."""
+    """Some of a request's mask patterns, for one pass."""
 
     index: int
     patterns: slice
@@ -40,20 +40,20 @@ def score_by_nelbo(
 ) -> Iterator[tuple[int, Scored]]:
     """Yields (index, bound on the log-likelihood) of each request, in any order.
 
-    Masks are a function of (seed, tokens of the request): not of the model, of other requests or of their order.
+    Masks are a function of (seed, tokens of the request). The model, other requests and their order do not matter.
 
     Args:
         converted: Model, tokenizer and facts.
         requests: The continuations.
-        num_samples: Mask patterns of each; as many as there are, or more, make the bound exact.
-        batch_size: Requests that go through the model at once; it does not change the scores, but for rounding.
-        seed: Of the masks.
+        num_samples: Mask patterns per request. If it reaches the number of all patterns, the bound is exact.
+        batch_size: Requests in the model at once. It changes the scores only by rounding.
+        seed: Seed of the masks.
     """
     for batch in in_parts(longest_first(requests), batch_size):
         asked = [requests[index] for index in batch]
         patterns = [_patterns(request, converted.facts, num_samples, seed) for request in asked]
         losses = [torch.zeros_like(each.weight) for each in patterns]
-        with measuring(converted.model):  # closed before a yield: gradients are off for all who run meanwhile
+        with measuring(converted.model):  # closed before a yield, so that the caller's code has gradients
             for pieces in _passes(asked, patterns):
                 _add_losses(converted, asked, patterns, losses, pieces)
         for index, each, loss in zip(batch, patterns, losses, strict=True):
@@ -61,7 +61,8 @@ def score_by_nelbo(
 
 
 def units_of(request: Continuation, facts: ConversionFacts) -> Int[Tensor, "T"]:
-    """With what each token is denoised: 0, 1, ... from left to right in the continuation; -1 in the context."""
+    """Returns the unit with which each token is denoised: 0, 1, ... from left to right in the continuation; -1 in the
+    context."""
     start, end = len(request.context), len(request.context) + len(request.tokens)
     position = torch.arange(end)
     unit = torch.zeros_like(position) if facts.block_size is None else position // facts.block_size
@@ -74,7 +75,7 @@ def _patterns(request: Continuation, facts: ConversionFacts, num_samples: int, s
 
 
 def _passes(asked: Sequence[Continuation], patterns: Sequence[WeightedPatterns]) -> Iterator[list[_Piece]]:
-    """All patterns of all requests in passes of bounded size, one pass where that is enough."""
+    """Yields all patterns of all requests in passes of bounded size."""
     at_once = max(1, LONGEST_PASS // max(len(request.ids) for request in asked))
     for start in range(0, max(len(each.is_masked) for each in patterns), at_once):
         part = slice(start, start + at_once)

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it answers."""
+"""Requests to a model, and its answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIKELIHOODS = ("auto", "nelbo", "causal")
 
 
 class Continuation(NamedTuple):
-    """Tokens to score, and those before them, of which there is at least one."""
+    """Tokens to score, and at least one token before them."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -27,8 +27,8 @@ class Scored(NamedTuple):
     """How likely a continuation is.
 
     Attributes:
-        log_likelihood: In nats; exact, or a lower bound (the negative NELBO).
-        standard_error: Of the bound, over the draw of masks; 0 where nothing was drawn.
+        log_likelihood: Log-likelihood in nats: exact, or a lower bound (the negative NELBO).
+        standard_error: Standard error of the bound over the draw of masks; 0 if nothing was drawn.
     """
 
     log_likelihood: float
@@ -36,12 +36,13 @@ class Scored(NamedTuple):
 
 
 def longest_first(requests: Sequence[Continuation]) -> list[int]:
-    """Indices of the requests by length: neighbours waste little padding, and what needs most memory comes first."""
+    """Returns the requests' indices by length, the longest first. So batches have little padding, and the most memory
+    is needed first."""
     return sorted(range(len(requests)), key=lambda index: -len(requests[index].context) - len(requests[index].tokens))
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Returns ids and document ids (-1 for padding) of rows of different lengths, filled up at their ends."""
+    """Returns ids and document ids (-1 for padding) of rows of different lengths, padded at their ends."""
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     documents = torch.tensor([[0] * len(row) + [-1] * (length - len(row)) for row in rows])

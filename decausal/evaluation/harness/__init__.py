@@ -1,6 +1,6 @@
-"""lm-evaluation-harness with converted models: public benchmarks, scored by the harness that everyone uses.
+"""Scores converted models on public benchmarks with lm-evaluation-harness.
 
-Importing this package makes the model known to the harness, as ``decausal``. It needs the extra `eval`.
+Importing this package registers the model with the harness as ``decausal``. It needs the extra `eval`.
 """
 
 from __future__ import annotations

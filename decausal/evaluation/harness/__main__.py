@@ -1,4 +1,4 @@
-"""The harness's own command line, `lm_eval`, with converted models: python -m decausal.evaluation.harness."""
+"""The harness's command line, `lm_eval`, with converted models: python -m decausal.evaluation.harness."""
 
 from __future__ import annotations
 

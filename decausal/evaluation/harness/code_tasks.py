@@ -1,7 +1,7 @@
-"""Benchmarks of code: what a model writes is run against tests, in a contained process.
+"""Benchmarks of code: a model's programs are run against tests in a contained process.
 
 HumanEval, MBPP and HumanEval-Infilling as tasks of lm-evaluation-harness, for data from the hub or from files in their
-form. The harness's own tasks of these names run code in its own process; these take their place.
+form. They replace the harness's tasks of these names, which run code in the harness's process.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from decausal.evaluation.harness.contained import Ending, Limits, run_all
 
 
 class CodeTask(ConfigurableTask):
-    """A task whose answers are programs. What a subclass does not say is in its YAML file.
+    """A task whose answers are programs. Its YAML file holds what a subclass does not define.
 
     Attributes:
-        num_answers: Programs written for each problem.
-        ks: For which k pass@k is told; at most `num_answers`.
-        may_run: Whether programs are run; where not, nothing is told that needs it.
+        num_answers: Number of programs for each problem.
+        ks: The k for which pass@k is reported; at most `num_answers`.
+        may_run: Whether programs are run. If not, figures that need it are not reported.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {}
@@ -39,23 +39,23 @@ class CodeTask(ConfigurableTask):
         self._endings: dict[str, Ending] = {}
 
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:
-        """Returns what a model is asked: a text to continue, and how."""
+        """Returns the request to a model: a text to continue, and how."""
         return context, dict(self.config.generation_kwargs or {})
 
     def program(self, doc: dict[str, Any], answer: str) -> str:
-        """Returns the answer with what tests it."""
+        """Returns the answer with its tests."""
         raise NotImplementedError
 
     def text_scores(self, doc: dict[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        """Scores of answers as texts, beside those of running them."""
+        """Returns scores of the answers as texts, apart from running them."""
         return {}
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """One request for each answer, that differ by their seeds."""
+        """Returns one request for each answer, with different seeds."""
         metadata = kwargs["metadata"]
         text, how = self.arguments(doc, ctx)
         if how.get("temperature"):
-            how.pop("do_sample", None)  # with it the harness keeps no answers, as if all were drawn from one stream
+            how.pop("do_sample", None)  # with this set, the harness caches no answers, as if all came from one stream
         seeds = [{}] if self.num_answers == 1 else [{"seed": number} for number in range(self.num_answers)]
         return [
             Instance("generate_until", doc, (text, how | seed), number, metadata=metadata)
@@ -63,7 +63,7 @@ class CodeTask(ConfigurableTask):
         ]
 
     def apply_filters(self) -> None:
-        """Takes the answers as they are, and runs all programs, side by side."""
+        """Takes the answers unchanged, and runs all programs in parallel."""
         super().apply_filters()
         if not self.may_run:
             return
@@ -80,11 +80,11 @@ class CodeTask(ConfigurableTask):
         return scores
 
     def aggregation(self) -> dict[str, Any]:
-        """Means of all figures."""
+        """Returns that every figure is averaged."""
         return dict.fromkeys(self._figures(), _mean)
 
     def higher_is_better(self) -> dict[str, bool]:
-        """So it is for all of them."""
+        """Returns that a higher value is better for every figure."""
         return dict.fromkeys(self._figures(), True)
 
     def _figures(self) -> list[str]:
@@ -92,7 +92,7 @@ class CodeTask(ConfigurableTask):
 
 
 class HumanEval(CodeTask):
-    """A function is continued from its signature and docstring."""
+    """The model continues a function from its signature and docstring."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "doc_to_text": "{{prompt}}",
@@ -110,7 +110,7 @@ class HumanEval(CodeTask):
 
 
 class MBPP(CodeTask):
-    """A function is written for a task told in a sentence, with tests that it must pass."""
+    """The model writes a function for a task in one sentence, with tests that it must pass."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "doc_to_text": (
@@ -130,10 +130,10 @@ class MBPP(CodeTask):
 
 
 class Infilling(CodeTask):
-    """A hole in a function is filled, with sight of what is behind it.
+    """The model fills a hole in a function and sees what comes after it.
 
-    `length: given` in the task's metadata tells the model how many tokens the hole has; otherwise it finds out. A model
-    that cannot see what is behind a hole, like the AR source, continues what is before it.
+    With `length: given` in the task's metadata, the model knows how many tokens the hole has; otherwise it has to find
+    out. A model that cannot see what comes after a hole, like the AR source, continues what is before it.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -143,12 +143,12 @@ class Infilling(CodeTask):
     }
 
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:
-        """Returns the text before the hole; in `infill` the text behind it and, where it is given, what tells the
+        """Returns the text before the hole. `infill` holds the text after it and, if given, the hole's content for its
         length."""
         hole, behind = _hole(doc)
         is_given = (self.config.metadata or {}).get("length") == "given"
         infill = {"suffix": behind, "as_long_as": hole if is_given else None}
-        until = ["\n"] if hole != doc["canonical_solution"] else []  # a line, and its end stands behind the hole
+        until = ["\n"] if hole != doc["canonical_solution"] else []  # a line, whose end comes after the hole
         return doc["prompt"], {**(self.config.generation_kwargs or {}), "until": until, "infill": infill}
 
     def program(self, doc: dict[str, Any], answer: str) -> str:
@@ -157,20 +157,20 @@ class Infilling(CodeTask):
         return f"{whole}\n{doc['test']}\ncheck({doc['entry_point']})\n"
 
     def text_scores(self, doc: dict[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        """Returns how many are the solution, but for space around it, and how alike they are to it."""
+        """Returns how many equal the solution, apart from surrounding space, and how similar they are to it."""
         hole = _hole(doc)[0] if doc else ""
         same = [float(answer.strip() == hole.strip()) for answer in answers]
         return {"exact_match": _mean(same), "edit_similarity": _mean([similarity(each, hole) for each in answers])}
 
 
 def _hole(doc: dict[str, Any]) -> tuple[str, str]:
-    """Returns what stood in the hole, and what stands behind it: the end of a line belongs to the latter."""
+    """Returns the hole's content and what comes after it, including the end of a line."""
     hole, behind = doc["canonical_solution"], doc["suffix"]
     return (hole[:-1], "\n" + behind) if hole.endswith("\n") else (hole, behind)
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
-    """Chance that of k answers, drawn from those given without putting back, any is right.
+    """Returns the probability that at least one of k answers, drawn without replacement, is right.
 
     Source: the unbiased estimator of Chen et al., Evaluating large language models trained on code (arXiv 2107.03374).
     """
@@ -178,7 +178,8 @@ def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
 
 
 def similarity(first: str, second: str) -> float:
-    """1 less the edits (characters put in, left out or exchanged) over the length of the longer text."""
+    """Returns 1 minus the edits (insertions, deletions, replacements of characters) over the length of the longer
+    text."""
     if not first and not second:
         return 1.0
     row = list(range(len(second) + 1))
@@ -192,16 +193,16 @@ def similarity(first: str, second: str) -> float:
 def prepare(
     tasks: Sequence[Any], *, may_run: bool, num_answers: int = 1, ks: Sequence[int] = (1,), is_drawn: bool = True
 ) -> None:
-    """Sets how many answers tasks of code have, and refuses to run any without leave.
+    """Sets how many answers code tasks have, and refuses to run programs without permission.
 
     Raises:
-        UserError: Programs would be run without leave, k is over `num_answers`, or answers would all be the same, since
-            they are not drawn.
+        UserError: Programs would be run without permission, k exceeds `num_answers`, or all answers would be the same
+            without sampling.
     """
     if max(ks) > num_answers or min(ks) < 1:
         raise UserError(f"--k {max(ks)}: pass@k needs at least k answers of a problem; give --num_answers {max(ks)}")
     if num_answers > 1 and not is_drawn:
-        raise UserError(f"--num_answers {num_answers}: without --temperature all of them are the same; give it")
+        raise UserError(f"--num_answers {num_answers}: without --temperature all answers are the same; give it")
     for task in tasks:
         if not isinstance(task, CodeTask):
             continue

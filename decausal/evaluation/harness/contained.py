@@ -1,10 +1,10 @@
-"""Runs Python that a model wrote in a child process that can do little harm, and says whether it ended well.
+"""Runs a model's Python program in a child process that can do little harm, and says whether it succeeded.
 
-What is enforced, on Linux: processor and wall-clock time, memory, size and number of files, no new processes, no
-sockets, no signals to others (a seccomp filter), no write outside a folder of its own (Landlock, where the kernel has
-it), an empty environment, a limit on what the folder may hold. None of it needs privileges. It is a fence against what
-models write by accident, and no prison: the program can still read files that its user can read, and a fault of the
-kernel is not kept in. `enforced` tells what holds on this machine by trying it.
+On Linux it limits processor and wall-clock time, memory, size and number of files, and the content of its folder. A
+seccomp filter forbids new processes, sockets and signals to others. Landlock, if the kernel has it, forbids writing
+outside its folder. The environment is empty. None of this needs privileges. It protects against what models write by
+accident, but it is not a prison: the program can still read its user's files, and faults of the kernel are not
+contained. `enforced` tests which limits hold on this machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TICK = 0.02
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """The limits of a program.
 
     Attributes:
         seconds: Wall-clock and processor time.
         memory: Bytes of address space.
-        disk: Bytes of all files together; of one file, too.
+        disk: Bytes of all files together, and of one file.
         files: Open files.
     """
 
@@ -50,9 +50,9 @@ class Ending:
     """How a program ended.
 
     Attributes:
-        passed: It ran to its end.
+        passed: Whether it ran to its end.
         reason: "passed", "failed", "out of time" or "out of disk".
-        error: The last of what it wrote to its standard error.
+        error: The end of its standard error.
     """
 
     passed: bool
@@ -61,11 +61,11 @@ class Ending:
 
 
 def run_contained(program: str, limits: Limits | None = None) -> Ending:
-    """Runs a program to its end, or to the end of what it may use.
+    """Runs a program until it ends or reaches a limit.
 
     Args:
-        program: Python.
-        limits: None: the defaults.
+        program: Python source code.
+        limits: The limits. None: the defaults.
 
     Raises:
         UserError: The operating system is not Linux.
@@ -83,7 +83,7 @@ def run_contained(program: str, limits: Limits | None = None) -> Ending:
 
 
 def run_all(programs: list[str], limits: Limits | None = None, workers: int | None = None) -> list[Ending]:
-    """Runs programs side by side, one on each core unless told otherwise; endings in their order."""
+    """Runs programs in parallel, by default one per core. Returns how they ended, in order."""
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda program: run_contained(program, limits), programs))
@@ -94,7 +94,7 @@ def _child(program: str, folder: Path, limits: Limits) -> Iterator[subprocess.Po
     (folder / "program.py").write_text(program, encoding="utf-8", errors="surrogateescape")
     (folder / "files").mkdir()
     numbers = [str(int(limits.seconds) + 1), str(limits.memory), str(limits.disk), str(limits.files)]
-    # -I -S: nothing of the user's site, paths or environment. Absolute: the child's folder is elsewhere.
+    # -I -S: without the user's site, paths and environment. The path is absolute since the child's folder is elsewhere.
     command = [sys.executable, "-I", "-S", "-B", str(FENCE), *numbers]
     with open(folder / "error", "wb") as error:
         child = subprocess.Popen(
@@ -114,14 +114,14 @@ def _child(program: str, folder: Path, limits: Limits) -> Iterator[subprocess.Po
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child and all in its session."""
+    """Ends the child and its session."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _watched(child: subprocess.Popen[bytes], folder: Path, limits: Limits) -> str | None:
-    """Waits for the child; why it was ended, or None where it ended by itself."""
+    """Waits for the child. Returns why it was ended, or None if it ended by itself."""
     deadline = time.monotonic() + limits.seconds
     while True:
         try:
@@ -135,13 +135,13 @@ def _watched(child: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
 
 
 def _size(folder: Path) -> int:
-    """Bytes that a folder's files take, those counted that cannot be listed any more as nothing."""
+    """Returns the bytes of a folder's files. Files that have disappeared count as nothing."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
             try:
                 total += os.lstat(os.path.join(path, name)).st_blocks * 512
-            except OSError:  # gone meanwhile
+            except OSError:  # it has disappeared
                 continue
     return total
 
@@ -160,7 +160,7 @@ _TRIALS = {
 
 @cache
 def enforced() -> dict[str, bool]:
-    """Tells what holds on this machine, by trying to break it."""
+    """Returns which limits hold on this machine, by trying to break them."""
     with tempfile.TemporaryDirectory() as folder:
         outside = str(Path(folder) / "outside")
         programs = [program.format(outside=outside) for program in _TRIALS.values()]

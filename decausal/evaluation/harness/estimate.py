@@ -1,4 +1,4 @@
-"""A log-likelihood that remembers how sure it is, through the harness and its cache."""
+"""A log-likelihood that keeps its standard error through the harness and its cache."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Estimate(float):
-    """A log-likelihood in nats, with `standard_error`: that of the draw of masks, 0 where nothing was drawn.
+    """A log-likelihood in nats with a `standard_error` over the draw of masks; 0 if nothing was drawn.
 
-    The harness takes a plain number; what it does with it need not know of the error.
+    The harness takes it for a plain number.
     """
 
     standard_error: float
@@ -20,7 +20,7 @@ class Estimate(float):
         return estimate
 
     def __add__(self, other: float | int) -> Estimate:
-        """Returns the sum of what was drawn independently."""
+        """Returns the sum of independent estimates."""
         error = math.hypot(self.standard_error, getattr(other, "standard_error", 0.0))
         return Estimate(float(self) + float(other), error)
 

@@ -1,9 +1,9 @@
-"""Fences its own process in, then runs ../program.py in it. Started by `contained` in a process of its own.
+"""Restricts its own process and then runs ../program.py in it. `contained` starts it in a separate process.
 
-It stands alone: it imports nothing of the package, and runs without site packages.
+It imports nothing from the package, and runs without site packages.
 
 Source: seccomp (prctl(2), Documentation/userspace-api/seccomp_filter.rst) and Landlock (landlock(7)) of the Linux
-kernel; numbers of system calls for x86-64 and for the table that AArch64 and RISC-V share.
+kernel. Numbers of system calls are for x86-64 and for the table that AArch64 and RISC-V share.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ARCHITECTURES = {
 
 
 def limit(seconds: int, memory: int, disk: int, files: int) -> None:
-    """Sets what this process may use; it cannot raise it again."""
+    """Sets this process's limits, which it cannot raise again."""
     for which, value in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
@@ -59,11 +59,11 @@ def limit(seconds: int, memory: int, disk: int, files: int) -> None:
 
 
 def keep_to(folder: str) -> bool:
-    """Lets this process write beneath a folder only; False where the kernel has no Landlock."""
+    """Restricts this process to writing below a folder. Returns False if the kernel has no Landlock."""
     abi = _LIBC.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     if abi < 1:
         return False
-    # Write, remove and make of any kind: bits 1 and 4 to 12; from later kernels on also refer (13) and truncate (14).
+    # Write, remove and make of any kind: bits 1 and 4 to 12; on later kernels also refer (13) and truncate (14).
     handled = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))
     handled |= (1 << 13 if abi >= 2 else 0) | (1 << 14 if abi >= 3 else 0)
     attributes = struct.pack("=Q", handled)
@@ -83,7 +83,8 @@ def keep_to(folder: str) -> bool:
 
 
 def forbid_calls() -> bool:
-    """Forbids new processes, sockets, signals, changes of rights; False where the calls' numbers are not known."""
+    """Forbids new processes, sockets, signals and changes of rights. Returns False if the calls' numbers are
+    unknown."""
     if platform.machine() not in _ARCHITECTURES:
         return False
     architecture, calls = _ARCHITECTURES[platform.machine()]
@@ -95,7 +96,7 @@ def forbid_calls() -> bool:
 
 
 def drop_capabilities() -> None:
-    """Gives up what root may do beyond others; for others there is nothing to give up."""
+    """Drops root's privileges, if there are any."""
     header, nothing = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _LIBC.capset(header, nothing)
 
@@ -103,8 +104,8 @@ def drop_capabilities() -> None:
 def _filter(architecture: int, calls: dict[str, int]) -> bytes:
     """Returns the filter in classic BPF: (code, jump if true, jump if false, value) of each step.
 
-    Threads are let through: `clone` with CLONE_THREAD. `clone3` hides its flags, so it "does not exist", whereupon
-    the C library takes `clone`.
+    Threads are allowed: `clone` with CLONE_THREAD. `clone3` hides its flags, so the filter says that it does not exist,
+    and the C library falls back to `clone`.
     """
     load, jump_if, jump_if_set, end = 0x20, 0x15, 0x45, 0x06
     forbidden = [number for name, number in calls.items() if name not in ("clone", "clone3")]
@@ -114,7 +115,7 @@ def _filter(architecture: int, calls: dict[str, int]) -> bytes:
         (end, 0, 0, _ERRNO_EPERM),
         (load, 0, 0, 0),  # the call's number
     ]
-    if platform.machine() == "x86_64":  # the x32 calls have numbers of their own
+    if platform.machine() == "x86_64":  # x32 calls have other numbers
         steps += [(0x35, 0, 1, 0x40000000), (end, 0, 0, _ERRNO_EPERM)]
     for number in forbidden:
         steps += [(jump_if, 0, 1, number), (end, 0, 0, _ERRNO_EPERM)]
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> None:
     forbid_calls()
     sys.argv = ["program.py"]
     exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-    os.write(passed, b"passed")  # not where it ends itself before
+    os.write(passed, b"passed")  # not reached if the program ends itself
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Texts that the harness asks for, written by the engine that fits the model."""
+"""Writes the texts that the harness asks for, with the engine for the model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HONOURED = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max
 
 
 class Writer:
-    """Continues contexts; what the harness's `gen_kwargs` do not say is as the model's own sampler settings have it.
+    """Continues contexts. The model's sampler settings hold unless the harness's `gen_kwargs` replace them.
 
     Args:
         converted: Model, tokenizer and facts.
         max_rows: Rows in one forward pass.
-        options: `SamplerSettings` by name, over the facts'.
+        options: `SamplerSettings` by name, which override the facts'.
 
     Raises:
         UserError: A bad setting.
@@ -56,11 +56,11 @@ class Writer:
 
         Args:
             requests: Contexts with the harness's `gen_kwargs`.
-            context_ids: Tokens of a context that leave room for so many new ones.
-            default_length: New tokens where a request does not say how many.
+            context_ids: Returns a context's tokens, with room for the given number of new ones.
+            default_length: New tokens for requests without a number.
 
         Raises:
-            UserError: A key of `gen_kwargs` that is not honoured.
+            UserError: A key of `gen_kwargs` is not supported.
         """
         holes = [index for index, (_, gen_kwargs) in enumerate(requests) if "infill" in gen_kwargs]
         yield from self._fill(holes, requests, default_length)
@@ -71,7 +71,7 @@ class Writer:
                 continue
             numbers.append(index)
             settings = self._asked(gen_kwargs, default_length)
-            # A function of the text and of how often it was asked: a continued run draws what a whole one does.
+            # A function of the text and of how often it was requested, so that a resumed run draws the same.
             seed = settings.seed + zlib.crc32(context.encode("utf-8", "surrogatepass")) + seen[context]
             seen[context] += 1
             ids = context_ids(context, settings.max_new_tokens)
@@ -87,13 +87,13 @@ class Writer:
     def _fill(
         self, holes: Sequence[int], requests: Sequence[Request], default_length: int
     ) -> Iterator[tuple[int, str]]:
-        """Yields (index, text) of requests that have a text behind a hole."""
+        """Yields (index, text) of requests with text after a hole."""
         by_options: dict[str, list[int]] = defaultdict(list)
         for index in holes:
             before, gen_kwargs = requests[index]
             asked = {name: value for name, value in gen_kwargs.items() if name not in ("infill", "until")}
             options = self._hole_options(asked, default_length)
-            if options.get("temperature"):  # what is drawn is a function of the text, so it has a batch of its own
+            if options.get("temperature"):  # each text has its own batch, so that its draws depend on the text only
                 options["seed"] += zlib.crc32(before.encode("utf-8", "surrogatepass"))
             by_options[json.dumps(options, sort_keys=True)].append(index)
         for options, members in by_options.items():
@@ -126,7 +126,7 @@ class Writer:
     def _asked(self, gen_kwargs: dict[str, Any], default_length: int) -> SamplerSettings:
         if unknown := sorted(set(gen_kwargs) - {*HONOURED, *_LENGTHS}):
             raise UserError(
-                f"gen_kwargs holds '{unknown[0]}', which a converted model does not honour; accepted: "
+                f"gen_kwargs holds '{unknown[0]}', which a converted model does not support; accepted: "
                 f"{', '.join(HONOURED)}. Sampler settings are the model's: --model_args pretrained=DIR,threshold=0.9"
             )
         asked = normalize_gen_kwargs(gen_kwargs, default_length)

@@ -1,4 +1,4 @@
-"""Which likelihood a converted model's scores are made of."""
+"""The kind of likelihood for a converted model's scores."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def likelihood_kind(facts: ConversionFacts, wanted: str = "auto") -> str:
     """Returns "causal" or "nelbo".
 
     Args:
-        facts: Of the model.
-        wanted: "nelbo"; "causal", the likelihood of the text that the same weights write from left to right, as
-            speculative decoding does; "auto": causal where that is what the model is, in blocks of one token with shift
-            1 or under layout causal, else the NELBO.
+        facts: The model's facts.
+        wanted: "nelbo", "causal" or "auto". "causal" is the likelihood when the same weights write from left to right,
+            as in speculative decoding. "auto" is causal for causal models (blocks of one token with shift 1, or layout
+            causal), else the NELBO.
 
     Raises:
-        UserError: For another word.
+        UserError: For any other word.
     """
     if wanted not in LIKELIHOODS:
         raise UserError(f"likelihood '{wanted}' is not known{nearest(wanted, LIKELIHOODS)}; one of {LIKELIHOODS}")

@@ -1,4 +1,4 @@
-"""A converted model as lm-evaluation-harness takes it."""
+"""A converted model for lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ NUM_SAMPLES = 8
 
 @register_model(MODEL_NAME)
 class DecausalLM(HFLM):
-    """What `decausal convert` wrote, for `lm_eval --model decausal --model_args pretrained=DIR`.
+    """A converted model, for `lm_eval --model decausal --model_args pretrained=DIR`.
 
-    Texts become tokens by the code of the harness's own `hf` class, which this one extends: both models of a comparison
-    are asked the same. What is scored and how is `decausal.evaluation.continuations`; what is written is what
-    `decausal batch` writes.
+    Texts become tokens by the code of the harness's own `hf` class, which this one extends. So both models of a
+    comparison get the same requests. Scores come from `decausal.evaluation.continuations`, and texts are those of
+    `decausal batch`.
 
     Args:
         pretrained: Directory of a converted model, or its id on the hub.
         dtype: "auto" (as the weights are stored), "float32", "bfloat16" or "float16".
         device: None: CUDA where there is one, else the CPU.
-        batch_size: Requests that go through the model at once; it does not change the scores, but for rounding.
+        batch_size: Requests in the model at once. It changes the scores only by rounding.
         max_length: Most tokens of a request. None: the model's context.
         revision: Branch, tag or commit on the hub.
         likelihood: "auto", "nelbo" or "causal", see `likelihood_kind`.
-        num_samples: Mask patterns of each request, where the likelihood is a NELBO.
-        seed: Of masks, and of texts that are sampled.
+        num_samples: Mask patterns of each request, if the likelihood is a NELBO.
+        seed: Seed of masks and of sampled texts.
         add_bos_token: As for `hf`.
         prefix_token_id: As for `hf`.
         **sampler: `SamplerSettings` by name, for texts that are written.
@@ -97,15 +97,16 @@ class DecausalLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a request may have before its last, as the harness counts: a causal model does not read that."""
+        """The most tokens of a request before its last one, which a causal model does not read. The harness counts like
+        this."""
         return int(super().max_length) - (0 if self.likelihood == "causal" else 1)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See `hf`; its bars stay out of files."""
+        """See `hf`. Progress bars only appear in a terminal."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what stands beside the scores: which likelihood they are made of, and what the model is."""
+        """Returns what is recorded with the scores: the kind of likelihood and the facts of the model."""
         facts = self.converted.facts
         drawn = {"likelihood_samples": self.num_samples, "likelihood_seed": self.seed}
         return {
@@ -134,14 +135,14 @@ class DecausalLM(HFLM):
         for index, scored, is_greedy in self._scored(asked):
             answers[index] = (Estimate(scored.log_likelihood, scored.standard_error), is_greedy)
             texts = requests[index][0]
-            if texts is not None:  # rolling windows have none: the whole text is cached, not its windows
+            if texts is not None:  # windows of a long text have no key: the whole text is cached
                 self.cache_hook.add_partial("loglikelihood", texts, answers[index])
             bar.update()
         bar.close()
         return answers  # type: ignore[return-value]
 
     def _fitted(self, context: list[int], tokens: list[int]) -> Continuation:
-        """Returns a request cut from its left to what the model can read, as `hf` cuts it."""
+        """Returns a request, cut from the left to what the model can read, like `hf`."""
         whole = [*context, *tokens][-(self.max_length + 1) :]
         if len(tokens) >= len(whole) and len(context):
             raise UserError(
@@ -156,7 +157,7 @@ class DecausalLM(HFLM):
             log.warning("%d of %d contexts are cut from the left to fit the model's context", num_cut, len(asked))
 
     def _scored(self, asked: Sequence[Continuation]) -> Iterator[tuple[int, Scored, bool]]:
-        """Yields (index, likelihood, whether greedy decoding writes it), as soon as each is known."""
+        """Yields (index, likelihood, whether greedy decoding writes it) as soon as each is known."""
         if self.likelihood == "causal":
             yield from score_causally(self.converted, asked, batch_size=self.batch_size)
             return
@@ -218,5 +219,5 @@ _KNOWN = ("`pretrained` model kwarg is not of type", "Passed an already-initiali
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Keeps out what `hf` says of a model that it did not load itself."""
+    """Hides warnings of `hf` about a model that it did not load."""
     return not record.getMessage().startswith(_KNOWN)

@@ -34,22 +34,22 @@ BOOTSTRAP_ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """What is asked of the harness.
+    """Settings for the harness.
 
     Attributes:
-        num_fewshot: Examples before each question; None: as many as the task has.
-        limit: Examples of each task, a share of them where below 1; None: all.
-        batch_size: Requests that go through the model at once.
-        apply_chat_template: Put requests through the tokenizer's chat template.
+        num_fewshot: Examples before each question. None: the task's own number.
+        limit: Examples of each task, or a share of them if below 1. None: all.
+        batch_size: Requests in the model at once.
+        apply_chat_template: Whether requests go through the tokenizer's chat template.
         system_instruction: A system prompt.
-        fewshot_as_multiturn: With a chat template, examples are turns of their own.
-        gen_kwargs: For tasks whose answers are written, over theirs.
+        fewshot_as_multiturn: Whether examples are separate turns, with a chat template.
+        gen_kwargs: Generation settings that override a task's own.
         likelihood, num_samples, max_length, dtype, seed, sampler: See `DecausalLM`.
-        use_cache: Directory that answers are kept in: an interrupted run goes on where it was.
-        with_source: Run the AR source beside it.
-        allow_code_execution: Run what a model writes, in a contained process.
-        num_answers: Programs written for each problem of a task of code.
-        ks: For which k pass@k is told.
+        use_cache: Directory in which answers are kept, so that an interrupted run can continue.
+        with_source: Whether to run the AR source too.
+        allow_code_execution: Whether to run a model's programs, in a contained process.
+        num_answers: Programs for each problem of a code task.
+        ks: The k for which pass@k is reported.
     """
 
     num_fewshot: int | None = None
@@ -91,12 +91,12 @@ def evaluate_harness(
     Args:
         directory: What `decausal convert` wrote, or its id on the hub.
         tasks: Names of tasks, groups and tags, patterns, or YAML files.
-        settings: How.
+        settings: The settings. None: the defaults.
         include_path: Directory of YAML files of tasks.
         device: None: CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: No such model or task, data that cannot be had or lack a field, a bad setting.
+        UserError: There is no such model or task, data cannot be loaded or lack a field, or a setting is bad.
     """
     settings = settings or HarnessSettings()
     loaded = load_tasks(tasks, include_path)
@@ -107,7 +107,7 @@ def evaluate_harness(
         ks=settings.ks,
         is_drawn=bool(settings.gen_kwargs.get("temperature")),
     )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of what it was asked; what is wrong is raised
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its own settings; errors are raised
     model = DecausalLM(
         str(directory),
         dtype=settings.dtype,
@@ -165,7 +165,7 @@ def _run(
         results = simple_evaluate(
             model=model,
             tasks=list(loaded),
-            task_manager=TaskManager(include_defaults=False),  # else it looks through thousands of files
+            task_manager=TaskManager(include_defaults=False),  # otherwise it searches thousands of files
             num_fewshot=settings.num_fewshot,
             batch_size=settings.batch_size,
             limit=settings.limit,
@@ -182,9 +182,9 @@ def _run(
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """Keeps the harness from printing that it draws bootstraps, and from describing the machine.
+    """Stops the harness from printing about bootstraps and from describing the machine.
 
-    For that it starts pip and others, which takes seconds; our own record has it.
+    The description starts pip and other programs, which takes seconds. Our own record has these facts.
     """
     describe = evaluator.add_env_info
     evaluator.add_env_info = lambda _: None
@@ -196,8 +196,7 @@ def _in_silence() -> Iterator[None]:
 
 
 def _cache_file(directory: str | None, identity: dict[str, Any]) -> str | None:
-    """Returns where answers of this model under these settings are kept: the harness's own key is the question
-    alone."""
+    """Returns where answers of this model with these settings are kept. The harness's own key is only the question."""
     if directory is None:
         return None
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -209,7 +208,7 @@ def _identity(directory: str | Path, model: DecausalLM) -> dict[str, Any]:
 
 
 def _files(model_name_or_path: str | Path) -> Any:
-    """Returns what tells one model from another: of a directory its files' names, sizes and times, else the name."""
+    """Returns what identifies a model: names, sizes and times of a directory's files, else its name."""
     directory = Path(model_name_or_path).expanduser()
     if not directory.is_dir():
         return str(model_name_or_path)
@@ -218,13 +217,13 @@ def _files(model_name_or_path: str | Path) -> Any:
 
 
 def _fences(loaded: Sequence[Task | Group]) -> dict[str, bool] | None:
-    """Returns what holds for programs that were run; None where none were."""
+    """Returns the limits that held for programs, or None if none were run."""
     has_run = any(isinstance(task, CodeTask) and task.may_run for task in tasks_of(loaded).values())
     return enforced() if has_run else None
 
 
 def _made_of(task: Any, model: DecausalLM) -> str:
-    """Returns what a task's scores are made of: written texts, or which likelihood."""
+    """Returns what a task's scores come from: written texts, or a kind of likelihood."""
     if task.OUTPUT_TYPE == "generate_until":
         return "texts"
     return "causal likelihood" if model.likelihood == "causal" else f"NELBO, {model.num_samples} masks"

@@ -1,4 +1,4 @@
-"""What the harness found: scores of a converted model, beside its AR source's, and how much of those it keeps."""
+"""The harness's scores of a converted model and its AR source, and how much of the source's score is kept."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Score:
 
     Attributes:
         task: The task's name.
-        metric: The metric's name; behind a comma the filter of answers, where there is one.
-        value: The model's.
-        standard_error: Over examples, as the harness has it; None where it has none.
-        higher_is_better: None where the harness does not say.
-        num_examples: How many it is from.
+        metric: The metric's name, followed by a comma and the filter of answers if there is one.
+        value: The model's value.
+        standard_error: The harness's standard error over examples, or None.
+        higher_is_better: Whether higher is better; None if the harness does not say.
+        num_examples: Number of examples.
         source: The AR source's value; None without it.
-        source_standard_error: Of that.
+        source_standard_error: Its standard error.
         retention: How much of the source's score is kept, in percent.
-        retention_standard_error: Of that, over examples, which both models share.
+        retention_standard_error: Its standard error over examples, which both models share.
     """
 
     task: str
@@ -46,14 +46,14 @@ class Score:
 
 @dataclass(frozen=True)
 class HarnessScores:
-    """All figures, and what they are made of.
+    """All figures, and what they come from.
 
     Attributes:
-        scores: In the order of the tasks.
-        model: What the model is and which likelihood stands behind its scores, as `DecausalLM.get_model_info` tells.
-        mask_errors: By task, where a NELBO was estimated: the standard error of a request's log-likelihood over the
-            draw of masks, in nats, as a root mean square over requests.
-        settings: What was asked of the harness.
+        scores: The scores in the order of the tasks.
+        model: The model's facts and its kind of likelihood, from `DecausalLM.get_model_info`.
+        mask_errors: For tasks with an estimated NELBO, the standard error of a request's log-likelihood over the draw
+            of masks, in nats, as a root mean square over requests.
+        settings: The settings for the harness.
         source_missing: Why there are no figures of the source.
     """
 
@@ -64,7 +64,7 @@ class HarnessScores:
     source_missing: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain values."""
+        """Returns everything as plain values."""
         return {
             "model": self.model,
             "settings": self.settings,
@@ -101,7 +101,7 @@ class HarnessScores:
 
 
 def scores_of(results: dict[str, Any], source: dict[str, Any] | None = None) -> tuple[Score, ...]:
-    """Reads the figures out of what the harness returns for a model, and for its source."""
+    """Reads the figures from the harness's results for a model and its source."""
     return tuple(
         _score(results, source, task, key)
         for task, figures in results["results"].items()
@@ -111,7 +111,7 @@ def scores_of(results: dict[str, Any], source: dict[str, Any] | None = None) -> 
 
 
 def mask_errors_of(results: dict[str, Any]) -> dict[str, float]:
-    """Root mean square, by task, of the standard errors that log-likelihoods have from the draw of masks."""
+    """Returns, by task, the root mean square of the log-likelihoods' standard errors over the draw of masks."""
     found = {}
     for task, samples in results["samples"].items():
         errors = [error for sample in samples for error in _mask_errors(sample["resps"])]
@@ -167,14 +167,14 @@ def retention(
 ) -> Ratio:
     """Returns how much of the source's score a model keeps, in percent, and the standard error over examples.
 
-    It is score over source where higher is better, source over score where lower is. The error holds that both models
-    answer the same examples.
+    It is score over source if higher is better, and source over score if lower is better. The error takes into account
+    that both models answer the same examples.
 
     Args:
-        metric: The harness's name of it.
-        higher_is_better: None: there is nothing to keep.
+        metric: The harness's name of the metric.
+        higher_is_better: Whether higher is better; None if neither is.
         values: The model's score and the source's.
-        samples: Of each example the model's figure, and the source's: what the harness makes its mean of.
+        samples: The model's and the source's figure for each example, which the harness averages.
     """
     ours, theirs = values if higher_is_better else values[::-1]
     if higher_is_better is None or not theirs:
@@ -185,15 +185,15 @@ def retention(
 
 
 def _relative_error(metric: str, samples: Sequence[Sequence[Any]]) -> float | None:
-    """Standard error of the ratio of two scores over that ratio, from the examples that both are means of."""
+    """Returns the standard error of the ratio of two scores, relative to the ratio, from their common examples."""
     ours, theirs = samples
     if len(ours) != len(theirs) or len(ours) < 2:
         return None
     if all(isinstance(value, tuple | list) and len(value) == 2 for value in (*ours, *theirs)):
         (our_sums, counts), (their_sums, _) = (_columns(values) for values in (ours, theirs))
-        if metric == "bits_per_byte":  # the bytes are the same
+        if metric == "bits_per_byte":  # both have the same bytes
             return _over_itself(ratio_over_rows(our_sums, their_sums))
-        return ratio_over_rows(our_sums - their_sums, counts).standard_error  # perplexities: exp of this ratio
+        return ratio_over_rows(our_sums - their_sums, counts).standard_error  # exp of it for perplexities
     if not all(isinstance(value, int | float) for value in (*ours, *theirs)):
         return None
     our_column, their_column = (torch.tensor(values, dtype=torch.float64) for values in (ours, theirs))

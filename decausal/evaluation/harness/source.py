@@ -1,4 +1,4 @@
-"""The AR source through the harness's own `hf` model."""
+"""The AR source in the harness's own `hf` model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CHUNK = 64
 
 
 class SourceLM(HFLM):
-    """`hf`, which is also asked what it cannot do: to fill a hole it continues what is before it.
+    """The harness's `hf`. For requests to fill a hole, which it cannot do, it continues the text before the hole.
 
-    Texts are asked for in parts, so that those of an interrupted run are in the cache.
+    Texts are requested in parts, so that the cache has those of an interrupted run.
     """
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See `hf`; its bars stay out of files."""
+        """See `hf`. Progress bars only appear in a terminal."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -34,7 +34,7 @@ class SourceLM(HFLM):
         return texts
 
     def _continue(self, asked: list[tuple[str, dict[str, Any]]], disable_tqdm: bool) -> list[str]:
-        """One call of `hf` for each seed: it draws from the generator of the whole process."""
+        """Calls `hf` once per seed, because it draws from the global generator."""
         texts = [""] * len(asked)
         for seed in dict.fromkeys(how.get("seed", 0) for _, how in asked):
             members = [index for index, (_, how) in enumerate(asked) if how.get("seed", 0) == seed]
@@ -42,7 +42,7 @@ class SourceLM(HFLM):
                 Instance("generate_until", {}, (text, {k: v for k, v in how.items() if k not in ("seed", "infill")}), 0)
                 for text, how in (asked[index] for index in members)
             ]
-            hook, self.cache_hook = self.cache_hook, type(self.cache_hook)(None)  # these are not what was asked
+            hook, self.cache_hook = self.cache_hook, type(self.cache_hook)(None)  # these answer another request
             torch.manual_seed(seed)
             try:
                 written = super().generate_until(plain, disable_tqdm=disable_tqdm)

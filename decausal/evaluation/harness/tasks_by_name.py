@@ -1,4 +1,4 @@
-"""Tasks by the names that users give: the harness's own, those of their files, ours."""
+"""Finds tasks by name: the harness's tasks, those in users' files, and ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from decausal.errors import UserError, first_line, nearest
 from decausal.hub import is_offline, refuse_unknown_dataset
 
 OURS = Path(__file__).with_name("tasks")
-"""Tasks of ours, which take the place of the harness's own of their names."""
+"""Our tasks, which replace the harness's tasks of the same names."""
 LOCAL = "benchmarks/local_tasks.py writes tasks for files that are here"
 YAML = (".yaml", ".yml")
 
@@ -29,21 +29,21 @@ YAML = (".yaml", ".yml")
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> list[Task | Group]:
     """Loads tasks and groups with their data.
 
-    The harness's own thousands of tasks are only looked through where a name is in none of the files given.
+    The harness's thousands of tasks are only searched for names that are in none of the given files.
 
     Args:
-        names: Names, patterns with * among them, or YAML files of tasks.
+        names: Names, patterns with *, or YAML files of tasks.
         include_path: Directory of YAML files of tasks.
 
     Raises:
-        UserError: An unknown task (the nearest is named), data that cannot be had, or a task that runs programs in this
+        UserError: A task is unknown (the nearest is named), data cannot be loaded, or a task would run programs in this
             process.
     """
     if not names:
         raise UserError("--tasks is empty: name at least one, as in --tasks piqa,lambada_openai")
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include_path {include_path} is no directory; {LOCAL}")
-    logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace some of the harness's on purpose
+        raise UserError(f"--include_path {include_path} is not a directory; {LOCAL}")
+    logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace some on purpose
     included = [OURS, *([] if include_path is None else [Path(include_path).resolve()])]
     manager = TaskManager(include_path=included, include_defaults=False)
     if not all(_matches(name, manager) for name in names):
@@ -63,10 +63,10 @@ def tasks_of(loaded: Sequence[Task | Group]) -> dict[str, Any]:
 
 @contextmanager
 def told_of_data(what: str) -> Iterator[None]:
-    """Tells in one line what is wrong with data.
+    """Turns errors of loading data into one line.
 
     Raises:
-        UserError: They cannot be had, or lack a field that the task reads.
+        UserError: The data cannot be loaded, or lack a field that the task reads.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def _load(spec: str, manager: TaskManager) -> list[Task | Group]:
 
 
 def _refuse_running_here(specs: Iterable[str], manager: TaskManager) -> None:
-    """Refuses tasks of code that are not ours: loading them already runs a program."""
+    """Refuses code tasks that are not ours, since loading them already runs a program."""
     for spec in specs:
         entry = manager.task_index.get(spec)
         config = load_yaml(spec, resolve_func=False) if entry is None else entry.cfg or {}
@@ -112,7 +112,7 @@ def _refuse_running_here(specs: Iterable[str], manager: TaskManager) -> None:
 
 
 def _members(entry: Entry) -> list[str]:
-    """Names of the tasks in a group, or with a tag."""
+    """Returns the names of the tasks in a group, or with a tag."""
     listed = (entry.cfg or {}).get("task")
     if entry.kind is Kind.TAG:
         return sorted(entry.tags)
@@ -120,7 +120,8 @@ def _members(entry: Entry) -> list[str]:
 
 
 def _hub_datasets(spec: str, manager: TaskManager) -> Iterator[str]:
-    """Names of data sets that the hub is to be asked for first: `datasets` tries for long where it is out of reach."""
+    """Returns data sets about which the hub is asked first. `datasets` tries for a long time if the hub cannot be
+    reached."""
     entry = manager.task_index.get(spec)
     if entry is None or is_offline():
         return
