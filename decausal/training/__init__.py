@@ -1,1 +1,1 @@
-"""The one trainer, its teacher, run directories, and the two things that train: convert and pretrain."""
+"""The trainer, its teacher, run directories, and the two functions that train: convert and pretrain."""

@@ -1,4 +1,4 @@
-"""Values of transformers' training arguments: our defaults, and what can be refused before transformers is imported."""
+"""Values of transformers' training arguments: our defaults, and checks that do not need transformers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from decausal.errors import UserError
 from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
-# What every run of ours differs in from transformers' defaults.
+# Our defaults, where they differ from transformers'.
 ALWAYS: dict[str, Any] = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
     "average_tokens_across_devices": True,
 }
 _OF_EVALUATION = "evaluation is by --eval_data, --eval_rows and --sample_prompts"
-_OF_ROWS = "which rows a step reads follows from --seed and its number alone"
-# What a run has no use for, and why.
+_OF_ROWS = "the rows of a step follow only from --seed and its number"
+# Arguments without effect, and why.
 WITHOUT_EFFECT = {
-    "remove_unused_columns": "batches hold names that no model's forward has",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "remove_unused_columns": "batches hold names that models' forwards do not have",
+    "logging_nan_inf_filter": "a loss that is not finite always stops the run",
     "average_tokens_across_devices": "losses are means over the global batch",
     "label_smoothing_factor": "the losses are those of the recipe",
     "label_names": "the losses are those of the recipe",
@@ -38,9 +38,9 @@ WITHOUT_EFFECT = {
     "batch_eval_metrics": _OF_EVALUATION,
     "bf16_full_eval": _OF_EVALUATION,
     "fp16_full_eval": _OF_EVALUATION,
-    "do_train": "the command says what is done",
-    "do_eval": "the command says what is done",
-    "do_predict": "the command says what is done",
+    "do_train": "the command decides this",
+    "do_eval": "the command decides this",
+    "do_predict": "the command decides this",
 }
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 PRETRAIN_DEFAULTS: dict[str, Any] = {
@@ -68,15 +68,15 @@ _LEAST = {
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Refuses what needs no transformers to be seen.
+    """Refuses what can be seen without transformers.
 
     Raises:
         UserError: `output_dir` is missing, or a value is out of its range or not for our training steps.
     """
     if not values.get("output_dir"):
-        raise UserError("--output_dir is missing: name the directory that the run is to write to")
+        raise UserError("--output_dir is missing: name the directory for the run")
     for name, bound in _LEAST.items():
-        if name in values and not values[name] >= bound:  # nan is not at least anything
+        if name in values and not values[name] >= bound:  # not nan either
             raise UserError(f"--{name} {values[name]}: must be at least {bound}")
     max_steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1)
     if max_steps < 1 and max_steps != -1:
@@ -89,16 +89,16 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} {value} would have no effect: {WITHOUT_EFFECT[name]}; leave it out")
         if isinstance(value, dict | list) and without_secrets(value) != value:
             raise UserError(
-                f"--{name} holds a secret, which would be recorded with the run: take it out; libraries read theirs "
+                f"--{name} holds a secret, which would be recorded with the run: remove it; libraries read theirs "
                 "from the environment"
             )
 
 
 def _refuse_whole_model_compilation(values: Mapping[str, Any]) -> None:
-    """Each shape of a whole step would be a program of its own, and after a few of them nothing is compiled."""
+    """Refuses to compile whole steps: each shape would be another program, and after a few nothing is compiled."""
     for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
         if values.get(name):
             raise UserError(
-                f"--{name} {str(values[name]).lower()}: not for these training steps, which would be compiled anew "
+                f"--{name} {str(values[name]).lower()}: not for these training steps, which would be compiled again "
                 "for every shape; give --compile_layers true, which compiles the decoder layers"
             )

@@ -1,4 +1,4 @@
-"""What is wrong with a run's paths and values, found before torch and transformers are imported."""
+"""Checks a run's paths and values before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from decausal.training.settings import ConversionSettings, PretrainSettings
 
 
 def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
-    """Refuses what `convert` would refuse after it has been imported.
+    """Refuses early what `convert` would refuse after its slow import.
 
     Raises:
-        UserError: A value out of its range, an output directory that is not free, no such model, data or prompts.
+        UserError: A value is out of range, the output directory is not free, or there are no such model, data or
+            prompts.
     """
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
@@ -42,10 +43,10 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
 
 
 def check_pretraining(settings: PretrainSettings, training: Mapping[str, Any]) -> None:
-    """Refuses what `pretrain` would refuse after it has been imported.
+    """Refuses early what `pretrain` would refuse after its slow import.
 
     Raises:
-        UserError: A value out of its range, an output directory that is not free, or no such data.
+        UserError: A value is out of range, the output directory is not free, or there are no such data.
     """
     check_values(PRETRAIN_DEFAULTS | dict(training))
     _check_output(training, overwrite=settings.overwrite)

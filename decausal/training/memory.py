@@ -9,10 +9,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse freed memory instead of returning it to the kernel; elsewhere it does nothing.
+    """Makes glibc reuse freed memory instead of returning it to the kernel. With other libraries it does nothing.
 
-    A training step frees and takes the same large buffers again and again; by default each time costs a page fault per
-    4 kB. Worth a third of a step on a CPU (docs/log.md); costs nothing but that peak memory stays with the process.
+    A training step frees and allocates the same large buffers repeatedly, and by default each time costs a page fault
+    per 4 kB. This saves a third of a step on a CPU (docs/log.md). The only cost is that the process keeps its peak
+    memory.
     """
     if not sys.platform.startswith("linux"):
         return

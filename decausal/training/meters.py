@@ -1,4 +1,4 @@
-"""What a run has used up: tokens that the student read or wrote, and seconds spent training."""
+"""What a run has used: tokens that the student read or wrote, and seconds spent training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TokenCounts(NamedTuple):
     """Tokens that a run has trained on so far. A token that is trained on twice counts twice.
 
     Attributes:
-        clean: Tokens of the clean rows that training forwards read, prompts included, padding not.
+        clean: Tokens of the clean rows that training forwards read, with prompts and without padding.
         supervised: Targets of the loss: positions whose prediction is compared with something.
         generated: Tokens that rollouts have written, whether or not they were trained on.
     """
@@ -33,7 +33,7 @@ class TokenCounts(NamedTuple):
 
 
 class TokenMeter:
-    """Adds up what a run is trained on, over all processes, where the batches are; reading it waits for the device."""
+    """Adds up what a run is trained on, over all processes, on the device. Reading it waits for the device."""
 
     def __init__(self) -> None:
         self._before = TokenCounts()
@@ -52,16 +52,16 @@ class TokenMeter:
         return TokenCounts(*(before + sums.get(name, 0) for name, before in self._before._asdict().items()))
 
     def start_from(self, counts: TokenCounts) -> None:
-        """Counts on from what an earlier part of the run has counted."""
+        """Continues from the counts of an earlier part of the run."""
         self._before, self._sums = counts, {}
 
 
 @dataclass
 class Clock:
-    """A clock that stands still where a run is not training.
+    """A clock that stops while a run is not training.
 
     Attributes:
-        now: Gives the time, in seconds from any start.
+        now: Returns the time in seconds from any start.
         passed: Seconds before the last start; a resumed run begins with those of its earlier part.
     """
 

@@ -1,4 +1,4 @@
-"""The card of a model made from nothing: what it is, how it was made and how good it is."""
+"""The card of a pretrained model: what it is, how it was made and how good it is."""
 
 from __future__ import annotations
 

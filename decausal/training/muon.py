@@ -1,4 +1,4 @@
-"""Muon for weight matrices and AdamW for the rest, as one optimiser that transformers.Trainer can hold."""
+"""Muon for weight matrices and AdamW for the rest, as one optimiser for transformers.Trainer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 class MuonWithAdamW(torch.optim.Optimizer):
     """Steps `torch.optim.Muon` on the matrices inside the layers and `torch.optim.AdamW` on everything else.
 
-    Embeddings and head stay with AdamW, as Muon's authors advise. Both are torch's own; this only joins their groups
-    so that one scheduler moves both and one state dict holds both. Source: Jordan et al., "Muon", 2024; rates made
+    Embeddings and head stay with AdamW, as Muon's authors advise. Both are torch's own. This class joins their groups,
+    so that one scheduler drives both and one state dict holds both. Source: Jordan et al., "Muon", 2024; rates made
     comparable by matching AdamW's update RMS (arXiv 2502.16982).
     """
 

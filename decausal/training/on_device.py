@@ -1,4 +1,4 @@
-"""What a run leaves to the device that it trains on: precision, attention, compiled layers."""
+"""Choices of a run that depend on its device: precision, attention, compiled layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from decausal.training.settings import ConversionSettings
 from decausal.training.teacher import CAUSAL, Teacher
 
 NUM_ROWS_SEEN = 64
-"""Rows that tell whether a corpus is packed."""
+"""How many rows are inspected to decide whether a corpus is packed."""
 
 
 def say_precision(args: TrainingArguments) -> None:
-    """Says in one line in which type a GPU trains."""
+    """Logs the dtype in which a GPU trains."""
     if not choices(args.device).is_mixed:
         return
     if args.bf16:
@@ -42,9 +42,9 @@ def attend_by_flex(
     stream: TrainingStream | OnPolicyStream,
     device: torch.device,
 ) -> None:
-    """Makes models that are to read packed or doubled rows attend by FlexAttention, where that is right and they can.
+    """Makes models that read packed or doubled rows attend by FlexAttention, if that is faster and they support it.
 
-    What the settings or the model's architecture ask for is left as it is; but a teacher follows its student.
+    A choice in the settings or of the model's architecture is kept, but a teacher follows its student.
     """
     layout = Layout(settings.layout, settings.block_size, settings.causal_context)
     is_open = settings.attn_implementation is None and model.config._attn_implementation == "sdpa"
@@ -65,7 +65,7 @@ def _try_flex(model: PreTrainedModel, layout: Layout, device: torch.device, name
 
 
 def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
-    """Returns whether some of the first rows hold several documents, or padding."""
+    """Returns whether some of the first rows hold several documents or padding."""
     if isinstance(stream, OnPolicyStream):
         return True
     some = islice(range(len(stream.rows)), NUM_ROWS_SEEN)
@@ -73,11 +73,10 @@ def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
 
 
 def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArguments) -> bool:
-    """Returns whether the decoder layers are compiled: as the settings say, or where the run is long enough to repay
-    it.
+    """Returns whether the decoder layers are compiled: as set, or if the run is long enough to repay it.
 
-    Adapters are left as they are unless asked for, since the teacher's hooks would compile them again and again; so
-    are sharded and checkpointed layers, of which nobody knows yet what compiling them gives.
+    Adapters are compiled only on request, since the teacher's hooks would cause recompilation. So are sharded and
+    checkpointed layers, for which the gain is not known yet.
     """
     if settings.compile_layers is not None:
         return settings.compile_layers
@@ -86,7 +85,7 @@ def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArgum
     operations = step_operations(settings, model, args) * args.max_steps
     is_compiled = repays_compilation(args.device, operations)
     if is_compiled:
-        say("decoder layers are compiled: the first step takes a minute or so; --compile_layers false leaves them be")
+        say("decoder layers are compiled: the first step takes about a minute; --compile_layers false turns it off")
     return is_compiled
 
 

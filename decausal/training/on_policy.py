@@ -1,8 +1,8 @@
-"""On-policy rows: rollouts of the model in training, made in batches just before they are trained on.
+"""On-policy rows: rollouts of the model in training, made in batches just before training on them.
 
-Everything but the rollouts' tokens is a function of (seed, position in the run): which prompt a row starts from, the
-random numbers of its rollout, the states that are trained on. So a run resumes from its position and the rollouts that
-it had in hand, which its checkpoints hold.
+Everything except the rollouts' tokens is a function of (seed, position in the run): the prompt of a row, the random
+numbers of its rollout, and the states to train on. So a run resumes from its position and its current rollouts, which
+checkpoints hold.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class RolloutPlan:
 
     @property
     def rows(self) -> int:
-        """Training rows that a rollout batch makes."""
+        """Training rows of a rollout batch."""
         return self.prompts * self.updates
 
     def num_new_tokens(self, batch: int, prompt_length: int) -> int:
-        """Returns the tokens that a rollout writes in a batch: to the end of the block that its budget reaches."""
+        """Returns how many tokens a rollout writes in a batch: up to the end of the block that its budget reaches."""
         grown = 1.0 if not self.curriculum else min(1.0, batch / self.curriculum)
         budget = round(self.start_tokens + (self.tokens - self.start_tokens) * grown)
         num_blocks = -(-(prompt_length + budget) // self.block_size)
@@ -75,7 +75,7 @@ class RolloutPlan:
 
 @dataclass
 class Tally:
-    """What has been rolled out and trained on since the last log line."""
+    """Figures of the rollouts since the last log line."""
 
     rollouts: int = 0
     tokens: int = 0
@@ -87,15 +87,15 @@ class Tally:
 
 @dataclass
 class OnPolicyRows:
-    """Makes training batches of the rows at given positions, rolling out whenever a new rollout batch begins.
+    """Makes training batches of the rows at given positions, with new rollouts when a new rollout batch begins.
 
     Attributes:
-        prompts: What rollouts start from; every epoch in a new order.
-        plan: Sizes.
+        prompts: The prompts of rollouts, in a new order in every epoch.
+        plan: The sizes of rollouts and batches.
         collator: Makes batches of packed rollouts.
         seed: The run's seed.
-        first_row: Position of the first on-policy row, behind the warm start's.
-        end_row: Position behind the last row of the run.
+        first_row: Position of the first on-policy row, after the warm start's rows.
+        end_row: Position after the last row of the run.
         rows_per_batch: Rows of a micro-batch.
         process: Index of this process, which rolls out the rows that it trains on.
         num_processes: Number of processes.
@@ -121,9 +121,9 @@ class OnPolicyRows:
         """Returns the training batch of the rows at `positions`, on the CPU.
 
         Args:
-            positions: Training rows, counted from the start of the run; all of one rollout batch.
-            step: The optimizer step that they are trained in.
-            roll_out: Makes rollouts with the model as it is now.
+            positions: Training rows, counted from the start of the run, all from one rollout batch.
+            step: The optimizer step in which they are trained on.
+            roll_out: Makes rollouts with the current model.
         """
         generated_before = self.tally.tokens
         number = (positions[0] - self.first_row) // self.plan.rows
@@ -138,7 +138,7 @@ class OnPolicyRows:
         return batch | {"counts": batch["counts"] | generated}
 
     def _items(self, rollouts: Sequence[Rollout], positions: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Packs rollouts into rows, with the states, or the groups of masks, in which they are trained on."""
+        """Packs rollouts into rows, with the states or groups of masks to train on."""
         if self.plan.grouping is None:
             return rows_of(rollouts, [self._states(*pair) for pair in zip(rollouts, positions, strict=True)])
         unnoised = [torch.zeros(0, len(rollout.ids), dtype=torch.bool) for rollout in rollouts]
@@ -153,12 +153,12 @@ class OnPolicyRows:
         return states_of(rollout, self.plan.block_size, relative)
 
     def _roll_out_batch(self, number: int, step: int, roll_out: RollOut) -> None:
-        """Makes this process's rollouts of a rollout batch, as far as the run will train on them.
+        """Makes this process's rollouts of a rollout batch, without those after the end of the run.
 
-        A batch in hand is completed: a run that is continued beyond its first end may lack some.
+        Completes the current batch: a run that is extended may lack some.
         """
         if number != self._batch:
-            self._rollouts = {}  # their memory is free while the next are made
+            self._rollouts = {}  # frees their memory while the next ones are made
             self._batch, self._made_at = number, step
         left = self.end_row - self.first_row - number * self.plan.rows
         missing = [
@@ -180,7 +180,7 @@ class OnPolicyRows:
         return Task(prompt_ids, self.plan.num_new_tokens(batch, len(prompt_ids)), int(drawn))
 
     def prompt_index(self, number: int) -> int:
-        """Returns which prompt the rollout of that number, counted from the start of the run, begins with."""
+        """Returns the prompt of a rollout, by its number from the start of the run."""
         epoch, offset = divmod(number, len(self.prompts))
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed % 2**64, epoch, _ORDER]).permutation(len(self.prompts))
@@ -190,15 +190,15 @@ class OnPolicyRows:
     # Checkpoints
 
     def save(self, directory: Path) -> None:
-        """Writes the rollouts in hand into a checkpoint, each process its own."""
+        """Writes the current rollouts into a checkpoint. Each process writes its own."""
         rollouts = {index: rollout.as_dict() for index, rollout in self._rollouts.items()}
         torch.save({"batch": self._batch, "made_at": self._made_at, "rollouts": rollouts}, self._file(directory))
 
     def load(self, directory: Path) -> None:
-        """Takes up the rollouts that a checkpoint was saved with.
+        """Restores the rollouts of a checkpoint.
 
         Raises:
-            UserError: It was saved by another number of processes.
+            UserError: It was saved with another number of processes.
         """
         if not self._file(directory).is_file():
             raise UserError(
@@ -215,14 +215,14 @@ class OnPolicyRows:
     # Logs
 
     def take_totals(self) -> list[float]:
-        """Returns the tally's fields in order, to be summed over processes, and starts it anew."""
+        """Returns the tally's fields in order, to be summed over processes, and resets it."""
         totals = [float(value) for value in asdict(self.tally).values()]
         self.tally = Tally()
         return totals
 
     @staticmethod
     def means(totals: Sequence[float]) -> dict[str, float]:
-        """Returns what is logged: means over rollouts, and the steps that lay between a rollout and its training."""
+        """Returns the logged values: means over rollouts, and the steps between a rollout and its training."""
         rollouts, tokens, forwards, ended, batches, staleness = totals
         logs = {}
         if rollouts:
@@ -234,9 +234,9 @@ class OnPolicyRows:
 
 
 class OnPolicyStream(Dataset[dict[str, Any]]):
-    """The run's rows: those of the warm start from `corpus`, then positions, which become batches in the trainer.
+    """The run's rows: the warm start's from `corpus`, then positions, which the trainer turns into batches.
 
-    A data loader reads ahead, so rollouts cannot be made here: they would be those of an older model.
+    A data loader reads ahead, so rollouts made here would be those of an older model.
     """
 
     def __init__(self, rows: OnPolicyRows, corpus: TrainingStream | None) -> None:
@@ -252,7 +252,7 @@ class OnPolicyStream(Dataset[dict[str, Any]]):
         return {POSITIONS: position}
 
     def epochs(self, position: int | float) -> float:
-        """Returns how often all rows, and then all prompts, have been read at a position of the run."""
+        """Returns how many times all rows, and then all prompts, have been read at a position of the run."""
         first_row, plan = self.on_policy.first_row, self.on_policy.plan
         on_policy = max(0, position - first_row) / plan.updates / len(self.on_policy.prompts)
         return on_policy + (self.corpus.epochs(min(position, first_row)) if self.corpus else 0.0)
@@ -260,7 +260,7 @@ class OnPolicyStream(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class OnPolicyCollator:
-    """Collates rows of the warm start; of on-policy rows it only lists the positions."""
+    """Collates rows of the warm start. For on-policy rows it only lists the positions."""
 
     corpus: Callable[[Sequence[dict[str, Tensor]]], Batch]
 

@@ -1,4 +1,4 @@
-"""A small AR model from nothing: the same trainer under a causal layout with nothing masked."""
+"""Trains a small AR model from scratch, with the same trainer under a causal layout without masks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from decausal.training.trainer import ConversionTrainer
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where the model was written, and what was measured on the held-out data, if there is any."""
+    """The directory of the model, and its figures on held-out data if there are any."""
 
     output_dir: Path
     heldout: ArLikelihood | None
@@ -61,10 +61,10 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         training: Fields of `transformers.TrainingArguments` that differ from `PRETRAIN_DEFAULTS`; needs `output_dir`.
 
     Returns:
-        The output directory, which loads in plain `AutoModelForCausalLM` and holds a model card, and what was measured.
+        The output directory, which loads in plain `AutoModelForCausalLM` and holds a model card, and the figures.
 
     Raises:
-        UserError: The shape is impossible, the data unreadable or the output directory not free.
+        UserError: The shape is impossible, the data cannot be read, or the output directory is not free.
     """
     args = training_arguments(PRETRAIN_DEFAULTS | training)
     output_dir = Path(args.output_dir)
@@ -76,7 +76,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
             refuse_other_arguments(checkpoint, args)
         tokenizer = _tokenizer(settings, checkpoint)
         rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
-        heldout_rows = _heldout_rows(settings, tokenizer)  # now: what is wrong with them is told before training
+        heldout_rows = _heldout_rows(settings, tokenizer)  # now, so that errors are reported before training
         model = _model(settings, tokenizer, seed=args.seed)
         trainer = _trainer(settings, args, model, tokenizer, rows)
         if checkpoint is not None:
@@ -84,7 +84,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = trainer.trained_model().to(torch.bfloat16)
-        model.config.use_cache = True  # training turns it off
+        model.config.use_cache = True  # training turned it off
         heldout, tasks = _measure(settings, heldout_rows, model, tokenizer)
         if args.should_save:
             num_tokens = args.max_steps * rows_per_step(args) * settings.max_length
@@ -106,7 +106,7 @@ def _heldout_rows(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast
 def _measure(
     settings: PretrainSettings, rows: PackedRows | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[ArLikelihood | None, TaskScores | None]:
-    """Measures the weights as they are saved, rounded to bfloat16, run in float32; on tasks, right answers too."""
+    """Measures the weights as saved, rounded to bfloat16, in float32. On tasks it measures right answers too."""
     if settings.eval_data is None or rows is None:
         return None, None
     measured = copy.deepcopy(model).float()

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, else one line per log, both with tokens per second."""
+"""Shows a run's progress: a bar in a terminal, else one line per log, both with tokens per second."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from decausal.training.meters import TokenMeter
 
 
 class Pace:
-    """How fast a run is.
+    """The speed of a run.
 
-    Tokens per second are counted over training steps, their rows and rollouts included, without measurements and
-    checkpoints. The time left is for all of it.
+    Tokens per second are counted over training steps with their rows and rollouts, without measurements and
+    checkpoints. The remaining time includes everything.
 
     Args:
         meter: Counts the run's tokens.
-        clock: Seconds.
+        clock: Returns seconds.
 
     Attributes:
-        first_step: The step that it began at.
+        first_step: The step at which it began.
     """
 
     def __init__(self, meter: TokenMeter, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -31,7 +31,7 @@ class Pace:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Starts at a step: 0, or that of the checkpoint that is resumed."""
+        """Starts at a step: 0, or the step of the resumed checkpoint."""
         self._start = self._mark = self._clock()
         self.first_step = step
         self._seconds = 0.0
@@ -48,18 +48,18 @@ class Pace:
         self._mark = self._clock()
 
     def tokens_per_second(self) -> float:
-        """Returns the rate since it was last asked for. Tokens are those of clean rows and those rolled out."""
+        """Returns the rate since the last call. Tokens are those of clean rows and of rollouts."""
         before, seconds_before = self._last
         self._last = (self._meter.counts.total, self._seconds)
         return (self._last[0] - before) / max(self._seconds - seconds_before, 1e-9)
 
     def seconds_left(self, step: int, num_steps: int) -> float:
-        """Returns what the rest of the run takes, at the mean pace so far."""
+        """Returns the time for the rest of the run, at the mean pace so far."""
         return (self._clock() - self._start) / max(step - self.first_step, 1) * (num_steps - step)
 
 
 class _Shown(TrainerCallback):
-    """Keeps a run's pace and makes a line of each log; how it is shown is a subclass's."""
+    """Measures a run's pace and makes a line of each log. Subclasses show it."""
 
     def __init__(self, meter: TokenMeter) -> None:
         super().__init__()
@@ -98,23 +98,23 @@ class _Shown(TrainerCallback):
 
 
 class Lines(_Shown, PrinterCallback):
-    """One line per log, on stdout."""
+    """Prints one line per log on stdout."""
 
     def show(self, line: str) -> None:
         print(line, flush=True)
 
 
 class Bar(_Shown, ProgressCallback):
-    """A bar on stderr with the pace beside it, and the logs above it."""
+    """Shows a bar on stderr with the pace beside it and the logs above it."""
 
     def show(self, line: str) -> None:
         if self.training_bar is not None:
-            self.training_bar.set_postfix_str(self.speed.split(", ")[0])  # it shows the time left itself
+            self.training_bar.set_postfix_str(self.speed.split(", ")[0])  # the bar shows the remaining time itself
             self.training_bar.write(line)
 
 
 def show_progress(trainer: Trainer, meter: TokenMeter) -> None:
-    """Shows a run by our callback in the place of transformers' own."""
+    """Replaces transformers' progress callback with ours."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Lines(meter) if trainer.args.disable_tqdm else Bar(meter))

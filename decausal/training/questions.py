@@ -1,4 +1,4 @@
-"""What losses ask of the frozen AR model. Questions are values: those that several losses share are asked once."""
+"""What losses ask of the frozen AR model. Questions are values, so shared ones are asked once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What the student can predict: rows of its head, but the mask token."""
+    """What the student can predict: rows of its head, except the mask token."""
 
     size: int
     mask_token_id: int
@@ -30,7 +30,7 @@ class Vocabulary(NamedTuple):
 
 @runtime_checkable
 class Question(Protocol):
-    """A hashable value that says which states it needs, and what it makes of them."""
+    """A hashable value that says which states it needs, and what it makes from them."""
 
     @property
     def places(self) -> tuple[Place, ...]: ...
@@ -60,11 +60,11 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The next-token distributions after the positions that the batch calls `index`.
+    """The next-token distributions at the positions that the batch calls `index`.
 
     Attributes:
         index: Name of the flat positions in clean rows.
-        top_k: The most probable tokens to keep; None: the full vocabulary.
+        top_k: How many of the most probable tokens to keep. None: the full vocabulary.
     """
 
     index: str
@@ -83,7 +83,7 @@ class NextTokens:
 def ask(
     teacher: Teacher | None, questions: Iterable[Question], batch: Batch, vocabulary: Vocabulary
 ) -> dict[Question, Any]:
-    """Returns the answers to all questions from one pass of the teacher; without questions there is no pass."""
+    """Returns the answers to all questions from one pass of the teacher. Without questions there is no pass."""
     questions = list(dict.fromkeys(questions))
     places = list(dict.fromkeys(place for question in questions for place in question.places))
     if not places:

@@ -1,8 +1,8 @@
-"""What a resumed run must share with the run that saved its checkpoint, and what it may change.
+"""What a resumed run must have in common with the run that saved its checkpoint, and what it may change.
 
-It may change what alters neither the model nor what the model is trained for: how long the run is, how it is measured,
-logged and saved, how a step is split over micro-batches and processes, and where the same data lie. Anything else is
-refused. Some of it would be ignored: transformers restores the learning rate and its schedule from the checkpoint.
+It may change what affects neither the model nor its training: the length of the run, how it is measured, logged and
+saved, how a step is split over micro-batches and processes, and where the same data lie. Anything else is refused. Some
+of it would be ignored, since transformers restores the learning rate and its schedule from the checkpoint.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MAY_CHANGE = frozenset(
     chat_template chat_template_kwargs
     """.split()  # noqa: SIM905
 )
-"""Settings of ours. Those that say which data are read are here because the rows themselves are compared."""
+"""Our settings that may change. Those about data are included because the rows themselves are compared."""
 
 FIXED_ARGUMENTS = """
     seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1
     adam_beta2 adam_epsilon max_grad_norm optim optim_args
 """.split()  # noqa: SIM905
-"""Transformers' arguments that decide what a step does to the weights."""
+"""Transformers' arguments that decide how a step changes the weights."""
 
 _SAMPLED_ROWS = 1024
 _REMEDY = "give the run's own settings to continue it, or start another run in another directory"
@@ -47,7 +47,7 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
     """Returns what a checkpoint records of its run.
 
     Args:
-        settings: Ours, by name.
+        settings: Our settings, by name.
         args: Transformers' arguments.
         rows: Fingerprint of the rows that are trained on.
     """
@@ -60,9 +60,9 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
 
 
 def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
-    """Returns a hash of the rows, or prompts, that a run trains on: of all where they are few, else of a sample.
+    """Returns a hash of a run's rows or prompts: of all if they are few, else of a sample.
 
-    The sample is spread evenly, so data that gain or lose a document anywhere have another one.
+    The sample is spread evenly, so adding or removing a document anywhere changes it.
     """
     if isinstance(stream, OnPolicyStream):
         parts: list[Any] = [stream.on_policy.prompts] + ([] if stream.corpus is None else [stream.corpus.rows])
@@ -79,7 +79,7 @@ def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
 
 
 def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError where settings of ours differ from those of the run that saved the checkpoint."""
+    """Raises UserError if our settings differ from those of the run that saved the checkpoint."""
     before = sealed(checkpoint).get("settings")
     if before is None:  # saved by an earlier version
         before = _read_run_file(checkpoint.parent / RUN_FILE)
@@ -87,7 +87,7 @@ def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None
 
 
 def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
-    """Raises UserError where transformers' arguments would make other steps, or steps of other rows."""
+    """Raises UserError if transformers' arguments would give other steps, or steps with other rows."""
     before, num_rows = sealed(checkpoint), rows_per_step(args)
     _refuse_difference(checkpoint, before.get("arguments", {}), _fixed_arguments(args))
     if before.get("rows_per_step", num_rows) != num_rows:
@@ -99,15 +99,15 @@ def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
 
 
 def refuse_other_rows(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Raises UserError where the data do not make the rows that the run has been trained on so far.
+    """Raises UserError if the data do not give the rows that the run has been trained on so far.
 
     Args:
-        checkpoint: Where the run goes on.
-        record: What `run_record` says of the run now.
+        checkpoint: The checkpoint to resume from.
+        record: The current `run_record`.
     """
     if sealed(checkpoint).get("rows", record["rows"]) != record["rows"]:
         raise UserError(
-            f"the data make other rows than those that {checkpoint} was trained on: they have changed, or are read in "
+            f"the data give other rows than those that {checkpoint} was trained on: they have changed, or are read in "
             f"another way; {_REMEDY}"
         )
 
@@ -121,7 +121,7 @@ def _fixed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As a checkpoint's JSON gives them back."""
+    """Returns values as they come back from a checkpoint's JSON."""
     return json.loads(json.dumps(without_secrets(values), default=str))
 
 
@@ -132,7 +132,7 @@ def _refuse_difference(checkpoint: Path, before: Mapping[str, Any], now: Mapping
 
 
 def _read_run_file(path: Path) -> Mapping[str, Any]:
-    if not path.exists():  # a checkpoint that was copied elsewhere
+    if not path.exists():  # the checkpoint was copied elsewhere
         return {}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

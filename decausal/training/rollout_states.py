@@ -1,4 +1,4 @@
-"""The states of a rollout that are trained on: blocks as they stood on the way, and rows that hold several rollouts."""
+"""The states of a rollout to train on: blocks at some step of their denoising, and rows that hold several rollouts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from decausal.training.rollouts import NEVER, Rollout
 
 StateChoice = Literal["block", "sequence"]
 
-# Row length at which dense attention costs as much as all matrices: 6 times the width in a usual transformer.
+# Row length at which dense attention costs as much as all matrices, in widths: 6 for a usual transformer.
 _ATTENTION_LENGTH = 4096
 
 
 def states_of(rollout: Rollout, block_size: int, relative_step: Float[Tensor, "K M"]) -> Bool[Tensor, "K T"]:
-    """Returns states that the rollout visited, as the masks of K views: for each block what was still masked just
-    before its r-th step.
+    """Returns states that the rollout visited, as the masks of K views: what was masked in each block before its r-th
+    step.
 
-    Of the n steps in which tokens of the answer were unmasked in a block, r is the one at the share `relative_step`,
-    r = floor(relative_step * n): so every block of every state has a token to predict.
+    If tokens of the answer were unmasked in n steps of a block, then r = floor(relative_step * n). So every block of
+    every state has a token to predict.
 
     Args:
         rollout: The rollout.
         block_size: Tokens per block.
-        relative_step: In [0, 1), for each view and each block of the row.
+        relative_step: A number in [0, 1) for each view and each block of the row.
 
     Source: OPDLM (arXiv 2606.06712, algorithm 1).
     """
@@ -53,13 +53,13 @@ def states_of(rollout: Rollout, block_size: int, relative_step: Float[Tensor, "K
 def relative_steps(
     num_blocks: int, num_states: int, choice: StateChoice, *, position: int, seed: int
 ) -> Float[Tensor, "K M"]:
-    """Draws how far each block has come in each of K states, uniform in [0, 1): a function of (seed, position).
+    """Draws each block's progress in each of K states, uniform in [0, 1), as a function of (seed, position).
 
-    Several states are spread evenly over a block's steps, from one draw.
+    One draw spreads several states evenly over a block's steps.
 
     Args:
         num_blocks: Blocks of the row.
-        num_states: K.
+        num_states: Number of states, K.
         choice: "block" draws for each block, "sequence" once for all.
         position: Training row, counted from the start of the run.
         seed: The run's seed.
@@ -79,7 +79,7 @@ def _in_blocks(values: Int[Tensor, " T"], num_blocks: int, block_size: int, fill
 def rows_of(rollouts: Sequence[Rollout], is_masked: Sequence[Bool[Tensor, "K _"]]) -> list[dict[str, Tensor]]:
     """Packs rollouts and their states into rows, in the form of a `TrainingStream`'s items.
 
-    Rollouts are spread over rows of nearly equal length, noised copies included, so that little is padded.
+    Rollouts and their noised copies are spread over rows of nearly equal length, so that there is little padding.
     """
     views = len(is_masked[0])
     sizes = [(views + 1) * len(rollout.ids) - views * rollout.prompt_length for rollout in rollouts]
@@ -108,7 +108,7 @@ def rows_of(rollouts: Sequence[Rollout], is_masked: Sequence[Bool[Tensor, "K _"]
 
 
 def _packed(sizes: Sequence[int]) -> list[list[int]]:
-    """Returns what each row holds, for the number of rows whose padded tokens and attention cost least."""
+    """Returns the content of each row, for the number of rows with the least cost of padding and attention."""
 
     def cost(rows: list[list[int]]) -> float:
         length = max(sum(sizes[index] for index in row) for row in rows)
@@ -118,7 +118,7 @@ def _packed(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _balanced(sizes: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Returns the largest first, each into the row that is the shortest so far."""
+    """Assigns the largest first, each to the row that is the shortest so far."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     lengths = [(0, row) for row in range(num_rows)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):

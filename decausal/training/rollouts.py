@@ -1,7 +1,7 @@
-"""Rollouts: what the model in training answers to prompts, on its own tensors, by the engine that also serves it.
+"""Rollouts: answers of the model in training to prompts, written by the engine that also serves models.
 
-A rollout is kept as token ids from end to end, on the block grid that starts with its prompt: never as text, which
-would come back as other tokens, and always as whole blocks, since that is what the student looked at while it wrote.
+A rollout is kept as token ids, on the block grid that starts with its prompt. Text could come back as other tokens.
+Blocks are kept whole, since the student saw whole blocks while it wrote.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 
 NEVER = torch.iinfo(torch.int64).max
-"""Step of a position that was never unmasked: it stood behind the end."""
+"""Step of a position that was never unmasked, because it is after the end."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Rollout:
     """A prompt and what the student wrote after it.
 
     Attributes:
-        ids: Tokens from the prompt's first to the end of the last block, which may lie behind the answer's end.
+        ids: Tokens from the prompt's first to the end of the last block, which may be after the answer's end.
         prompt_length: Tokens of the prompt.
-        end: Position behind the answer's last token: the end token, or the last token of a truncated answer.
-        step_of_token: The step of its block in which each position was unmasked; -1 for the prompt, `NEVER` where the
+        end: Position after the answer's last token, which is the end token unless the answer was truncated.
+        step_of_token: The step of its block in which each position was unmasked; -1 for the prompt, `NEVER` if the
             rollout ended before.
         num_forwards: Model calls that the row took part in.
         has_ended: Whether the answer has an end token; else it was truncated.
@@ -50,12 +50,12 @@ class Rollout:
 
     @property
     def is_answer(self) -> Bool[Tensor, " T"]:
-        """The tokens that are trained on: those written, up to and including the end token."""
+        """The tokens to train on: the written ones, up to and including the end token."""
         position = torch.arange(len(self.ids))
         return (position >= self.prompt_length) & (position < self.end)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns tensors, numbers and nothing else, for a checkpoint."""
+        """Returns only tensors and numbers, for a checkpoint."""
         return dict(vars(self))
 
 
@@ -70,7 +70,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How rollouts are decoded.
+    """Decodes rollouts.
 
     Attributes:
         facts: Layout, block size, shift and mask token of the model.
@@ -85,9 +85,9 @@ class Decoding:
     max_rows: int
 
     def roll_out(self, model: nn.Module, tasks: Sequence[Task]) -> list[Rollout]:
-        """Returns a rollout for each task, in their order. The model is left in the mode in which it was.
+        """Returns a rollout for each task, in order. The model's mode is restored.
 
-        The engine and its cache live no longer than the call: their memory is the training step's.
+        The engine and its cache are freed after the call, since the training step needs their memory.
         """
         if not tasks:
             return []
@@ -114,12 +114,12 @@ class Decoding:
 
 
 def _without_tokenizer(model: nn.Module, facts: ConversionFacts) -> Converted:
-    """A model as the engine takes it; rollouts have no stop texts, for which alone it would need the tokenizer."""
+    """A model for the engine. Rollouts have no stop texts, so no tokenizer is needed."""
     return Converted(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, None), facts)
 
 
 def verified_rollout(prompt_ids: Int[Tensor, " P"], row: Ended) -> Rollout:
-    """Puts the prompt before what verified decoding has written, which is the causal model's own text."""
+    """Puts the prompt before the text of verified decoding, which is the causal model's own text."""
     ids = torch.cat([prompt_ids, torch.tensor(row.ids, dtype=torch.int64)])
     return Rollout(
         ids=ids,
@@ -134,7 +134,7 @@ def verified_rollout(prompt_ids: Int[Tensor, " P"], row: Ended) -> Rollout:
 def as_rollout(prompt_ids: Int[Tensor, " P"], row: Ended, block_size: int) -> Rollout:
     """Puts the prompt before the blocks that were written.
 
-    Behind the end some positions were perhaps never kept: there the end token stands, for a clean row holds no masks.
+    Positions after the end that were never kept get the end token, since a clean row holds no masks.
     """
     first = row.blocks.first * block_size
     ids = torch.cat([prompt_ids[:first], torch.tensor(row.blocks.ids, dtype=torch.int64)])

@@ -1,4 +1,4 @@
-"""The prompts of `--sample_prompts`, read before anything is loaded."""
+"""Reads the prompts of `--sample_prompts` before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ MAX_PROMPTS = 32
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A text to continue, or with `chat` a user's message to answer."""
+    """A text to continue, or a user's message to answer (`chat`)."""
 
     text: str
     chat: bool = False
 
 
 def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
-    """Reads prompts: one a line, or of a jsonl file records of `prompt`, or of `messages` with one user's message.
+    """Reads prompts: one per line, or a jsonl file with records of `prompt`, or of `messages` with one user's message.
 
     Raises:
-        UserError: The file cannot be read, holds no prompt or too many, or a record of another form.
+        UserError: The file cannot be read, holds no prompts or too many, or has a record of another form.
     """
     path = Path(path).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from error
     is_jsonl = path.suffix.lower() == ".jsonl"
     prompts = list(_records(path, lines) if is_jsonl else (SamplePrompt(line) for line in lines if line.strip()))

@@ -1,4 +1,4 @@
-"""What the model in training writes: a few continuations at each measurement, in the log and in a file."""
+"""Samples of the model in training: a few continuations at each measurement, in the log and in a file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SHOWN_CHARACTERS = 300
 
 
 class Samples:
-    """Continues prompts with the model as it is.
+    """Continues prompts with the current model.
 
     Args:
-        prompts: What to continue.
-        tokenizer: The student's.
-        facts: How it decodes.
-        num_tokens: New tokens of each.
-        output_dir: Where `samples.jsonl` is written; None: nowhere, and nothing is shown (other processes than the
-            first).
+        prompts: The prompts to continue.
+        tokenizer: The student's tokenizer.
+        facts: The student's facts, which say how it decodes.
+        num_tokens: New tokens for each prompt.
+        output_dir: Where `samples.jsonl` is written. None: nothing is written or shown, in all processes except the
+            first.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Samples:
         self.num_tokens, self.output_dir = num_tokens, output_dir
 
     def refuse_unusable(self, model: PreTrainedModel) -> None:
-        """Raises UserError for a prompt that could not be continued later, in the middle of the run."""
+        """Raises UserError for a prompt that could not be continued later in the run."""
         converted, context = Converted(model, self.tokenizer, self.facts), context_length(model.config)
         for number, prompt in enumerate(self.prompts, 1):
             try:
@@ -80,7 +80,7 @@ class Samples:
         self._keep(records, step)
 
     def _keep(self, records: list[dict[str, Any]], step: int) -> None:
-        """Writes the file whole; what a resumed run writes again replaces what it wrote before."""
+        """Writes the whole file. Samples that a resumed run repeats replace the earlier ones."""
         assert self.output_dir is not None
         path = self.output_dir / SAMPLES_FILE
         kept = [record for record in read_samples(path) if record["step"] < step]
@@ -88,7 +88,7 @@ class Samples:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Returns what `Samples` has written; nothing where there is no such file."""
+    """Returns what `Samples` has written; empty without a file."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -96,6 +96,6 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _one_line(text: str) -> str:
-    """Returns a text as it stands in a log: line ends visible, its end left out where it is long."""
+    """Returns a text for the log, with visible line ends and without the end of a long text."""
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."

@@ -1,4 +1,4 @@
-"""How a loss weight moves over a run."""
+"""How a loss weight changes over a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class WeightSchedule:
     Attributes:
         weight: Value at `start_step`; before it the weight is 0.
         shape: "constant", or a "linear" or "cosine" fall to 0 at the end.
-        stop_step: First step at which the weight is 0 for good; what serves only this loss can then be dropped.
-        num_steps: The run's number of steps; where a falling weight reaches 0 if there is no `stop_step`.
-        start_step: First step at which the loss counts.
+        stop_step: First step from which the weight stays 0. What only this loss needs can then be dropped.
+        num_steps: The run's number of steps, at which a falling weight reaches 0 without a `stop_step`.
+        start_step: First step in which the loss counts.
     """
 
     weight: float
@@ -40,12 +40,12 @@ class WeightSchedule:
         return self.num_steps if self.stop_step is None else self.stop_step
 
     def is_over(self, step: int) -> bool:
-        """Returns whether the weight is 0 at `step` and ever after."""
+        """Returns whether the weight is 0 at `step` and all later steps."""
         return self.weight == 0 or (self.stop_step is not None and step >= self.stop_step)
 
 
 def steps(count: int | float | None, num_steps: int) -> int | None:
-    """Returns a number of steps given as such (a whole number) or as a share of the run (below 1)."""
+    """Returns a number of steps, given as a whole number or as a share of the run (below 1)."""
     if count is None:
         return None
     return round(count * num_steps) if count < 1 else int(count)

@@ -1,4 +1,4 @@
-"""Weights that are spread over processes: FSDP and DeepSpeed, as transformers and accelerate set them up."""
+"""Weights that are sharded over processes by FSDP or DeepSpeed, through transformers and accelerate."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from decausal.models.backbone import decoder_layers
 
 
 def refuse_partitioned(args: TrainingArguments) -> None:
-    """Raises UserError under DeepSpeed ZeRO-3, where transformers loads no model as a whole and probes find nothing."""
+    """Raises UserError under DeepSpeed ZeRO-3, where transformers never loads a whole model, and probes see nothing."""
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise UserError("--deepspeed: ZeRO-3 is not accepted; give ZeRO-1 or 2, or FSDP2, which shards weights, too")
+        raise UserError("--deepspeed: ZeRO-3 is not accepted; give ZeRO-1 or 2, or FSDP2, which also shards weights")
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All of a model's weights are whole inside, for calls that do not go through the model's own forward.
+    """Makes all of a model's weights whole inside, for calls that do not go through the model's own forward.
 
-    Between beginning and end processes need not keep step: passes of the model exchange nothing.
+    Inside, processes need not run in step, because passes of the model exchange nothing.
 
-    Only inside of that forward (`model(inside=...)`): FSDP2 decides by the first forward which module is the root.
+    Only use it inside that forward (`model(inside=...)`): FSDP2 takes the module of the first forward as the root.
     """
     sharded = _units(model)
     groups = {group for module in sharded if (group := module._get_fsdp_state()._fsdp_param_group) is not None}
-    after_forward = {group: group.post_forward_mesh_info for group in groups}  # FSDP2 only lets it be set
+    after_forward = {group: group.post_forward_mesh_info for group in groups}  # FSDP2 can only set it, not read it
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -48,9 +48,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def shard_layers(model: PreTrainedModel) -> None:
-    """Shards the decoder layers of a frozen model over all processes; embeddings, last norm and head stay whole.
+    """Shards the decoder layers of a frozen model over all processes. Embeddings, last norm and head stay whole.
 
-    Each pass of its body gathers one layer after the other. The head is there at any time: losses use it as they go.
+    Each pass of its body gathers one layer after another. The head is always whole, since losses use it at any time.
     """
     body, layers = model.base_model, decoder_layers(model)
     whole = set(body.parameters()) - set(layers.parameters())
@@ -60,14 +60,15 @@ def shard_layers(model: PreTrainedModel) -> None:
 
 
 def gather_head(model: PreTrainedModel) -> None:
-    """Makes the head's weights whole where FSDP2 has made a unit of it: ours are read without a call of its forward."""
+    """Makes the head's weights whole if FSDP2 shards the head separately, since losses read them without its
+    forward."""
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule):
         head.unshard()
 
 
 def reshard(model: nn.Module) -> None:
-    """Leaves a model with shares alone: FSDP2 keeps some weights whole until the next backward pass."""
+    """Reshards all of a model's weights, some of which FSDP2 keeps whole until the next backward pass."""
     for unit in _units(model):
         unit.reshard()
 
@@ -77,17 +78,17 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def are_finite(model: nn.Module) -> Bool[Tensor, ""]:
-    """Returns whether all weights that this process has, whole or a share of each, are finite."""
+    """Returns whether all of this process's weights or shards are finite."""
     local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
     return torch.stack([weight.detach().isfinite().all() for weight in local]).all()
 
 
 def tie(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a gathered state dict in which one parameter of the model is one tensor, which is then saved once.
+    """Returns a gathered state dict with one tensor per parameter of the model, so that it is saved once.
 
     Args:
-        model: Where the weights are from.
-        state_dict: Gathered weights; those of one parameter under two names are equal, but not the same tensor.
+        model: The model of the weights.
+        state_dict: Gathered weights. A parameter with two names has equal but separate tensors.
     """
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):

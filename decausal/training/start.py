@@ -1,4 +1,4 @@
-"""What a run begins with: an AR model, or a converted one, whose facts are the defaults of a later stage."""
+"""What a run starts from: an AR model, or a converted one, whose facts are the defaults of a later stage."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """The model that a run begins with.
+    """The model that a run starts from.
 
     Attributes:
         name: Directory, hub id, or an embedded model's name.
         commit: Its commit on the hub, if it is there.
-        facts: Those of a converted model; None for an AR model.
+        facts: The facts of a converted model; None for an AR model.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Start:
     def load(
         self, attn_implementation: str | None = None, mask_token: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Loads it in fp32.
+        """Loads the model in fp32.
 
         Raises:
-            UserError: It cannot be loaded, or is converted and has another mask token than the one asked for.
+            UserError: It cannot be loaded, or it is converted with another mask token than the one asked for.
         """
         if self.facts is None:
             return load_source(
@@ -66,7 +66,7 @@ class Start:
         """Loads the AR model that a converted one was made from, which teaches its later stages.
 
         Raises:
-            UserError: It is not at hand.
+            UserError: It is not available.
         """
         assert self.facts is not None
         try:
@@ -92,18 +92,18 @@ class Start:
 def find_start(
     settings: ConversionSettings, output_dir: Path, checkpoint: Path | None
 ) -> tuple[ConversionSettings, Start]:
-    """Finds what a run begins with, and what its settings leave to that.
+    """Finds the model that a run starts from, and settings that follow from it.
 
     Args:
-        settings: As given.
-        output_dir: Where the run writes.
-        checkpoint: Of the same run, where it is resumed: the model is then of the commit that it began with.
+        settings: The given settings.
+        output_dir: The run's directory.
+        checkpoint: The checkpoint to resume from. The model then has the commit of the run's start.
 
     Returns:
         The settings with all facts, and the model.
 
     Raises:
-        UserError: There is no such model, the settings do not go with it, or they are not those of `checkpoint`.
+        UserError: There is no such model, or the settings fit neither it nor `checkpoint`.
     """
     name, revision = settings.model_name_or_path, settings.revision
     if checkpoint is not None:
@@ -138,7 +138,7 @@ def _completed(settings: ConversionSettings, facts: ConversionFacts) -> Conversi
 
 
 def _tell_changes(settings: ConversionSettings, start: Start) -> None:
-    """A recipe states its facts, so a model may change its layout without a flag that says so."""
+    """Warns about facts that a recipe changes, since no flag says so."""
     pairs = {name: (getattr(start.facts, name), getattr(settings, name)) for name in FACTS}
     changes = [f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after]
     if changes and os.environ.get("RANK", "0") == "0":

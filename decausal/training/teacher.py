@@ -1,4 +1,4 @@
-"""The frozen AR model: reads clean rows causally and gives what the student is compared with, where it is compared."""
+"""The frozen AR model. It reads clean rows causally and returns what the student is compared with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CAUSAL = Layout("causal")
 
 
 class Teacher:
-    """Runs the body only (no head, and no layer beyond the last that is asked for), once per clean batch.
+    """Runs only the body, up to the last layer that is needed, once per clean batch.
 
     State l is the embedding output for l = 0, the output of layer l for 0 < l < L, and the state after the final
-    norm for l = L. Each layer's full state is dropped as soon as the rows that are asked for are gathered, so memory
-    beyond the model is D elements per row asked for, never L * B * T * D.
+    norm for l = L. Each layer's full state is dropped once the needed rows are gathered. So memory beyond the model is
+    D elements per needed row, never L * B * T * D.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +49,7 @@ class Teacher:
         document_ids: Int[Tensor, "B T"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
     ) -> list[Float[Tensor, "_ D"]]:
-        """Returns the states of each layer of `wanted` at the flat positions beside it, from one pass.
+        """Returns the states of each layer in `wanted` at its flat positions, from one pass.
 
         Layer -1 is the last state, from which `distribution` makes next-token distributions.
         """
@@ -66,7 +66,7 @@ class Teacher:
             if len(gathered) == len(wanted) and not isinstance(body, FSDPModule):
                 raise _AllGathered
 
-        hooks = [  # before FSDP's, which would begin the layer that the pass perhaps ends at
+        hooks = [  # before FSDP's hook, which would gather the layer at which the pass may end
             layers[layer].register_forward_pre_hook(_gather_input(gather, layer), prepend=True, with_kwargs=True)
             for layer in positions
             if layer < len(layers)
@@ -87,13 +87,13 @@ class Teacher:
     def distribution(
         self, hidden: Float[Tensor, "n D"], k: int | None, *, banned: int, vocabulary_size: int
     ) -> TopK | States:
-        """Returns next-token distributions at last states of `read`, in the form that `chunked_divergence` takes.
+        """Returns next-token distributions for last states of `read`, in the form for `chunked_divergence`.
 
         Args:
             hidden: The states.
-            k: The most probable tokens to keep of each. None keeps the states, for the full vocabulary.
-            banned: The mask token, which the student cannot predict and the teacher has perhaps no row for.
-            vocabulary_size: Rows of the student's head; spare rows that the teacher has beyond them do not count.
+            k: How many of the most probable tokens to keep. None keeps the states, for the full vocabulary.
+            banned: The mask token, which the student cannot predict and for which the teacher may have no row.
+            vocabulary_size: Rows of the student's head. Further rows of the teacher do not count.
         """
         head = head_of(self.model)
         num_tokens = min(len(head.weight), vocabulary_size)
@@ -110,7 +110,7 @@ class Teacher:
 
 
 class AdapterTeacher(Teacher):
-    """The student itself with its adapters off: the AR model that they are trained on top of, without a second copy.
+    """The student itself with its adapters off, which is the AR model, without a second copy.
 
     Args:
         student: A PEFT wrapper whose base weights are frozen.
@@ -121,7 +121,7 @@ class AdapterTeacher(Teacher):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Adapters and dropout off."""
+        """Turns adapters and dropout off."""
         training = [module for module in self.model.modules() if module.training]
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.model.eval()
@@ -131,12 +131,12 @@ class AdapterTeacher(Teacher):
         finally:
             for module in training:
                 module.training = True
-            for weight in trained:  # under FSDP PEFT releases whole weights perhaps, and leaves the shares frozen
+            for weight in trained:  # under FSDP, PEFT may unfreeze whole weights and leave the shards frozen
                 weight.requires_grad_(True)
 
 
 class CleanHalf(Teacher):
-    """A gated student's own clean half, which is the AR model: its states are there already.
+    """A gated student's own clean half, which is the AR model. Its states already exist.
 
     Args:
         student: gives the head.
@@ -157,7 +157,7 @@ class CleanHalf(Teacher):
         document_ids: Int[Tensor, "B T"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
     ) -> list[Float[Tensor, "_ D"]]:
-        """As `Teacher.read`, without a pass."""
+        """Does what `Teacher.read` does, without a pass."""
         states = {-1: self._last} | dict(enumerate(self._all or ()))
         return [states[layer].detach().index_select(0, index) for layer, index in wanted]
 
@@ -165,9 +165,9 @@ class CleanHalf(Teacher):
 def refuse_other_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str, student_name: str
 ) -> None:
-    """Raises UserError unless both tokenizers give every token the same id: else their predictions do not compare.
+    """Raises UserError unless both tokenizers give every token the same id, since predictions could not be compared.
 
-    The teacher need not know the student's mask token, which is neither read by it nor a prediction.
+    The teacher need not have the student's mask token, which it neither reads nor predicts.
     """
     of_teacher, of_student = teacher.get_vocab(), student.get_vocab()
     if student.mask_token not in of_teacher:
@@ -183,7 +183,7 @@ def refuse_other_vocabulary(
 
 
 class _AllGathered(Exception):  # noqa: N818
-    """Ends the teacher's pass before the first layer that nobody is compared with."""
+    """Ends the teacher's pass before the first layer that is not needed."""
 
 
 def _gather_input(gather: Callable[[int, Tensor], None], layer: int) -> Callable[..., None]:

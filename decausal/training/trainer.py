@@ -1,4 +1,4 @@
-"""The one trainer: transformers' own, fed from a `TrainingStream`, with global means and checkpoints that are whole."""
+"""The trainer: transformers' own, fed from a `TrainingStream`, with global means and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class ConversionTrainer(Trainer):
-    """Trains a stock causal LM under any layout, rows and supervision; pretraining is its causal, unmasked case.
+    """Trains a stock causal LM under any layout, rows and supervision. Pretraining is the causal case without masks.
 
-    What it changes in `transformers.Trainer`, and why:
+    It changes these things in `transformers.Trainer`:
         - rows come in the stream's order (no sampler state), so a resumed run sees what it would have seen;
         - losses are divided by counts over the global batch, whatever the accumulation and number of processes;
-        - a checkpoint is written aside and renamed when whole;
+        - a checkpoint is written elsewhere and renamed when complete;
         - a loss that is not finite stops the run, naming the step, before it can reach a checkpoint.
 
     Args:
         model: The student, stock or wrapped by PEFT.
-        args: Transformers' arguments; `max_steps` decides the length of the run.
-        stream: Training rows.
-        collator: Makes batches of them.
+        args: Transformers' arguments. `max_steps` decides the length of the run.
+        stream: The training rows.
+        collator: Makes batches of the rows.
         supervision: The losses.
-        teacher: The frozen AR model, None where the supervision has no use for it.
+        teacher: The frozen AR model, or None if no loss needs it.
         decoding: How the rollouts of an `OnPolicyStream` are made.
         finish_checkpoint: Called with each checkpoint's directory before it gets its name, to add what makes it
             loadable (tokenizer, facts).
-        measure: Called with the stock student wherever transformers would evaluate; returns what to log.
+        measure: Called with the stock student when transformers would evaluate. Returns what to log.
         meter: Counts the tokens that are trained on.
-        run_record: What checkpoints record of the run, see `decausal.training.resuming.run_record`.
+        run_record: The run's record in checkpoints, see `decausal.training.resuming.run_record`.
         more: Passed on to `transformers.Trainer` (callbacks, optimizers).
 
     Raises:
-        UserError: Arguments that transformers does not take.
+        UserError: Transformers does not accept an argument.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class ConversionTrainer(Trainer):
         run_record: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
-        eval_dataset = None if measure is None else []  # transformers asks for one; `measure` has its own
+        eval_dataset = None if measure is None else []  # transformers needs one; `measure` has its own
         with argument_errors():
             super().__init__(
                 model, args, train_dataset=stream, eval_dataset=eval_dataset, data_collator=collator, **more
             )
-        self.model_accepts_loss_kwargs = True  # our losses are global means already: transformers must not rescale them
+        self.model_accepts_loss_kwargs = True  # our losses are already global means: transformers must not rescale them
         self.supervision = supervision
         self.teacher = teacher
         self.decoding = decoding
@@ -124,7 +124,7 @@ class ConversionTrainer(Trainer):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with argument_errors(TypeError):  # of a scheduler's own arguments
+        with argument_errors(TypeError):  # for a scheduler's own arguments
             return super().create_scheduler(*args, **kwargs)
 
     # A step: rows, teacher, student, loss
@@ -135,14 +135,15 @@ class ConversionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Counts]:
-        """Returns the batches that an optimizer step accumulates, and what their losses are means over."""
+        """Returns the batches that an optimizer step accumulates, and the denominators of their losses."""
         batches = [self._with_rows(batch) for batch in islice(epoch_iterator, num_batches)]
         counts = self.global_counts(batches, device) if batches else {}
         self.meter.add(counts)
         return batches, counts
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Moves a batch as it is: under DeepSpeed transformers would round the targets' weights and counts to bf16."""
+        """Moves a batch unchanged. Under DeepSpeed, transformers would round the targets' weights and counts to
+        bf16."""
         return send_to_device(inputs, self.args.device)
 
     def compute_loss(
@@ -159,7 +160,7 @@ class ConversionTrainer(Trainer):
         weights = self._weights(step)
         batch = self._with_future(inputs, step)
         answers = self._ask_teacher(batch, weights)
-        means: dict[Term, Tensor] = {}  # as they are before FSDP rounds what its forward returns
+        means: dict[Term, Tensor] = {}  # before FSDP rounds what its forward returns
 
         def student_loss() -> Tensor:
             loss, found = weighted_loss(
@@ -178,7 +179,7 @@ class ConversionTrainer(Trainer):
         return loss * self.accelerator.num_processes
 
     def _with_rows(self, batch: Batch) -> Batch:
-        """Makes a batch of on-policy rows now, by the weights that this step will change."""
+        """Makes a batch of on-policy rows now, with the weights that this step will change."""
         if POSITIONS not in batch:
             return batch
         made = self.on_policy.batch(batch[POSITIONS].tolist(), self.state.global_step, self._roll_out)
@@ -201,14 +202,14 @@ class ConversionTrainer(Trainer):
         return dict(zip(names, totals.unbind(), strict=True))
 
     def _weights(self, step: int) -> dict[Term, float]:
-        """Returns the losses of this step. A teacher that none of them will ask again is dropped, which frees its
+        """Returns the losses of this step. A teacher that none of them needs any more is dropped, which frees
         memory."""
         if not self.supervision.needs_teacher(step):
             self.teacher = None
         return self.supervision.weights(step)
 
     def _with_future(self, batch: Batch, step: int) -> Batch:
-        """Adds how far attention has opened, while it is annealed."""
+        """Adds how far attention has been opened, while it is annealed."""
         if step >= self.supervision.anneal_steps:
             return batch
         if self._future_order is None:
@@ -217,7 +218,7 @@ class ConversionTrainer(Trainer):
         return batch | {"future_order": self._future_order, "future_fraction": step / self.supervision.anneal_steps}
 
     def _ask_teacher(self, batch: Batch, terms: Collection[Term]) -> dict[Question, Any]:
-        if self.supervision.is_gated:  # then its own clean half answers, inside of the pass
+        if self.supervision.is_gated:  # then its own clean half answers, inside the pass
             return {}
         questions = [question for term in terms for question in term.questions]
         head = stock_model(self.model).get_output_embeddings()
@@ -227,21 +228,22 @@ class ConversionTrainer(Trainer):
             with self.accelerator.autocast():
                 return ask(self.teacher, questions, batch, vocabulary)
 
-        # Adapters are on the student's own weights, which FSDP has sharded.
+        # Adapters use the student's own weights, which FSDP has sharded.
         return self._inside(answers) if questions and isinstance(self.teacher, AdapterTeacher) else answers()
 
     def _inside(self, function: Callable[[], Result]) -> Result:
-        """Calls a function where it can use weights that FSDP has sharded."""
+        """Calls a function inside the model's forward, where it can use weights that FSDP has sharded."""
         if not self.is_fsdp_enabled:
             return function()
-        results = []  # FSDP would look for tensors in what its forward returns
+        results = []  # FSDP would look for tensors in the result of its forward
         self.model_wrapped(inside=lambda: results.append(function()))
         return results[0]
 
     # Logs
 
     def _watch_for_bad_loss(self, loss: Tensor, step: int) -> None:
-        """Remembers, on the device, the first step whose loss is not finite; read only where the host waits anyway."""
+        """Stores, on the device, the first step whose loss is not finite. It is read only when the host waits
+        anyway."""
         if self._first_bad_step is None:
             self._first_bad_step = torch.full((), _NEVER, device=loss.device)
         bad_step = torch.where(loss.detach().isfinite(), _NEVER, step + 1)
@@ -258,9 +260,9 @@ class ConversionTrainer(Trainer):
             raise self._bad_step_error(f"the loss at step {first} is not finite")
 
     def _stop_if_weights_are_bad(self) -> None:
-        """A finite loss can have a gradient that is not: no checkpoint may hold what it makes of the weights."""
+        """Raises if weights are not finite: a finite loss can have another gradient, and checkpoints must be finite."""
         if not bool(self.accelerator.gather(are_finite(self.model).reshape(1)).all()):
-            raise self._bad_step_error(f"after step {self.state.global_step} there are weights that are not finite")
+            raise self._bad_step_error(f"after step {self.state.global_step} some weights are not finite")
 
     def _bad_step_error(self, what: str) -> UserError:
         kept = checkpoints(Path(self.args.output_dir))
@@ -269,9 +271,9 @@ class ConversionTrainer(Trainer):
         return UserError(f"{what}, so training stopped; {where}; {remedy}")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the loss's parts to transformers' log line; the only place where the host waits for the device.
+        """Adds the loss's parts to transformers' log line. Only here the host waits for the device.
 
-        `epoch` counts passes over the data; to transformers the whole run is one.
+        `epoch` counts passes over the data. For transformers the whole run is one pass.
         """
         self._stop_if_bad()
         if "loss" in logs:
@@ -285,7 +287,7 @@ class ConversionTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measures the student by `measure`, logs it and returns it."""
+        """Measures the student with `measure`, logs the result and returns it."""
         metrics = self._measured()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -327,7 +329,7 @@ class ConversionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, staged: Path) -> None:
-        if self.state.best_global_step:  # transformers has looked for it in the wrong directory
+        if self.state.best_global_step:  # transformers looked for it in the wrong directory
             self.state.best_model_checkpoint = str(
                 Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             )
@@ -336,7 +338,7 @@ class ConversionTrainer(Trainer):
         seal(staged, is_resumable=not self.args.save_only_model, run=self.run_record)
 
     def discard_surplus_checkpoints(self) -> None:
-        """Leaves `save_total_limit` of them, and the best one."""
+        """Keeps `save_total_limit` checkpoints, and the best one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         output_dir = Path(self.args.output_dir)
         if limit and self.args.should_save:
@@ -346,16 +348,16 @@ class ConversionTrainer(Trainer):
                         discard(old)
 
     def whole_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Returns all weights of the student, as `trained_model` returned it, gathered from wherever FSDP has put them.
+        """Returns all weights of the student that `trained_model` returned, gathered from FSDP's shards.
 
-        Of several processes the first gets them.
+        Only the first process gets them.
         """
         return tie(model, self.accelerator.get_state_dict(model)) if self.is_fsdp_enabled else model.state_dict()
 
     def trained_model(self) -> torch.nn.Module:
-        """Returns the student without any wrapper of ours or accelerate's, in eval mode; adapters are still on it.
+        """Returns the student in eval mode without our or accelerate's wrappers. Adapters stay.
 
-        Under FSDP its weights are shares of each process.
+        Under FSDP its weights are shards.
         """
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         reshard(model)
@@ -369,7 +371,7 @@ class ConversionTrainer(Trainer):
             with secrets_set_aside(self.args):  # training_args.bin is a file like any other
                 super()._save(directory, state_dict=fold_mask_row(self.model, state_dict))
         elif self.args.should_save:
-            # PEFT would add the embeddings wherever a mask token was added; the row has its own file.
+            # PEFT would add the embeddings if a mask token was added, but the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
             save_mask_row(state_dict, Path(directory))
 
@@ -387,11 +389,11 @@ class ConversionTrainer(Trainer):
         self._load_mask_row(Path(str(self.state.best_model_checkpoint)))
 
     def _load_mask_row(self, checkpoint: Path) -> None:
-        if not self.is_fsdp_enabled:  # whose checkpoints hold the row by itself
+        if not self.is_fsdp_enabled:  # whose checkpoints store the row separately
             load_mask_row(self.model, checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The mask row is no weight of the source's, and tied weights are saved once: that these lack is right."""
+        """The mask row is not a weight of the source, and tied weights are saved once. So these may be missing."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         loaded = {id(value) for name, value in parameters.items() if name not in load_result.missing_keys}
         missing = [
@@ -403,6 +405,5 @@ class ConversionTrainer(Trainer):
 
 
 def _reads_at_once(device: torch.device) -> bool:
-    """Returns whether looking at a value costs nothing; on an accelerator the host would wait for all that is
-    queued."""
+    """Returns whether reading a value is free. On an accelerator the host would wait for all queued work."""
     return device.type == "cpu"

@@ -161,7 +161,7 @@ def test_what_changes_what_is_trained_is_refused_with_the_reason(root: Path, tmp
 
 def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(root: Path, tmp_path: Path):
     out = copied(root, tmp_path)
-    with pytest.raises(UserError, match="the data make other rows"):
+    with pytest.raises(UserError, match="the data give other rows"):
         resumed(root, out, data=write_text(tmp_path / "other.jsonl", num_documents=39))
     resumed(root, out, data=shutil.copy(root / "text.jsonl", tmp_path / "moved.jsonl"))
     assert_same(weights(out), weights(root / "out"))

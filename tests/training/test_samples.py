@@ -73,7 +73,7 @@ def test_prompts_are_read_line_by_line_and_as_records(tmp_path):
         ("[1]", "line 1 is neither"),
         ('{"messages": []}', "line 1 is neither"),
         ("nonsense", "line 1 is neither"),
-        (b"\xff", "no UTF-8 text"),
+        (b"\xff", "not UTF-8 text"),
     ],
 )
 def test_files_that_hold_no_prompts_are_refused(tmp_path, content, message):
