@@ -36,6 +36,8 @@ class Choices:
         row_multiple: Training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
         logits_bytes: fp32 logits that a loss holds at a time. CPU: the fastest of 4 to 64 MB on one core at V = 4096
             and 32000; 32 rows were a quarter slower than 64 or more. CUDA: large products, small beside activations.
+        free_queries: tokens of a decoding pass that take as long as it takes to begin one and to read the weights. CPU:
+            on one core 16 for a model of 135M parameters in fp32, and twice as many in bf16. CUDA: from the rates.
         prompt_tokens: most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
         records: passes of block models are recorded and replayed, and prompts are read in passes of their own.
     """
@@ -45,6 +47,7 @@ class Choices:
     has_flex: bool
     row_multiple: int
     logits_bytes: int
+    free_queries: float
     prompt_tokens: int
     records: bool
 
@@ -55,6 +58,7 @@ ON_CPU = Choices(
     has_flex=False,
     row_multiple=1,
     logits_bytes=16 * 2**20,
+    free_queries=16.0,
     prompt_tokens=512,
     records=False,
 )
@@ -64,6 +68,7 @@ ON_CUDA = Choices(
     has_flex=True,
     row_multiple=128,
     logits_bytes=2**30,
+    free_queries=MATRIX_RATE / BANDWIDTH,
     prompt_tokens=2048,
     records=True,
 )

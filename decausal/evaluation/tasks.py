@@ -23,6 +23,7 @@ from decausal.models.adapt import load_source
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.names import is_converted
 from decausal.sampling.generate import generate
+from decausal.sampling.jobs import Drafts
 from decausal.sampling.stopping import end_token_ids
 
 BATCH_SIZE = 64
@@ -36,6 +37,7 @@ class Written(NamedTuple):
 
     ids: list[int]
     num_forwards: int
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class TaskScore:
         is_right: Whether the answer to each example was right, in order.
         num_tokens: All written tokens, including end tokens.
         num_forwards: All forward passes. Each row counts those that it took part in.
+        drafts: Figures of self-speculation.
     """
 
     task: str
     is_right: tuple[bool, ...]
     num_tokens: int
     num_forwards: int
+    drafts: Drafts | None = None
 
     @property
     def accuracy(self) -> float:
@@ -96,6 +100,11 @@ class TaskScores:
         """All tokens divided by all forward passes."""
         return sum(score.num_tokens for score in self.tasks) / max(sum(score.num_forwards for score in self.tasks), 1)
 
+    @property
+    def drafts(self) -> Drafts | None:
+        """Figures of self-speculation in all tasks together."""
+        return Drafts.sum(score.drafts for score in self.tasks)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns all figures as plain values: the means, and each task's figures by name under "tasks"."""
         return _figures(self) | {
@@ -105,7 +114,7 @@ class TaskScores:
 
     def as_table(self) -> Table:
         """Returns the figures as a table for a terminal."""
-        table = Table("task", title="right answers")
+        table = Table("task", title="right answers", caption=None if self.drafts is None else str(self.drafts))
         for heading in ("accuracy", "± s.e.", "examples", "tokens per forward"):
             table.add_column(heading, justify="right")
         for score in self.tasks:
@@ -147,7 +156,7 @@ def evaluate_tasks(
     max_new_tokens = max_new_tokens or longest_completion(problems, tokenizer)
     if isinstance(model, Converted):
         generations = generate(model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, **options)
-        written = [Written(each.ids, each.num_forwards) for each in generations]
+        written = [Written(each.ids, each.num_forwards, each.drafts) for each in generations]
     else:
         if options:
             raise UserError(f"{', '.join(options)}: for converted models only; an AR model writes greedily")
@@ -228,6 +237,7 @@ def score(
                 is_right=tuple(right for right, _ in results),
                 num_tokens=sum(len(one.ids) for _, one in results),
                 num_forwards=sum(one.num_forwards for _, one in results),
+                drafts=Drafts.sum(one.drafts for _, one in results),
             )
             for name, results in by_task.items()
         )
@@ -272,10 +282,12 @@ def _before_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _figures(scores: TaskScore | TaskScores) -> dict[str, Any]:
+    drafts = {} if scores.drafts is None else {"drafts": scores.drafts.as_dict()}
     return {
         "accuracy": scores.accuracy,
         "standard_error": scores.standard_error,
         "tokens_per_forward": scores.tokens_per_forward,
+        **drafts,
     }
 
 

@@ -16,7 +16,7 @@ from decausal.sampling.batch_paths import check_job_files
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
-from decausal.sampling.jobs import BATCH_SIZE, Job
+from decausal.sampling.jobs import BATCH_SIZE, Drafts, Job
 from decausal.sampling.settings import MOST_ROWS
 from decausal.sampling.stopping import end_token_ids
 
@@ -152,12 +152,14 @@ class BatchResult:
         num_resumed: Lines of these that an earlier run had written.
         num_errors: Lines of this run that hold an error.
         num_tokens: Tokens that this run wrote.
+        drafts: Figures of its lines that were written by self-speculation. None if none was.
     """
 
     num_lines: int
     num_resumed: int
     num_errors: int
     num_tokens: int
+    drafts: Drafts | None = None
 
 
 def run_file(
@@ -176,8 +178,8 @@ def run_file(
     """Answers every line of a jsonl file with a line in another file, in the same order.
 
     A line is {"prompt": text}, optionally with an "id" and sampler settings. The answer is {"id", "text",
-    "finish_reason", "num_tokens", "num_forwards"}. Without an id, it has the number of the line, from 0. Line i draws
-    from `seed` + i, as in `generate`, unless it has its own seed.
+    "finish_reason", "num_tokens", "num_forwards"}, with "drafts" under self-speculation. Without an id, it has the
+    number of the line, from 0. Line i draws from `seed` + i, as in `generate`, unless it has its own seed.
 
     The same call continues a job that was killed: whole lines stay, and a torn last line is written again. A file
     OUT.settings.json beside the answers holds the settings. A run with other settings is refused.
@@ -206,6 +208,7 @@ def run_file(
     num_lines = count_lines(source)
     engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
     num_errors = num_tokens = 0
+    drafts: Drafts | None = None
     with continued(target, job_facts(converted, defaults, chat)) as (file, num_written):
         if num_written > num_lines:
             raise UserError(f"{target} has {num_written} lines and {source} only {num_lines}: not answers to it")
@@ -224,9 +227,11 @@ def run_file(
                 file.flush()
                 num_written += 1
                 num_errors += isinstance(answer, UserError)
-                num_tokens += 0 if isinstance(answer, UserError) else len(answer.ids)
+                if isinstance(answer, Generation):
+                    num_tokens += len(answer.ids)
+                    drafts = Drafts.sum([drafts, answer.drafts])
                 _tell(on_progress, num_written, num_lines)
-    return BatchResult(num_lines, num_resumed, num_errors, num_tokens)
+    return BatchResult(num_lines, num_resumed, num_errors, num_tokens, drafts)
 
 
 def longest_row(converted: Converted, max_length: int | None) -> int:

@@ -89,6 +89,8 @@ def encoded(label: Any, answer: Generation | UserError) -> bytes:
             "num_tokens": len(answer.ids),
             "num_forwards": answer.num_forwards,
         }
+        if answer.drafts is not None:
+            told["drafts"] = answer.drafts.as_dict()
     # ASCII: an id may hold half of a surrogate pair, which UTF-8 cannot.
     return json.dumps(told).encode() + b"\n"
 

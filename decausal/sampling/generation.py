@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decausal.models.checkpoint import Converted
-from decausal.sampling.jobs import Ended, Job
+from decausal.sampling.jobs import Drafts, Ended, Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import text_before_stop
@@ -42,6 +42,7 @@ class Generation:
         tokens_per_forward: New tokens divided by `num_forwards`.
         finish_reason: "end" (an end token), "stop" (one of `stop`) or "length".
         block_of_token: The block of each of `ids`, for block models. Steps are counted over the whole row.
+        drafts: Only for self-speculation: which drafts were right, and the passes by shape.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Generation:
     tokens_per_forward: float
     finish_reason: str = "length"
     block_of_token: list[int] | None = None
+    drafts: Drafts | None = None
 
 
 def continuing(converted: Converted, wanted: Wanted, ends: tuple[int, ...]) -> Job:
@@ -82,4 +84,5 @@ def continuation(converted: Converted, prompt: str, job: Job, ended: Ended) -> G
         tokens_per_forward=ended.tokens_per_forward,
         finish_reason=ended.reason,
         block_of_token=None if ended.blocks is None else ended.blocks.of_token,
+        drafts=ended.drafts,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from itertools import zip_longest
+from typing import Any, Protocol, runtime_checkable
 
 from decausal.errors import UserError
 from decausal.sampling.rows import Row
@@ -66,6 +68,60 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Figures of the drafts of one row, or of several, written by self-speculation.
+
+    Attributes:
+        num_verified: For first, second, ... drafts, how many had only right ones before them.
+        num_right: How many of these were right themselves.
+        passes: By the name of a shape, the passes that used it. The passes that read prompts are not among them.
+        num_tokens: Tokens that these passes brought.
+    """
+
+    num_verified: tuple[int, ...] = ()
+    num_right: tuple[int, ...] = ()
+    passes: Mapping[str, int] = field(default_factory=dict)
+    num_tokens: int = 0
+
+    @property
+    def acceptances(self) -> list[float]:
+        """The shares of right ones, by position."""
+        return [right / count for right, count in zip(self.num_right, self.num_verified, strict=True)]
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens divided by passes; 0 if there were none."""
+        return self.num_tokens / max(1, sum(self.passes.values()))
+
+    @classmethod
+    def sum(cls, each: Iterable[Drafts | None]) -> Drafts | None:
+        """Returns the figures of several rows together. None if none of them was speculated."""
+        found = [drafts for drafts in each if drafts is not None]
+        if not found:
+            return None
+        verified, right = (
+            tuple(map(sum, zip_longest(*(getattr(drafts, name) for drafts in found), fillvalue=0)))
+            for name in ("num_verified", "num_right")
+        )
+        passes = sum((Counter(drafts.passes) for drafts in found), Counter())
+        return cls(verified, right, passes, sum(drafts.num_tokens for drafts in found))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the figures for JSON."""
+        return {
+            "acceptance": [round(share, 4) for share in self.acceptances],
+            "tokens_per_pass": round(self.tokens_per_pass, 4),
+            "passes": dict(self.passes),
+        }
+
+    def __str__(self) -> str:
+        """The figures in one line for people."""
+        shares = " ".join(f"{share:.2f}" for share in self.acceptances) or "none"
+        shapes = ", ".join(sorted(self.passes, key=lambda name: -self.passes[name])[:2])
+        return f"{self.tokens_per_pass:.2f} tokens per pass, drafts right {shares}, {shapes or 'no pass'}"
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a row ended.
 
@@ -77,6 +133,7 @@ class Ended:
         num_tokens_read: Tokens of the row that went through the model, over all passes. With a cache, fewer than its
             length times `num_forwards`. None if not counted.
         blocks: Only for block models.
+        drafts: Only for self-speculation.
     """
 
     ids: list[int]
@@ -85,6 +142,7 @@ class Ended:
     reason: str
     num_tokens_read: int | None = None
     blocks: Blocks | None = None
+    drafts: Drafts | None = None
 
     @property
     def tokens_per_forward(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from decausal.sampling.jobs import Job, Progress
@@ -70,15 +70,16 @@ class Answer:
 class AnswerRow:
     """One row of an answer, in the engine or waiting for it.
 
-    A row's result does not depend on the rows that share its passes, so a new engine repeats it step by step. The
-    results of its steps are kept for comparison, since the client may have read them.
+    A row's result does not depend on the rows that share its passes, so a new engine repeats it. The results of its
+    steps are kept for comparison, since the client may have read them. Rows that are denoised are repeated step by
+    step. Where drafts are verified the tokens are repeated, and a pass may bring more of them or fewer.
 
     Attributes:
         answer: The answer; the row is its row number `index`.
         job: The row's job.
         ticket: The engine's ticket; None while the row waits.
-        told: The results of its steps so far.
-        num_seen: Steps that the current engine has taken.
+        told: The results of its steps so far, or its tokens where drafts are verified.
+        num_seen: As many of them the current engine has brought.
     """
 
     answer: Answer
@@ -88,20 +89,35 @@ class AnswerRow:
     told: list[Any] = field(default_factory=list)
     num_seen: int = 0
 
-    def is_news(self, progress: Progress) -> bool:
-        """Takes in a step. Returns False for a step that was already reported.
+    def news(self, progress: Progress) -> Progress | None:
+        """Takes in a step; returns what of it was not reported yet.
 
         Raises:
-            ApiError: The repeated step differs: two tokens were equally probable to the last bits.
+            ApiError: The repeated part differs: two tokens were equally probable to the last bits.
         """
+        if self.job.settings.speculative:
+            return self._new_tokens(progress)
         brought = (progress.positions, progress.ids, progress.reopened, progress.row, progress.ended)
         self.num_seen += 1
         if self.num_seen > len(self.told):
             self.told.append(brought)
-            return True
-        if brought != self.told[self.num_seen - 1]:
+            return progress
+        self._refuse_if(brought != self.told[self.num_seen - 1])
+        return None
+
+    def _new_tokens(self, progress: Progress) -> Progress | None:
+        num_told = min(len(self.told) - self.num_seen, len(progress.ids))
+        self._refuse_if(progress.ids[:num_told] != self.told[self.num_seen : self.num_seen + num_told])
+        self.num_seen += len(progress.ids)
+        self.told += progress.ids[num_told:]
+        if num_told and num_told == len(progress.ids) and progress.ended is None:
+            return None
+        new = {name: getattr(progress, name)[num_told:] for name in ("positions", "ids", "confidence", "log_probs")}
+        return replace(progress, **new)
+
+    def _refuse_if(self, is_other: bool) -> None:
+        if is_other:
             raise engine_failure("the engine failed, and this answer could not be continued where it was")
-        return False
 
 
 def engine_failure(message: str) -> ApiError:

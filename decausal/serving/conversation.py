@@ -11,7 +11,7 @@ from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
 from decausal.sampling.defaults import refuse_for, settings_for
 from decausal.sampling.engines import engine_for
-from decausal.sampling.jobs import Job
+from decausal.sampling.jobs import Drafts, Job
 from decausal.sampling.rows import Row
 from decausal.sampling.stopping import end_token_ids
 from decausal.sampling.texts import text_ids
@@ -27,6 +27,7 @@ class Conversation:
         messages: All messages except the system's.
         system: The system's message, or None.
         settings: Settings of the next answer. Each answer draws from `settings.seed`, so a turn can be repeated.
+        drafts: Figures of the last answer's drafts, if it was speculated.
         num_left_out: Messages that the last answer did not see, because the model's context was full.
 
     Args:
@@ -48,6 +49,7 @@ class Conversation:
                 "generate DIR`, or convert a model that was trained to chat"
             )
         self.system, self.messages, self.num_left_out = system, list[Message](), 0
+        self.drafts: Drafts | None = None
         self._converted, self._is_stopped = converted, False
         self.settings = settings_for(converted.facts)
         self.set(**options)
@@ -81,6 +83,7 @@ class Conversation:
         except UserError:
             self.messages.pop()
             raise
+        self.drafts = None
         choice, self._is_stopped = Choice(0, job, self._converted.tokenizer), False
         try:
             while choice.ended is None and not self._is_stopped:
@@ -90,6 +93,8 @@ class Conversation:
         finally:
             if choice.ended is None:
                 self._engine.cancel(ticket)
+            else:
+                self.drafts = choice.ended.drafts
             if choice.ended is None and not choice.text:
                 self.messages.pop()
             else:

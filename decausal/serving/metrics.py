@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from decausal.sampling.jobs import Progress
+from decausal.sampling.jobs import Drafts, Progress
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -26,6 +26,10 @@ class Metrics:
         self._prompt_tokens = self._made(Counter, "prompt_tokens", "Given tokens", ("model",))
         self._tokens = self._made(Counter, "generated_tokens", "Tokens of rows that ended", ("model",))
         self._forwards = self._made(Counter, "row_forwards", "Forward passes of rows that ended", ("model",))
+        self._drafted = self._made(Counter, "drafts_verified", "Drafts behind right ones", ("model", "position"))
+        self._right = self._made(Counter, "drafts_right", "Of these, the right ones", ("model", "position"))
+        self._shapes = self._made(Counter, "draft_passes", "Passes of rows that ended, by shape", ("model", "shape"))
+        self._draft_tokens = self._made(Counter, "draft_pass_tokens", "Tokens that these brought", ("model",))
         self._steps = self._made(Counter, "engine_steps", "Steps of the engine", ("model",))
         self._step_seconds = self._made(Counter, "engine_step_seconds", "Time spent in steps", ("model",))
         self._cancelled = self._made(Counter, "cancelled_requests", "Clients that left before the end", ("endpoint",))
@@ -66,6 +70,18 @@ class Metrics:
         ended = [progress.ended for progress in steps if progress.ended]
         self._forwards.labels(model).inc(sum(row.num_forwards for row in ended))
         self._tokens.labels(model).inc(sum(len(row.ids) for row in ended))
+        drafts = Drafts.sum(row.drafts for row in ended)
+        if drafts is not None:
+            self._speculated(model, drafts)
+
+    def _speculated(self, model: str, drafts: Drafts) -> None:
+        """Counts what became of drafts, by their position from 1."""
+        for position, (verified, right) in enumerate(zip(drafts.num_verified, drafts.num_right, strict=True), 1):
+            self._drafted.labels(model, str(position)).inc(verified)
+            self._right.labels(model, str(position)).inc(right)
+        for shape, count in drafts.passes.items():
+            self._shapes.labels(model, shape).inc(count)
+        self._draft_tokens.labels(model).inc(drafts.num_tokens)
 
     def text(self) -> bytes:
         """Returns the page that Prometheus reads."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from decausal.sampling.jobs import Drafts
 from decausal.serving.choices import Choice, Delta, TokenLogProb
 from decausal.serving.plans import Plan
 
@@ -70,7 +71,12 @@ def totals(choices: Sequence[Choice]) -> dict[str, Any]:
     ended = [choice.ended for choice in choices if choice.ended]
     passes = sum(row.num_forwards for row in ended)
     written = sum(len(row.ids) for row in ended)
-    return {"num_forwards": passes, "tokens_per_forward": round(written / max(1, passes), 4)}
+    found = {"num_forwards": passes, "tokens_per_forward": round(written / max(1, passes), 4)}
+    return found | _drafts(Drafts.sum(row.drafts for row in ended))
+
+
+def _drafts(drafts: Drafts | None) -> dict[str, Any]:
+    return {} if drafts is None else {"drafts": drafts.as_dict()}
 
 
 def facts(choice: Choice) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def facts(choice: Choice) -> dict[str, Any]:
         "tokens_per_forward": round(len(ended.ids) / max(1, ended.num_forwards), 4),
         "step_of_token": ended.step_of_token,
         "lengths": list(choice.row.gaps),
-    }
+    } | _drafts(ended.drafts)
 
 
 def log_probs(plan: Plan, told: Sequence[TokenLogProb]) -> dict[str, Any]:

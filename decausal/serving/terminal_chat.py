@@ -78,6 +78,8 @@ class TerminalChat:
         finally:
             answer.close()
         self._write("\n")
+        if conversation.drafts is not None:
+            self._note(str(conversation.drafts))
         if is_interrupted:
             self._note("stopped; /undo takes the turn back")
         if conversation.num_left_out:

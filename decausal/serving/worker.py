@@ -236,8 +236,9 @@ class Worker:
 
     def _take(self, row: AnswerRow, progress: Progress, told: dict[Answer, list[Told]]) -> None:
         try:
-            if row.is_news(progress):
-                told.setdefault(row.answer, []).append(Told(row.index, progress))
+            news = row.news(progress)
+            if news is not None:
+                told.setdefault(row.answer, []).append(Told(row.index, news))
         except ApiError as error:
             told.pop(row.answer, None)
             self._give_up(row.answer, error)

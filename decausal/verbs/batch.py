@@ -18,7 +18,7 @@ from decausal.verbs.flags import (
     slow_imports,
     template_options,
 )
-from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
+from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options, told_of_drafts
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
 of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
     notes = [f"{result.num_lines} answers in {flags.answers}"]
     notes += [f"{result.num_resumed} of them from before"] if result.num_resumed else []
     notes += [f"{result.num_errors} errors"] if result.num_errors else []
-    print(f"[{', '.join(notes)}]", file=sys.stderr)
+    print(f"[{', '.join(notes)}{told_of_drafts(result.drafts)}]", file=sys.stderr)
     return 0
 
 

@@ -14,7 +14,7 @@ from decausal.sampling.settings import SETTINGS
 from decausal.verbs.flags import given, positive
 
 if TYPE_CHECKING:
-    from decausal.sampling.jobs import OnStep, Progress
+    from decausal.sampling.jobs import Drafts, OnStep, Progress
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +87,14 @@ def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterato
 def print_generations(found: list[Any], as_json: bool) -> None:
     for generation in found:
         if as_json:
-            print(json.dumps(vars(generation), ensure_ascii=False))
+            drafts = None if generation.drafts is None else generation.drafts.as_dict()
+            print(json.dumps({**vars(generation), "drafts": drafts}, ensure_ascii=False))
         else:
             print(generation.full_text)
-            note = f"[{len(generation.ids)} tokens in {generation.num_forwards} forward passes]"
-            print(note, file=sys.stderr)
+            note = f"{len(generation.ids)} tokens in {generation.num_forwards} forward passes"
+            print(f"[{note}{told_of_drafts(generation.drafts)}]", file=sys.stderr)
+
+
+def told_of_drafts(drafts: Drafts | None) -> str:
+    """What is added to a note on passes where drafts were verified."""
+    return "" if drafts is None else f"; {drafts}"

@@ -16,7 +16,9 @@ from operator import mul
 
 import numpy as np
 
-_CLOSE = 1e-9
+_ALMOST_ALL = 1 - 1e-7
+"""The long run ends with a small chance after each pass: so that its shares are those of one linear system."""
+_MOST_IMPROVEMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def _named(name: str, m: int, groups: tuple[tuple[int, ...], ...], takes_turns: 
 def ragged(acceptances: Sequence[float], budget: int, shift: int = 1) -> DraftShape:
     """The groups that bring the most tokens per pass where no pass has more than `budget` queries.
 
-    The number of pending drafts is the state of a chain whose actions are the groups; value iteration finds the
-    actions with the highest mean reward, and a knapsack deals out each state's masks.
+    The number of pending drafts is the state of a chain whose actions are the groups: policy iteration finds those with
+    the highest mean reward, and a knapsack deals out each state's masks.
 
     Args:
         acceptances: a_1 to a_m; m bounds the groups.
@@ -100,23 +102,21 @@ def ragged(acceptances: Sequence[float], budget: int, shift: int = 1) -> DraftSh
     if most < 1:
         return autoregressive()
     reached = _reached(acceptances)[: most + 1]
-    rewards = np.cumsum(reached)
     worth = np.zeros(most + 1)
     groups: list[tuple[int, ...]] = []
-    for _ in range(200):
-        values, groups = _best_groups(reached, worth, budget, shift)
-        new = rewards + values
-        new -= new[0]
-        if np.abs(new - worth).max() < _CLOSE:
+    for _ in range(_MOST_IMPROVEMENTS):
+        better = _best_groups(reached, worth, budget, shift)
+        if better == groups:
             break
-        worth = new
+        groups = better
+        moves = _moves(groups, reached)
+        worth = np.linalg.solve(np.eye(most + 1) - _ALMOST_ALL * moves, np.cumsum(reached))
+        worth -= worth[0]
     return DraftShape(f"ragged {budget}", tuple(groups))
 
 
-def _best_groups(
-    reached: np.ndarray, worth: np.ndarray, budget: int, shift: int
-) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-    """For each number of pending drafts, the lengths of highest expected worth, and that worth.
+def _best_groups(reached: np.ndarray, worth: np.ndarray, budget: int, shift: int) -> list[tuple[int, ...]]:
+    """For each number of pending drafts, the lengths of highest expected worth.
 
     Args:
         reached: A_0 to A_m.
@@ -124,32 +124,27 @@ def _best_groups(
         budget: Queries of a row.
         shift: The model's.
     """
-    num_masks = np.arange(budget + 1)
-    costs = [length + (1 - shift) * (length > 0) for length in range(len(worth))]
+    costs = np.arange(len(worth)) + (1 - shift) * (np.arange(len(worth)) > 0)
+    left = np.arange(budget + 1) - costs[:, None]  # by a group's length and the masks that there are
 
     def dealt(before: np.ndarray, chance: float) -> tuple[np.ndarray, np.ndarray]:
         """The best worth of so many masks or fewer, one group more, and that group's length."""
-        options = np.full((len(worth), budget + 1), -np.inf)
-        for length, cost in enumerate(costs):
-            options[length, cost:] = before[: budget + 1 - cost] + chance * worth[length]
+        options = np.where(left >= 0, before[left.clip(0)] + chance * worth[:, None], -np.inf)
         return options.max(0), options.argmax(0)
 
-    values, groups, inner = [], [], []
+    groups, inner = [], []
     before = np.zeros(budget + 1)
     for d in range(len(worth)):
-        room = budget - 1 - d
-        last, length_of_last = dealt(before, reached[d])
-        values.append(last[room])
-        lengths = [int(length_of_last[room])]
-        left = num_masks[room] - costs[lengths[0]]
+        num_masks = budget - 1 - d
+        lengths = [int(dealt(before, reached[d])[1][num_masks])]
         for length_of in reversed(inner):
-            lengths.append(int(length_of[left]))
-            left -= costs[lengths[-1]]
+            num_masks -= costs[lengths[-1]]
+            lengths.append(int(length_of[num_masks]))
         groups.append(tuple(reversed(lengths)))
         if d + 1 < len(worth):
             before, length_of_group = dealt(before, reached[d] - reached[d + 1])
             inner.append(length_of_group)
-    return np.array(values), groups
+    return groups
 
 
 def _reached(acceptances: Sequence[float]) -> np.ndarray:
@@ -157,24 +152,24 @@ def _reached(acceptances: Sequence[float]) -> np.ndarray:
     return np.array(list(accumulate(acceptances, mul, initial=1.0)))
 
 
-def num_right_chances(acceptances: Sequence[float], num_pending: int) -> list[float]:
-    """The chances that exactly 0 to d of d drafts are right."""
-    reached = _reached(acceptances[:num_pending])
-    return [*(reached[:-1] - reached[1:]), reached[-1]]
+def _moves(groups: Sequence[Sequence[int]], reached: np.ndarray) -> np.ndarray:
+    """The chances that a row goes from d pending drafts to others."""
+    moves = np.zeros((len(groups), len(groups)))
+    for d, lengths in enumerate(groups):
+        chances = [*(reached[:d] - reached[1 : d + 1]), reached[d]]  # that exactly 0 to d drafts are right
+        np.add.at(moves[d], list(lengths), chances)
+    return moves
 
 
 def shares_of_pending(shape: DraftShape, acceptances: Sequence[float]) -> list[float]:
     """The shares of passes that begin with 0, 1, ... pending drafts, in the long run."""
     size = shape.most_pending + 1
-    moves = np.zeros((size, size))
-    for d, lengths in enumerate(shape.groups):
-        for chance, length in zip(num_right_chances(acceptances, d), lengths, strict=True):
-            moves[d, length] += chance
-    lazy = (moves + np.eye(size)) / 2  # it has no period, and the same shares
-    return np.linalg.matrix_power(lazy, 2**20)[0].tolist()
+    moves = _moves(shape.groups, _reached(acceptances[: shape.most_pending]))
+    first = (1 - _ALMOST_ALL) * np.eye(size)[0]
+    return np.linalg.solve(np.eye(size) - _ALMOST_ALL * moves.T, first).tolist()
 
 
-def tokens_per_pass(shape: DraftShape, acceptances: Sequence[float]) -> float:
-    """The mean number of tokens that a pass brings a row, in the long run."""
-    expected = np.cumsum(_reached(acceptances[: shape.most_pending]))
-    return float(np.dot(shares_of_pending(shape, acceptances), expected))
+def tokens_per_pass(shape: DraftShape, acceptances: Sequence[float], shares: Sequence[float] | None = None) -> float:
+    """The mean number of tokens that a pass brings a row, in the long run; `shares`: those of pending drafts."""
+    shares = shares_of_pending(shape, acceptances) if shares is None else shares
+    return float(np.dot(shares, np.cumsum(_reached(acceptances[: shape.most_pending]))))

@@ -18,11 +18,9 @@ speculative decoding (arXiv 2408.07978), here by the inverse distribution functi
 
 from __future__ import annotations
 
-import math
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -30,18 +28,21 @@ from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.block_cache import decoding, refuse_uncacheable
 from decausal.models.checkpoint import Converted
-from decausal.sampling.blocks.draft_shapes import DraftShape, linear, quadratic, strided
+from decausal.sampling.blocks.draft_choice import DraftChoice
+from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
 from decausal.sampling.blocks.draft_tables import DraftTables
+from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
 from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
 from decausal.sampling.defaults import longest_draft, refuse_for
-from decausal.sampling.jobs import Ended, Job, Progress, TokenLogProbs
+from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
+from decausal.sampling.rows import Row
 from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
-from decausal.sampling.stopping import tokens_to_stop
 
 DRAFT_LENGTH = 4
 """Tokens drafted at once where the model has no blocks."""
+_MOST_TABLES = 32
 _SHAPES = {"quadratic": quadratic, "strided": strided, "linear": linear}
 
 
@@ -71,9 +72,10 @@ class SpeculativeEngine:
         self._device = self._model.get_input_embeddings().weight.device
         self._most_read = choices(self._device).prompt_tokens
         self._rows: SpeculativeRows | None = None
-        self._held: list[_Running] = []
+        self._tables: dict[tuple[DraftShape, ...], DraftTables] = {}
+        self._held: list[DraftingRow] = []
         self._num_ready = 0
-        self._waiting: deque[_Running] = deque()
+        self._waiting: deque[DraftingRow] = deque()
         self._gathered: tuple[tuple[int, ...], RowSettings] | None = None
         self._next_ticket = 0
 
@@ -94,8 +96,35 @@ class SpeculativeEngine:
             UserError: Text after a gap, no token to start from, more than `max_length`, or more drafts than the model
                 has learnt.
         """
-        row = job.row
         refuse_for(self._facts, job.settings)
+        self._refuse(job.row)
+        self._next_ticket += 1
+        longest = self._longest(job.settings)
+        row = DraftingRow(self._next_ticket, job, autoregressive())
+        if job.settings.draft != "auto":
+            row.shape = _SHAPES[job.settings.draft](longest)
+        elif longest:
+            row.choice = DraftChoice.of(
+                self._model, longest=longest, shift=self._facts.shift, reads_causally=self._reads_causally
+            )
+        self._waiting.append(row)
+        return self._next_ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Gives a row up, running or waiting."""
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        for row in [row for row in self._held if row.ticket == ticket]:
+            self._drop(row)
+
+    def step(self) -> list[Progress]:
+        """Takes rows a pass further, and reads prompts of others in a second one; tells of all rows that took part."""
+        with decoding(self._model):
+            told = self._write(self._held[: self._num_ready])
+            self._admit()
+            told += self._read(self._to_read())
+        return told
+
+    def _refuse(self, row: Row) -> None:
         if len(row.gaps) > 1 or row.given[-1]:
             raise UserError(
                 f"{row.name} has text after a gap, and speculative decoding writes from left to right: leave one of "
@@ -108,62 +137,60 @@ class SpeculativeEngine:
                 f"{row.name} makes a row of {row.length} tokens, and this engine takes at most {self._max_length}: "
                 "shorten it, or write less"
             )
-        self._next_ticket += 1
-        self._waiting.append(_Running(self._next_ticket, job, self._shape_of(job.settings)))
-        return self._next_ticket
 
-    def cancel(self, ticket: int) -> None:
-        """Gives a row up, running or waiting."""
-        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
-        for row in [row for row in self._held if row.ticket == ticket]:
-            self._drop(row)
-
-    def step(self) -> list[Progress]:
-        """Takes rows a pass further, and reads prompts of others in a second one; tells of all rows that took part."""
-        with decoding(self._model):
-            told = self._advance(self._held[: self._num_ready], most_given=1)
-            self._admit()
-            told += self._advance(self._to_read(), most_given=self._most_read)
-        return told
-
-    def _shape_of(self, settings: SamplerSettings) -> DraftShape:
-        length = settings.draft_length
-        if length is None:
-            length = longest_draft(self._facts)
-        return _SHAPES[settings.draft](DRAFT_LENGTH if length is None else length)
+    def _longest(self, settings: SamplerSettings) -> int:
+        """The most tokens that are drafted at once."""
+        length = longest_draft(self._facts) if settings.draft_length is None else settings.draft_length
+        return DRAFT_LENGTH if length is None else length
 
     def _admit(self) -> None:
         """Gives free places to rows that wait."""
         new = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_rows - len(self._held)))]
-        if not new:
-            return
-        self._use_shapes([*self._held, *new])
+        for row in new:
+            if row.choice is not None:
+                row.shape = row.choice.shape(len(self._held) + len(new))
+        if new:
+            self._use_shapes([*self._held, *new])
         for row in new:
             row.place = len(self._held)
             self._held.append(row)
-            self._rows.admit(row.prompt, row.job.seed, self._index_of(row.shape))
+            self._rows.admit(row.prompt, row.job.seed, self._rows.tables.shapes.index(row.shape))
 
-    def _use_shapes(self, rows: list[_Running]) -> None:
-        """Has the tables hold the shapes of all rows."""
-        shapes = list(dict.fromkeys(row.shape for row in rows))
+    def _choose(self, rows: list[DraftingRow]) -> None:
+        """Has the rows that leave it to the engine draft what is fastest for so many rows."""
+        shapes = {choice: choice.shape(len(rows)) for choice in {row.choice for row in rows} if choice is not None}
+        for row in rows:
+            if row.choice is not None:
+                row.change_shape(shapes[row.choice])
+        if shapes:
+            self._use_shapes(self._held)
+
+    def _use_shapes(self, rows: list[DraftingRow]) -> None:
+        """Has the device know the shapes of all rows."""
+        shapes = tuple(dict.fromkeys(row.shape for row in rows))
         if self._rows is not None and set(shapes) <= set(self._rows.tables.shapes):
-            return
-        tables = DraftTables(shapes, self._facts.shift, self._reads_causally, self._device)
+            tables = self._rows.tables
+        else:
+            tables = self._tables_of(shapes)
         num_slots = self._max_length + 2 * tables.most_pending + 1 + tables.most_masks
         if self._rows is None:
             self._rows = SpeculativeRows(
                 self._model, self._facts, tables=tables, max_rows=self._max_rows, num_slots=num_slots
             )
-            return
         self._rows.make_room(num_slots)
-        self._rows.use(tables, [shapes.index(row.shape) for row in self._held])
+        self._rows.use(tables, [tables.shapes.index(row.shape) for row in self._held])
 
-    def _index_of(self, shape: DraftShape) -> int:
-        return self._rows.tables.shapes.index(shape)
+    def _tables_of(self, shapes: tuple[DraftShape, ...]) -> DraftTables:
+        """Tables that hold some shapes; those of a choice that changes are needed again and again."""
+        if shapes not in self._tables:
+            if len(self._tables) == _MOST_TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[shapes] = DraftTables(shapes, self._facts.shift, self._reads_causally, self._device)
+        return self._tables[shapes]
 
-    def _to_read(self) -> list[_Running]:
+    def _to_read(self) -> list[DraftingRow]:
         """The rows whose prompts are read next, first come first, within the tokens that one pass may read."""
-        found: list[_Running] = []
+        found: list[DraftingRow] = []
         width = 0
         for row in sorted(self._held[self._num_ready :], key=lambda row: row.ticket):
             width = max(width, min(row.num_unread, self._most_read))
@@ -172,14 +199,47 @@ class SpeculativeEngine:
             found.append(row)
         return found
 
-    def _advance(self, rows: list[_Running], most_given: int) -> list[Progress]:
-        """One pass over some rows."""
+    def _write(self, rows: list[DraftingRow]) -> list[Progress]:
+        """One pass over rows whose prompts have been read."""
         if not rows:
             return []
-        read = self._rows.read(self._places(rows), self._extent(rows, most_given), self._settings(rows))
+        self._choose(rows)
+        choices_of_rows = {row.choice for row in rows if row.choice is not None}
+        extent, pending, start = (
+            extent_of(rows, 1, self._facts.shift),
+            [row.pending for row in rows],
+            time.perf_counter(),
+        )
+        brought, read = self._pass(rows, extent)
+        seconds = time.perf_counter() - start
+        for choice in choices_of_rows:
+            outcomes = [
+                (num_pending, len(tokens) - 1)
+                for row, num_pending, tokens in zip(rows, pending, brought, strict=True)
+                if row.choice is choice
+            ]
+            choice.note(len(rows), extent, seconds, outcomes)
+        return self._tell(rows, brought, read)
+
+    def _read(self, rows: list[DraftingRow]) -> list[Progress]:
+        """One pass over rows whose prompts are being read; those that have been go to the others that are ready."""
+        if not rows:
+            return []
+        brought, read = self._pass(rows, extent_of(rows, self._most_read, self._facts.shift))
+        for row, tokens in zip(rows, brought, strict=True):
+            if tokens:
+                self._make_ready(row)
+        return self._tell(rows, brought, read)
+
+    def _pass(self, rows: list[DraftingRow], extent: Extent) -> tuple[list[list[int]], Read]:
+        """What it brought each row, and what it read."""
+        read = self._rows.read(self._places(rows), extent, self._settings(rows))
         brought = [row[1 : 1 + row[0]] for row in read.told.tolist()]
         for row, tokens in zip(rows, brought, strict=True):
-            self._note(row, tokens, most_given)
+            row.note(tokens)
+        return brought, read
+
+    def _tell(self, rows: list[DraftingRow], brought: list[list[int]], read: Read) -> list[Progress]:
         log_probs = self._log_probs(rows, brought, read)
         told = [row.take(*each, self._tokenizer) for row, *each in zip(rows, brought, log_probs, strict=True)]
         for row, progress in zip(rows, told, strict=True):
@@ -187,38 +247,14 @@ class SpeculativeEngine:
                 self._drop(row)
         return told
 
-    def _places(self, rows: list[_Running]) -> Places:
+    def _places(self, rows: list[DraftingRow]) -> Places:
         places = [row.place for row in rows]
         if places == list(range(places[0], places[0] + len(places))):
             return slice(places[0], places[0] + len(places))
         return torch.tensor(places).to(self._device)
 
-    def _extent(self, rows: list[_Running], most_given: int) -> Extent:
-        """How much the rows read, as the device will find by itself; rows in turn are told what they draft."""
-        verifies = any(row.shape.takes_turns and row.pending for row in rows)
-        givens, drafts, masks, new, keys = [], [], [], [], []
-        for row in rows:
-            given = min(row.num_unread, most_given)
-            waits = given < row.num_unread or (verifies and row.shape.takes_turns and not row.pending)
-            row.drafts_now = not waits
-            num_masks = 0 if waits else row.shape.num_masks(row.pending, self._facts.shift)
-            givens.append(given)
-            drafts.append(row.pending)
-            masks.append(num_masks)
-            new.append(0 if waits else max(row.shape.groups[row.pending]))
-            keys.append(row.num_cached + given + row.pending + num_masks)
-        return Extent(max(givens), max(drafts), max(masks), max(new), max(keys))
-
-    def _note(self, row: _Running, tokens: list[int], most_given: int) -> None:
-        """What a pass did to the row on the device; a row whose prompt has been read goes to those that are ready."""
-        row.num_cached += min(row.num_unread, most_given)
-        if not tokens:
-            return
-        num_right = len(tokens) - 1
-        row.num_cached += num_right
-        row.pending = row.shape.groups[row.pending][num_right] if row.drafts_now else 0
-        if row.place < self._num_ready:
-            return
+    def _make_ready(self, row: DraftingRow) -> None:
+        """Gives a row the place behind the others that are ready."""
         other = self._held[self._num_ready]
         if other is not row:
             self._rows.swap(row.place, other.place)
@@ -226,7 +262,7 @@ class SpeculativeEngine:
             row.place, other.place = other.place, row.place
         self._num_ready += 1
 
-    def _drop(self, row: _Running) -> None:
+    def _drop(self, row: DraftingRow) -> None:
         """Frees a place; the last row that is ready moves into it, and the last one of all into that one's."""
         place = row.place
         if place < self._num_ready:
@@ -243,7 +279,7 @@ class SpeculativeEngine:
             self._held[target] = self._held[source]
             self._held[target].place = target
 
-    def _settings(self, rows: list[_Running]) -> RowSettings:
+    def _settings(self, rows: list[DraftingRow]) -> RowSettings:
         """The rows' settings as tensors, made anew only when other rows are read."""
         tickets = tuple(row.ticket for row in rows)
         if self._gathered is None or self._gathered[0] != tickets:
@@ -251,7 +287,7 @@ class SpeculativeEngine:
         return self._gathered[1]
 
     def _log_probs(
-        self, rows: list[_Running], brought: Sequence[Sequence[int]], read: Read
+        self, rows: list[DraftingRow], brought: Sequence[Sequence[int]], read: Read
     ) -> list[list[TokenLogProbs]]:
         """Under causal attention."""
         return job_log_probs(
@@ -260,69 +296,3 @@ class SpeculativeEngine:
             lambda place: read.states[place, : len(brought[place])],
             self._rows.head,
         )
-
-
-@dataclass(eq=False)
-class _Running:
-    """A row as the host knows it: the new tokens, and for each of them the pass that brought it.
-
-    Attributes:
-        shape: Of its drafts.
-        place: Among the rows that are held.
-        num_cached: Known tokens whose keys and values are held.
-        pending: Drafts.
-        drafts_now: It drafts in the present pass.
-    """
-
-    ticket: int
-    job: Job
-    shape: DraftShape
-    place: int = -1
-    num_cached: int = 0
-    pending: int = 0
-    drafts_now: bool = True
-    ids: list[int] = field(default_factory=list)
-    pass_of_token: list[int] = field(default_factory=list)
-    num_forwards: int = 0
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.job.row.given[0]
-
-    @property
-    def num_unread(self) -> int:
-        """Known tokens that the model has not read: the last one at least."""
-        return len(self.prompt) + len(self.ids) - self.num_cached
-
-    def take(self, tokens: list[int], log_probs: list[TokenLogProbs], tokenizer: Any) -> Progress:
-        """Adds what a pass brought, up to an end token, a stop text or the limit."""
-        first, step = len(self.ids), self.num_forwards
-        self.num_forwards += 1
-        reason = self._extend(tokens, tokenizer)
-        kept = self.ids[first:]
-        self.pass_of_token += [step] * len(kept)
-        start = len(self.prompt) + first
-        return Progress(
-            ticket=self.ticket,
-            step=step,
-            positions=list(range(start, start + len(kept))),
-            ids=kept,
-            confidence=[math.exp(log_prob) for log_prob, _ in log_probs[: len(kept)]],
-            log_probs=[] if self.job.num_top_log_probs is None else log_probs[: len(kept)],
-            ended=None if reason is None else Ended(self.ids, self.pass_of_token, self.num_forwards, reason),
-            row=self.job.row if step == 0 else None,
-        )
-
-    def _extend(self, tokens: list[int], tokenizer: Any) -> str | None:
-        """Returns why the row is over; None: it is not."""
-        (limit,), ends, settings = self.job.row.gaps, self.job.end_token_ids, self.job.settings
-        first = len(self.ids)
-        new = tokens[: limit - first]
-        num_to_end = next((number for number, token in enumerate(new, start=1) if token in ends), None)
-        self.ids += new[:num_to_end]
-        reason = "end" if num_to_end else "length" if len(self.ids) == limit else None
-        num_to_stop = tokens_to_stop(tokenizer, self.prompt, self.ids, first, settings)
-        if num_to_stop is not None:
-            del self.ids[num_to_stop:]
-            reason = "stop"
-        return reason

@@ -12,7 +12,7 @@ from decausal.sampling.settings.field import BLOCKS, SWITCH, WHOLE, Flag, one_of
 if TYPE_CHECKING:
     from decausal.sampling.settings import SamplerSettings
 
-DRAFTS = ("quadratic", "strided", "linear")
+DRAFTS = ("auto", "quadratic", "strided", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,10 @@ class LeftToRightSettings:
             pass verifies those drafted before. Temperature, top_k, top_p and min_p hold; schedules play no part. See
             `decausal.sampling.blocks.speculative`.
         draft: Of speculative decoding, which tokens a pass drafts; the text is the same for all. "quadratic": behind
-            every number of right drafts; "strided": behind all drafts alone; "linear": in passes of their own.
-        draft_length: Tokens drafted at once. 0: none, one token with every pass. None: as many as the model was trained
-            to draft, or 4 where that is not known.
+            every number of right drafts; "strided": behind all drafts alone; "linear": in passes of their own; "auto":
+            what is fastest here, by measured acceptances and times.
+        draft_length: Tokens drafted at once, of "auto" the most. 0: none, one token with every pass. None: as many as
+            the model was trained to draft, or 4 where that is not known.
     """
 
     first_token_from_clean: bool = setting(

@@ -95,6 +95,7 @@ async function write(pane, model, body, signal) {
     if (event.choices[0]?.finish_reason) {
       pane.text = text;
       pane.numForwards = event.choices[0].decausal.num_forwards;
+      pane.drafts = event.choices[0].decausal.drafts;
       pane.seconds = (performance.now() - started) / 1000;
     }
     if (event.decausal?.draft) pane.add(event.decausal);
@@ -133,7 +134,7 @@ async function submit() {
   try {
     await Promise.all(tasks);
     const passes = panes.model.frames.length;
-    setBusy(false, `Done in ${count(passes, "pass")}. The slider goes back through them.`);
+    setBusy(false, `Done in ${count(passes, "pass")}${told(panes.model.drafts)}. The slider goes back through them.`);
   } catch (error) {
     if (signal !== running?.signal) return;
     running.abort();
@@ -142,6 +143,14 @@ async function submit() {
     if (!wasStopped) tellError(error.message);
     if (!panes.model.frames.length) $("result").hidden = true;
   }
+}
+
+// What became of drafts, where the answer was speculated.
+function told(drafts) {
+  if (!drafts?.acceptance.length) return "";
+  const shares = drafts.acceptance.map((share) => share.toFixed(2)).join(" ");
+  const [shape] = Object.entries(drafts.passes).sort((one, other) => other[1] - one[1])[0];
+  return `, ${drafts.tokens_per_pass.toFixed(2)} tokens each; drafts right: ${shares} (${shape})`;
 }
 
 // On a small screen what is written stands below the form.

@@ -1,0 +1,289 @@
+"""Which shape drafts fastest here: from measured acceptances, and from the time that a pass takes by what it reads.
+
+Texts do not depend on the choice, so it may change with every pass. A shape is worth its tokens per second: those per
+pass, which follow from the acceptances, over the seconds of a pass. Seconds are those of passes that were made, and
+between and beyond them what the device is expected to need. Passes without drafts are timed too, so that drafting is
+given up where it does not pay; where it is given up, it is tried again so rarely that this costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from torch import nn
+
+from decausal.devices import choices
+from decausal.models.backbone import head_of, stock_model
+from decausal.sampling.blocks.draft_shapes import (
+    DraftShape,
+    autoregressive,
+    linear,
+    quadratic,
+    ragged,
+    shares_of_pending,
+    strided,
+    tokens_per_pass,
+)
+from decausal.sampling.blocks.speculative_rows import Extent
+
+_EXPECTED, _WEIGHT = 0.5, 4.0
+"""An acceptance before it is measured, and the number of drafts that this counts as."""
+_MEMORY = 0.998
+"""What is left of a measured acceptance's weight with every further draft: the last five hundred count."""
+_TIMES = 15
+"""Passes of one width whose median counts."""
+_GAIN = 1.04
+"""Drafting has to be faster by this factor than writing without drafts."""
+_TRIALS = 0.01
+"""The share of the time that is spent on trying what seems slower."""
+_PASSES = 64
+"""After so many passes the choice is made anew."""
+_FIRST = (2, 4, 8, 16, 32)
+"""And after these first ones."""
+_GLANCE = 8
+"""After so many passes it is looked at whether the choice pays."""
+_RARE = 1e-6
+"""States of rows that are passed over."""
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+_BUDGETS = (6, 12, 22, 40)
+"""Queries of ragged shapes."""
+_MOST_QUERIES = 256
+"""Queries of a row beyond which no shape is considered: a cache holds them for every row."""
+
+
+class Acceptances:
+    """The shares of i-th drafts that are right where those before them are."""
+
+    def __init__(self, length: int) -> None:
+        self._asked, self._right = [0.0] * length, [0.0] * length
+
+    def note(self, num_pending: int, num_right: int) -> None:
+        """Takes in one row of a pass."""
+        for place in range(min(num_pending, num_right + 1, len(self._asked))):
+            self._asked[place] = _MEMORY * self._asked[place] + 1
+            self._right[place] = _MEMORY * self._right[place] + (place < num_right)
+
+    def means(self, expected: Sequence[float] | None = None) -> list[float]:
+        """What is measured, as far as it is; drafts are expected to be no better than those before them.
+
+        Args:
+            expected: What they are taken to be before they are measured.
+        """
+        found: list[float] = []
+        for place, (asked, right) in enumerate(zip(self._asked, self._right, strict=True)):
+            expected_here = _EXPECTED if expected is None else expected[place]
+            expected_here = min([expected_here, *found[-1:]])
+            found.append((right + _WEIGHT * expected_here) / (asked + _WEIGHT))
+        return found
+
+
+class PassTimes:
+    """The seconds of a pass by its work, which is counted in queries.
+
+    Args:
+        num_free: Queries that take as long as it takes to begin a pass: the expected time is proportional to these and
+            the queries together.
+    """
+
+    def __init__(self, num_free: float) -> None:
+        self._num_free = num_free
+        self._last: dict[int, deque[float]] = {}
+        self._slowness: dict[int, float] = {}
+
+    def note(self, work: float, seconds: float) -> None:
+        """Takes in one pass."""
+        found = self._last.setdefault(_bucket(work), deque(maxlen=_TIMES))
+        found.append(seconds / self._expected(work))
+        self._slowness[_bucket(work)] = median(found)
+
+    def knows(self, work: float) -> bool:
+        """Whether a pass of about as much work was made."""
+        return _bucket(work) in self._slowness
+
+    def seconds(self, work: float) -> float:
+        """What a pass takes; in a unit of its own before any was made."""
+        return self._expected(work) * self._slowness_at(2 * math.log2(work))
+
+    def _expected(self, work: float) -> float:
+        return self._num_free + work
+
+    def _slowness_at(self, place: float) -> float:
+        """That of the measured works on both sides, by distance."""
+        below = max((bucket for bucket in self._slowness if bucket <= place), default=None)
+        above = min((bucket for bucket in self._slowness if bucket > place), default=None)
+        if below is None or above is None:
+            nearest = above if below is None else below
+            return 1.0 if nearest is None else self._slowness[nearest]
+        share = (place - below) / (above - below)
+        return (1 - share) * self._slowness[below] + share * self._slowness[above]
+
+
+def _bucket(work: float) -> int:
+    """Two for each doubling."""
+    return round(2 * math.log2(work))
+
+
+@dataclass
+class _Case:
+    """What is chosen for so many rows.
+
+    Attributes:
+        chosen: What seems fastest.
+        num_passes: So far.
+        trial: What is drafted instead for the next `num_trials` passes.
+        next_trial: The pass before which others are tried again.
+    """
+
+    chosen: DraftShape = field(default_factory=autoregressive)
+    num_passes: int = 0
+    trial: DraftShape = field(default_factory=autoregressive)
+    num_trials: int = 0
+    next_trial: float = 0.0
+
+
+class DraftChoice:
+    """What is known of a model's drafts and passes on this device.
+
+    Args:
+        longest: The most tokens that are drafted at once, at least 1.
+        shift: The model's.
+        reads_causally: Masks of a group do not read those behind them: then the first drafts of a group are those of a
+            shorter one, groups of any lengths can be mixed, and all share their acceptances.
+        head_share: The work of a token's logits, as a share of a query's.
+        num_free: See `PassTimes`.
+    """
+
+    def __init__(self, *, longest: int, shift: int, reads_causally: bool, head_share: float, num_free: float) -> None:
+        self._longest, self._shift, self._reads_causally = longest, shift, reads_causally
+        self._head_share = head_share
+        self._times = PassTimes(num_free)
+        self._acceptances = Acceptances(longest)
+        self._by_length: dict[int, Acceptances] = {}
+        self._cases: dict[int, _Case] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool) -> DraftChoice:
+        """That of a model, which engines made one after the other share."""
+        stock = stock_model(model)
+        by_kind = _CHOICES.setdefault(stock, {})
+        kind = (longest, shift, reads_causally, stock.dtype)
+        if kind not in by_kind:
+            head = head_of(model).weight.numel()
+            body = sum(weight.numel() for weight in stock.base_model.parameters())
+            body -= stock.get_input_embeddings().weight.numel()
+            by_kind[kind] = cls(
+                longest=longest,
+                shift=shift,
+                reads_causally=reads_causally,
+                head_share=head / max(body, 1),
+                num_free=choices(stock.device).free_queries,
+            )
+        return by_kind[kind]
+
+    def shape(self, num_rows: int) -> DraftShape:
+        """What the next pass over so many rows is to draft."""
+        case = self._cases.setdefault(num_rows, _Case())
+        if not case.num_trials:
+            if case.num_passes % _PASSES == 0 or case.num_passes in _FIRST or self._disappoints(case, num_rows):
+                case.chosen = self._best(num_rows)
+            if case.num_passes >= case.next_trial:
+                self._begin_trial(case, num_rows)
+        return case.trial if case.num_trials else case.chosen
+
+    def note(self, num_rows: int, extent: Extent, seconds: float, outcomes: Iterable[tuple[int, int]]) -> None:
+        """Takes in one pass over rows that this chose for.
+
+        Args:
+            num_rows: Of the pass.
+            extent: What it read of each row.
+            seconds: It took.
+            outcomes: For each row how many drafts were pending, and how many of them were right.
+        """
+        num_queries = extent.num_given + extent.num_drafts + extent.num_masks
+        work = self._work(num_rows, num_queries, extent.num_drafts + 1 + extent.num_new)
+        self._times.note(work, seconds)
+        for num_pending, num_right in outcomes:
+            if num_pending:
+                self._acceptances.note(num_pending, num_right)
+                self._by_length.setdefault(num_pending, Acceptances(self._longest)).note(num_pending, num_right)
+        case = self._cases.setdefault(num_rows, _Case())
+        case.num_passes += 1
+        case.num_trials = max(0, case.num_trials - 1)
+
+    def _work(self, num_rows: int, num_queries: int, num_logits: int) -> float:
+        """What a pass reads and predicts in each row, in queries of one row."""
+        return num_rows * (num_queries + self._head_share * num_logits) / (1 + self._head_share)
+
+    def tokens_per_second(self, shape: DraftShape, num_rows: int) -> float:
+        """What so many rows are expected to get of a shape, each."""
+        acceptances = self._means(shape.longest_group)
+        shares = shares_of_pending(shape, acceptances)
+        works = [(share, self._work_of(shape, num_rows, d)) for d, share in enumerate(shares) if share > _RARE]
+        if num_rows == 1 or shape.takes_turns:
+            seconds = sum(share * self._times.seconds(work) for share, work in works)
+        else:  # rows that are in different states all take the place of the widest
+            seconds = self._times.seconds(max(work for _, work in works))
+        return tokens_per_pass(shape, acceptances, shares) / seconds
+
+    def _work_of(self, shape: DraftShape, num_rows: int, num_pending: int) -> float:
+        num_logits = 1 + num_pending + max(shape.groups[num_pending])
+        return self._work(num_rows, shape.num_queries(num_pending, self._shift), num_logits)
+
+    def _means(self, length: int) -> list[float]:
+        """The acceptances of groups of a length: where all lengths do not share them, those of all before its own."""
+        of_all = self._acceptances.means()
+        if self._reads_causally or length not in self._by_length:
+            return of_all
+        return self._by_length[length].means(of_all)
+
+    def _candidates(self) -> list[DraftShape]:
+        lengths = [length for length in _LENGTHS if length < self._longest] + [self._longest]
+        found = [make(length) for length in lengths for make in (quadratic, strided, linear)]
+        if self._reads_causally:
+            means = self._means(self._longest)
+            found += [ragged(means, budget, self._shift) for budget in _BUDGETS]
+        return [
+            shape
+            for shape in found
+            if shape.most_pending and shape.num_queries(shape.most_pending, self._shift) <= _MOST_QUERIES
+        ]
+
+    def _disappoints(self, case: _Case, num_rows: int) -> bool:
+        """Whether what was chosen turns out not to pay; looked at more often than which shape is the best."""
+        if case.num_passes % _GLANCE or not case.chosen.most_pending:
+            return False
+        return self._gain(case.chosen, num_rows) < _GAIN
+
+    def _gain(self, shape: DraftShape, num_rows: int) -> float:
+        """Its speed over that without drafts."""
+        return self.tokens_per_second(shape, num_rows) / self.tokens_per_second(autoregressive(), num_rows)
+
+    def _best(self, num_rows: int) -> DraftShape:
+        drafting = self._best_that_drafts(num_rows)
+        return drafting if self._gain(drafting, num_rows) > _GAIN else autoregressive()
+
+    def _best_that_drafts(self, num_rows: int) -> DraftShape:
+        return max(self._candidates(), key=lambda shape: self.tokens_per_second(shape, num_rows))
+
+    def _begin_trial(self, case: _Case, num_rows: int) -> None:
+        """A few passes without drafts where some are chosen, and with the best of them where none are.
+
+        The more they cost, the later the next ones. At the beginning nothing is tried but what was never timed.
+        """
+        is_drafting = case.chosen.most_pending > 0
+        case.trial = autoregressive() if is_drafting else self._best_that_drafts(num_rows)
+        num_trials = 2 if is_drafting else 3
+        work, usual = (self._work_of(shape, num_rows, shape.most_pending) for shape in (case.trial, case.chosen))
+        share = self.tokens_per_second(case.trial, num_rows) / self.tokens_per_second(case.chosen, num_rows)
+        lost = num_trials * max(1 - share, 0.1) * self._times.seconds(work) / self._times.seconds(usual)
+        if case.num_passes or (is_drafting and not self._times.knows(work)):
+            case.num_trials = num_trials
+        case.next_trial = case.num_passes + num_trials + lost / _TRIALS
+
+
+_CHOICES: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DraftChoice]] = weakref.WeakKeyDictionary()
