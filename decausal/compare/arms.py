@@ -110,7 +110,7 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     """
     recipe = read_recipe(arm.recipe)
     recipe = {key: value for key, value in recipe.items() if key not in _SET_HERE}
-    if recipe.get("layout") == "block":
+    if recipe.get("layout") == "block" and recipe.get("noise") != "all":
         recipe |= default_settings(settings.model_name_or_path, arm.recipe)
     flags = [f"--{key}={value}" for key, value in ({"data": settings.data} | arm.overrides).items()]
     flags = [flag.replace("{seed}", str(seed)) for flag in flags]

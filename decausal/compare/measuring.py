@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,7 @@ from decausal.models.architecture import refuse_longer_rows
 from decausal.models.checkpoint import Converted
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts
+from decausal.models.gated import gated_mask_token_id
 
 ROWS_TOGETHER = 16
 EVAL_SEED = 0  # not the runs' seeds: all runs are measured on the same masks
@@ -84,13 +86,14 @@ class Measure(ABC):
     def facts(self, run: ArmRun) -> ConversionFacts:
         """Returns how a run's student reads and decodes."""
         conversion = run.conversion
-        names = ("block_size", "causal_context") if conversion.layout == "block" else ()
+        names = ("block_size", "causal_context", "causal_groups", "weights") if conversion.layout == "block" else ()
         more = {name: getattr(conversion, name) for name in names}
+        is_gated = conversion.weights == "gated"
         return ConversionFacts(
             source=conversion.model_name_or_path,
             layout=conversion.layout,
             shift=conversion.shift,
-            mask_token_id=self._mask_token_id,
+            mask_token_id=gated_mask_token_id(self.source) if is_gated else self._mask_token_id,
             **more,
         )
 
@@ -98,11 +101,22 @@ class Measure(ABC):
         self, model: PreTrainedModel, run: ArmRun, thresholds: Sequence[Schedule], *, is_final: bool = False
     ) -> tuple[Score, ...]:
         """Measures a student under each schedule."""
+        return self._scores(model, self.facts(run), run, thresholds, is_final=is_final)
+
+    def _scores(
+        self,
+        model: PreTrainedModel,
+        facts: ConversionFacts,
+        run: ArmRun,
+        thresholds: Sequence[Schedule],
+        *,
+        is_final: bool = False,
+    ) -> tuple[Score, ...]:
         was_training = model.training
         model.eval()
         try:
             with self._precision(run), torch.inference_mode():
-                converted = Converted(model, self.tokenizer, self.facts(run))
+                converted = Converted(model, self.tokenizer, facts)
                 return tuple(self._score(converted, threshold, is_final) for threshold in thresholds)
         finally:
             model.train(was_training)
@@ -110,9 +124,11 @@ class Measure(ABC):
     def start_scores(self, run: ArmRun) -> tuple[Score, ...]:
         """Measures a run's student before any training, once for all arms that read alike."""
         facts = self.facts(run)
+        if facts.is_gated:  # before any training its masks are read by the source's weights, as shared ones are
+            facts = replace(facts, weights="shared", mask_token_id=self._mask_token_id)
         key = (facts.attention, facts.shift)
         if key not in self._start_scores:
-            self._start_scores[key] = self.scores(self._start, run, self.thresholds)
+            self._start_scores[key] = self._scores(self._start, facts, run, self.thresholds)
         return self._start_scores[key]
 
     def ar_score(self, *, is_final: bool) -> Score:
@@ -149,6 +165,8 @@ class TaskMeasure(Measure):
         return self.settings.eval_thresholds
 
     def final_thresholds(self, run: ArmRun) -> tuple[Schedule, ...]:
+        if self.facts(run).only_drafts:
+            return (SPECULATIVE,)
         is_speculated = self.settings.speculative and run.conversion.layout == "block"
         return (*self.settings.thresholds, *((SPECULATIVE,) if is_speculated else ()))
 
@@ -167,7 +185,7 @@ class TaskMeasure(Measure):
         options: dict[str, Any] = {"threshold": threshold}
         if threshold == STATIC:
             options = static_schedule(converted.facts, self.max_new_tokens)
-        elif threshold == SPECULATIVE:
+        if threshold == SPECULATIVE or converted.facts.only_drafts:
             options = {"speculative": True, "draft": "quadratic"}  # a figure must not hang on the machine's times
         return self._evaluated(converted, threshold, is_final, options)
 
@@ -193,6 +211,10 @@ class LikelihoodMeasure(Measure):
 
     def __init__(self, settings: CompareSettings, run: ArmRun) -> None:
         super().__init__(settings, run)
+        if self.facts(run).only_drafts:
+            raise UserError(
+                "--eval nll: masks of this recipe draft and do not denoise, so there is no NELBO; --eval tasks"
+            )
         self._max_length, self._reading = run.conversion.max_length, run.conversion.reading
         _ = self.rows
 

@@ -7,7 +7,6 @@ verified decoding would find, and the passes counted here are those that it woul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +18,7 @@ from decausal.diffusion.grouping import ALL, Grouping
 from decausal.diffusion.shift import predictable
 from decausal.errors import UserError
 from decausal.evaluation.passes import in_batches, measuring, spread_indices
+from decausal.evaluation.results import DraftFigures
 from decausal.models.architecture import context_length
 from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.facts import ConversionFacts
@@ -26,27 +26,6 @@ from decausal.models.grouped import grouped_forward
 from decausal.objectives import head as output_head
 
 _CHUNK = 512
-
-
-@dataclass(frozen=True)
-class DraftFigures:
-    """Figures of drafts of m tokens.
-
-    Attributes:
-        acceptance: For each draft of a group, the share that is right among groups whose earlier drafts are.
-        tokens_per_pass: Tokens of the text over the passes that would write them, with a whole group behind every
-            number of right drafts.
-        num_tokens: Tokens of the text that were counted.
-    """
-
-    acceptance: tuple[float, ...]
-    tokens_per_pass: float
-    num_tokens: int
-
-    def as_logs(self) -> dict[str, float]:
-        """Returns the figures by the names of logs."""
-        logs = {f"eval_draft_accuracy_{place}": share for place, share in enumerate(self.acceptance, start=1)}
-        return logs | {"eval_tokens_per_pass": self.tokens_per_pass}
 
 
 def evaluate_drafts(

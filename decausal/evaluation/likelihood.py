@@ -31,6 +31,7 @@ from decausal.devices import best_device
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
+from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.passes import (
     in_batches,
     measuring,
@@ -41,7 +42,15 @@ from decausal.evaluation.passes import (
     token_nll,
 )
 from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
-from decausal.evaluation.results import ArLikelihood, Likelihood, NoiseBin, Ratio, beside, ratio_over_rows
+from decausal.evaluation.results import (
+    ArLikelihood,
+    DraftedLikelihood,
+    Likelihood,
+    NoiseBin,
+    Ratio,
+    beside,
+    ratio_over_rows,
+)
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import denoising_head, head_of
@@ -167,8 +176,11 @@ def evaluate_checkpoint(
     with_source: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Likelihood:
+) -> Likelihood | DraftedLikelihood:
     """Measures a converted checkpoint on `data` as `evaluate_nll` does, and beside it the AR model it was made from.
+
+    A model whose masks only draft is measured as what it writes: by its exact likelihood, read causally, and by its
+    drafts.
 
     Args:
         directory: What `decausal convert` wrote.
@@ -188,6 +200,8 @@ def evaluate_checkpoint(
     refuse_longer_rows(max_length, model.config)
     set_template(tokenizer, chat_template, chat_template_kwargs)
     rows = load_rows(data, tokenizer, max_length, reading=reading)
+    if facts.only_drafts:
+        return _drafted(converted, rows, num_rows, batch_size, with_source)
     with _shown_progress() as on_progress:
         likelihood = evaluate_nll(
             model,
@@ -207,6 +221,22 @@ def evaluate_checkpoint(
     except UserError as error:
         return replace(likelihood, ar_missing=str(error))
     return beside(likelihood, evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size))
+
+
+def _drafted(
+    converted: Converted, rows: Rows, num_rows: int | None, batch_size: int, with_source: bool
+) -> DraftedLikelihood:
+    model, tokenizer, facts = converted
+    own = evaluate_ar_nll(model, rows, tokenizer, num_rows=num_rows, batch_size=batch_size)
+    drafts = evaluate_drafts(model, facts, rows, num_rows=num_rows, batch_size=batch_size)
+    if not with_source:
+        return DraftedLikelihood(own, drafts)
+    try:
+        source = source_of(converted)
+    except UserError as error:
+        return DraftedLikelihood(own, drafts, source_missing=str(error))
+    of_source = evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size)
+    return DraftedLikelihood(own, drafts, of_source)
 
 
 def source_of(converted: Converted) -> PreTrainedModel:

@@ -155,6 +155,68 @@ class Likelihood:
         return lines
 
 
+@dataclass(frozen=True)
+class DraftFigures:
+    """Figures of drafts of m tokens.
+
+    Attributes:
+        acceptance: For each draft of a group, the share that is right among groups whose earlier drafts are.
+        tokens_per_pass: Tokens of the text over the passes that would write them, with a whole group behind every
+            number of right drafts.
+        num_tokens: Tokens of the text that were counted.
+    """
+
+    acceptance: tuple[float, ...]
+    tokens_per_pass: float
+    num_tokens: int
+
+    def as_logs(self) -> dict[str, float]:
+        """Returns the figures by the names of logs."""
+        logs = {f"eval_draft_accuracy_{place}": share for place, share in enumerate(self.acceptance, start=1)}
+        return logs | {"eval_tokens_per_pass": self.tokens_per_pass}
+
+
+@dataclass(frozen=True)
+class DraftedLikelihood:
+    """What is measured of a model whose masks only draft.
+
+    Attributes:
+        likelihood: Exact, of the model as it writes: read causally.
+        drafts: How good its drafts are on the same text.
+        source: The likelihood of the AR source; equal where the weights are gated.
+        source_missing: Why there are no figures of the source.
+    """
+
+    likelihood: ArLikelihood
+    drafts: DraftFigures
+    source: ArLikelihood | None = None
+    source_missing: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return asdict(self)
+
+    def as_table(self) -> Table:
+        """The figures as a table for the terminal."""
+        own = self.likelihood
+        table = Table(title=f"Likelihood of {own.num_tokens:,} tokens in {own.num_rows:,} rows, read causally")
+        table.add_column("measure")
+        table.add_column("value", justify="right")
+        table.add_column("± s.e.", justify="right")
+        table.add_column("unit")
+        for name, each in (("NLL", own), ("AR source NLL", self.source)):
+            if each is not None:
+                spread, byte_spread = each.nll_standard_error, each.bits_per_byte_standard_error
+                table.add_row(name, _number(each.nll_per_token), _number(spread), "nats per token")
+                table.add_row(name, _number(each.bits_per_byte), _number(byte_spread), "bits per byte")
+        for place, share in enumerate(self.drafts.acceptance, start=1):
+            table.add_row(f"draft {place}", _number(share), "-", "share right, where earlier ones are")
+        table.add_row("if this text were written", _number(self.drafts.tokens_per_pass), "-", "tokens per pass")
+        if self.source_missing is not None:
+            table.caption = f"no AR source: {self.source_missing}"
+        return table
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 

@@ -140,7 +140,7 @@ def _plan(
 def _scored(
     body: CompletionBody, converted: Converted, texts: Sequence[GappedText], prompts: Sequence[str]
 ) -> list[tuple[list[int], int]]:
-    if converted.facts.layout != "causal":
+    if converted.facts.layout != "causal" and not converted.facts.only_drafts:
         raise bad_request(
             "'echo' with 'logprobs' asks how probable each token of the prompt is after those before it, which a model "
             f"of layout '{converted.facts.layout}' does not define: ask the model that it was made from (decausal "
