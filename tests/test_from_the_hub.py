@@ -310,3 +310,19 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, home, converted, refu
         ended = line("export", converted, "--format", "hf", "--output_dir", tmp_path / "pushed", "--push_to_hub", "a/b")
         assert "cannot be reached" in told(ended)
         assert "it is whole, and can be uploaded again" in ended.err
+
+
+def test_a_lossless_conversion_may_refer_to_its_base_on_the_hub(decausal, hub, home, tmp_path):
+    flags = ("--recipe", "lossless", "--lora_r", "2", "--reference_base", "true")
+    directory = convert(decausal, MODEL, "owner/talks:questions", tmp_path / "draft", *flags)
+    reference = f"{MODEL}@{hub.commit('models', MODEL)}"
+    assert facts(directory)["base_reference"] == reference
+    assert not (directory / "model.safetensors").exists()
+    assert not (directory / "config.json").exists()
+    written = decausal("generate", directory, "the rain", "--max_new_tokens", "6", "--json")
+    assert written.code == 0, written
+    exported = decausal("export", directory, "--format", "hf", "--output_dir", tmp_path / "exported")
+    assert exported.code == 0, exported
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"README.md", "decausal.json", "draft"}
+    again = decausal("generate", tmp_path / "exported", "the rain", "--max_new_tokens", "6", "--json")
+    assert json.loads(again.out)["ids"] == json.loads(written.out)["ids"]

@@ -38,7 +38,7 @@ class Reading:
 
     batch: Batch
     last_states: Float[Tensor, "N D"]
-    all_states: tuple[Float[Tensor, "B S D"], ...] | None
+    all_states: tuple[Float[Tensor, "*batch D"], ...] | None
     head: Head
     _gathered: dict[str, Tensor] = field(default_factory=dict)
 

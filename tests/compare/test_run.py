@@ -195,6 +195,19 @@ def test_block_arms_are_also_measured_by_self_speculation_of_which_finished_runs
     assert cells["aligned"].endswith("/fwd)")
 
 
+def test_arms_that_only_draft_are_measured_by_verified_decoding(settings: CompareSettings, tmp_path: Path) -> None:
+    changed = replace(settings, recipes="aligned=bd3lm,lossless,introspective", any_facts=True, seeds=(0,), max_steps=2)
+    console = Console(file=io.StringIO(), width=100)
+    changed = replace(changed, output_dir=str(tmp_path))
+    arms = read_arms(changed.recipes, ("lossless.lora_r=2",), SHARED)
+    run_compare(changed, arms, console, "decausal compare")
+    report = json.loads((tmp_path / "report.json").read_text())
+    by_arm = {run["arm"]: run["final"] for run in report["runs"]}
+    assert [score["threshold"] for score in by_arm["introspective"]] == ["speculative"]
+    assert [score["threshold"] for score in by_arm["lossless"]] == ["speculative"]
+    assert all(1 <= score["tokens_per_forward"] <= 4 for score in by_arm["introspective"] + by_arm["lossless"])
+
+
 def test_a_comparison_killed_again_and_again_goes_on_to_the_same_figures(
     compared: Compared, settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
