@@ -17,7 +17,7 @@ def likelihood_kind(facts: ConversionFacts, wanted: str = "auto") -> str:
             causal, or masks that only draft), else the NELBO.
 
     Raises:
-        UserError: For any other word.
+        UserError: For any other word, or the NELBO of a model whose masks only draft.
     """
     if wanted not in LIKELIHOODS:
         raise UserError(f"likelihood '{wanted}' is not known{nearest(wanted, LIKELIHOODS)}; one of {LIKELIHOODS}")
