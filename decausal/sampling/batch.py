@@ -45,6 +45,7 @@ class BatchEngine:
         max_length: Longest row, prompt and answer together. None: the model's context, at most 4096. A block model
             allocates memory for `max_rows` such rows.
         cuda_graphs: See `engine_for`.
+        prefix_cache_tokens: See `engine_for`.
 
     Raises:
         UserError: No row fits, or `max_length` exceeds the model's context.
@@ -57,6 +58,7 @@ class BatchEngine:
         max_rows: int = BATCH_SIZE,
         max_length: int | None = None,
         cuda_graphs: bool | None = None,
+        prefix_cache_tokens: int = 0,
     ) -> None:
         if not 1 <= max_rows <= MOST_ROWS:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be from 1 to {MOST_ROWS}")
@@ -64,7 +66,11 @@ class BatchEngine:
         self.defaults = settings_for(converted.facts)
         self._ends = end_token_ids(converted)
         self._engine = engine_for(
-            converted, max_rows=max_rows, max_length=longest_row(converted, max_length), cuda_graphs=cuda_graphs
+            converted,
+            max_rows=max_rows,
+            max_length=longest_row(converted, max_length),
+            cuda_graphs=cuda_graphs,
+            prefix_cache_tokens=prefix_cache_tokens,
         )
 
     def run(self, prompts: Iterable[str], *, chat: bool = False, **options: Any) -> Iterator[Generation]:
@@ -170,6 +176,7 @@ def run_file(
     chat: bool = False,
     max_rows: int = BATCH_SIZE,
     cuda_graphs: bool | None = None,
+    prefix_cache_tokens: int = 0,
     max_length: int | None = None,
     on_error: str = "stop",
     on_progress: OnProgress | None = None,
@@ -191,6 +198,7 @@ def run_file(
         chat: See `generate`.
         max_rows: Rows in one forward pass.
         cuda_graphs: See `engine_for`.
+        prefix_cache_tokens: See `engine_for`.
         max_length: Longest row; see `BatchEngine`.
         on_error: What happens for a line that cannot be answered. "stop": the answers before it are written, and it
             raises. "record": its answer is {"id", "error"}.
@@ -206,7 +214,13 @@ def run_file(
     source, target = check_job_files(prompts, answers)
     defaults = settings_for(converted.facts, **options)
     num_lines = count_lines(source)
-    engine = BatchEngine(converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
+    engine = BatchEngine(
+        converted,
+        max_rows=max_rows,
+        max_length=max_length,
+        cuda_graphs=cuda_graphs,
+        prefix_cache_tokens=prefix_cache_tokens,
+    )
     num_errors = num_tokens = 0
     drafts: Drafts | None = None
     with continued(target, job_facts(converted, defaults, chat)) as (file, num_written):

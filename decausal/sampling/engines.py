@@ -30,6 +30,7 @@ def engine_for(
     max_length: int,
     is_autoregressive: bool = False,
     cuda_graphs: bool | None = None,
+    prefix_cache_tokens: int = 0,
 ) -> Engine:
     """Returns an engine for the model's layout. Jobs have the same answers as in `generate` and `infill`.
 
@@ -43,10 +44,15 @@ def engine_for(
         is_autoregressive: Whether a causal model writes from left to right with a cache, one token per pass.
         cuda_graphs: Whether to record the passes of block models and replay them. Passes for the model's own settings
             are recorded now, others when needed. None: on a GPU, if the model can be recorded.
+        prefix_cache_tokens: Under self-speculation, tokens of shared beginnings to hold, so that they are read once. 0:
+            none.
 
     Raises:
-        UserError: CUDA graphs were asked for without a GPU, or for a model that reads whole rows or cannot be recorded.
+        UserError: A negative `prefix_cache_tokens`. CUDA graphs were asked for without a GPU, or for a model that reads
+            whole rows or cannot be recorded.
     """
+    if prefix_cache_tokens < 0:
+        raise UserError(f"prefix_cache_tokens={prefix_cache_tokens} is not accepted: it must be at least 0")
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
         denoising = _block_engine(converted, max_rows, max_length, cuda_graphs)
@@ -55,9 +61,13 @@ def engine_for(
     else:
         denoising = RowEngine(converted, max_rows=max_rows, max_length=max_length)
     vocab_size = converted.model.config.get_text_config().vocab_size
-    return _BySettings(
-        denoising, lambda: SpeculativeEngine(converted, max_rows=max_rows, max_length=max_length), vocab_size
-    )
+
+    def make_speculative() -> SpeculativeEngine:
+        return SpeculativeEngine(
+            converted, max_rows=max_rows, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens
+        )
+
+    return _BySettings(denoising, make_speculative, vocab_size)
 
 
 def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step: OnStep | None = None) -> list[Ended]:

@@ -134,6 +134,7 @@ class Ended:
             length times `num_forwards`. None if not counted.
         blocks: Only for block models.
         drafts: Only for self-speculation.
+        num_prefix_tokens: Given tokens whose keys and values a prefix cache held.
     """
 
     ids: list[int]
@@ -143,6 +144,7 @@ class Ended:
     num_tokens_read: int | None = None
     blocks: Blocks | None = None
     drafts: Drafts | None = None
+    num_prefix_tokens: int = 0
 
     @property
     def tokens_per_forward(self) -> float:

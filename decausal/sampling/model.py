@@ -139,10 +139,21 @@ class DiffusionModel:
         return editing.confidences(self._converted, text, groups=groups, batch_size=batch_size)
 
     def engine(
-        self, *, max_rows: int = BATCH_SIZE, max_length: int | None = None, cuda_graphs: bool | None = None
+        self,
+        *,
+        max_rows: int = BATCH_SIZE,
+        max_length: int | None = None,
+        cuda_graphs: bool | None = None,
+        prefix_cache_tokens: int = 0,
     ) -> BatchEngine:
         """Makes an engine for any number of prompts; see `decausal.sampling.batch.BatchEngine`."""
-        return BatchEngine(self._converted, max_rows=max_rows, max_length=max_length, cuda_graphs=cuda_graphs)
+        return BatchEngine(
+            self._converted,
+            max_rows=max_rows,
+            max_length=max_length,
+            cuda_graphs=cuda_graphs,
+            prefix_cache_tokens=prefix_cache_tokens,
+        )
 
     def run_file(
         self,
@@ -153,6 +164,7 @@ class DiffusionModel:
         max_rows: int = BATCH_SIZE,
         max_length: int | None = None,
         cuda_graphs: bool | None = None,
+        prefix_cache_tokens: int = 0,
         on_error: str = "stop",
         on_progress: OnProgress | None = None,
         **options: Any,
@@ -166,6 +178,7 @@ class DiffusionModel:
             max_rows=max_rows,
             max_length=max_length,
             cuda_graphs=cuda_graphs,
+            prefix_cache_tokens=prefix_cache_tokens,
             on_error=on_error,
             on_progress=on_progress,
             **options,

@@ -54,7 +54,7 @@ class Conversation:
         self.settings = settings_for(converted.facts)
         self.set(**options)
         self._longest = longest_row(converted, max_length)
-        self._engine = engine_for(converted, max_rows=1, max_length=self._longest)
+        self._engine = engine_for(converted, max_rows=1, max_length=self._longest, prefix_cache_tokens=self._longest)
         self._ends = end_token_ids(converted)
 
     def set(self, **options: Any) -> None:

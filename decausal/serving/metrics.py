@@ -26,6 +26,7 @@ class Metrics:
         self._prompt_tokens = self._made(Counter, "prompt_tokens", "Given tokens", ("model",))
         self._tokens = self._made(Counter, "generated_tokens", "Tokens of rows that ended", ("model",))
         self._forwards = self._made(Counter, "row_forwards", "Forward passes of rows that ended", ("model",))
+        self._from_cache = self._made(Counter, "prefix_cache_tokens", "Given tokens that were held already", ("model",))
         self._drafted = self._made(Counter, "drafts_verified", "Drafts behind right ones", ("model", "position"))
         self._right = self._made(Counter, "drafts_right", "Of these, the right ones", ("model", "position"))
         self._shapes = self._made(Counter, "draft_passes", "Passes of rows that ended, by shape", ("model", "shape"))
@@ -70,6 +71,7 @@ class Metrics:
         ended = [progress.ended for progress in steps if progress.ended]
         self._forwards.labels(model).inc(sum(row.num_forwards for row in ended))
         self._tokens.labels(model).inc(sum(len(row.ids) for row in ended))
+        self._from_cache.labels(model).inc(sum(row.num_prefix_tokens for row in ended))
         drafts = Drafts.sum(row.drafts for row in ended)
         if drafts is not None:
             self._speculated(model, drafts)

@@ -91,6 +91,7 @@ def served(
             max_length=longest,
             is_autoregressive=is_source,
             cuda_graphs=settings.cuda_graphs,
+            prefix_cache_tokens=settings.prefix_cache_tokens,
         )
         if converted.facts.layout != "bidirectional":
             return engine

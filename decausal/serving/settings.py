@@ -45,6 +45,8 @@ class ServeSettings:
         chat_template: A file with another chat template than the model's own, or its text.
         chat_template_kwargs: Values that the chat template reads, unless a request gives others.
         cuda_graphs: Whether to record the passes of a block model as CUDA graphs. None: on a GPU, if possible.
+        prefix_cache_tokens: Under self-speculation, tokens of shared beginnings to hold, so that a system prompt is
+            read once. 0: none.
         max_body_bytes: Longest body of a request.
 
     Raises:
@@ -64,6 +66,7 @@ class ServeSettings:
     cuda_graphs: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    prefix_cache_tokens: int = 0
     max_body_bytes: int = 4 * 2**20
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class ServeSettings:
                 all(host and not set(host) & set("/:@ ") for host in self.allowed_hosts),
                 "names without scheme and port, such as llm.example.com, or * for every one",
             ),
+            "prefix_cache_tokens": (0 <= self.prefix_cache_tokens < COUNTS_BELOW, "at least 0 and below 2**31"),
             "model_name": (self.model_name != "", "not empty"),
         }
         for name, (is_accepted, accepted) in rules.items():

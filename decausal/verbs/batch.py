@@ -39,12 +39,18 @@ def run(arguments: list[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="record the passes of block models (by default on a GPU, where it can be done)",
     )
+    parser.add_argument(
+        "--prefix_cache_tokens",
+        type=at_least(0),
+        help="with --speculative, tokens of shared beginnings to hold, so that they are read once (0)",
+    )
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
     add_template_flags(parser)
     flags = parser.parse_args(arguments)
     template = template_options(flags, flags.chat)
-    options = sampler_options(flags) | given(flags, "max_new_tokens", "max_rows", "max_length", "on_error")
+    own = ("max_new_tokens", "max_rows", "max_length", "on_error", "prefix_cache_tokens")
+    options = sampler_options(flags) | given(flags, *own)
     check_model(flags.directory, options)
     check_job_files(flags.prompts, flags.answers)
     with slow_imports():

@@ -34,6 +34,11 @@ def run(arguments: list[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="record the passes of block models (by default on a GPU, where it can be done)",
     )
+    parser.add_argument(
+        "--prefix_cache_tokens",
+        type=int,
+        help="where drafts are verified, tokens of shared beginnings to hold, so that they are read once (0)",
+    )
     parser.add_argument("--with_source", action="store_true", help="also serve the AR model it was made from")
     add_template_flags(parser)
     flags = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ class DraftingRow:
         choice: What chooses its shape; None where its settings name one.
         place: Among the rows that are held.
         num_cached: Known tokens whose keys and values are held.
+        num_prefix_tokens: Given tokens that were held already when it began.
         pending: Drafts.
         num_given: Known tokens that the present pass reads.
         is_drafting: The present pass drafts.
@@ -45,6 +46,7 @@ class DraftingRow:
     choice: DraftChoice | None = None
     place: int = -1
     num_cached: int = 0
+    num_prefix_tokens: int = 0
     pending: int = 0
     num_given: int = 0
     is_drafting: bool = False
@@ -113,7 +115,14 @@ class DraftingRow:
 
     def _ended(self, reason: str) -> Ended:
         drafts = Drafts(tuple(self.num_verified), tuple(self.num_right), self.passes, self.num_tokens)
-        return Ended(self.ids, self.pass_of_token, self.num_forwards, reason, drafts=drafts)
+        return Ended(
+            self.ids,
+            self.pass_of_token,
+            self.num_forwards,
+            reason,
+            drafts=drafts,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
     def _extend(self, tokens: list[int], tokenizer: Any) -> str | None:
         """Returns why the row is over; None: it is not."""

@@ -32,6 +32,7 @@ from decausal.sampling.blocks.draft_choice import DraftChoice
 from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
 from decausal.sampling.blocks.draft_tables import DraftTables
 from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
+from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
 from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
 from decausal.sampling.defaults import longest_draft, refuse_for
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
@@ -58,12 +59,13 @@ class SpeculativeEngine:
             "causal", under which masks draft nothing.
         max_rows: Rows in one forward pass.
         max_length: Longest row. Memory for `max_rows` of them is taken by the first pass.
+        prefix_cache_tokens: Tokens of beginnings that are held for rows which share them, see `prefix_cache`.
 
     Raises:
         UserError: A causal layout, or a model that takes no such cache.
     """
 
-    def __init__(self, converted: Converted, *, max_rows: int, max_length: int) -> None:
+    def __init__(self, converted: Converted, *, max_rows: int, max_length: int, prefix_cache_tokens: int = 0) -> None:
         self._model, self._tokenizer, self._facts = converted
         SamplerSettings(speculative=True).refuse_layout(self._facts.layout)
         self._max_rows, self._max_length, self._reads_causally = max_rows, max_length, converted.facts.causal_groups
@@ -72,6 +74,8 @@ class SpeculativeEngine:
         self._device = self._model.get_input_embeddings().weight.device
         self._most_read = choices(self._device).prompt_tokens
         self._rows: SpeculativeRows | None = None
+        self._num_prefix_tokens = prefix_cache_tokens
+        self._prefixes: PrefixCache | None = None
         self._tables: dict[tuple[DraftShape, ...], DraftTables] = {}
         self._held: list[DraftingRow] = []
         self._num_ready = 0
@@ -177,6 +181,8 @@ class SpeculativeEngine:
             self._rows = SpeculativeRows(
                 self._model, self._facts, tables=tables, max_rows=self._max_rows, num_slots=num_slots
             )
+            if self._num_prefix_tokens >= PAGE:
+                self._prefixes = PrefixCache(self._rows.cache, self._num_prefix_tokens)
         self._rows.make_room(num_slots)
         self._rows.use(tables, [tables.shapes.index(row.shape) for row in self._held])
 
@@ -191,13 +197,31 @@ class SpeculativeEngine:
     def _to_read(self) -> list[DraftingRow]:
         """The rows whose prompts are read next, first come first, within the tokens that one pass may read."""
         found: list[DraftingRow] = []
-        width = 0
+        width, pages = 0, set()
         for row in sorted(self._held[self._num_ready :], key=lambda row: row.ticket):
-            width = max(width, min(row.num_unread, self._most_read))
+            page = None if self._prefixes is None else self._prefixes.missing(row.prompt[:-1])
+            if page is not None and page in pages:
+                continue  # another row reads it now: from the next pass on it is held
+            pages.add(page)
+            held = 0 if self._prefixes is None else self._prefixes.length(row.prompt[:-1])
+            num_unread = min(row.num_unread, len(row.prompt) - held)
+            width = max(width, min(num_unread, self._most_read))
             if found and width * (len(found) + 1) > self._most_read:
                 break
+            self._load_prefix(row)
             found.append(row)
         return found
+
+    def _load_prefix(self, row: DraftingRow) -> None:
+        """Spares a row that begins the tokens that are held."""
+        if self._prefixes is None or row.num_cached:
+            return
+        row.num_cached = row.num_prefix_tokens = self._prefixes.load(row.prompt[:-1], row.place)
+        self._rows.num_cached[row.place] = row.num_cached
+
+    def _store_prefix(self, row: DraftingRow) -> None:
+        if self._prefixes is not None:
+            self._prefixes.store([*row.prompt, *row.ids][: row.num_cached], row.place)
 
     def _write(self, rows: list[DraftingRow]) -> list[Progress]:
         """One pass over rows whose prompts have been read."""
@@ -229,6 +253,7 @@ class SpeculativeEngine:
         for row, tokens in zip(rows, brought, strict=True):
             if tokens:
                 self._make_ready(row)
+            self._store_prefix(row)
         return self._tell(rows, brought, read)
 
     def _pass(self, rows: list[DraftingRow], extent: Extent) -> tuple[list[list[int]], Read]:
@@ -244,6 +269,7 @@ class SpeculativeEngine:
         told = [row.take(*each, self._tokenizer) for row, *each in zip(rows, brought, log_probs, strict=True)]
         for row, progress in zip(rows, told, strict=True):
             if progress.ended is not None:
+                self._store_prefix(row)
                 self._drop(row)
         return told
 
