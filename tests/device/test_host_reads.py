@@ -8,8 +8,15 @@ import pytest
 import torch
 from counting import HostReads, OneDevice
 
+from decausal.models.block_cache import decoding
+from decausal.models.checkpoint import Converted
+from decausal.models.facts import ConversionFacts
 from decausal.sampling.bidirectional.row_engine import RowEngine
+from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
+from decausal.sampling.blocks.draft_tables import DraftTables
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.speculative import SpeculativeEngine
+from decausal.sampling.blocks.speculative_rows import Extent, SpeculativeRows
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row
@@ -74,3 +81,43 @@ def test_a_pass_of_blocks_asks_the_device_once(block_size: int) -> None:
     with HostReads() as seen:
         engine.step()
     assert seen.reads == {"tolist": 1}
+
+
+@pytest.mark.parametrize("draft", ["auto", "quadratic", "strided", "linear"])
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}], ids=str)
+def test_a_pass_of_verified_decoding_asks_the_device_once(draft: str, kind: dict[str, Any]) -> None:
+    model = Converted(sharp_model(), None, block_facts(4))
+    engine = SpeculativeEngine(model, max_rows=2, max_length=48)
+    settings = SamplerSettings(max_new_tokens=40, speculative=True, draft=draft, **kind)
+    for seed in (0, 1):
+        engine.submit(job_of([5, 7, 9, 11], settings, seed))
+    for _ in range(3):
+        engine.step()
+    for _ in range(4):
+        with HostReads() as seen:
+            engine.step()
+        assert seen.reads == {"tolist": 1}
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize("shape", [quadratic(3), strided(3), linear(3), autoregressive()], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("facts", [block_facts(4), block_facts(4, shift=0)], ids=["shift 1", "shift 0"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_a_pass_of_verified_decoding_is_computed_on_one_device_alone(
+    kind: dict[str, Any], shape: DraftShape, facts: ConversionFacts, family: str
+) -> None:
+    """On the device of no numbers every look at one, and every tensor from elsewhere, is an error."""
+    device = torch.device("meta")
+    model = sharp_model(family).float().to(device).eval()
+    rows = SpeculativeRows(
+        model, facts, tables=DraftTables([shape], facts.shift, False, device), max_rows=4, num_slots=64
+    )
+    settings = RowSettings.of([SamplerSettings(**kind)] * 3, device)
+    masks = max(shape.num_masks(d, facts.shift) for d in range(shape.most_pending + 1))
+    for num_given in (1, 6):
+        extent = Extent(num_given, shape.most_pending, masks, shape.longest_group, 40)
+        with decoding(model):
+            rows.read(slice(0, 3), extent, settings)  # takes memory
+            with OneDevice(device):
+                read = rows.read(slice(0, 3), extent, settings)
+        assert read.told.shape == (3, shape.most_pending + 2)
