@@ -211,6 +211,19 @@ def test_verified_decoding_of_a_gated_model_writes_the_text_of_the_source(family
         assert row.ids == greedy_of_source(source, prompt, 12)
 
 
+def test_adapters_take_no_time_in_passes_without_drafts(monkeypatch):
+    source = source_of("qwen3")
+    student = gated(source).get_base_model()
+    facts = ConversionFacts("random", "block", 1, gated_mask_token_id(source), 3, causal_context=True, weights="gated")
+    engine = SpeculativeEngine(Converted(student, None, facts), max_rows=1, max_length=32)
+    for name, module in student.named_modules():
+        if "lora_" in name and isinstance(module, torch.nn.Linear):
+            monkeypatch.setattr(module, "forward", lambda *_: pytest.fail("an adapter was run"))
+    settings = SamplerSettings(max_new_tokens=6, speculative=True, draft_length=0)
+    (row,) = written(engine, [job_of(prompt_of(4, 4), settings)])
+    assert row.ids == greedy_of_source(source, prompt_of(4, 4), 6)
+
+
 def greedy_of_source(source, prompt, max_new_tokens):
     ids = torch.tensor([prompt])
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from decausal.models.architecture import context_length, layer_windows
 from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.facts import ConversionFacts
+from decausal.models.gated import without_masks
 from decausal.objectives.head import Head, logits
 from decausal.sampling.blocks.draft_tables import DraftTables, Masks
 from decausal.sampling.drawing import uniform_numbers
@@ -176,15 +178,16 @@ class SpeculativeRows:
         longest = context_length(stock_model(self.model).config)
         known_ids = self.ids[rows].gather(1, queries.position)
         config = stock_model(self.model).base_model.config
-        hidden = cached_forward(
-            self.model,
-            torch.cat([known_ids, torch.full_like(mask_slot, self.facts.mask_token_id)], dim=1),
-            position.clamp(max=None if longest is None else longest - 1),
-            torch.cat(slots, dim=1),
-            _visible(config, queries, position, end, base, extent.num_keys),
-            self.cache,
-            rows,
-        )
+        with nullcontext() if extent.num_masks else without_masks(self.model):
+            hidden = cached_forward(
+                self.model,
+                torch.cat([known_ids, torch.full_like(mask_slot, self.facts.mask_token_id)], dim=1),
+                position if longest is None else position.clamp(max=longest - 1),
+                torch.cat(slots, dim=1),
+                _visible(config, queries, position, end, base, extent.num_keys),
+                self.cache,
+                rows,
+            )
         width = queries.position.shape[1]
         return hidden[:, :width], hidden[:, width:]
 
