@@ -11,7 +11,10 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.generate import generate
-from decausal.sampling.settings import ALIASES, WHOLE_ROWS, SamplerSettings, canonical, names_for
+from decausal.sampling.settings import ALIASES, SETTINGS, WHOLE_ROWS, SamplerSettings, canonical, names_for
+from decausal.serving.schema import CompletionBody
+from decausal.verbs.flags import VerbParser
+from decausal.verbs.sampling import add_sampling_flags
 from tests.sampling.tiny_models import converted
 
 COUNTS = ("max_new_tokens", "num_steps", "top_k", "window", "cache_refresh")
@@ -177,3 +180,12 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 def test_integers_are_taken_for_real_numbers() -> None:
     settings = SamplerSettings().updated(temperature=1, threshold=1, top_p=1)
     assert [settings.temperature, settings.threshold, settings.top_p] == [1.0, 1.0, 1.0]
+
+
+def test_every_setting_is_a_field_of_requests_and_has_its_flags() -> None:
+    parser = VerbParser("generate", "")
+    add_sampling_flags(parser)
+    flags = set(vars(parser.parse_args([])))
+    for name, setting in SETTINGS.items():
+        assert name in CompletionBody.model_fields or name == "max_new_tokens", name  # OpenAI's max_tokens
+        assert (name in flags) == bool(setting.flags), name
