@@ -202,7 +202,8 @@ def test_facts_that_are_left_open_come_from_the_model_and_what_is_given_wins():
     }
     other = {"layout": "bidirectional", "block_size": None, "causal_context": False, "sampler": None}
     assert facts(layout="bidirectional") == block | other  # what belongs to a layout goes with it
-    assert asdict(ConversionSettings().with_facts()) == asdict(ConversionSettings()) | other | {"shift": 1}
+    as_of_an_ar_model = other | {"shift": 1, "causal_groups": False, "weights": "shared"}
+    assert asdict(ConversionSettings().with_facts()) == asdict(ConversionSettings()) | as_of_an_ar_model
 
 
 def test_an_unknown_key_of_a_recipe_names_the_recipe_and_the_nearest_key():
