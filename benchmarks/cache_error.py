@@ -185,7 +185,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--num_rows", type=int, default=30)
     parser.add_argument("--prefix", type=int, default=96, help="given tokens before the gap (96)")
     parser.add_argument("--gap", type=int, default=64, help="tokens to fill (64)")
-    parser.add_argument("--suffix", type=int, default=48, help="given tokens behind the gap (48)")
+    parser.add_argument("--suffix", type=int, default=48, help="given tokens after the gap (48)")
     parser.add_argument("--window", type=int, default=16, help="open positions decided at a time (16)")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--caches", default="prefix,dual")

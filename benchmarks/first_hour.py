@@ -3,7 +3,7 @@
     python -m pytest -m gpu && python benchmarks/first_hour.py --output_dir first-hour
 
 Each stage is one of the benchmarks beside this file, in a process of its own and with a limit of time; together the
-limits are under 25 minutes. A stage whose file is there is not run again; one that fails or takes too long is told of,
+limits are under 25 minutes. A stage whose file is there is not run again; one that fails or takes too long is reported,
 and the others go on. The summary is in OUTPUT_DIR/summary.md.
 """
 

@@ -107,7 +107,7 @@ def send_body(server: Server, path: str, body: bytes) -> int:
 
 
 def send_head(server: Server) -> int:
-    """Sends a head until the server has enough of it; returns the status that was told, 0 where it takes all."""
+    """Sends a head until the server has enough of it; returns the reported status, 0 if it takes everything."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
