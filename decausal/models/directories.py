@@ -37,6 +37,7 @@ def adapter_of(directory: Path) -> Adapter | None:
     path = directory / ADAPTER_FILE
     if not path.is_file() or (directory / "config.json").is_file():
         return None
+    _refuse_draft(directory)
     settings = _table(path)
     kind = settings.get("peft_type", "LORA")
     if kind in _UNMERGEABLE:
@@ -49,6 +50,15 @@ def adapter_of(directory: Path) -> Adapter | None:
     if not isinstance(base, str) or not base:
         raise UserError(f"{path} names no base model; write its name there, as base_model_name_or_path")
     return Adapter(base, settings.get("revision"))
+
+
+def _refuse_draft(directory: Path) -> None:
+    """Refuses the adapter of a gated conversion by itself."""
+    whole = directory.resolve().parent
+    if directory.resolve().name == DRAFT and (whole / FACTS_FILE).is_file() and read_facts(whole).is_gated:
+        raise UserError(
+            f"{directory} is the draft of a gated conversion: it acts at masks alone and is never merged; give {whole}"
+        )
 
 
 def refuse_adapter(name: str, directory: Path) -> None:

@@ -56,7 +56,7 @@ class Gate:
         assert self.is_mask is not None
         return torch.where(self.is_mask[..., None], scaled_as_embeddings(embedding.mask_row, embedding, output), output)
 
-    def close(self, _: nn.Module, args: tuple[Float[Tensor, "... D"], ...]) -> tuple[Tensor]:
+    def close(self, _: nn.Module, args: Any) -> Any:
         """Before an adapter's first matrix: nothing passes but what belongs to masks."""
         (states,) = args
         assert self.is_mask is not None

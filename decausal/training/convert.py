@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -56,6 +57,8 @@ from decausal.training.start import Start, find_start
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
 from decausal.training.terms import TERMS
 from decausal.training.trainer import ConversionTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ def _prepare(
     teacher = _teacher(settings, start, model, tokenizer, args)
     mask_token_id = _masked(settings, model, tokenizer, layout)
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
+    if settings.weights == "gated" and (settings.chat_template or settings.chat_template_kwargs):
+        logger.warning(
+            "--chat_template and --chat_template_kwargs hold for this run alone: gated weights leave the tokenizer's "
+            "files as they are, so give them to generate, chat, batch and serve as well"
+        )
     recipe = asdict(settings) | training | {"revision": start.commit}
     facts = ConversionFacts(
         layout=settings.layout,

@@ -438,6 +438,10 @@ class ConversionSettings:
                 )
         if self.teacher_model_name_or_path is not None:
             raise UserError("--teacher_model_name_or_path is for --weights shared: gated ones have the source in them")
+        if self.save_dtype != "source":
+            raise UserError(
+                f"--save_dtype {self.save_dtype} is for --weights shared: gated ones keep the source's files"
+            )
         for name in ("freeze_embeddings", "mask_token"):
             if getattr(self, name):
                 raise UserError(

@@ -18,6 +18,7 @@ from tests.runs import run
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block"}
 ALIGNED = {"align_weight": 1.0}
 DRAFTS = {"layout": "block", "block_size": 3, "causal_context": True, "shift": 1, "noise": "all", "kl_weight": 1.0}
+GATED = {"weights": "gated", "lora_r": 2, "save_dtype": "source"}
 CAUSAL_KL = {"causal_kl_weight": 1.0, "causal_context": True}
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "block, every loss": BLOCKS | ALIGNED | {"kl_weight": 1.0, "tv_weight": 1.0} | CAUSAL_KL,
     "block, KL of the top 5": BLOCKS | {"kl_weight": 1.0, "kl_top_k": 5, "kl_tail_bucket": True},
     "rollout states": ON_POLICY,
-    "drafts, gated": DRAFTS | {"weights": "gated", "lora_r": 2, "token_weight": 0.0, "align_distance": "l2"} | ALIGNED,
+    "drafts, gated": DRAFTS | GATED | {"token_weight": 0.0, "align_distance": "l2"} | ALIGNED,
     "drafts, shared": DRAFTS | {"clean_weight": 1.0, "clean_balanced": True, "causal_groups": True, "anchors": 4},
 }
 """Every kind of step that the recipes take, and how to ask for it."""

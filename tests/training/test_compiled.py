@@ -46,11 +46,14 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     torch._dynamo.reset()
 
 
+DRAFTS = {"layout": "block", "block_size": 3, "causal_context": True, "shift": 1, "noise": "all"}
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "aligned, two views": {"align_weight": 1.0, "views": 2, "complementary_masks": True},
     "block": {"layout": "block", "block_size": 4},
     "rollouts": ON_POLICY,
+    "drafts": DRAFTS,
+    "drafts, gated": DRAFTS | {"weights": "gated", "lora_r": 2, "save_dtype": "source"},
 }
 
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "kl_mean": "token",
     "lora_r": 4,
     "learning_rate": 3e-2,
+    "save_dtype": "source",
 }
 
 
@@ -204,6 +205,20 @@ def test_other_forms_and_further_training_are_refused_with_the_reason(
         run(made / "out", answers, tmp_path / "out", **SETTINGS)
 
 
+def test_its_draft_alone_is_never_merged(made: Path, answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="never merged; give"):
+        run(made / "out" / "draft", answers, tmp_path / "merged", layout="causal", merge_adapter=True)
+
+
+def test_a_chat_template_that_is_not_saved_is_told(made: Path, answers: Path, tmp_path: Path, caplog) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    run(made / "source", answers, tmp_path / "out", **SETTINGS, chat_template=str(template))
+    assert "hold for this run alone" in caplog.text
+    source = made / "source" / "chat_template.jinja"
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == source.read_bytes()
+
+
 def test_rollouts_are_the_sources_own_answers(tmp_path: Path, answers: Path) -> None:
     save_source(tmp_path / "source")
     made = run(
@@ -267,13 +282,14 @@ def test_introspective_trains_one_set_of_weights_on_growing_groups(tmp_path: Pat
         ({"anchors": "some"}, "anchors is 'some'; accepted: grid, all or a number"),
         ({"offset_gamma": 0.0}, "--offset_gamma 0.0: must be above 0"),
         ({"mask_token": "<m>"}, "--mask_token is for --weights shared"),
+        ({"save_dtype": "bfloat16"}, "--save_dtype bfloat16 is for --weights shared"),
         ({"weights": "shared", "reference_base": True}, "--reference_base is for --weights gated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict, message: str) -> None:
-    settings = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("learning_rate", *changes)} | changes
     with pytest.raises(UserError, match=message):
-        ConversionSettings(data="x", **settings | changes)
+        ConversionSettings(data="x", **settings)
 
 
 def test_a_reference_to_the_base_needs_a_model_of_the_hub(tmp_path: Path, answers: Path) -> None:
