@@ -29,6 +29,8 @@ Turn an autoregressive language model into a diffusion language model.
   decausal chat DIR                    talk to it; Ctrl-C stops an answer
   decausal batch DIR IN.jsonl OUT.jsonl
                                        continue a file of prompts, in order; a killed job goes on where it was
+  decausal answers MODEL --data PROMPTS --output FILE
+                                       a model's own answers to prompts, as training data for any recipe
   decausal serve DIR                   a page to play on, and a server for OpenAI's clients
   decausal eval nll DIR --data DATA    NELBO, bits per byte, masked cross-entropy by noise level
   decausal eval tasks MODEL            share of right answers to small tasks, tokens per forward pass
@@ -52,6 +54,7 @@ VERBS = (
     "edit",
     "chat",
     "batch",
+    "answers",
     "serve",
     "eval",
     "compare",

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 DATA_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|ndjson|jsonlines|csv|tsv|parquet|arrow|gz|bz2|xz|zst)$", re.IGNORECASE)
+JOB_SETTINGS = ".settings.json"
+"""Suffix, after the name of a file that a job writes, of the file with the job's settings."""
 _PARTIAL = re.compile(r".+\.tmp\d+")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -81,6 +81,8 @@ def documents_of(
     origin: str,
     closings: Closings,
     tell: Tell,
+    *,
+    is_cut: bool = False,
 ) -> list[Document]:
     """Returns the texts to train on, with the answers in each: one text where the template never changes earlier turns.
 
@@ -89,6 +91,7 @@ def documents_of(
         values: Further values that the template reads.
         closings: The tokenizer's special tokens.
         tell: Called with what the user should know about the template.
+        is_cut: Whether the last message is an answer that was cut off. The last text then ends with its content.
 
     Raises:
         UserError: The template refuses the messages, or changes an answer so that it cannot be separated from its
@@ -96,9 +99,12 @@ def documents_of(
     """
     renderings = _Renderings(messages, tools, values, tokenizer, origin, tell)
     answers = [_answer(renderings, index, closings) for index in range(len(messages)) if is_trained(messages, index)]
+    if is_cut:
+        answers[-1] = answers[-1].cut()
     waiting = list(answers)
     found = []
-    for text in [renderings.of(len(messages)), *(answer.text for answer in reversed(answers))]:
+    whole = answers[-1].text if is_cut else renderings.of(len(messages))
+    for text in [whole, *(answer.text for answer in reversed(answers))]:
         if found and text not in (answer.text for answer in waiting):
             continue
         spans = {id(answer): span for answer in waiting if (span := answer.span_in(text, closings))}
@@ -120,6 +126,10 @@ class _Answer:
     content_end: int
     end: int
     is_ended: bool
+
+    def cut(self) -> _Answer:
+        """The answer without what ends its turn."""
+        return replace(self, text=self.text[: self.content_end], end=self.content_end, is_ended=False)
 
     def span_in(self, text: str, closings: Closings) -> Span | None:
         """Returns where the answer stands in a text that begins in the same way, or None for other texts."""

@@ -39,10 +39,12 @@ def encode_conversations(
     follows the messages before it, rendered with the generation prompt. A conversation is one document if the template
     renders earlier turns the same way once others follow. Otherwise it becomes several, so that each answer stands
     after the prompt that it will have. The first message of a conversation is not an answer, and neither is a message
-    of weight 0. An answer at a document's end gets EOS if the template does not end it.
+    of weight 0. An answer at a document's end gets EOS if the template does not end it. An answer that was cut off ends
+    its document without any end token.
 
     Args:
-        records: Records with "messages", perhaps "tools" and "chat_template_kwargs", and an origin for errors.
+        records: Records with "messages", perhaps "tools", "chat_template_kwargs" and "is_end", and an origin for
+            errors.
         tokenizer: A fast tokenizer with a chat template.
         special_ids: Ids of the special tokens.
         tell: Called with what the user should know about the template.
@@ -54,7 +56,11 @@ def encode_conversations(
     if not tokenizer.is_fast:
         raise UserError(f"{records[0]['origin']}: 'messages' need a fast tokenizer, to find the answers' tokens")
     encoder = _Encoder(tokenizer, special_ids, tell)
-    return [[encoder.with_end(tokens) for tokens in documents] for documents in encoder.encode(records)]
+    found = []
+    for record, documents in zip(records, encoder.encode(records), strict=True):
+        num_ended = len(documents) - _is_cut(record)
+        found.append([*map(encoder.with_end, documents[:num_ended]), *documents[num_ended:]])
+    return found
 
 
 def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds) -> list[int]:
@@ -93,13 +99,17 @@ class _Encoder:
             origin, tools = record["origin"], record.get("tools", ())
             values = template_values(record, self._tokenizer, self._tell)
             messages = readable(record["messages"], self._tokenizer, origin, tools=tools, **values)
+            is_cut = _is_cut(record)
             record = {"origin": origin, "messages": messages, "tools": tools, "values": values}
             if not any(is_trained(messages, index) for index in range(len(messages))):
                 raise UserError(f"{origin}: no message of the assistant's answers another one and is to be trained on")
             if marks_answers(self._tokenizer, tools):
-                found[number].append(self._marked_by_template(record))
+                tokens = self._marked_by_template(record)
+                found[number].append(self._without_end(tokens) if is_cut else tokens)
             else:
-                documents = documents_of(messages, tools, values, self._tokenizer, origin, self._closings, self._tell)
+                documents = documents_of(
+                    messages, tools, values, self._tokenizer, origin, self._closings, self._tell, is_cut=is_cut
+                )
                 waiting += [(number, document) for document in documents]
         for (number, _), tokens in zip(waiting, self._tokens([each for _, each in waiting]), strict=True):
             found[number].append(tokens)
@@ -175,6 +185,14 @@ class _Encoder:
         eos_token_id = np.int32(self._tokenizer.eos_token_id)
         return np.append(ids[:stop], eos_token_id), np.append(is_answer[:stop], True)
 
+    def _without_end(self, tokens: Tokens) -> Tokens:
+        """Cuts off what ends the last answer, spaces before it too, and what stands behind it."""
+        ids, is_answer = tokens
+        first, stop = _runs(is_answer)[-1]
+        while stop > first and (self._is_end(ids[stop - 1]) or self._is_blank(ids[stop - 1])):
+            stop -= 1
+        return ids[:stop], is_answer[:stop]
+
     def ends(self, tokens: Tokens) -> list[int]:
         """Returns the special tokens that the answers end with, ignoring spaces after them."""
         ids, is_answer = tokens
@@ -187,9 +205,17 @@ class _Encoder:
     def _last(self, ids: Ids, first: int, stop: int) -> int:
         """Returns the place of the last token of a run that is not only spaces."""
         for place in range(stop - 1, first, -1):
-            if self._tokenizer.decode([int(ids[place])]).strip():
+            if not self._is_blank(ids[place]):
                 return place
         return first
+
+    def _is_blank(self, token_id: int | np.integer) -> bool:
+        return not self._tokenizer.decode([int(token_id)]).strip()
+
+
+def _is_cut(record: Record) -> bool:
+    messages = record["messages"]
+    return not record.get("is_end", True) and is_trained(messages, len(messages) - 1)
 
 
 def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:

@@ -16,6 +16,7 @@ from decausal.data.files import BROKEN, File
 from decausal.data.reading import Account
 from decausal.data.tables import SavedDataset
 from decausal.errors import UserError, nearest
+from decausal.files import JOB_SETTINGS
 
 if TYPE_CHECKING:
     from datasets.utils.metadata import MetadataConfigs
@@ -108,6 +109,9 @@ def _visible_paths(root: Path) -> Iterator[Path]:
 
 
 def _is_readable(file: File, root: Path, account: Account) -> bool:
+    if file.path.name.endswith(JOB_SETTINGS) and Path(str(file.path).removesuffix(JOB_SETTINGS)).is_file():
+        account.leave_out(_name(file, root), "a job's settings")
+        return False
     if file.format != "binary":
         return True
     is_broken = file.compression is not None and file.head == BROKEN

@@ -5,7 +5,8 @@ A record is {"origin": where it was read, ...} with one of three contents:
     "messages": a conversation, a list of messages, see `decausal.data.messages.read_messages`, and maybe "tools"
         and "chat_template_kwargs";
     "prompt" and "completion"; tasks with exact answers also name their "task".
-The text of a long file comes in pieces, each a record with "is_start" and "is_end".
+The text of a long file comes in pieces, each a record with "is_start" and "is_end". A record that was cut off, as its
+field "finish_reason" says, has "is_end": False too: it is trained without an end.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class _Records:
             except UserError as error:
                 self._account.take_bad(error, self._reading.on_bad_record)
             else:
+                self._account.num_cut += not record.get("is_end", True)
                 yield record
 
     def _record(self, origin: str, row: object) -> Record:

@@ -123,7 +123,8 @@ def encode_batch(
     A text becomes the tokenizer's BOS (if it has one), the text and EOS. Everything except BOS may be masked, and rows
     may cut it anywhere. Of a prompt and its completion, the completion and EOS may be masked. A conversation is
     rendered by the tokenizer's chat template; the assistant's answers and their end-of-turn tokens may be masked. It
-    becomes several documents if the template renders earlier turns differently once others follow.
+    becomes several documents if the template renders earlier turns differently once others follow. A record that was
+    cut off ends where it was cut, without an end token.
 
     Args:
         records: Any mix of texts, completions and conversations.
@@ -163,10 +164,10 @@ def _encode_completions(records: Sequence[Record], special: SpecialTokens, appen
     """
     prompts = _tokenize([record["prompt"] for record in records], special)
     wholes = _tokenize([record["prompt"] + record["completion"] for record in records], special)
-    suffix = [special.end] if append_eos else []
     for record, prompt, whole in zip(records, prompts, wholes, strict=True):
         is_prefix = whole[: len(prompt)] == prompt
         completion = whole[len(prompt) :] if is_prefix else _tokenize([record["completion"]], special)[0]
+        suffix = [special.end] if append_eos and record.get("is_end", True) else []
         yield [_encoded(record, special.prefix + prompt, completion + suffix, splittable=False)]
 
 

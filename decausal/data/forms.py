@@ -15,6 +15,7 @@ Record = dict[str, Any]
 
 SYSTEM = ("system", "system_prompt")  # the system's message, in a separate column
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs", *SYSTEM)
+FINISH_REASON = "finish_reason"  # OpenAI's name; of an answer that was cut off it says "length"
 TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
 
@@ -52,7 +53,7 @@ class Form:
 
     def columns(self, found: Collection[str]) -> list[str]:
         """Returns the fields to read of those found."""
-        return [field for field in (*self.fields, *self.optional, *self.beside) if field in found]
+        return [field for field in (*self.fields, *self.optional, *self.beside, FINISH_REASON) if field in found]
 
     def record(self, row: dict[str, Any], origin: str) -> Record:
         """Turns a row into a record.
@@ -66,7 +67,8 @@ class Form:
             raise UserError(f"{origin}: no field '{missing[0]}', which earlier records have; found {listed(row)}")
         record = self.content(self, row, origin)
         _refuse_broken_texts(record, origin)
-        return {"origin": origin, **record}
+        is_cut = self.needs_answers and row.get(FINISH_REASON) == "length"
+        return {"origin": origin, **record, **({"is_end": False} if is_cut else {})}
 
 
 def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:

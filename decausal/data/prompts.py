@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.documents import read_sources
 from decausal.data.encode import BATCH_RECORDS, Encoded, SpecialTokens, encode_stream, refuse_mask_token
 from decausal.data.forms import Record
+from decausal.data.messages import Message
 from decausal.data.reading import Account, Reading, say
 from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
@@ -29,6 +30,20 @@ from decausal.data.template import readable, refuse_without_template, render, te
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " _"]
+OnBad = Callable[[UserError], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given to answer, and how the data say it.
+
+    Attributes:
+        ids: Tokens as the model reads them before an answer.
+        record: With "messages" up to the answer, maybe "tools" and "chat_template_kwargs"; or with "prompt".
+    """
+
+    ids: Ids
+    record: Record
 
 
 class Prompts:
@@ -95,18 +110,27 @@ def load_prompts(
     if not kept and not dropped_lengths:
         account.refuse_if_all_bad()
     say(account.line(sum(map(len, kept))))
-    _report_dropped(len(kept), dropped_lengths, max_length, block_size)
+    report_dropped(len(kept), dropped_lengths, f"--max_length {max_length} less one block of {block_size}")
     return Prompts.of(kept, bool(account.num_conversations))
 
 
-def _report_dropped(num_kept: int, dropped_lengths: list[int], max_length: int, block_size: int) -> None:
-    """Warns about prompts that were left out. Raises UserError if no others are left."""
+def report_dropped(num_kept: int, dropped_lengths: list[int], room: str) -> None:
+    """Warns about prompts that were left out.
+
+    Args:
+        num_kept: How many were not.
+        dropped_lengths: Their lengths in tokens.
+        room: What they do not fit into.
+
+    Raises:
+        UserError: No others are left.
+    """
     if not dropped_lengths:
         return
     num_empty = dropped_lengths.count(0)
     why = (
-        f"{num_empty} without a token, {len(dropped_lengths) - num_empty} longer than --max_length {max_length} less "
-        f"one block of {block_size}; the longest has {max(dropped_lengths)} tokens"
+        f"{num_empty} without a token, {len(dropped_lengths) - num_empty} longer than {room}; the longest has "
+        f"{max(dropped_lengths)} tokens"
     )
     if not num_kept:
         raise UserError(f"no prompt leaves room for an answer: {why}; raise --max_length or give other data")
@@ -119,23 +143,24 @@ def prompts_of(
     max_length: int,
     longest: int,
     prompt_fraction: float,
-    on_bad: Callable[[UserError], None] | None = None,
+    on_bad: OnBad | None = None,
 ) -> Iterator[Ids]:
     """Yields the prompts of records, including those without room for an answer; see `load_prompts`."""
     for kind, group in groupby(records, _kind):
         if kind == "text":
             for document in encode_stream(group, tokenizer, on_bad=on_bad):
-                yield from _pieces(document, max_length, longest, prompt_fraction)
+                yield from pieces(document, max_length, longest, prompt_fraction)
             continue
-        while some := list(islice(group, BATCH_RECORDS)):
-            yield from _given(some, tokenizer, on_bad)
+        for prompt in given(group, tokenizer, on_bad):
+            yield prompt.ids
 
 
 def _kind(record: Record) -> str:
     return next(kind for kind in ("messages", "prompt", "text") if kind in record)
 
 
-def _pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
+def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
+    """Yields the beginning of each stretch of `max_length` tokens of a text; see `load_prompts`."""
     for start in range(0, len(document.ids), max_length):
         piece = document.ids[start : start + max_length]
         length = min(int(len(piece) * prompt_fraction), len(piece) - 1, longest)
@@ -143,44 +168,65 @@ def _pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: f
             yield piece[: max(1, length)]
 
 
-def _given(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[UserError], None] | None
-) -> Iterator[Ids]:
-    """Returns the prompts of conversations or of completions, as the model reads them before an answer."""
+def given(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, at_once: int = BATCH_RECORDS
+) -> Iterator[Prompt]:
+    """Yields the prompts of conversations and of completions, as the model reads them before an answer.
+
+    Args:
+        records: Records with "messages" or with "prompt".
+        tokenizer: The model's tokenizer.
+        on_bad: Called with the error of a record that cannot be used. None raises it.
+        at_once: Records that are read and encoded together.
+
+    Raises:
+        UserError: A record cannot be used, and `on_bad` raises or is None.
+    """
+    records = iter(records)
+    while some := list(islice(records, at_once)):
+        yield from _given_together(some, tokenizer, on_bad)
+
+
+def _given_together(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None
+) -> Iterator[Prompt]:
     prefix = SpecialTokens(tokenizer).prefix
-    texts: list[tuple[str, str, list[int]]] = []
+    texts: list[tuple[Record, str, list[int]]] = []
     for record in records:
-        origin = record["origin"]
         try:
             if "messages" in record:
-                texts.append((origin, _conversation_prompt(record, tokenizer), []))
+                record = record | {"messages": _before_answer(record["messages"])}
+                texts.append((record, _conversation_prompt(record, tokenizer), []))
             else:
-                texts.append((origin, record["prompt"], prefix))
+                texts.append((record, record["prompt"], prefix))
         except UserError as error:
             _bad(error, on_bad)
     batch = tokenizer([text for _, text, _ in texts], add_special_tokens=False, verbose=False) if texts else None
-    for (origin, _, before), given in zip(texts, batch["input_ids"] if batch else [], strict=True):
-        ids = np.array([*before, *given], dtype=np.int32)
+    for (record, _, before), text_ids in zip(texts, batch["input_ids"] if batch else [], strict=True):
+        ids = np.array([*before, *text_ids], dtype=np.int32)
         try:
-            refuse_mask_token(ids, origin, tokenizer)
+            refuse_mask_token(ids, record["origin"], tokenizer)
         except UserError as error:
             _bad(error, on_bad)
         else:
-            yield ids
+            yield Prompt(ids, record)
 
 
-def _bad(error: UserError, on_bad: Callable[[UserError], None] | None) -> None:
+def _bad(error: UserError, on_bad: OnBad | None) -> None:
     if on_bad is None:
         raise error
     on_bad(error)
 
 
+def _before_answer(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     refuse_without_template(tokenizer, record["origin"])
     messages, tools = record["messages"], record.get("tools", ())
-    given = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not given:  # an answer without a question has no prompt
+    if not messages:  # an answer without a question has no prompt
         return ""
     options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, say)}
-    given = readable(given, tokenizer, record["origin"], **options)
-    return render(given, tokenizer, record["origin"], **options)
+    messages = readable(messages, tokenizer, record["origin"], **options)
+    return render(messages, tokenizer, record["origin"], **options)

@@ -58,6 +58,7 @@ class Account:
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
         left_out: Names of files that were not read, by reason.
         num_blank: Records without a text or an answer.
+        num_cut: Records whose answer was cut off, so that it is trained on without an end.
         num_bad: Records that could not be used.
         bad: What was wrong with the first of them.
     """
@@ -68,6 +69,7 @@ class Account:
     forms: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     num_blank: int = 0
+    num_cut: int = 0
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
 
@@ -104,7 +106,8 @@ class Account:
         read = f"read {where}: {_counted(self.num_records, 'record')}, {_counted(num_tokens, 'token')}"
         if self.forms:
             read += f", as {' and '.join(self.forms)}"
-        return "; ".join([read, *self._skipped()])
+        cut = [f"{self.num_cut:,} of finish_reason 'length' trained without an end"] if self.num_cut else []
+        return "; ".join([read, *cut, *self._skipped()])
 
     def _skipped(self) -> list[str]:
         parts = [f"skipped {_some(names)} ({reason})" for reason, names in self.left_out.items()]

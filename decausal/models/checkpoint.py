@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.files import write_whole
 from decausal.models.adapt import LOADING_ERRORS, adapt, forget_secrets, load_source, source_dtype
@@ -173,6 +174,31 @@ def _with_adapter(
     count_as_ends(model, tokenizer, facts.end_token_ids)
     _refuse_disagreement(path, facts, model, tokenizer)
     return Converted(model.eval().to(device=device, dtype=dtype), tokenizer, facts)
+
+
+def load_causal(
+    model_name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Converted:
+    """Loads an autoregressive model as engines take it, in eval mode: its facts say that it writes from left to right.
+
+    It gets a mask token too, which it never reads and which is never written: engines ban one.
+
+    Args:
+        model_name_or_path: as `load_source` takes it; adapters are merged.
+        dtype: type of the weights.
+        device: where they go.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    model, tokenizer = load_source(model_name_or_path, revision=revision, dtype=dtype, merge_adapter=True)
+    mask_token_id = adapt(model, tokenizer, layout=Layout("causal"))
+    facts = ConversionFacts(str(model_name_or_path), "causal", 1, mask_token_id, source_revision=revision)
+    return Converted(model.to(device).eval(), tokenizer, facts)
 
 
 def count_as_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,19 @@ from typing import Any
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.sampling.batch_files import Lines, continued, count_lines, encoded, job_facts
-from decausal.sampling.batch_paths import check_job_files
+from decausal.sampling.batch_files import Lines, count_lines, encoded, job_facts
 from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
-from decausal.sampling.jobs import BATCH_SIZE, Drafts, Job
+from decausal.sampling.job_files import OnProgress, check_job_files, continued
+from decausal.sampling.jobs import BATCH_SIZE, Drafts, Ended, Job
+from decausal.sampling.ordered import in_order
 from decausal.sampling.settings import MOST_ROWS
 from decausal.sampling.stopping import end_token_ids
 
 LONGEST = 4096
 """Longest row in tokens, if neither the model nor the caller sets a limit."""
-BEGUN_PER_PLACE = 64
-"""Rows begun and not yet yielded, for each place in a pass: how far others may run ahead of a slow one."""
 ON_ERROR = ("stop", "record")
-OnProgress = Callable[[int, int], None]
-"""Called with the lines that are written, and all lines."""
 
 
 class BatchEngine:
@@ -101,52 +98,22 @@ class BatchEngine:
 
         Errors in `wanted` are passed on in their places.
         """
-        source, is_exhausted = iter(wanted), False
-        running: dict[int, tuple[int, Wanted, Job]] = {}
-        finished: dict[int, Generation | UserError] = {}
-        num_taken = num_told = 0
-        try:
-            while running or not is_exhausted:
-                while not is_exhausted and self._has_room(num_taken - num_told):
-                    try:
-                        each = next(source)
-                    except StopIteration:
-                        is_exhausted = True
-                        break
-                    self._begin(each, num_taken, running, finished)
-                    num_taken += 1
-                for progress in self._engine.step() if running else ():
-                    if progress.ended is not None:
-                        index, prompt, job = running.pop(progress.ticket)
-                        finished[index] = continuation(self.converted, prompt.text, job, progress.ended)
-                while num_told in finished:
-                    answer = finished.pop(num_told)
-                    num_told += 1
-                    yield answer
-        finally:
-            for ticket in running:
-                self._engine.cancel(ticket)
+        with closing(in_order(self._engine, map(self._asked, wanted), self.max_rows)) as ended:
+            for asked, end in ended:
+                yield end if asked is None or isinstance(end, UserError) else self._answer(*asked, end)
 
-    def _has_room(self, num_unfinished: int) -> bool:
-        """Returns whether more rows should wait: enough that no place stays empty for a pass."""
-        return self._engine.num_waiting < self.max_rows and num_unfinished < BEGUN_PER_PLACE * self.max_rows
-
-    def _begin(
-        self,
-        wanted: Wanted | UserError,
-        index: int,
-        running: dict[int, tuple[int, Wanted, Job]],
-        finished: dict[int, Generation | UserError],
-    ) -> None:
+    def _asked(self, wanted: Wanted | UserError) -> tuple[tuple[Wanted, Job] | None, Job | UserError]:
         if isinstance(wanted, UserError):
-            finished[index] = wanted
-            return
+            return None, wanted
         try:
             job = continuing(self.converted, wanted, self._ends)
             job.row.check(self.converted)
-            running[self._engine.submit(job)] = (index, wanted, job)
         except UserError as error:
-            finished[index] = error
+            return None, error
+        return (wanted, job), job
+
+    def _answer(self, wanted: Wanted, job: Job, ended: Ended) -> Generation:
+        return continuation(self.converted, wanted.text, job, ended)
 
 
 @dataclass(frozen=True)
@@ -223,28 +190,26 @@ def run_file(
     )
     num_errors = num_tokens = 0
     drafts: Drafts | None = None
-    with continued(target, job_facts(converted, defaults, chat)) as (file, num_written):
-        if num_written > num_lines:
-            raise UserError(f"{target} has {num_written} lines and {source} only {num_lines}: not answers to it")
-        num_resumed = num_written
-        lines = Lines(source, defaults, chat, num_written)
-        _tell(on_progress, num_written, num_lines)
+    with continued(target, job_facts(converted, defaults, chat)) as file:
+        num_resumed = file.num_lines
+        if num_resumed > num_lines:
+            raise UserError(f"{target} has {num_resumed} lines and {source} only {num_lines}: not answers to it")
+        lines = Lines(source, defaults, chat, num_resumed)
+        _tell(on_progress, num_resumed, num_lines)
         with closing(engine.answers(lines)) as found:
             for answer in found:
-                label, number = lines.labels.pop(num_written)
+                label, number = lines.labels.pop(file.num_lines)
                 if isinstance(answer, UserError) and on_error == "stop":
                     raise UserError(
-                        f"{source} line {number}: {answer}; the {num_written} answers before it are written: fix it "
-                        "and run again, or give on_error 'record'"
+                        f"{source} line {number}: {answer}; the {file.num_lines} answers before it are written: fix "
+                        "it and run again, or give on_error 'record'"
                     )
                 file.write(encoded(label, answer))
-                file.flush()
-                num_written += 1
                 num_errors += isinstance(answer, UserError)
                 if isinstance(answer, Generation):
                     num_tokens += len(answer.ids)
                     drafts = Drafts.sum([drafts, answer.drafts])
-                _tell(on_progress, num_written, num_lines)
+                _tell(on_progress, file.num_lines, num_lines)
     return BatchResult(num_lines, num_resumed, num_errors, num_tokens, drafts)
 
 

@@ -1,24 +1,19 @@
-"""The files of a batch job: prompts read line by line, answers that are continued where they were killed."""
+"""The lines of a batch job: prompts read one by one, and what is written for each."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from decausal.errors import UserError, nearest, refuse_broken_text
 from decausal.models.checkpoint import Converted
-from decausal.sampling.batch_paths import recorded_settings, settings_path
 from decausal.sampling.generation import Generation, Wanted
 from decausal.sampling.settings import ALIASES, SamplerSettings
-
-_CHUNK = 1 << 20
 
 
 class Lines:
@@ -92,7 +87,7 @@ def encoded(label: Any, answer: Generation | UserError) -> bytes:
         if answer.drafts is not None:
             told["drafts"] = answer.drafts.as_dict()
     # ASCII: an id may hold half of a surrogate pair, which UTF-8 cannot.
-    return json.dumps(told).encode() + b"\n"
+    return json.dumps(told).encode()
 
 
 def count_lines(path: Path) -> int:
@@ -105,62 +100,13 @@ def count_lines(path: Path) -> int:
 
 def job_facts(converted: Converted, settings: SamplerSettings, chat: bool) -> dict[str, Any]:
     """Returns what decides the answers, apart from the prompts."""
+    return json.loads(json.dumps({**model_facts(converted, chat), "settings": asdict(settings), "chat": chat}))
+
+
+def model_facts(converted: Converted, chat: bool) -> dict[str, Any]:
+    """Returns what a job records of its model and, if prompts go through it, of the chat template."""
     facts = {"source": converted.facts.source, "layout": converted.facts.layout, "shift": converted.facts.shift}
-    told: dict[str, Any] = {"model": facts, "settings": asdict(settings), "chat": chat}
-    if chat:
-        template = json.dumps(converted.tokenizer.chat_template)
-        told["chat_template"] = sha256(template.encode()).hexdigest()[:16]
-    return json.loads(json.dumps(told))
-
-
-@contextmanager
-def continued(path: Path, facts: dict[str, Any]) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens the answers after their last whole line; yields the file and how many lines it has."""
-    record = settings_path(path)
-    try:
-        file = path.open("r+b" if path.exists() else "x+b")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    with file:
-        _lock(file, path)
-        if file.seek(0, os.SEEK_END):
-            _refuse_other_job(path, facts)
-        else:
-            record.write_text(json.dumps(facts, indent=2) + "\n")
-        yield file, _repair(file)
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError:  # Windows
-        return
-    try:
-        flock(file, LOCK_EX | LOCK_NB)
-    except OSError:
-        raise UserError(f"another run is writing {path}: wait for it, or write elsewhere") from None
-
-
-def _repair(file: BinaryIO) -> int:
-    """Cuts off a torn last line and goes to the end. Returns the number of whole lines."""
-    num_lines = end = position = file.seek(0)
-    while chunk := file.read(_CHUNK):
-        num_lines += chunk.count(b"\n")
-        last = chunk.rfind(b"\n")
-        end = position + last + 1 if last >= 0 else end
-        position += len(chunk)
-    file.truncate(end)
-    file.seek(0, os.SEEK_END)
-    return num_lines
-
-
-def _refuse_other_job(path: Path, facts: dict[str, Any]) -> None:
-    found = recorded_settings(path)
-    flat, wanted = ({**facts.pop("settings", {}), **facts} for facts in (dict(found), dict(facts)))
-    changed = [
-        f"{name} {flat.get(name)!r}, now {wanted.get(name)!r}" for name in wanted if flat.get(name) != wanted[name]
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was begun with {', '.join(changed)}: give the same settings to continue, or write elsewhere"
-        )
+    if not chat:
+        return {"model": facts}
+    template = json.dumps(converted.tokenizer.chat_template)
+    return {"model": facts, "chat_template": sha256(template.encode()).hexdigest()[:16]}

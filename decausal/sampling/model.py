@@ -13,13 +13,14 @@ from decausal.devices import best_device, decoding_dtype
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.sampling import batch as batching
 from decausal.sampling import generate as generating
-from decausal.sampling.batch import BatchEngine, BatchResult, OnProgress
+from decausal.sampling.batch import BatchEngine, BatchResult
 from decausal.sampling.editing import edit as editing
 from decausal.sampling.editing.edit import GROUPS, Edit, TokenConfidence
 from decausal.sampling.filling import infilling
 from decausal.sampling.filling.gaps import Piece
 from decausal.sampling.filling.infilling import MAX_GAP, Filling
 from decausal.sampling.generation import Generation
+from decausal.sampling.job_files import OnProgress
 from decausal.sampling.jobs import BATCH_SIZE, OnStep
 
 

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, nearest
-from decausal.models.adapt import adapt, load_source
 from decausal.models.architecture import context_length
-from decausal.models.checkpoint import Converted
-from decausal.models.facts import ConversionFacts
+from decausal.models.checkpoint import Converted, load_causal
 from decausal.privacy import without_paths
 from decausal.sampling.borders import Vocabulary
 from decausal.sampling.engines import engine_for
@@ -112,19 +109,11 @@ def served(
 def source_of(converted: Converted) -> Converted:
     """Loads the autoregressive model that a converted one was made from.
 
-    It gets a mask token too, which is never read or written, because engines ban one.
-
     Raises:
         UserError: The source is no longer there.
     """
-    facts = converted.facts
-    model, tokenizer = load_source(
-        facts.source, revision=facts.source_revision, dtype=converted.model.dtype, merge_adapter=True
-    )
-    mask_token_id = adapt(model, tokenizer, layout=Layout("causal"))
-    model.to(converted.model.device).eval()
-    causal = ConversionFacts(facts.source, "causal", 1, mask_token_id, source_revision=facts.source_revision)
-    return Converted(model, tokenizer, causal)
+    facts, model = converted.facts, converted.model
+    return load_causal(facts.source, model.dtype, model.device, facts.source_revision)
 
 
 def find(models: Sequence[Served], name: str | None) -> Served:

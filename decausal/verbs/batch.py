@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-from decausal.sampling.batch_paths import check_job_files
+from decausal.sampling.job_files import check_job_files
 from decausal.verbs.flags import (
     VerbParser,
     add_template_flags,
@@ -18,7 +15,7 @@ from decausal.verbs.flags import (
     slow_imports,
     template_options,
 )
-from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options, told_of_drafts
+from decausal.verbs.sampling import add_sampling_flags, check_model, progress_bar, sampler_options, told_of_drafts
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
 of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
@@ -58,26 +55,10 @@ def run(arguments: list[str]) -> int:
 
     model = load(flags.directory, **template)
     options["cuda_graphs"] = flags.cuda_graphs
-    with _progress() as on_progress:
+    with progress_bar() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)
     notes = [f"{result.num_lines} answers in {flags.answers}"]
     notes += [f"{result.num_resumed} of them from before"] if result.num_resumed else []
     notes += [f"{result.num_errors} errors"] if result.num_errors else []
     print(f"[{', '.join(notes)}{told_of_drafts(result.drafts)}]", file=sys.stderr)
     return 0
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Shows a bar on standard error, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -7,13 +7,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from decausal.data.reading import ON_BAD_RECORD, Reading
+from decausal.data.reading import Reading
 from decausal.data.sources import refuse_missing
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
 from decausal.verbs import eval_harness
 from decausal.verbs.flags import (
     VerbParser,
+    add_reading_flags,
     add_template_flags,
     at_least,
     given,
@@ -68,13 +69,7 @@ def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
-    parser.add_argument("--text_field", help="the field of a record that holds its text (text)")
-    parser.add_argument("--prompt_field", help="the field that holds its prompt (prompt)")
-    parser.add_argument("--completion_field", help="and the one with the answer (completion)")
-    parser.add_argument(
-        "--dataset_split", dest="split", metavar="DATASET_SPLIT", help="the split of a data set (train)"
-    )
-    parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, help="what a bad record does (error)")
+    add_reading_flags(parser)
     add_template_flags(parser)
     parser.add_argument("--max_length", type=at_least(2), help="tokens in a row (512)")
     parser.add_argument("--num_rows", type=positive, default=64, help="rows to measure on (64)")

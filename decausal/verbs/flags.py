@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
+from decausal.data.reading import ON_BAD_RECORD
 from decausal.errors import UserError
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer"
@@ -66,6 +67,17 @@ def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
 def given_to(function: Callable[..., Any], flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags that were given and have the name of a parameter of a function, or of a dataclass's field."""
     return given(flags, *(name for name in signature(function).parameters if hasattr(flags, name)))
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how records are read, by the names of the fields of `Reading`."""
+    parser.add_argument("--text_field", help="the field of a record that holds its text (text)")
+    parser.add_argument("--prompt_field", help="the field that holds its prompt (prompt)")
+    parser.add_argument("--completion_field", help="and the one with the answer (completion)")
+    parser.add_argument(
+        "--dataset_split", dest="split", metavar="DATASET_SPLIT", help="the split of a data set (train)"
+    )
+    parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, help="what a bad record does (error)")
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from decausal.sampling.settings import SETTINGS
 from decausal.verbs.flags import given, positive
 
 if TYPE_CHECKING:
+    from decausal.sampling.job_files import OnProgress
     from decausal.sampling.jobs import Drafts, OnStep, Progress
 
 
@@ -25,16 +26,16 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON: text, ids, tokens per forward")
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of every sampler setting, which `sampler_options` reads."""
+def add_sampling_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Adds the flags of sampler settings, which `sampler_options` reads: all but those named."""
     for name, setting in SETTINGS.items():
-        for flag in setting.flags:
+        for flag in () if name in without else setting.flags:
             names = flag.names if "dest" in flag.options else (f"--{name}", *flag.names)
             parser.add_argument(*names, **flag.options, help=flag.help)
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:
-    return given(flags, *(name for name, setting in SETTINGS.items() if setting.flags))
+    return given(flags, *(name for name, setting in SETTINGS.items() if setting.flags and hasattr(flags, name)))
 
 
 def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = False) -> None:
@@ -82,6 +83,22 @@ def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterato
                 viewer(progress)
 
         yield show if viewers else None
+
+
+@contextmanager
+def progress_bar() -> Iterator[OnProgress | None]:
+    """A bar on standard error with the time that is left, where that is a terminal; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_generations(found: list[Any], as_json: bool) -> None:

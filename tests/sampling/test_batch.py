@@ -14,7 +14,7 @@ import pytest
 from decausal.cli import main
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted, save_converted
-from decausal.sampling import batch
+from decausal.sampling import ordered
 from decausal.sampling.batch import BatchEngine, run_file
 from decausal.sampling.generate import generate
 from tests.runs import call_in_a_copy
@@ -60,7 +60,7 @@ def test_an_engine_gives_the_answers_of_generate_in_the_order_of_the_prompts(mod
 
 
 def test_prompts_are_taken_as_places_become_free(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "BEGUN_PER_PLACE", 3)
+    monkeypatch.setattr(ordered, "BEGUN_PER_PLACE", 3)
     taken = told = 0
     most = 0
 
@@ -163,7 +163,7 @@ def test_a_job_cut_off_at_any_byte_is_continued_to_the_same_answers(model: Conve
 def test_answers_of_another_job_are_not_touched(model: Converted, tmp_path: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", [{"prompt": "import"}]), tmp_path / "out.jsonl"
     target.write_text("mine")
-    with pytest.raises(UserError, match="not of a batch job"):
+    with pytest.raises(UserError, match="not of a job"):
         run_file(model, source, target, **OPTIONS)
     assert target.read_text() == "mine"
     target.unlink()

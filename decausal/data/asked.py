@@ -1,0 +1,108 @@
+"""Prompts with what the data say of them, for those who write answers down: read anew each time, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from itertools import groupby, islice
+
+from transformers import PreTrainedTokenizerBase
+
+from decausal.data.documents import read_sources
+from decausal.data.encode import BATCH_RECORDS, SpecialTokens, encode_stream
+from decausal.data.forms import Record
+from decausal.data.prompts import OnBad, Prompt, given, pieces, report_dropped
+from decausal.data.reading import Account, Reading, say
+from decausal.data.sources import Data, find_sources
+from decausal.errors import UserError
+
+# As the tokens say it: special ones too, and no spaces taken out.
+VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+
+
+class AskedPrompts:
+    """The prompts of `data`, in the order of its documents.
+
+    A plain text gives the beginning of each of its stretches of tokens, as a prompt of its own. A line on standard
+    error says what was read, and a warning which prompts leave no room.
+
+    Args:
+        data, reading: See `decausal.data.rows.load_rows`.
+        tokenizer: Of the model that will read them.
+        max_length: Tokens of a prompt and its answer together.
+        num_new_tokens: Those of them that are left for an answer.
+        prompt_fraction: Share of a plain text's stretch to give; at least one token of it, never all.
+        num_prompts: The first so many alone; None: all.
+
+    Attributes:
+        longest: Tokens of the longest prompt.
+        has_conversations: Whether they are conversations, which go through the chat template.
+        fingerprint: A hash that changes when the data do.
+
+    Raises:
+        UserError: As `load_prompts`; or conversations stand beside other prompts.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        num_new_tokens: int,
+        prompt_fraction: float = 0.5,
+        num_prompts: int | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        self._tokenizer, self._max_length, self._room = tokenizer, max_length, max_length - num_new_tokens
+        self._fraction, self._num_prompts = prompt_fraction, num_prompts
+        self._reading, account = replace(reading or Reading(), needs_answers=False), Account()
+        self._sources = find_sources(data, self._reading.split, account)
+        told = "\n".join(source.fingerprint() for source in self._sources)
+        self.fingerprint = sha256(told.encode()).hexdigest()[:16]
+        lengths, dropped_lengths, kinds = list[int](), list[int](), set[bool]()
+        for prompt in self._read(account, dropped_lengths):
+            lengths.append(len(prompt.ids))
+            kinds.add("messages" in prompt.record)
+        if not lengths and not dropped_lengths:
+            account.refuse_if_all_bad()
+        if len(kinds) > 1:
+            raise UserError("some of the prompts are conversations and some are not: give one kind at a time")
+        say(account.line(sum(lengths)))
+        report_dropped(len(lengths), dropped_lengths, f"--max_length {max_length} less {num_new_tokens} new tokens")
+        self._count, self.longest, self.has_conversations = len(lengths), max(lengths), kinds == {True}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return self._read(Account(), [])
+
+    def _read(self, account: Account, dropped_lengths: list[int]) -> Iterator[Prompt]:
+        on_bad = partial(account.take_bad, on_bad_record=self._reading.on_bad_record)
+        records = self._without_texts(read_sources(self._sources, self._reading, account), on_bad)
+        at_once = min(BATCH_RECORDS, self._num_prompts or BATCH_RECORDS)  # so that hardly more are read than wanted
+        prompts = given(records, self._tokenizer, on_bad, at_once)
+        return islice(self._fitting(prompts, dropped_lengths), self._num_prompts)
+
+    def _fitting(self, prompts: Iterable[Prompt], dropped_lengths: list[int]) -> Iterator[Prompt]:
+        for prompt in prompts:
+            if 1 <= len(prompt.ids) <= self._room:
+                yield prompt
+            else:
+                dropped_lengths.append(len(prompt.ids))
+
+    def _without_texts(self, records: Iterable[Record], on_bad: OnBad) -> Iterator[Record]:
+        """Makes prompts of plain texts."""
+        num_before = len(SpecialTokens(self._tokenizer).prefix)  # which a prompt gets again
+        for is_text, group in groupby(records, lambda record: "text" in record):
+            if not is_text:
+                yield from group
+                continue
+            for document in encode_stream(group, self._tokenizer, on_bad=on_bad):
+                for number, piece in enumerate(pieces(document, self._max_length, self._room, self._fraction)):
+                    text = self._tokenizer.decode(piece[0 if number else num_before :], **VERBATIM)
+                    whole = text.rstrip("\ufffd")  # half a character
+                    yield {"origin": document.origin, "prompt": whole, "completion": ""}

@@ -1,0 +1,63 @@
+"""Any number of jobs through one engine: ends in the order of the jobs, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+from decausal.errors import UserError
+from decausal.sampling.jobs import Ended, Engine, Job
+
+BEGUN_PER_PLACE = 64
+"""Rows begun and not yet yielded, for each place in a pass: how far others may run ahead of a slow one."""
+
+Tag = TypeVar("Tag")
+
+
+def in_order(
+    engine: Engine, wanted: Iterable[tuple[Tag, Job | UserError]], max_rows: int
+) -> Generator[tuple[Tag, Ended | UserError], None, None]:
+    """Writes rows as places become free, and yields how each ended with what the caller put beside its job.
+
+    Closed before its end, it gives up the rows under way.
+
+    Args:
+        engine: Writes nothing else in the meantime.
+        wanted: Jobs, or errors to pass on in their places; taken as places become free.
+        max_rows: Rows in one pass of the engine.
+
+    Yields:
+        What stood beside a job, and how it ended, or why the engine refused it.
+    """
+    source, is_exhausted = iter(wanted), False
+    running: dict[int, tuple[int, Tag]] = {}
+    finished: dict[int, tuple[Tag, Ended | UserError]] = {}
+    num_taken = num_told = 0
+    try:
+        while running or not is_exhausted:
+            # Enough rows wait that no place stays empty for a pass, but not more.
+            most = num_told + BEGUN_PER_PLACE * max_rows
+            while not is_exhausted and engine.num_waiting < max_rows and num_taken < most:
+                try:
+                    tag, job = next(source)
+                except StopIteration:
+                    is_exhausted = True
+                    break
+                try:
+                    if isinstance(job, UserError):
+                        raise job
+                    running[engine.submit(job)] = num_taken, tag
+                except UserError as error:
+                    finished[num_taken] = tag, error
+                num_taken += 1
+            for progress in engine.step() if running else ():
+                if progress.ended is not None:
+                    index, tag = running.pop(progress.ticket)
+                    finished[index] = tag, progress.ended
+            while num_told in finished:
+                ended = finished.pop(num_told)
+                num_told += 1
+                yield ended
+    finally:
+        for ticket in running:
+            engine.cancel(ticket)

@@ -1,0 +1,117 @@
+"""decausal answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decausal.data.reading import Reading
+from decausal.data.sources import refuse_missing
+from decausal.errors import UserError
+from decausal.models.names import check_converted, is_left_to_the_hub
+from decausal.sampling.answering import MAX_NEW_TOKENS, STOPS, TRUNCATED, check_options
+from decausal.sampling.job_files import check_target
+from decausal.verbs.flags import (
+    VerbParser,
+    add_reading_flags,
+    add_template_flags,
+    at_least,
+    given,
+    given_to,
+    positive,
+    slow_imports,
+    template_options,
+)
+from decausal.verbs.sampling import add_sampling_flags, check_model, progress_bar, sampler_options
+
+if TYPE_CHECKING:
+    from decausal.sampling.answers import AnswersResult
+
+DESCRIPTION = """Answer the prompts of a data set by an AR model, or by a converted one, and write what it wrote as
+training data: every recipe takes the file as --data, and trains exactly the tokens that the model wrote. Completions
+and last answers of the data are not read. A job that was killed is continued by the same command."""
+FILE = "answers.jsonl"
+
+
+def run(arguments: list[str]) -> int:
+    flags = _parser().parse_args(arguments)
+    if not 0 < flags.prompt_fraction < 1:
+        raise UserError(f"--prompt_fraction {flags.prompt_fraction}: must be above 0 and below 1")
+    reading, template = Reading(**given_to(Reading, flags)), template_options(flags)
+    options = sampler_options(flags) | given(flags, "max_new_tokens")
+    _check_model(flags.model, options, flags.num_answers)
+    refuse_missing(flags.data)
+    output = check_target(flags.output or Path(flags.output_dir, FILE), makes_directory=True)
+    with slow_imports():
+        from decausal.sampling.answers import load_writer, write_answers
+
+    options |= given(flags, "num_prompts", "num_answers", "truncated", "max_rows", "max_length", "prompt_fraction")
+    options["cuda_graphs"] = flags.cuda_graphs
+    writer = load_writer(flags.model, **template)
+    with progress_bar() as on_progress:
+        result = write_answers(writer, flags.data, output, reading=reading, on_progress=on_progress, **options)
+    print(f"[{_told(result, output, flags.max_new_tokens)}]", file=sys.stderr)
+    return 0
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser("answers", DESCRIPTION)
+    parser.add_argument("model", help="an AR model: a directory, hub id or GGUF file; or what `decausal convert` wrote")
+    parser.add_argument("--data", required=True, help="prompts: a file, directory or data set, as for convert")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="FILE", help="the jsonl file to write")
+    where.add_argument("--output_dir", metavar="DIR", help=f"the directory to write {FILE} into")
+    parser.add_argument("--num_prompts", type=positive, help="answer the first so many alone (all)")
+    parser.add_argument("--num_answers", type=positive, default=1, help="answers to each prompt, each drawn anew (1)")
+    parser.add_argument(
+        "--max_new_tokens",
+        "--gen_length",
+        type=positive,
+        default=MAX_NEW_TOKENS,
+        help=f"longest answer, in tokens ({MAX_NEW_TOKENS})",
+    )
+    parser.add_argument(
+        "--truncated",
+        choices=TRUNCATED,
+        default="keep",
+        help="longer answers: keep what is written, trained without an end, or drop them (keep)",
+    )
+    parser.add_argument("--max_rows", "--batch_size", type=positive, default=16, help="rows written together (16)")
+    parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
+    parser.add_argument(
+        "--prompt_fraction", type=float, default=0.5, help="share of a plain text that serves as its prompt (0.5)"
+    )
+    parser.add_argument(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record the passes of block models (by default on a GPU, where it can be done)",
+    )
+    add_reading_flags(parser)
+    add_sampling_flags(parser, without=STOPS)
+    add_template_flags(parser)
+    return parser
+
+
+def _check_model(name: str, options: dict[str, Any], num_answers: int) -> None:
+    """Refuses what can be refused before the model is loaded; of one on the hub nothing is known yet."""
+    check_model(name, options, may_be_source=True)
+    if not is_left_to_the_hub(name):
+        check_options(check_converted(name, may_be_source=True), options, num_answers)
+
+
+def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
+    """What was written, what was left out and why, and how fast it was."""
+    counts = {
+        "{} from before": result.num_resumed,
+        "{} cut at " + f"{max_new_tokens} tokens, trained without an end": result.num_cut,
+        "{} shortened to what comes back as the same tokens": result.num_shortened,
+        "{} left out that were cut at " + f"{max_new_tokens} tokens": result.num_dropped,
+        "{} left out that are empty or do not come back": result.num_lost,
+        "{} refused" + f" ({result.refusal})": result.num_refused,
+    }
+    told = [f"{result.num_written} answers written to {output}"]
+    told += [text.format(number) for text, number in counts.items() if number]
+    speed = result.num_tokens / result.seconds if result.seconds else 0.0
+    return ", ".join([*told, f"{result.num_tokens} tokens at {speed:.1f} tokens/s"])
