@@ -34,6 +34,7 @@ from decausal.models.gated import gated_mask_token_id, initial_row, install_gate
 from decausal.models.gated_checkpoint import save_gated, source_directory
 from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
 from decausal.models.row_attention import FLEX
+from decausal.training.draft_figure import keep_drafts
 from decausal.training.inputs import check_conversion
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
@@ -168,6 +169,8 @@ def _prepare(
     if measure is None and settings.eval_data is not None:
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _measure_on(held_out, settings, tokenizer, facts)
+        if settings.noise == "all" and args.process_index == 0:
+            measure = _with_draft_figure(measure, Path(args.output_dir), lambda: trainer)
     if settings.sample_prompts is not None:
         samples = _samples(settings, model, tokenizer, facts, args)
         measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
@@ -362,6 +365,18 @@ def _measure_on(
         }
 
     return measure
+
+
+def _with_draft_figure(
+    measure: Callable[[PreTrainedModel], dict[str, float]], output_dir: Path, trainer: Callable[[], ConversionTrainer]
+) -> Callable[[PreTrainedModel], dict[str, float]]:
+    def measure_and_draw(model: PreTrainedModel) -> dict[str, float]:
+        found = measure(model)
+        with disk_errors(output_dir):
+            keep_drafts(output_dir, found, trainer().state.global_step, trainer().meter.counts.total)
+        return found
+
+    return measure_and_draw
 
 
 def _samples(

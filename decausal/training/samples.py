@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
 from decausal.evaluation.passes import measuring
-from decausal.files import write_whole
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.generate import generate
 from decausal.sampling.texts import prompt_ids
 from decausal.training.sample_prompts import SamplePrompt
+from decausal.training.step_records import keep_records
 
 SAMPLES_FILE = "samples.jsonl"
 _SHOWN_CHARACTERS = 300
@@ -77,22 +76,7 @@ class Samples:
         ]
         for record in records:
             tqdm.write(f"sample, step {step}: {_one_line(record['prompt'])} -> {_one_line(record['text'])}")
-        self._keep(records, step)
-
-    def _keep(self, records: list[dict[str, Any]], step: int) -> None:
-        """Writes the whole file. Samples that a resumed run repeats replace the earlier ones."""
-        assert self.output_dir is not None
-        path = self.output_dir / SAMPLES_FILE
-        kept = [record for record in read_samples(path) if record["step"] < step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept + records))
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Returns what `Samples` has written; empty without a file."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
+        keep_records(self.output_dir / SAMPLES_FILE, records, step)
 
 
 def _one_line(text: str) -> str:

@@ -32,13 +32,13 @@ from decausal.training.losses import (
     weighed,
     weighted_loss,
 )
-from decausal.training.meters import TokenMeter
+from decausal.training.meters import TokenCounts, TokenMeter
 from decausal.training.on_policy import POSITIONS, OnPolicyStream
 from decausal.training.progress import show_progress
 from decausal.training.questions import Question, Vocabulary, ask
 from decausal.training.rollouts import Decoding, Rollout, Task
 from decausal.training.run import argument_errors
-from decausal.training.run_directory import STAGING, checkpoints, discard, disk_errors, seal
+from decausal.training.run_directory import STAGING, checkpoints, discard, disk_errors, seal, sealed
 from decausal.training.sharding import are_finite, gathered, reshard, shard_layers, tie
 from decausal.training.teacher import AdapterTeacher, Teacher
 from decausal.training.terms import Term
@@ -335,7 +335,8 @@ class ConversionTrainer(Trainer):
             )
             self.state.save_to_json(str(staged / "trainer_state.json"))
         self.finish_checkpoint(staged)
-        seal(staged, is_resumable=not self.args.save_only_model, run=self.run_record)
+        record = dict(self.run_record or {}) | {"tokens": self.meter.counts._asdict()}
+        seal(staged, is_resumable=not self.args.save_only_model, run=record)
 
     def discard_surplus_checkpoints(self) -> None:
         """Keeps `save_total_limit` checkpoints, and the best one."""
@@ -381,7 +382,10 @@ class ConversionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.on_policy is not None:
+        if checkpoint is None:
+            return
+        self.meter.start_from(TokenCounts(**sealed(Path(checkpoint)).get("tokens", {})))
+        if self.on_policy is not None:
             self.on_policy.load(Path(checkpoint))
 
     def _load_best_model(self) -> None:

@@ -23,6 +23,7 @@ from decausal.models.base_files import base_files
 from decausal.models.checkpoint import load_converted
 from decausal.models.examination import examine_path
 from decausal.training.settings import ConversionSettings
+from decausal.training.step_records import read_records
 from tests.runs import T, assert_same, run, save_source, weights
 
 SETTINGS = {
@@ -233,6 +234,8 @@ def test_rollouts_are_the_sources_own_answers(tmp_path: Path, answers: Path) -> 
     logged = [entry for entry in made.history if "rollout_length" in entry]
     assert len(logged) == 4
     assert all(0 < entry["rollout_length"] <= 8 for entry in logged)
+    # A pass of verified decoding brings a token of the AR model's, and at most a whole group of right drafts before it.
+    assert all(0.5 < entry["rollout_tokens_per_forward"] <= SETTINGS["block_size"] + 1 for entry in logged)
     assert load_converted(tmp_path / "out").facts.weights == "gated"
 
 
@@ -242,6 +245,26 @@ def test_held_out_drafts_are_measured_at_each_evaluation(tmp_path: Path, answers
     measured = [entry for entry in made.history if "eval_tokens_per_pass" in entry]
     assert len(measured) == 2
     assert {f"eval_draft_accuracy_{place}" for place in (1, 2, 3)} <= measured[0].keys()
+
+
+def test_a_figure_of_the_drafts_stands_beside_the_checkpoints_and_goes_on_in_a_resumed_run(
+    tmp_path: Path, answers: Path
+) -> None:
+    save_source(tmp_path / "source")
+    options = {**SETTINGS, "eval_data": str(answers), "eval_steps": 1, "save_steps": 2}
+    out = tmp_path / "out"
+    made = run(tmp_path / "source", answers, out, **options)
+    measured = [entry for entry in made.history if "eval_tokens_per_pass" in entry]
+    whole, image = read_records(out / "drafts.jsonl"), (out / "drafts.png").read_bytes()
+    assert [record["tokens_per_pass"] for record in whole] == [entry["eval_tokens_per_pass"] for entry in measured]
+    assert [record["accuracy"][1] for record in whole] == [entry["eval_draft_accuracy_2"] for entry in measured]
+    counts = [record["num_tokens"] for record in whole]
+    assert counts == sorted(set(counts))
+    assert counts[0] > 0
+    assert image.startswith(b"\x89PNG")
+    run(tmp_path / "source", answers, out, **options, resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert read_records(out / "drafts.jsonl") == whole
+    assert (out / "drafts.png").read_bytes() == image
 
 
 def test_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path: Path, answers: Path) -> None:

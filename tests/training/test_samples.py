@@ -9,7 +9,7 @@ import pytest
 from decausal.errors import UserError
 from decausal.sampling.model import load
 from decausal.training.sample_prompts import SamplePrompt, read_sample_prompts
-from decausal.training.samples import read_samples
+from decausal.training.step_records import read_records
 from tests.runs import run, save_source, write_text
 
 BLOCKS = {"layout": "block", "block_size": 4}
@@ -32,7 +32,7 @@ def test_samples_are_what_the_model_writes_at_that_step_and_change_nothing(tmp_p
     sampled = {"sample_prompts": str(prompts), "sample_tokens": 8, "eval_steps": 2}
     conversion = run(source, text, tmp_path / "out", **options, **sampled)
     plain = run(source, text, tmp_path / "plain", **options)
-    records = read_samples(tmp_path / "out" / "samples.jsonl")
+    records = read_records(tmp_path / "out" / "samples.jsonl")
     assert [(record["step"], record["prompt"]) for record in records] == [
         (step, prompt) for step in (2, 4) for prompt in ("the rain", "it falls")
     ]
@@ -49,10 +49,10 @@ def test_a_resumed_run_keeps_its_samples_and_writes_none_twice(tmp_path, source,
     prompts.write_text(json.dumps({"prompt": "the rain"}) + "\n")
     options = {"sample_prompts": str(prompts), "sample_tokens": 4, "eval_steps": 1, "save_steps": 2}
     run(source, text, tmp_path / "out", **options)
-    whole = read_samples(tmp_path / "out" / "samples.jsonl")
+    whole = read_records(tmp_path / "out" / "samples.jsonl")
     run(source, text, tmp_path / "out", **options, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert [record["step"] for record in whole] == [1, 2, 3, 4]
-    assert read_samples(tmp_path / "out" / "samples.jsonl") == whole
+    assert read_records(tmp_path / "out" / "samples.jsonl") == whole
 
 
 def test_prompts_are_read_line_by_line_and_as_records(tmp_path):
