@@ -129,6 +129,16 @@ REFUSED = [
     (["compare", "tiny", "--recipes", "mdm", "--reference", "bd3lm"], "no arm is called so"),
     (["compare", "tiny", "--recipes", "mdm", "--output_dir", "full"], "no run of decausal made it"),
     (["export", "nowhere", "--format", "hf", "--output_dir", "new"], MODEL),
+    *(
+        ([*verb, "adapter", *flags], "adapter is a PEFT adapter on base/model and not a whole model: decausal convert")
+        for verb, *flags in (
+            (["export"], "--format", "hf", "--output_dir", "new"),
+            (["generate"], "x"),
+            (["eval", "nll"], "--data", "text.txt"),
+            (["eval", "tasks"],),
+            (["convert"], "--data", "text.txt", "--output_dir", "new"),
+        )
+    ),
     (["export", "model", "--format", "hf", "--output_dir", "full"], "output_dir full is not empty"),
     (["export", "model", "--format", "hf", "--output_dir", "new", "--evaluation", "nowhere.json"], "No such file"),
     (["import", "nowhere/at/all", "--output_dir", "new"], "directory nowhere/at/all does not exist"),
@@ -143,8 +153,9 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("startup")
-    for name in ("empty", "full", "model"):
+    for name in ("empty", "full", "model", "adapter"):
         (root / name).mkdir()
+    (root / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base/model"}')
     (root / "text.txt").write_text("to be or not to be\n")
     (root / "full" / "a.txt").write_text("years of work\n")
     (root / "model" / "config.json").write_text('{"model_type": "qwen3"}')

@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     from decausal.exchange.card import ModelCard, read_evaluation
     from decausal.exchange.staging import refuse_filled
-    from decausal.models.facts import read_facts
+    from decausal.models.names import check_converted
 
     if flags.push_to_hub is not None:
         from decausal.hub import checked_repo_id
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
         checked_repo_id(flags.push_to_hub)
     results = read_evaluation(flags.evaluation) if flags.evaluation is not None else ()
     refuse_filled(Path(flags.output_dir))
-    read_facts(flags.directory)
+    check_converted(flags.directory)
     with slow_imports():
         from decausal.exchange.plain import export_plain
         from decausal.exchange.sdar import export_sdar

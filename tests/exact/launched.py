@@ -1,18 +1,14 @@
 """Runs command lines one after the other in each of the launched processes, whose start takes longer than all of them.
 
-    LAUNCHER -m tests.exact.launched LINES.json
-
 FSDP is let run on CPUs, where accelerate would take DDP for it without a word: of its kinds of processes only those
 with accelerators become FSDP (`accelerate.state.AcceleratorState`). FSDP2 itself runs on CPUs.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -34,8 +30,14 @@ def _shard_on_cpus() -> None:
     AcceleratorState.__init__ = begin_sharded
 
 
-if __name__ == "__main__":
+def run_lines(lines: list[list[str]]) -> None:
+    """Runs them, in a process that ends afterwards.
+
+    Raises:
+        RuntimeError: One of them ends with an error.
+    """
+    torch.set_num_threads(1)  # those of the process that this one is a copy of are not here
     _shard_on_cpus()
-    for line in json.loads(Path(sys.argv[1]).read_text()):
+    for line in lines:
         if status := main(line):
-            sys.exit(status)
+            raise RuntimeError(f"{line} ended with {status}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +35,7 @@ from decausal.training.run_directory import checkpoints
 from decausal.training.sharding import shard_layers
 from decausal.training.teacher import AdapterTeacher
 from decausal.training.terms import AlignmentTerm, TokenTerm
+from tests.exact.launched import run_lines
 from tests.exact.test_on_policy_runs import ON_POLICY, WARM
 from tests.families import VOCAB_SIZE
 from tests.runs import (
@@ -39,7 +44,6 @@ from tests.runs import (
     adapted,
     assert_same,
     run,
-    run_python,
     save_source,
     teacher_of,
     uneven_rows,
@@ -47,8 +51,6 @@ from tests.runs import (
     write_text,
 )
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file")
 LENGTH = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"}
@@ -58,12 +60,32 @@ WORST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nelbo_pe
 ONE_BY_ONE = {"rollout_batch_size": 1, "rollout_threshold": 0.9}
 
 
-def launch(launcher: Sequence[object], lines: list[list[object]], folder: Path) -> str:
-    """Runs several command lines in the processes that a launcher starts, and returns what they printed."""
-    (folder / "lines.json").write_text(json.dumps([[str(part) for part in line] for line in lines]))
-    ended = run_python(*launcher, "-m", "tests.exact.launched", folder / "lines.json")
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+def launch(lines: list[list[object]], folder: Path) -> str:
+    """Runs command lines in two processes under torchrun's own agent, and returns what they printed.
+
+    They are copies of this process: new ones would import for longer than they train.
+    """
+    torch.set_num_threads(1)
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.OUT),
+    )
+    elastic_launch(agent, run_lines)([[str(part) for part in line] for line in lines])
+    return "".join(path.read_text() for path in sorted(folder.rglob("stdout.log")))
+
+
+def accelerate_variables(configuration: Path) -> dict[str, str]:
+    """What `accelerate launch --num_processes 2 --config_file` tells its processes."""
+    arguments = ["--num_processes", "2", "--config_file", str(configuration), "script.py"]
+    settings, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    return prepare_multi_gpu_env(settings)
 
 
 def line(source: Path, text: Path, output_dir: Path, options: dict[str, Any]) -> list[object]:
@@ -105,7 +127,7 @@ def test_processes_of_torchrun_train_what_one_trains(tmp_path: Path) -> None:
     for name, options in conversions.items():
         run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
         lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
-    printed = launch(TORCHRUN, lines, tmp_path)
+    printed = launch(lines, tmp_path)
     assert printed.count("converted model:") == len(conversions)
     for name in conversions:
         assert_same_run(tmp_path / f"{name}-2", tmp_path / name)
@@ -113,7 +135,9 @@ def test_processes_of_torchrun_train_what_one_trains(tmp_path: Path) -> None:
     assert files == ["rollouts-0-of-2.pt", "rollouts-1-of-2.pt"]
 
 
-def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_does(tmp_path: Path) -> None:
+def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the configuration that docs/convert.md shows."""
     tied, untied = (save_source(tmp_path / family, family) for family in ("qwen3", "llama"))
     text = write_text(tmp_path / "text.jsonl")
@@ -143,7 +167,9 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     in_bf16 = conversions["aligned"][1] | {"bf16": True}
     run(tied, text, tmp_path / "bf16", per_device_train_batch_size=1, gradient_accumulation_steps=4, **in_bf16)
     lines.append(line(tied, text, tmp_path / "bf16-2", in_bf16 | {"gradient_accumulation_steps": 2}))
-    printed = launch((*ACCELERATE, tmp_path / "fsdp.yaml"), lines, tmp_path)
+    for name, value in accelerate_variables(tmp_path / "fsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    printed = launch(lines, tmp_path)
     assert "sharded" in printed
     assert_same_run(tmp_path / "bf16-2", tmp_path / "bf16", atol=1e-4, rel=0.02)
     assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights(tmp_path / "bf16-2").values())

@@ -34,6 +34,14 @@ def noisy(model: nn.Module, factor: float = 1.0) -> nn.Module:
 
 def deep(family: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Large activations and sharp attention in many layers, which amplify each rounding."""
+    if family == "gemma3":  # whose attention is sharp, and its states large, by the weights of its norms
+        kinds = [*["sliding_attention"] * 5, "full_attention"] * 5
+        model = FAMILIES[family](num_hidden_layers=26, layer_types=kinds[:26], initializer_range=0.3)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "norm" in name:
+                    weight += 30 * torch.rand_like(weight)
+        return model.to(dtype)
     model = FAMILIES[family](num_hidden_layers=8, initializer_range=0.3)
     with torch.no_grad():
         for layer in backbone.decoder_layers(model):
@@ -50,7 +58,13 @@ def failed(probes: list[Probe]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("qwen3_moe", torch.float16)]
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("qwen3_moe", torch.float16),
+        ("gemma3", torch.float32),
+    ],
 )
 def test_a_deep_model_that_is_only_noisy_passes_every_probe(family: str, dtype: torch.dtype) -> None:
     probes = examine(noisy(deep(family, dtype)))
