@@ -61,6 +61,9 @@ class SpeculativeEngine:
         max_length: Longest row. Memory for `max_rows` of them is taken by the first pass.
         prefix_cache_tokens: Tokens of beginnings that are held for rows which share them, see `prefix_cache`.
 
+    Attributes:
+        device: Where passes run.
+
     Raises:
         UserError: A causal layout, or a model that takes no such cache.
     """
@@ -71,8 +74,8 @@ class SpeculativeEngine:
         self._max_rows, self._max_length, self._reads_causally = max_rows, max_length, converted.facts.causal_groups
         with decoding(self._model):
             refuse_uncacheable(self._model)
-        self._device = self._model.get_input_embeddings().weight.device
-        self._most_read = choices(self._device).prompt_tokens
+        self.device = self._model.get_input_embeddings().weight.device
+        self._most_read = choices(self.device).prompt_tokens
         self._rows: SpeculativeRows | None = None
         self._num_prefix_tokens = prefix_cache_tokens
         self._prefixes: PrefixCache | None = None
@@ -191,7 +194,7 @@ class SpeculativeEngine:
         if shapes not in self._tables:
             if len(self._tables) == _MOST_TABLES:
                 del self._tables[next(iter(self._tables))]
-            self._tables[shapes] = DraftTables(shapes, self._facts.shift, self._reads_causally, self._device)
+            self._tables[shapes] = DraftTables(shapes, self._facts.shift, self._reads_causally, self.device)
         return self._tables[shapes]
 
     def _to_read(self) -> list[DraftingRow]:
@@ -277,7 +280,7 @@ class SpeculativeEngine:
         places = [row.place for row in rows]
         if places == list(range(places[0], places[0] + len(places))):
             return slice(places[0], places[0] + len(places))
-        return torch.tensor(places).to(self._device)
+        return torch.tensor(places).to(self.device)
 
     def _make_ready(self, row: DraftingRow) -> None:
         """Gives a row the place behind the others that are ready."""
@@ -309,7 +312,7 @@ class SpeculativeEngine:
         """The rows' settings as tensors, made anew only when other rows are read."""
         tickets = tuple(row.ticket for row in rows)
         if self._gathered is None or self._gathered[0] != tickets:
-            self._gathered = (tickets, RowSettings.of([row.job.settings for row in rows], self._device))
+            self._gathered = (tickets, RowSettings.of([row.job.settings for row in rows], self.device))
         return self._gathered[1]
 
     def _log_probs(
