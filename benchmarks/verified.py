@@ -3,8 +3,8 @@
     python benchmarks/verified.py DIR --data prompts.jsonl
     python benchmarks/verified.py DIR --data tasks-heldout:64 --batch_sizes 1 8 32 --dtypes float32 bfloat16
 
-Shapes take turns, in a new order each round, so that noise of the machine falls on all of them. A ratio is the median over
-rounds of a shape's tokens per second and those without drafts in the same round. Rows never end before their limit. In
+Shapes take turns, in a new order each round, so that noise of the machine falls on all of them. A ratio is the median
+over rounds of a shape's tokens per second and those without drafts in the same round. Rows end at their limit alone. In
 float32 every text has to be the one that is written without drafts; in bfloat16 the share of those is told.
 """
 

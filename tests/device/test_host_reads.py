@@ -13,7 +13,7 @@ from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
-from decausal.sampling.blocks.draft_tables import DraftTables
+from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.blocks.speculative_rows import Extent, SpeculativeRows
@@ -107,13 +107,17 @@ def test_a_pass_of_verified_decoding_is_computed_on_one_device_alone(
     kind: dict[str, Any], shape: DraftShape, facts: ConversionFacts, family: str
 ) -> None:
     """On the device of no numbers every look at one, and every tensor from elsewhere, is an error."""
-    device = torch.device("meta")
+    device, by_masks = torch.device("meta"), facts.shift == 0
     model = sharp_model(family).float().to(device).eval()
     rows = SpeculativeRows(
-        model, facts, tables=DraftTables([shape], facts.shift, False, device), max_rows=4, num_slots=64
+        model,
+        facts,
+        tables=DraftTables([Drafting(shape, by_masks)], facts.shift, False, device),
+        max_rows=4,
+        num_slots=64,
     )
     settings = RowSettings.of([SamplerSettings(**kind)] * 3, device)
-    masks = max(shape.num_masks(d, facts.shift) for d in range(shape.most_pending + 1))
+    masks = rows.tables.most_masks
     for num_given in (1, 6):
         extent = Extent(num_given, shape.most_pending, masks, shape.longest_group, 40)
         with decoding(model):

@@ -324,6 +324,25 @@ def test_a_causal_groups_first_masks_draft_as_a_shorter_group_does():
         assert both[0] != [tokens[:2] for tokens in both[1]]
 
 
+@pytest.mark.parametrize("options", [{}, *DRAWN[1:3]], ids=str)
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_masks_as_verifiers_write_what_the_model_does_in_blocks_of_one_token(options, draft, family):
+    model = model_of(family)
+    single = ConversionFacts("random", "block", 0, MASK, block_size=1)
+    prompts = [prompt_of(length, seed=length) for length in (3, 7, 1, 5)]
+    plain = [job_of(prompt, SamplerSettings(max_new_tokens=9, **options), 11 * i) for i, prompt in enumerate(prompts)]
+    wanted = written(BlockEngine(model, single, max_rows=4), plain)
+    jobs = [job_of(prompt, own(9, draft, 3, verifier="masks", **options), 11 * i) for i, prompt in enumerate(prompts)]
+    jobs.append(job_of(prompts[1], own(9, "quadratic", 2)))  # rows of both verifiers share passes
+    engine = engine_of(model, facts(0), 3)
+    engine._most_read = 4
+    found = written(engine, jobs)
+    assert [row.ids for row in found[:-1]] == [row.ids for row in wanted]
+    assert found[-1].ids == greedy(model, prompts[1], 9)
+    assert found[-1].ids != written(engine, [job_of(prompts[1], own(9, verifier="masks"))])[0].ids
+
+
 def test_rows_that_keep_coming_do_not_hold_up_the_others():
     engine = engine_of(model_of("qwen3"), facts(1), max_rows=2)
     count, num_passes = 12, 0
@@ -375,6 +394,8 @@ def test_what_cannot_be_speculated_is_refused():
     ]:
         with pytest.raises(UserError, match=says):
             engine(facts(1)).submit(job)
+    with pytest.raises(UserError, match="verifier='masks' is not possible"):
+        engine(facts(1)).submit(job_of([5], own(2, verifier="masks")))
     with pytest.raises(UserError, match=r"draft_length=4 is more than .* at most 3"):
         engine(facts(0)).submit(job_of([5], own(2, "quadratic", 4)))
     with pytest.raises(UserError, match="causal"):

@@ -110,9 +110,9 @@ def test_speculation_leaves_out_what_is_stored_for_denoising_blocks() -> None:
 def test_a_stage_with_another_shift_does_not_inherit_what_needs_it() -> None:
     settings, _ = resolve(ConversionSettings, {}, ["--data", "x", "--shift", "0"])
     sampler = {"first_token_from_clean": True, "threshold": 0.7}
-    assert settings.with_facts("block", 4, False, 1, sampler).sampler == {"threshold": 0.7}
+    assert settings.with_facts("block", 4, False, 1, sampler=sampler).sampler == {"threshold": 0.7}
     settings, _ = resolve(ConversionSettings, {}, ["--data", "x"])
-    assert settings.with_facts("block", 4, False, 1, sampler).sampler == sampler
+    assert settings.with_facts("block", 4, False, 1, sampler=sampler).sampler == sampler
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from decausal.sampling.blocks.draft_shapes import (
     strided,
     tokens_per_pass,
 )
+from decausal.sampling.blocks.draft_tables import Drafting
 from decausal.sampling.blocks.speculative_rows import Extent
 
 _EXPECTED, _WEIGHT = 0.5, 4.0
@@ -156,22 +157,32 @@ class DraftChoice:
             shorter one, groups of any lengths can be mixed, and all share their acceptances.
         head_share: The work of a token's logits, as a share of a query's.
         num_free: See `PassTimes`.
+        by_masks: See `Drafting`.
     """
 
-    def __init__(self, *, longest: int, shift: int, reads_causally: bool, head_share: float, num_free: float) -> None:
+    def __init__(
+        self,
+        *,
+        longest: int,
+        shift: int,
+        reads_causally: bool,
+        head_share: float,
+        num_free: float,
+        by_masks: bool = False,
+    ) -> None:
         self._longest, self._shift, self._reads_causally = longest, shift, reads_causally
-        self._head_share = head_share
+        self._head_share, self._by_masks = head_share, by_masks
         self._times = PassTimes(num_free)
         self._acceptances = Acceptances(longest)
         self._by_length: dict[int, Acceptances] = {}
         self._cases: dict[int, _Case] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool) -> DraftChoice:
+    def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool, by_masks: bool) -> DraftChoice:
         """That of a model, which engines made one after the other share."""
         stock = stock_model(model)
         by_kind = _CHOICES.setdefault(stock, {})
-        kind = (longest, shift, reads_causally, stock.dtype)
+        kind = (longest, shift, reads_causally, by_masks, stock.dtype)
         if kind not in by_kind:
             head = head_of(model).weight.numel()
             body = sum(weight.numel() for weight in stock.base_model.parameters())
@@ -180,6 +191,7 @@ class DraftChoice:
                 longest=longest,
                 shift=shift,
                 reads_causally=reads_causally,
+                by_masks=by_masks,
                 head_share=head / max(body, 1),
                 num_free=choices(stock.device).free_queries,
             )
@@ -231,8 +243,9 @@ class DraftChoice:
         return tokens_per_pass(shape, acceptances, shares) / seconds
 
     def _work_of(self, shape: DraftShape, num_rows: int, num_pending: int) -> float:
+        num_masks = Drafting(shape, self._by_masks).num_masks(num_pending, self._shift)
         num_logits = 1 + num_pending + max(shape.groups[num_pending])
-        return self._work(num_rows, shape.num_queries(num_pending, self._shift), num_logits)
+        return self._work(num_rows, 1 + num_pending + num_masks, num_logits)
 
     def _means(self, length: int) -> list[float]:
         """The acceptances of groups of a length: where all lengths do not share them, those of all before its own."""

@@ -13,6 +13,27 @@ from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What a row drafts, and what says which drafts are right.
+
+    Attributes:
+        shape: The groups of masks.
+        by_masks: A mask of its own behind the known tokens and behind each draft, not the causal states.
+    """
+
+    shape: DraftShape
+    by_masks: bool = False
+
+    def num_masks(self, num_pending: int, shift: int, is_drafting: bool = True) -> int:
+        """Masks that a row with so many drafts reads."""
+        return self.num_verifying(num_pending) + self.shape.num_masks(num_pending, shift) * is_drafting
+
+    def num_verifying(self, num_pending: int) -> int:
+        """Masks of these that verify."""
+        return (num_pending + 1) * self.by_masks
+
+
+@dataclass(frozen=True)
 class Masks:
     """The masks of some rows.
 
@@ -23,6 +44,7 @@ class Masks:
         first, stop: Masks that it reads, its own group's.
         start: Of each number of right drafts, the first mask that drafts.
         length: Of each number of right drafts, how many tokens are drafted.
+        is_verifying: The first ones, one behind the known tokens and one behind each draft, say what is right.
     """
 
     is_real: Bool[Tensor, "b s"]
@@ -32,53 +54,61 @@ class Masks:
     stop: Int[Tensor, "b s"]
     start: Int[Tensor, "b j"]
     length: Int[Tensor, "b j"]
+    is_verifying: Bool[Tensor, "b"]
 
 
 class DraftTables:
     """The masks of several shapes, made once for each set of them.
 
     Args:
-        shapes: Which rows name by their index; one more, without drafts, stands behind them.
+        draftings: Which rows name by their index. Behind them stand two without drafts, one for each verifier.
         shift: The model's.
         reads_causally: Masks of a group do not read those behind them.
         device: Where passes run.
 
     Attributes:
-        without_drafts: The index of the shape that drafts nothing.
+        any_by_masks: Some are verified by masks.
         most_pending: The most drafts that any shape verifies.
         most_masks: The most masks that a row reads.
     """
 
-    def __init__(self, shapes: Sequence[DraftShape], shift: int, reads_causally: bool, device: torch.device) -> None:
-        self.shapes, self.shift, self.reads_causally = (*shapes, autoregressive()), shift, reads_causally
-        self.without_drafts = len(shapes)
-        self.most_pending = max(shape.most_pending for shape in self.shapes)
-        self._limits = torch.tensor([shape.most_pending for shape in self.shapes]).to(device)
-        self._takes_turns = torch.tensor([shape.takes_turns for shape in self.shapes]).to(device)
-        self.most_masks = max(shape.num_masks(d, shift) for shape in self.shapes for d in range(len(shape.groups)))
+    def __init__(self, draftings: Sequence[Drafting], shift: int, reads_causally: bool, device: torch.device) -> None:
+        idle = [Drafting(autoregressive()), Drafting(autoregressive(), by_masks=True)]
+        self.draftings, self.shift, self.reads_causally = (*draftings, *idle), shift, reads_causally
+        shapes = [each.shape for each in self.draftings]
+        self.any_by_masks = any(each.by_masks for each in draftings)
+        self.most_pending = max(shape.most_pending for shape in shapes)
+        self.most_masks = max(
+            each.num_masks(d, shift) for each in draftings for d in range(each.shape.most_pending + 1)
+        )
+        numbers = [
+            [each.shape.most_pending, each.shape.takes_turns, each.by_masks, len(draftings) + each.by_masks]
+            for each in self.draftings
+        ]
+        self._limits, self._takes_turns, self._by_masks, self._idle = torch.tensor(numbers).to(device).unbind(1)
         self._masks = self._by_mask(self.most_masks).to(device)
         self._groups = self._by_group().to(device)
 
     def _by_mask(self, width: int) -> Int[Tensor, "k d s 5"]:
         """Of each mask whether it is real, `behind`, `offset`, `first` and `stop`."""
 
-        def of(lengths: Sequence[int]) -> list[tuple[int, ...]]:
-            found: list[tuple[int, ...]] = []
+        def of(lengths: Sequence[int], num_verifying: int) -> list[tuple[int, ...]]:
+            found = [(1, behind, 0, behind, behind + 1) for behind in range(num_verifying)]
             for behind, length in enumerate(lengths):
                 first, size = len(found), length + 1 - self.shift if length else 0
                 for offset in range(size):
                     stop = first + (offset + 1 if self.reads_causally else size)
                     found.append((1, behind, offset, first, stop))
-            return found + [(0, 0, 0, 0, 0)] * (width - len(found))
+            return (found + [(0, 0, 0, 0, 0)] * (width - len(found)))[:width]
 
         found = self._for_all(of)
-        return torch.tensor(found, dtype=torch.long).view(len(self.shapes), self.most_pending + 1, width, 5)
+        return torch.tensor(found, dtype=torch.long).view(len(self.draftings), self.most_pending + 1, width, 5)
 
     def _by_group(self) -> Int[Tensor, "k d j 2"]:
         """Of each group its first mask that drafts, and how many tokens it drafts."""
 
-        def of(lengths: Sequence[int]) -> list[tuple[int, int]]:
-            found, next_mask = [], 0
+        def of(lengths: Sequence[int], num_verifying: int) -> list[tuple[int, int]]:
+            found, next_mask = [], num_verifying
             for length in lengths:
                 found.append((next_mask + 1 - self.shift, length))
                 next_mask += length + 1 - self.shift if length else 0
@@ -86,23 +116,30 @@ class DraftTables:
 
         return torch.tensor(self._for_all(of))
 
-    def _for_all(self, of: Callable[[Sequence[int]], list]) -> list[list[list]]:
-        """Something of every shape and number of drafts; beyond a shape's own, what holds without drafts."""
+    def _for_all(self, of: Callable[[Sequence[int], int], list]) -> list[list[list]]:
+        """Something of every drafting and number of drafts; beyond its own, what holds without drafts."""
         counts = range(self.most_pending + 1)
-        return [[of(shape.groups[d] if d < len(shape.groups) else (0,)) for d in counts] for shape in self.shapes]
+        return [
+            [of(each.shape.groups[d] if d < len(each.shape.groups) else (0,), each.num_verifying(d)) for d in counts]
+            for each in self.draftings
+        ]
+
+    def idle(self, which: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+        """The ones without drafts that verify alike."""
+        return self._idle[which]
 
     def limit(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
         """The pending drafts that the rows' shapes can verify."""
         return torch.minimum(pending, self._limits[which])
 
     def in_turn(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
-        """The shapes of this pass: rows that take turns draft nothing while others of them verify."""
-        takes_turns = self._takes_turns[which]
+        """The ones of this pass: rows that take turns draft nothing while others of them verify."""
+        takes_turns = self._takes_turns[which].bool()
         waits = takes_turns & (pending == 0) & (takes_turns & (pending > 0)).any()
-        return torch.where(waits, self.without_drafts, which)
+        return torch.where(waits, self._idle[which], which)
 
     def masks(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"], num_masks: int) -> Masks:
-        """Those of rows with these shapes and numbers of drafts, the first `num_masks` of each."""
+        """Those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
         is_real, behind, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
         start, length = self._groups[which, pending].unbind(-1)
-        return Masks(is_real.bool(), behind, offset, first, stop, start, length)
+        return Masks(is_real.bool(), behind, offset, first, stop, start, length, self._by_masks[which].bool())

@@ -10,6 +10,7 @@ from typing import Any
 
 from decausal.sampling.blocks.draft_choice import DraftChoice
 from decausal.sampling.blocks.draft_shapes import DraftShape
+from decausal.sampling.blocks.draft_tables import Drafting
 from decausal.sampling.blocks.speculative_rows import Extent
 from decausal.sampling.jobs import Drafts, Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.stopping import tokens_to_stop
@@ -26,6 +27,7 @@ class DraftingRow:
         ticket: The engine's.
         job: What is wanted.
         shape: Of its drafts.
+        by_masks: Masks say which drafts are right, see `Drafting`.
         choice: What chooses its shape; None where its settings name one.
         place: Among the rows that are held.
         num_cached: Known tokens whose keys and values are held.
@@ -43,6 +45,7 @@ class DraftingRow:
     ticket: int
     job: Job
     shape: DraftShape
+    by_masks: bool = False
     choice: DraftChoice | None = None
     place: int = -1
     num_cached: int = 0
@@ -62,6 +65,11 @@ class DraftingRow:
     def prompt(self) -> list[int]:
         """The given tokens."""
         return self.job.row.given[0]
+
+    @property
+    def drafting(self) -> Drafting:
+        """What it drafts now."""
+        return Drafting(self.shape, self.by_masks)
 
     @property
     def num_unread(self) -> int:
@@ -153,7 +161,7 @@ def extent_of(rows: Sequence[DraftingRow], most_given: int, shift: int) -> Exten
         row.num_given = min(row.num_unread, most_given)
         waits = verifies and row.shape.takes_turns and not row.pending
         row.is_drafting = row.num_given == row.num_unread and not waits
-        masks.append(row.shape.num_masks(row.pending, shift) if row.is_drafting else 0)
+        masks.append(row.drafting.num_masks(row.pending, shift, row.is_drafting))
         new.append(max(row.shape.groups[row.pending]) if row.is_drafting else 0)
         keys.append(row.num_cached + row.num_given + row.pending + masks[-1])
     return Extent(

@@ -29,8 +29,8 @@ from decausal.errors import UserError
 from decausal.models.block_cache import decoding, refuse_uncacheable
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.draft_choice import DraftChoice
-from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
-from decausal.sampling.blocks.draft_tables import DraftTables
+from decausal.sampling.blocks.draft_shapes import autoregressive, linear, quadratic, strided
+from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
 from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
 from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
@@ -79,7 +79,7 @@ class SpeculativeEngine:
         self._rows: SpeculativeRows | None = None
         self._num_prefix_tokens = prefix_cache_tokens
         self._prefixes: PrefixCache | None = None
-        self._tables: dict[tuple[DraftShape, ...], DraftTables] = {}
+        self._tables: dict[tuple[Drafting, ...], DraftTables] = {}
         self._held: list[DraftingRow] = []
         self._num_ready = 0
         self._waiting: deque[DraftingRow] = deque()
@@ -107,12 +107,16 @@ class SpeculativeEngine:
         self._refuse(job.row)
         self._next_ticket += 1
         longest = self._longest(job.settings)
-        row = DraftingRow(self._next_ticket, job, autoregressive())
+        row = DraftingRow(self._next_ticket, job, autoregressive(), job.settings.verifier == "masks")
         if job.settings.draft != "auto":
             row.shape = _SHAPES[job.settings.draft](longest)
         elif longest:
             row.choice = DraftChoice.of(
-                self._model, longest=longest, shift=self._facts.shift, reads_causally=self._reads_causally
+                self._model,
+                longest=longest,
+                shift=self._facts.shift,
+                reads_causally=self._reads_causally,
+                by_masks=row.by_masks,
             )
         self._waiting.append(row)
         return self._next_ticket
@@ -161,7 +165,7 @@ class SpeculativeEngine:
         for row in new:
             row.place = len(self._held)
             self._held.append(row)
-            self._rows.admit(row.prompt, row.job.seed, self._rows.tables.shapes.index(row.shape))
+            self._rows.admit(row.prompt, row.job.seed, self._rows.tables.draftings.index(row.drafting))
 
     def _choose(self, rows: list[DraftingRow]) -> None:
         """Has the rows that leave it to the engine draft what is fastest for so many rows."""
@@ -173,12 +177,12 @@ class SpeculativeEngine:
             self._use_shapes(self._held)
 
     def _use_shapes(self, rows: list[DraftingRow]) -> None:
-        """Has the device know the shapes of all rows."""
-        shapes = tuple(dict.fromkeys(row.shape for row in rows))
-        if self._rows is not None and set(shapes) <= set(self._rows.tables.shapes):
+        """Has the device know what all rows draft."""
+        draftings = tuple(dict.fromkeys(row.drafting for row in rows))
+        if self._rows is not None and set(draftings) <= set(self._rows.tables.draftings):
             tables = self._rows.tables
         else:
-            tables = self._tables_of(shapes)
+            tables = self._tables_of(draftings)
         num_slots = self._max_length + 2 * tables.most_pending + 1 + tables.most_masks
         if self._rows is None:
             self._rows = SpeculativeRows(
@@ -187,15 +191,15 @@ class SpeculativeEngine:
             if self._num_prefix_tokens >= PAGE:
                 self._prefixes = PrefixCache(self._rows.cache, self._num_prefix_tokens)
         self._rows.make_room(num_slots)
-        self._rows.use(tables, [tables.shapes.index(row.shape) for row in self._held])
+        self._rows.use(tables, [tables.draftings.index(row.drafting) for row in self._held])
 
-    def _tables_of(self, shapes: tuple[DraftShape, ...]) -> DraftTables:
-        """Tables that hold some shapes; those of a choice that changes are needed again and again."""
-        if shapes not in self._tables:
+    def _tables_of(self, draftings: tuple[Drafting, ...]) -> DraftTables:
+        """Tables that hold some draftings; those of a choice that changes are needed again and again."""
+        if draftings not in self._tables:
             if len(self._tables) == _MOST_TABLES:
                 del self._tables[next(iter(self._tables))]
-            self._tables[shapes] = DraftTables(shapes, self._facts.shift, self._reads_causally, self.device)
-        return self._tables[shapes]
+            self._tables[draftings] = DraftTables(draftings, self._facts.shift, self._reads_causally, self.device)
+        return self._tables[draftings]
 
     def _to_read(self) -> list[DraftingRow]:
         """The rows whose prompts are read next, first come first, within the tokens that one pass may read."""

@@ -82,8 +82,8 @@ class SpeculativeRows:
         num_cached: Of these, the ones whose keys and values are held, [R].
         num_pending: Drafts, [R].
         seeds: Of random numbers, [R].
-        shape: The index of each row's shape in `tables`, [R].
-        tables: The shapes in use.
+        shape: The index in `tables` of what each row drafts, [R].
+        tables: The draftings in use.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SpeculativeRows:
         return denoising_head(self.model, self.facts.mask_token_id)
 
     def use(self, tables: DraftTables, shapes: Sequence[int]) -> None:
-        """Has rows draft by other tables; `shapes`: the index of each row's shape there."""
+        """Has rows draft by other tables; `shapes`: the index there of what each one drafts."""
         self.tables = tables
         self.shape[: self.num_rows] = torch.tensor(list(shapes), dtype=torch.long)
 
@@ -141,7 +141,7 @@ class SpeculativeRows:
         """
         queries = self._queries(rows, extent)
         in_order, of_masks = self._states(rows, queries, extent)
-        verify_states = self._verifying(queries, in_order, extent)
+        verify_states = self._verifying(queries, in_order, of_masks, extent)
         own = self._own(rows, queries, verify_states, settings)
         num_right = self._num_right(rows, queries, own)
         told = self._extend(rows, queries, own, num_right)
@@ -152,7 +152,8 @@ class SpeculativeRows:
         known, cached = self.num_known[rows], self.num_cached[rows]
         given = (known - cached).clamp(max=extent.num_given)
         is_whole = cached + given == known
-        shape = torch.where(is_whole, self.shape[rows], self.tables.without_drafts)
+        shape = self.shape[rows]
+        shape = torch.where(is_whole, shape, self.tables.idle(shape))
         pending = self.tables.limit(shape, self.num_pending[rows])
         shape = self.tables.in_turn(shape, pending)
         place = torch.arange(extent.num_given + extent.num_drafts, device=known.device)
@@ -191,11 +192,18 @@ class SpeculativeRows:
         width = queries.position.shape[1]
         return hidden[:, :width], hidden[:, width:]
 
-    def _verifying(self, queries: _Queries, in_order: Float[Tensor, "b q D"], extent: Extent) -> Float[Tensor, "b p D"]:
-        """The states behind the last known token and each draft."""
+    def _verifying(
+        self, queries: _Queries, in_order: Float[Tensor, "b q D"], of_masks: Float[Tensor, "b s D"], extent: Extent
+    ) -> Float[Tensor, "b p D"]:
+        """The states that predict what stands behind the known tokens and behind each draft."""
         last = (queries.given - 1)[:, None] + torch.arange(extent.num_drafts + 1, device=in_order.device)
         last = last.clamp(max=in_order.shape[1] - 1)
-        return in_order.gather(1, last[..., None].expand(-1, -1, in_order.shape[-1]))
+        causal = in_order.gather(1, last[..., None].expand(-1, -1, in_order.shape[-1]))
+        if not self.tables.any_by_masks:
+            return causal
+        missing = causal.shape[1] - of_masks.shape[1]
+        masks = torch.nn.functional.pad(of_masks, (0, 0, 0, max(missing, 0)))[:, : causal.shape[1]]
+        return torch.where(queries.masks.is_verifying[:, None, None], masks, causal)
 
     def _own(
         self, rows: Places, queries: _Queries, states: Float[Tensor, "b p D"], settings: RowSettings

@@ -84,6 +84,11 @@ class SamplerSettings(
         Raises:
             UserError: Names the setting, why, and which models can.
         """
+        if self.verifier == "masks" and (layout != "block" or shift != 0):
+            raise UserError(
+                f"verifier='masks' is not possible under layout '{layout}' with shift {shift}: only in a model with "
+                "layout 'block' and shift 0 does a mask predict its own token; leave it out"
+            )
         for name in self.given_for_some(BLOCKS):
             if layout != "block" or shift == 0:
                 raise UserError(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from decausal.sampling.settings import SamplerSettings
 
 DRAFTS = ("auto", "quadratic", "strided", "linear")
+VERIFIERS = ("causal", "masks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,10 @@ class LeftToRightSettings:
             what is fastest here, by measured acceptances and times.
         draft_length: Tokens drafted at once, of "auto" the most. 0: none, one token with every pass. None: as many as
             the model was trained to draft, or 4 where that is not known.
+        verifier: Of speculative decoding, what is written. "causal": what the states of known tokens predict as in an
+            autoregressive model. "masks": what the model writes in blocks of one token, each a mask behind known
+            tokens; for models of layout "block" and shift 0 whose known tokens were never trained to predict. Source:
+            S2D2 (arXiv 2603.25702).
     """
 
     first_token_from_clean: bool = setting(
@@ -47,7 +52,7 @@ class LeftToRightSettings:
         False,
         SWITCH,
         Flag("masks draft what the same weights verify causally", {"action": "store_true", "default": None}),
-        details=(("draft", "draft_length"), (True,)),
+        details=(("draft", "draft_length", "verifier"), (True,)),
     )
     draft: str = setting(
         "quadratic",
@@ -56,6 +61,9 @@ class LeftToRightSettings:
     )
     draft_length: int | None = setting(
         None, WHOLE, Flag("tokens that --speculative drafts at once; 0: none", {"type": int})
+    )
+    verifier: str = setting(
+        "causal", one_of(VERIFIERS), Flag("what says which drafts are right (causal)", {"choices": VERIFIERS})
     )
 
     def contradiction(self: SamplerSettings) -> str | None:
