@@ -22,6 +22,8 @@ class Machine:
     def __init__(self, acceptances: list[float], num_free: float, num_rows: int, noise: float = 0.0) -> None:
         self.acceptances, self.num_free, self.num_rows, self.noise = acceptances, num_free, num_rows, noise
         self.random = random.Random(7)
+        self.cold = 1.0
+        self.widths: set[float] = set()
         self.pending = [0] * num_rows
         self.seconds = self.num_tokens = 0.0
 
@@ -29,7 +31,9 @@ class Machine:
         num_queries = extent.num_given + extent.num_drafts + extent.num_masks
         num_logits = extent.num_drafts + 1 + extent.num_new
         work = self.num_rows * (num_queries + 0.25 * num_logits) / 1.25
-        return (self.num_free + work) * math.exp(self.random.gauss(0, self.noise))
+        first = self.cold if work not in self.widths else 1.0
+        self.widths.add(work)
+        return first * (self.num_free + work) * math.exp(self.random.gauss(0, self.noise))
 
     def step(self, shape: DraftShape, choice: DraftChoice | None = None) -> None:
         pending = [min(each, shape.most_pending) for each in self.pending]
@@ -89,6 +93,14 @@ def test_the_choice_comes_close_to_the_best_shape(num_rows: int, first: float, n
     found = machine.rate(choice.shape, 600, choice)
     candidates = [*choice._candidates(), autoregressive()]
     assert found >= 0.93 * max(machine.rate(shape, 300) for shape in candidates)
+
+
+def test_passes_that_are_slow_once_do_not_decide() -> None:
+    choice, machine = choice_of(4, reads_causally=False, num_free=40.0), Machine([0.7, 0.55, 0.5, 0.5], 16.0, 8)
+    machine.cold = 4.0
+    machine.rate(choice.shape, 40, choice)
+    found = machine.rate(choice.shape, 200, choice)
+    assert found >= 0.97 * machine.rate(autoregressive(), 200)
 
 
 def test_it_gives_drafts_up_where_they_are_never_right_and_comes_back_when_they_are() -> None:

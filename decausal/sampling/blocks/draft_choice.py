@@ -46,6 +46,8 @@ _PASSES = 64
 """After so many passes the choice is made anew."""
 _FIRST = (2, 4, 8, 16, 32)
 """And after these first ones."""
+_EARLY = 16
+"""Passes between trials without drafts, until enough of them are timed."""
 _GLANCE = 8
 """After so many passes it is looked at whether the choice pays."""
 _RARE = 1e-6
@@ -97,14 +99,18 @@ class PassTimes:
         self._slowness: dict[int, float] = {}
 
     def note(self, work: float, seconds: float) -> None:
-        """Takes in one pass."""
-        found = self._last.setdefault(_bucket(work), deque(maxlen=_TIMES))
-        found.append(seconds / self._expected(work))
-        self._slowness[_bucket(work)] = median(found)
+        """Takes in one pass; the first of its work counts only until there is another one, since it may have to make
+        room."""
+        slowness, bucket = seconds / self._expected(work), _bucket(work)
+        if bucket not in self._last:
+            self._last[bucket] = deque(maxlen=_TIMES)
+        else:
+            self._last[bucket].append(slowness)
+        self._slowness[bucket] = median(self._last[bucket] or [slowness])
 
-    def knows(self, work: float) -> bool:
-        """Whether a pass of about as much work was made."""
-        return _bucket(work) in self._slowness
+    def num_known(self, work: float) -> int:
+        """How many passes of about as much work count, at most `_TIMES`."""
+        return len(self._last.get(_bucket(work), ()))
 
     def seconds(self, work: float) -> float:
         """What a pass takes; in a unit of its own before any was made."""
@@ -290,13 +296,16 @@ class DraftChoice:
         """
         is_drafting = case.chosen.most_pending > 0
         case.trial = autoregressive() if is_drafting else self._best_that_drafts(num_rows)
-        num_trials = 2 if is_drafting else 3
+        num_trials = 4 if is_drafting else 3
         work, usual = (self._work_of(shape, num_rows, shape.most_pending) for shape in (case.trial, case.chosen))
         share = self.tokens_per_second(case.trial, num_rows) / self.tokens_per_second(case.chosen, num_rows)
         lost = num_trials * max(1 - share, 0.1) * self._times.seconds(work) / self._times.seconds(usual)
-        if case.num_passes or (is_drafting and not self._times.knows(work)):
+        if case.num_passes or (is_drafting and not self._times.num_known(work)):
             case.num_trials = num_trials
-        case.next_trial = case.num_passes + num_trials + lost / _TRIALS
+        wait = lost / _TRIALS
+        if is_drafting and self._times.num_known(work) < _TIMES:
+            wait = min(wait, _EARLY)  # nothing hangs on a number more than on this one
+        case.next_trial = case.num_passes + num_trials + wait
 
 
 _CHOICES: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DraftChoice]] = weakref.WeakKeyDictionary()
