@@ -23,7 +23,7 @@ TOKENIZER = tiny_tokenizer(chat=True)
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bidirectional": ({}, {}),
     "blocks": ({"layout": "block", "block_size": 4}, {}),
-    "speculative": ({"layout": "block", "block_size": 4}, {"speculative": True}),
+    "speculative": ({"layout": "block", "block_size": 4}, {"speculative": True, "draft": "quadratic"}),
 }
 
 

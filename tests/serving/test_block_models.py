@@ -38,8 +38,8 @@ def test_concurrent_clients_get_what_generate_writes_with_their_seed(model: Conv
         {"num_steps": 2},
         {"threshold": 0.5},
         {"num_steps": 3, "temperature": 1.0},
-        {"speculative": True},
-        {"speculative": True, "temperature": 1.0, "top_p": 0.9},
+        {"speculative": True, "draft": "quadratic"},
+        {"speculative": True, "draft": "quadratic", "temperature": 1.0, "top_p": 0.9},
     ]
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -58,7 +58,9 @@ def test_concurrent_clients_get_what_generate_writes_with_their_seed(model: Conv
         assert whole == streamed == wanted.text
 
 
-@pytest.mark.parametrize("decoding", [{"num_steps": 4}, {"speculative": True}], ids=["denoised", "speculated"])
+@pytest.mark.parametrize(
+    "decoding", [{"num_steps": 4}, {"speculative": True, "draft": "quadratic"}], ids=["denoised", "speculated"]
+)
 def test_events_log_probabilities_and_stop_are_there_too(
     model: Converted, server: Running, decoding: dict[str, Any]
 ) -> None:

@@ -55,9 +55,7 @@ class LeftToRightSettings:
         details=(("draft", "draft_length", "verifier"), (True,)),
     )
     draft: str = setting(
-        "quadratic",
-        one_of(DRAFTS),
-        Flag("which tokens a pass of --speculative drafts (quadratic)", {"choices": DRAFTS}),
+        "auto", one_of(DRAFTS), Flag("which tokens a pass of --speculative drafts (auto)", {"choices": DRAFTS})
     )
     draft_length: int | None = setting(
         None, WHOLE, Flag("tokens that --speculative drafts at once; 0: none", {"type": int})
