@@ -27,6 +27,14 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"decausal {verb}", description=description, allow_abbrev=False)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reads flags before, between and behind the texts: argparse by itself takes texts in one place alone."""
+        found, unknown = self.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            flags = [argument for argument in unknown if argument.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.removeprefix('decausal ')}: {message}; see {self.prog} --help")
 

@@ -135,3 +135,25 @@ def test_every_flag_is_the_setting_of_its_name(flags: list[str], options: dict[s
     parser = VerbParser("generate", "")
     add_sampling_flags(parser)
     assert sampler_options(parser.parse_args(flags)) == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["dir", "--chat", "a", "b"], ["a", "b"]),
+        (["--chat", "dir", "a", "--seed", "3", "b"], ["a", "b"]),
+        (["dir", "a", "--chat", "--", "-b", "--c"], ["a", "-b", "--c"]),
+        (["dir", "--chat"], []),
+    ],
+    ids=str,
+)
+def test_flags_stand_before_between_and_behind_texts(arguments: list[str], texts: list[str]) -> None:
+    parser = VerbParser("generate", "")
+    parser.add_argument("directory")
+    parser.add_argument("prompts", nargs="*")
+    parser.add_argument("--chat", action="store_true")
+    add_sampling_flags(parser)
+    flags = parser.parse_args(arguments)
+    assert (flags.directory, flags.prompts, flags.chat) == ("dir", texts, True)
+    with pytest.raises(UserError, match="unrecognized arguments: --sed;"):
+        parser.parse_args(["dir", "--sed", "3", "a"])
