@@ -137,16 +137,18 @@ def serving(directory: Path, options: list[str], threads: int) -> Iterator[Serve
     """Starts `decausal serve` on a free port."""
     command = [sys.executable, "-m", "decausal", "serve", str(directory), "--port", "0", *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    try:
-        line = server.stdout.readline() if server.stdout else ""
-        url = next((word for word in line.split() if word.startswith("http")), "")
-        if not url:
-            raise SystemExit(f"the server did not start: {shlex.join(command)}")
-        yield Server(url, psutil.Process(server.pid))
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as server:
+        try:
+            line = server.stdout.readline() if server.stdout else ""
+            url = next((word for word in line.split() if word.startswith("http")), "")
+            if not url:
+                raise SystemExit(f"the server did not start: {shlex.join(command)}")
+            yield Server(url, psutil.Process(server.pid))
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
 
 
 async def measured(server: Server, concurrency: int, seconds: float, body: dict[str, Any]) -> Load:

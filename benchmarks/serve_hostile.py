@@ -1,8 +1,9 @@
-"""Bodies of 4 MiB, and a head without end, sent to a server: what they cost it, and how long others wait meanwhile.
+"""Bodies of 4 MiB, a head without end, and as many rows as one client may ask for: what they cost a server and others.
 
 The server runs in a process of its own. While each body is sent, other clients ask for /health and for one token all
 the time. It fails if a body is not refused, if the server's memory grows by more than --memory MiB over what it was, or
-if somebody else waits longer than --wait seconds.
+if somebody else waits longer than --wait seconds. At last one client fills the queue with rows of 16 steps, and another
+one asks for 4 tokens: it fails if that takes longer than --turn seconds.
 
     python benchmarks/serve_hostile.py --layout bidirectional
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import socket
 import sys
@@ -18,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from decausal.provenance import provenance
 SIZE = 4 * 2**20 - 200
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 ONE_TOKEN = {"prompt": "a", "max_tokens": 1, "seed": 0}
+FEW = {"prompt": "a", "max_tokens": 4, "num_steps": 4, "seed": 0}
+MANY = {"prompt": "a", "max_tokens": 16, "num_steps": 16, "seed": 0, "n": 128, "stream": True}
 
 
 def filled(before: str, piece: str, after: str) -> bytes:
@@ -119,12 +123,33 @@ def send_head(server: Server) -> int:
     return 0
 
 
+def behind_a_full_queue(server: Server) -> tuple[int, float]:
+    """Returns how many rows of one client wait, and the longest of three small requests of another client."""
+    many = json.dumps(MANY).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(many)}"
+    host, port = server.url.removeprefix("http://").split(":")
+    other = httpx.HTTPTransport(local_address="127.0.0.2")
+    with ExitStack() as stack, httpx.Client(base_url=server.url, timeout=600, transport=other) as client:
+        for _ in range(8):
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(f"{head}\r\n\r\n".encode() + many)
+        time.sleep(3)
+        waiting = re.search(r"^decausal_rows_waiting.* (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        waits = []
+        for _ in range(3):
+            start = time.perf_counter()
+            client.post(TEXT, json=FEW).raise_for_status()
+            waits.append(time.perf_counter() - start)
+    return int(float(waiting.group(1))) if waiting else 0, max(waits)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a converted directory; none: the embedded model as --layout, not trained")
     parser.add_argument("--layout", choices=("block", "bidirectional"), default="bidirectional", help="without --model")
     parser.add_argument("--memory", type=float, default=300, help="MiB that one may cost")
     parser.add_argument("--wait", type=float, default=2, help="seconds that others may wait")
+    parser.add_argument("--turn", type=float, default=10, help="seconds that a small request may wait for its turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
@@ -148,6 +173,11 @@ def main() -> int:
                 is_fine = cost.memory <= flags.memory and max(cost.health, cost.completion) <= flags.wait
                 if not (is_fine and 400 <= status < 500):
                     faults.append(name)
+            num_waiting, seconds = behind_a_full_queue(server)
+            console.print(f"behind {num_waiting} rows of another client: 4 tokens {seconds:.2f} s")
+            outcome["behind_a_full_queue"] = {"rows": num_waiting, "seconds": seconds}
+            if seconds > flags.turn:
+                faults.append("behind a full queue")
     if flags.json:
         flags.json.write_text(json.dumps(outcome, indent=2) + "\n")
     if faults:

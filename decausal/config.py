@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from importlib import resources
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -217,8 +218,8 @@ def _as(value: Any, option: Any) -> Any:
 
 def _as_tuple(value: Any, item: Any) -> tuple:
     if isinstance(value, str):
-        if "," not in value and item is str:
-            raise ValueError  # a single word stays a word
+        if item is str and ("," not in value or Path(value).expanduser().exists()):
+            raise ValueError  # a single word stays a word, and so does the name of a file
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple):
         value = [value]

@@ -340,3 +340,10 @@ def test_the_page_on_converting_names_every_recipe_and_no_unknown_setting():
 def test_help_texts_are_there_for_every_setting():
     for settings_type in (ConversionSettings, PretrainSettings):
         assert all(field.metadata["help"] for field in fields(settings_type))
+
+
+def test_the_name_of_a_file_is_one_name_even_with_a_comma(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b.jsonl").write_text("")
+    assert resolve(ConversionSettings, {}, ["--data", "a, b.jsonl"])[0].data == "a, b.jsonl"
+    assert resolve(ConversionSettings, {}, ["--data", "a,b.jsonl"])[0].data == ("a", "b.jsonl")

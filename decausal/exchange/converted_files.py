@@ -32,6 +32,12 @@ class ConvertedFiles(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     tensors: TensorFiles
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Every token that ends a text, those that end answers in training among them."""
+        found = eos_token_ids(self.directory, self.config, self.tokenizer)
+        return list(dict.fromkeys([*found, *self.facts.end_token_ids]))
+
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:

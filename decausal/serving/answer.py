@@ -27,16 +27,17 @@ class Places:
 
     Args:
         number: How many.
-        give_back: Called with the number of places that are free again.
+        client: For whom.
+        give_back: Called with the number of places that are free again, and the client.
     """
 
-    def __init__(self, number: int, give_back: Callable[[int], None]) -> None:
-        self._number, self._give_back = number, give_back
+    def __init__(self, number: int, client: str, give_back: Callable[[int, str], None]) -> None:
+        self._number, self.client, self._give_back = number, client, give_back
 
     def use(self, number: int) -> None:
         """Uses some of the places for rows and frees the others."""
         left, self._number = self._number - number, 0
-        self._give_back(left)
+        self._give_back(left, self.client)
 
     def release(self) -> None:
         """Frees the places that are not in use. May be called again."""
@@ -48,13 +49,14 @@ class Answer:
 
     Attributes:
         jobs: All rows that were asked for.
+        client: Who asked.
         rows: Rows that have not ended, for the worker's thread only.
         queue: Lists of `Told`, in order.
         admitted: Done once the engine has taken all rows. An exception says why it refused.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = list(jobs)
+    def __init__(self, jobs: Sequence[Job], client: str = "") -> None:
+        self.jobs, self.client = list(jobs), client
         self.rows = [AnswerRow(self, index, job) for index, job in enumerate(jobs)]
         self.queue: asyncio.Queue[list[Told]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()

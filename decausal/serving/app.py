@@ -161,7 +161,7 @@ class _Service:
 
         def read(body: CompletionBody | ChatBody) -> Asked:
             model = find(self._models, body.model)
-            places = model.worker.reserve(num_rows(body))
+            places = model.worker.reserve(num_rows(body), request.client.host if request.client else "")
             work.hold(places)
             plan = make_plan(body, model.converted, model.max_total_tokens, work)
             tokenizer = model.converted.tokenizer

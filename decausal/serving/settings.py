@@ -22,6 +22,8 @@ MAX_FIELDS = 256
 MAX_BRACKETS = 2**18
 """The most lists and objects of a body, and brackets in its texts. Reading a million stops every thread for a
 second."""
+SHARE_OF_OTHERS = 32
+"""One part in so many of the queue is kept from each client, so that others find a place."""
 LARGE = 2**16
 """Bytes of a body, or characters of its texts, from which it counts as large and takes its turn."""
 

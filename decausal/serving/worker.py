@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
@@ -18,6 +18,8 @@ from decausal.sampling.jobs import Engine, Job, Progress
 from decausal.serving.answer import Answer, AnswerRow, Places, Told, call, deliver, engine_failure, settle
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
+from decausal.serving.settings import SHARE_OF_OTHERS
+from decausal.serving.turns import Turns
 
 Result = TypeVar("Result")
 
@@ -29,6 +31,9 @@ class Worker:
 
     A step that fails only harms the row that made it fail. A new engine is made, and its rows are written again, half
     as many together, until the step succeeds or fails with a single row.
+
+    Rows wait here, and clients take turns: the engine gets the next one when it has room. A small part of the queue is
+    kept from each client for the others.
 
     Args:
         make_engine: Called once at the start, and again after each step that failed.
@@ -47,10 +52,12 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last_word = ApiError(503, "the server is shutting down", code="shutting_down")
         self._rows: dict[int, AnswerRow] = {}  # in the engine, by ticket
-        self._held: deque[AnswerRow] = deque()  # waiting for the engine after a failure
+        self._turns = Turns()  # waiting for the engine
+        self._held: deque[AnswerRow] = deque()  # waiting for it before all others, after a failure
         self._most: int | None = None  # rows that the engine may hold after a failure
         self._lock = threading.Lock()
         self._num_rows = 0
+        self._rows_of: Counter[str] = Counter()  # by client
         self._ended_at: deque[float] = deque(maxlen=64)
         self._thread = threading.Thread(target=self._run, name=f"decausal-{name}", daemon=True)
 
@@ -73,31 +80,35 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join(timeout=60)
 
-    def reserve(self, num_rows: int) -> Places:
-        """Reserves places for rows, from any thread, before anything is built from the request.
+    def reserve(self, num_rows: int, client: str = "") -> Places:
+        """Reserves places for a client's rows, from any thread, before anything is built from the request.
 
         Raises:
-            ApiError: 400 if more rows are wanted than can ever wait together, 429 if they cannot wait now.
+            ApiError: 400 if more rows are wanted than one client can ever have, 429 if it cannot have them now.
         """
-        if num_rows > self._max_rows + self._max_queue:
+        most = self._max_rows + self._max_queue
+        most_of_client = most - self._max_queue // SHARE_OF_OTHERS
+        if num_rows > most_of_client:
             raise bad_request(
                 f"{num_rows} answers at once are wanted (prompts times n), and this server takes at most "
-                f"{self._max_rows + self._max_queue}: ask for fewer",
+                f"{most_of_client}: ask for fewer",
                 "n",
                 "too_many_choices",
             )
         with self._lock:
-            if self._num_rows + num_rows > self._max_rows + self._max_queue:
+            own = self._rows_of[client]
+            if self._num_rows + num_rows > most or own + num_rows > most_of_client:
                 wait = self._seconds_to_wait(num_rows)
                 raise ApiError(
                     429,
-                    f"{self._num_rows} rows run or wait already, and this server takes {self._max_rows} and "
-                    f"{self._max_queue}: try again in {wait} s",
+                    f"{self._num_rows} rows run or wait already, {own} of them of this client; this server takes "
+                    f"{self._max_rows} and {self._max_queue}, {most_of_client} of one client: try again in {wait} s",
                     code="queue_full",
                     headers={"Retry-After": str(wait)},
                 )
             self._num_rows += num_rows
-        return Places(num_rows, self._left)
+            self._rows_of[client] += num_rows
+        return Places(num_rows, client, self._left)
 
     def submit(self, jobs: Sequence[Job], places: Places) -> Answer:
         """Accepts a request, from the event loop.
@@ -112,7 +123,7 @@ class Worker:
         if not self.is_alive:
             raise _stopped()
         places.use(len(jobs))
-        answer = Answer(jobs)
+        answer = Answer(jobs, places.client)
         self._inbox.put(lambda: self._admit(answer))
         return answer
 
@@ -150,10 +161,10 @@ class Worker:
 
     def _run(self) -> None:
         while self._take_messages():
-            self._admit_held()
+            self._fill()
             if self._rows and not self._step():
                 break
-            num_waiting = self._engine.num_waiting + len(self._held)
+            num_waiting = self._engine.num_waiting + len(self._held) + len(self._turns)
             self._metrics.rows(self._name, self._engine.num_running, num_waiting)
         while not self._inbox.empty():
             message = self._inbox.get()
@@ -166,7 +177,7 @@ class Worker:
         end."""
         while True:
             try:
-                message = self._inbox.get(block=not (self._rows or self._held))
+                message = self._inbox.get(block=not (self._rows or self._held or self._turns))
             except queue.Empty:
                 return True
             if message is None:
@@ -176,20 +187,25 @@ class Worker:
                 return True
 
     def _admit(self, answer: Answer) -> None:
-        if self._most is None:
-            for row in answer.rows:
-                if not self._submit(row):
-                    return
-        else:
-            self._held.extend(answer.rows)
+        for row in answer.rows:
+            if not self._submit(row):
+                return
+            self._withdraw(row)  # it would be taken; when, its turn says
+        self._turns.add(answer)
         call(answer, settle, answer, None)
 
-    def _admit_held(self) -> None:
-        """Moves waiting rows into the engine, as many as it may hold."""
-        while self._held and (self._most is None or len(self._rows) < self._most):
-            self._submit(self._held.popleft())
+    def _fill(self) -> None:
+        """Moves waiting rows into the engine as far as it has room, after a failure only as many as it may hold."""
+        while self._held or (self._turns and self._has_room()):
+            if self._most is not None and len(self._rows) >= self._most:
+                break
+            self._submit(self._held.popleft() if self._held else self._turns.take())
         if not self._rows:
             self._most = None
+
+    def _has_room(self) -> bool:
+        """Whether a row would run in the next step. Of several kinds of rows, one may wait in the engine."""
+        return self._engine.num_waiting == 0 or self._engine.num_running < self._max_rows
 
     def _submit(self, row: AnswerRow) -> bool:
         """Submits a row to the engine. If the engine refuses it, the answer ends."""
@@ -201,12 +217,17 @@ class Worker:
         self._rows[row.ticket] = row
         return True
 
+    def _withdraw(self, row: AnswerRow) -> None:
+        if row.ticket is not None:
+            self._engine.cancel(row.ticket)
+            del self._rows[row.ticket]
+            row.ticket = None
+
     def _drop(self, answer: Answer) -> None:
-        self._left(len(answer.rows))
+        self._left(len(answer.rows), answer.client)
         for row in answer.rows:
-            if row.ticket is not None:
-                self._engine.cancel(row.ticket)
-                del self._rows[row.ticket]
+            self._withdraw(row)
+        self._turns.drop(answer)
         self._held = deque(row for row in self._held if row.answer is not answer)
         answer.rows.clear()
 
@@ -245,7 +266,7 @@ class Worker:
             return
         if progress.ended is not None:
             self._ended_at.append(time.monotonic())
-            self._left(1)
+            self._left(1, row.answer.client)
             row.answer.rows.remove(row)
             del self._rows[progress.ticket]
 
@@ -271,12 +292,15 @@ class Worker:
         return True
 
     def _fail_all(self, error: ApiError) -> None:
-        for answer in {row.answer for row in (*self._rows.values(), *self._held)}:
+        for answer in {row.answer for row in (*self._rows.values(), *self._held, *self._turns)}:
             self._give_up(answer, error)
 
-    def _left(self, num_rows: int) -> None:
+    def _left(self, num_rows: int, client: str) -> None:
         with self._lock:
             self._num_rows -= num_rows
+            self._rows_of[client] -= num_rows
+            if not self._rows_of[client]:
+                del self._rows_of[client]
 
 
 def _stopped() -> ApiError:

@@ -141,6 +141,13 @@ def test_every_end_token_of_a_chat_model_is_handed_on(directory, tmp_path):
     assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == [267, 265]
 
 
+def test_so_are_the_tokens_that_end_answers_in_training(tmp_path):
+    save_block_model(tmp_path / "converted", facts={"end_token_ids": [7]})
+    export_sdar(tmp_path / "converted", tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert read_json(tmp_path / "out" / name)["eos_token_id"] == [265, 7]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_transformers_reads_the_configuration_with_the_class_beside_it(family, tmp_path):
     save_block_model(tmp_path / "converted", family)
