@@ -341,7 +341,7 @@ def test_a_client_that_streams_without_reading_holds_its_rows_no_longer_than_the
 
     def slow(*call: Any) -> None:
         passes.append(1)
-        time.sleep(0.05)
+        time.sleep(0.2)
 
     hook = model.model.base_model.register_forward_pre_hook(slow)
     body = {
@@ -354,7 +354,7 @@ def test_a_client_that_streams_without_reading_holds_its_rows_no_longer_than_the
     }
     raw = json.dumps(body).encode()
     try:
-        with running([model], timeout=1.0, send_buffer=4096) as server, socket.socket() as client:
+        with running([model], timeout=3.0, send_buffer=4096) as server, socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             host, port = server.url.removeprefix("http://").split(":")
             client.connect((host, int(port)))
