@@ -43,7 +43,8 @@ class WrittenModel(nn.Module):
 
     def install(self, monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> WrittenModel:
         monkeypatch.setattr(window_cache, "body_forward", self._body_forward)
-        monkeypatch.setattr(denoiser, "head_of", lambda model: Head(torch.eye(vocab_size)))
+        head = Head(torch.eye(vocab_size))
+        monkeypatch.setattr(denoiser, "denoising_head", lambda model, token_id: head._replace(banned=token_id))
         monkeypatch.setattr(row_engine, "decoding", lambda model: torch.no_grad())
         return self
 
