@@ -131,6 +131,17 @@ def test_times_between_those_measured_follow_the_device_and_meet_them() -> None:
     assert times.seconds(128.0) > 0.4
 
 
+def test_times_beyond_those_measured_follow_what_these_say_of_the_device() -> None:
+    times = PassTimes(16.0)
+    for work in (1.0, 2.0, 8.0):
+        for _ in range(5):
+            times.note(work, 0.001 * (128 + work))
+    before = times.seconds(64.0)
+    times.fit()
+    assert times.seconds(64.0) == pytest.approx(0.192, rel=0.02)
+    assert before > 1.5 * 0.192
+
+
 def test_tokens_per_second_are_those_per_pass_over_the_time() -> None:
     choice = choice_of()
     shape = autoregressive()

@@ -9,6 +9,7 @@ given up where it does not pay; where it is given up, it is tried again so rarel
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,10 @@ _MEMORY = 0.998
 """What is left of a measured acceptance's weight with every further draft: the last five hundred count."""
 _TIMES = 15
 """Passes of one width whose median counts."""
+_ENOUGH = 3
+"""Passes of a width whose median says something."""
+_FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0, 0.125, 8.0)
+"""What the device's free queries are multiplied by, the likeliest first."""
 _GAIN = 1.04
 """Drafting has to be faster by this factor than writing without drafts."""
 _TRIALS = 0.01
@@ -46,6 +51,8 @@ _PASSES = 64
 """After so many passes the choice is made anew."""
 _FIRST = (2, 4, 8, 16, 32)
 """And after these first ones."""
+_THINKING = 0.01
+"""The share of the time that choosing may take."""
 _EARLY = 16
 """Passes between trials without drafts, until enough of them are timed."""
 _GLANCE = 8
@@ -88,25 +95,41 @@ class Acceptances:
 class PassTimes:
     """The seconds of a pass by its work, which is counted in queries.
 
+    A pass is expected to take time in proportion to its work and a number of free queries together.
+
     Args:
-        num_free: Queries that take as long as it takes to begin a pass: the expected time is proportional to these and
-            the queries together.
+        num_free: What is taken for that number until passes of several works are timed.
     """
 
     def __init__(self, num_free: float) -> None:
-        self._num_free = num_free
+        self._device_free = self._num_free = num_free
         self._last: dict[int, deque[float]] = {}
+        self._medians: dict[int, tuple[float, float]] = {}
         self._slowness: dict[int, float] = {}
 
     def note(self, work: float, seconds: float) -> None:
         """Takes in one pass; the first of its work counts only until there is another one, since it may have to make
         room."""
-        slowness, bucket = seconds / self._expected(work), _bucket(work)
+        bucket = _bucket(work)
         if bucket not in self._last:
             self._last[bucket] = deque(maxlen=_TIMES)
         else:
-            self._last[bucket].append(slowness)
-        self._slowness[bucket] = median(self._last[bucket] or [slowness])
+            self._last[bucket].append(seconds)
+        self._medians[bucket] = work, median(self._last[bucket] or [seconds])
+        self._slowness[bucket] = self._slowness_of(bucket, self._num_free)
+
+    def fit(self) -> None:
+        """Takes the number of free queries that explains the times of passes best, from a few around the device's."""
+        known = [bucket for bucket, times in self._last.items() if len(times) >= _ENOUGH]
+        if len(known) < 2:
+            return
+
+        def spread(num_free: float) -> float:
+            found = [self._slowness_of(bucket, num_free) for bucket in known]
+            return max(found) / min(found)
+
+        self._num_free = min((self._device_free * factor for factor in _FACTORS), key=spread)
+        self._slowness = {bucket: self._slowness_of(bucket, self._num_free) for bucket in self._medians}
 
     def num_known(self, work: float) -> int:
         """How many passes of about as much work count, at most `_TIMES`."""
@@ -114,10 +137,11 @@ class PassTimes:
 
     def seconds(self, work: float) -> float:
         """What a pass takes; in a unit of its own before any was made."""
-        return self._expected(work) * self._slowness_at(2 * math.log2(work))
+        return (self._num_free + work) * self._slowness_at(2 * math.log2(work))
 
-    def _expected(self, work: float) -> float:
-        return self._num_free + work
+    def _slowness_of(self, bucket: int, num_free: float) -> float:
+        work, seconds = self._medians[bucket]
+        return seconds / (num_free + work)
 
     def _slowness_at(self, place: float) -> float:
         """That of the measured works on both sides, by distance."""
@@ -182,6 +206,7 @@ class DraftChoice:
         self._acceptances = Acceptances(longest)
         self._by_length: dict[int, Acceptances] = {}
         self._cases: dict[int, _Case] = {}
+        self._seconds_thinking = self._seconds_passing = 0.0
 
     @classmethod
     def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool, by_masks: bool) -> DraftChoice:
@@ -207,8 +232,12 @@ class DraftChoice:
         """What the next pass over so many rows is to draft."""
         case = self._cases.setdefault(num_rows, _Case())
         if not case.num_trials:
-            if case.num_passes % _PASSES == 0 or case.num_passes in _FIRST or self._disappoints(case, num_rows):
+            if self._disappoints(case, num_rows):
+                case.chosen = autoregressive()
+            elif (case.num_passes % _PASSES == 0 or case.num_passes in _FIRST) and self._may_think():
+                start = time.perf_counter()
                 case.chosen = self._best(num_rows)
+                self._seconds_thinking += time.perf_counter() - start
             if case.num_passes >= case.next_trial:
                 self._begin_trial(case, num_rows)
         return case.trial if case.num_trials else case.chosen
@@ -225,6 +254,7 @@ class DraftChoice:
         num_queries = extent.num_given + extent.num_drafts + extent.num_masks
         work = self._work(num_rows, num_queries, extent.num_drafts + 1 + extent.num_new)
         self._times.note(work, seconds)
+        self._seconds_passing += seconds
         for num_pending, num_right in outcomes:
             if num_pending:
                 self._acceptances.note(num_pending, num_right)
@@ -272,6 +302,10 @@ class DraftChoice:
             if shape.most_pending and shape.num_queries(shape.most_pending, self._shift) <= _MOST_QUERIES
         ]
 
+    def _may_think(self) -> bool:
+        """Whether the time that choosing takes is small beside that of passes: of small models it is not."""
+        return self._seconds_thinking <= _THINKING * self._seconds_passing
+
     def _disappoints(self, case: _Case, num_rows: int) -> bool:
         """Whether what was chosen turns out not to pay; looked at more often than which shape is the best."""
         if case.num_passes % _GLANCE or not case.chosen.most_pending:
@@ -283,6 +317,7 @@ class DraftChoice:
         return self.tokens_per_second(shape, num_rows) / self.tokens_per_second(autoregressive(), num_rows)
 
     def _best(self, num_rows: int) -> DraftShape:
+        self._times.fit()
         drafting = self._best_that_drafts(num_rows)
         return drafting if self._gain(drafting, num_rows) > _GAIN else autoregressive()
 
