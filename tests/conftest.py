@@ -13,9 +13,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of as many workers as cores would wait for each other
 
-from jaxtyping import install_import_hook
+from tests import shape_checks
 
-install_import_hook("decausal", "beartype.beartype")
+shape_checks.install()
 
 from collections.abc import Iterator
 
