@@ -127,7 +127,7 @@ def load_weights(
                 output_loading_info=True,
             )
     except LOADING_ERRORS as error:
-        raise UserError(f"cannot load the weights of {path}: {first_line(error)}") from error
+        raise UserError(f"cannot load the weights of {path}: {unreadable(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -138,6 +138,13 @@ def load_weights(
         model = plain(model, dtype)
     forget_secrets(path, model)
     return model.to(dtype).eval()
+
+
+def unreadable(error: Exception) -> str:
+    """Returns in one line why a model's files cannot be loaded."""
+    if isinstance(error, UnpicklingError):
+        return "a .bin file does not hold plain tensors; code in one is never run: give safetensors"
+    return first_line(error)
 
 
 def forget_secrets(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.files import write_whole
-from decausal.models.adapt import LOADING_ERRORS, adapt, forget_secrets, load_source, source_dtype
+from decausal.models.adapt import LOADING_ERRORS, adapt, forget_secrets, load_source, source_dtype, unreadable
 from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
 from decausal.models.directories import Adapter, adapter_of
@@ -136,7 +136,7 @@ def load_converted(
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"{path} holds {FACTS_FILE} but its model cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{path} holds {FACTS_FILE} but its model cannot be loaded: {unreadable(error)}") from error
     if info["missing_keys"]:
         raise UserError(f"{path} holds {FACTS_FILE} but its weights lack {min(info['missing_keys'])}")
     forget_secrets(path, model, tokenizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import dumps
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +160,23 @@ def test_what_is_no_model_is_told_before_torch_is_imported(directory: Path) -> N
     said = run_python("-c", code).stdout
     assert "is cut off" in said
     assert said.strip().endswith("False")
+
+
+class RunsCode:
+    """What would make a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_bin_file_is_not_run_and_no_advice_is_given_to_run_it(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "model")
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(dumps(RunsCode(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"a \.bin file does not hold plain tensors; code in one is never run"):
+        load_source(source)
+    assert not (tmp_path / "ran").exists()
