@@ -103,7 +103,7 @@ def _keep_bars_out_of_files() -> None:
 def _warning_for_users(
     message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
 ) -> str:
-    """A warning of ours is one line: a user has no use for the place in the code that gave it."""
+    """Returns a warning of ours is one line: a user has no use for the place in the code that gave it."""
     if Path(file).is_relative_to(Path(__file__).parent):
         return f"decausal: warning: {' '.join(str(message).split())}\n"
     return _warning_for_developers(message, category, file, number, line)

@@ -36,10 +36,10 @@ class Choices:
         row_multiple: Training rows of varying length are padded to multiples of this: FlexAttention's blocks are 128.
         logits_bytes: fp32 logits that a loss holds at a time. CPU: the fastest of 4 to 64 MB on one core at V = 4096
             and 32000; 32 rows were a quarter slower than 64 or more. CUDA: large products, small beside activations.
-        free_queries: tokens of a decoding pass that take as long as it takes to begin one and to read the weights. CPU:
+        free_queries: Tokens of a decoding pass that take as long as it takes to begin one and to read the weights. CPU:
             on one core 16 for a model of 135M parameters in fp32, and twice as many in bf16. CUDA: from the rates.
-        prompt_tokens: most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
-        records: passes of block models are recorded and replayed, and prompts are read in passes of their own.
+        prompt_tokens: Most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
+        records: Passes of block models are recorded and replayed, and prompts are read in passes of their own.
     """
 
     dtype_to_decode: torch.dtype

@@ -279,7 +279,7 @@ def milestones(
 
 
 def ar_name(ar: Score) -> str:
-    """How a table names the AR model's figure: of a text it is no bound, as the arms' NELBO is."""
+    """Returns how a table names the AR model's figure: of a text it is no bound, as the arms' NELBO is."""
     return "AR model (exact likelihood)" if ar.threshold is None else "AR model"
 
 

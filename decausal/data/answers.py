@@ -184,7 +184,7 @@ def _answer(renderings: _Renderings, index: int, closings: Closings) -> _Answer:
     text, prompt = renderings.of(index + 1), renderings.of(index, prompt=True)
     if CLOSED.search(prompt) and _has_thoughts(message):  # the prompt asks for an answer without thoughts
         renderings.tell(
-            "the chat template has answers begin behind '</think>', so the thoughts in them are left out; "
+            "the chat template has answers begin after '</think>', so the thoughts in them are left out; "
             "--chat_template_kwargs may let it think"
         )
         message = _without_thoughts(message)

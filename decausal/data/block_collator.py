@@ -24,21 +24,20 @@ class BlockCollator:
         target_index [n]: flat index into [B*S] of the state that predicts each target;
         target_ids, target_weight, next_token_index, logit_weight [n]: as in `Collator`;
         aligned_index, teacher_index [m]: the aligned states, in [B*S] and in [B*T];
-        causal_index, causal_teacher_index [c]: in [B*S] and in [B*T], clean states that have read what precedes a
-        predictable token and nothing more: any token where the context is causal, else those that begin a block;
-        causal_target_ids [c]: these tokens;
-        counts: as in `Collator`.
+        causal_index, causal_teacher_index [c]: in [B*S] and in [B*T], clean states that have read exactly what precedes
+        a predictable token: any token if the context is causal, else those that begin a block; causal_target_ids [c]:
+        these tokens; counts: as in `Collator`.
 
     Attributes:
-        mask_token_id: stands for masked tokens.
+        mask_token_id: Stands for masked tokens.
         shift: 0 or 1, see `Doubled.predicting_place`.
-        layout: a block layout.
-        context_length: positions that the model has, None for no limit.
-        weighting, kl_mean: see `targets_of`.
+        layout: A block layout.
+        context_length: Positions that the model has, or None.
+        weighting, kl_mean: See `targets_of`.
         aligned_positions: "targets": the states that predict targets. "visible": those of tokens that are not masked,
-            clean stream included; "all": those of masked ones too. Only the last two need copies of all blocks that
-            hold a predictable token; else a view holds no more blocks than its targets ask for.
-        row_multiple: doubled rows are padded to a multiple of this, so that few lengths occur.
+            including the clean stream. "all": those of masked tokens too. Only the last two need copies of all blocks
+            with a predictable token. Otherwise a view holds only the blocks of its targets.
+        row_multiple: Doubled rows are padded to a multiple of this, so that few lengths occur.
     """
 
     mask_token_id: int

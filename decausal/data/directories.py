@@ -87,7 +87,7 @@ def _saved_splits(root: Path) -> list[str]:
     try:
         return list(json.loads((root / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{root / SAVED_SPLITS} does not list the splits; save the data set anew") from None
+        raise UserError(f"{root / SAVED_SPLITS} does not list the splits; save the data set again") from None
 
 
 def _one_of(splits: list[str], split: str, root: Path) -> str:

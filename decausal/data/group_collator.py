@@ -1,4 +1,4 @@
-"""Batches of drafts: clean rows, and the groups of masks that are read behind them."""
+"""Batches of drafts: clean rows, and the groups of masks that are read after them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class GroupCollator:
         counts: as in `Collator`.
 
     Attributes:
-        context_length: positions that the model has, None for no limit.
-        offset_gamma: see `decausal.diffusion.groups.offset_weights`.
+        context_length: Positions that the model has, None for no limit.
+        offset_gamma: See `decausal.diffusion.groups.offset_weights`.
         kl_mean: "token": weighted mean over targets; "sequence": weighted means of documents, then over documents.
-        row_multiple: rows of masks are padded to a multiple of this.
+        row_multiple: Rows of masks are padded to a multiple of this.
     """
 
     context_length: int | None = None
@@ -80,7 +80,7 @@ class GroupCollator:
 
 
 def _sum_in_document(groups: Groups, document_ids: Tensor, weight: Tensor) -> Tensor:
-    """The sum of the weights of all targets in each target's document."""
+    """Returns the sum of the weights of all targets in each target's document."""
     length = document_ids.shape[1]
     row = groups.target_token // length
     document = row * length + document_ids.reshape(-1)[groups.target_token]  # at most `length` documents in a row

@@ -59,8 +59,8 @@ class Noising:
 class TrainingStream(Dataset[dict[str, Tensor]]):
     """The run's training rows in the order of training. Item p is a function of (seed, p) alone.
 
-    Rows are shuffled anew in each epoch. `noising` None leaves them clean: autoregressive training. A `Grouping` leaves
-    them clean, too, and says where groups of masks begin: `is_first` [T] and `group_length`.
+    Rows are shuffled again in each epoch. With `noising` None they stay clean, for autoregressive training. With a
+    `Grouping` they stay clean too, and it says where groups of masks begin: `is_first` [T] and `group_length`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Items(NamedTuple):
         return Items(*(torch.stack([item[name] for item in items]) for name in Items._fields))
 
     def clean_rows(self) -> Batch:
-        """What the teacher reads."""
+        """Returns what the teacher reads."""
         return clean_rows(self.clean_ids, self.document_ids)
 
 

@@ -1,8 +1,8 @@
 """The training row of block layouts, ``[clean | noised_1 | ... | noised_K]``: one forward for all blocks of all views.
 
 A block is denoised in the context of finished blocks. To train on all blocks at once, a row holds its clean tokens
-once, and behind them, for each noised view, copies of the blocks in question at the same positions; attention by
-streams (`decausal.diffusion.layout.visible`) gives each copy exactly what it would read at decoding.
+once. After them, for each noised view, come copies of the needed blocks at the same positions. Attention by streams
+(`decausal.diffusion.layout.visible`) gives each copy exactly what it would read at decoding.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Doubled:
     """Rows of clean tokens and noised blocks, padded to the longest.
 
     Attributes:
-        ids: what the model reads: clean tokens, then the views' blocks, in which masked tokens and fills are masks.
+        ids: What the model reads: clean tokens, then the views' blocks, in which masked tokens and fills are masks.
         document_ids: -1 for padding.
-        position_ids: noised copies have the positions of the clean tokens. Padding has positions below T.
+        position_ids: Noised copies have the positions of the clean tokens. Padding has positions below T.
         stream_ids: 0 for clean tokens, s for the s-th view, -1 for padding.
-        source_index: flat index into [B*T] of the clean token that stands, or stood, in each place; -1 for the masks
-            that fill up a document's last block, and for padding.
-        places: flat index into [B*S] of each clean token in each stream; -1 where the stream does not hold it.
-        is_block_start: clean tokens that begin a block.
+        source_index: Flat index into [B*T] of the clean token at each place, or under its mask; -1 for masks that fill
+            a document's last block, and for padding.
+        places: Flat index into [B*S] of each clean token in each stream; -1 if the stream does not hold it.
+        is_block_start: Clean tokens that begin a block.
     """
 
     ids: Int[Tensor, "B S"]
@@ -40,7 +40,8 @@ class Doubled:
     is_block_start: Bool[Tensor, "B T"]
 
     def place_of(self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-        """Flat index into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the s-th view."""
+        """Returns flat index into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the s-th
+        view."""
         _, num_streams, length = self.places.shape
         row, column = token_index // length, token_index % length
         return self.places.reshape(-1)[(row * num_streams + stream) * length + column]
@@ -48,11 +49,11 @@ class Doubled:
     def predicting_place(
         self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"], shift: int
     ) -> Int[Tensor, "n"]:
-        """Flat index into [B*S] of the state that predicts each token of a noised stream.
+        """Returns flat index into [B*S] of the state that predicts each token of a noised stream.
 
-        Shift 0: the token's own state. Shift 1: the state before it, in its stream where that belongs to its block;
-        before a block's first token it is the clean stream's, which has read exactly the earlier blocks. With blocks of
-        one token, shift 1 is thus the autoregressive model.
+        Shift 0: the token's own state. Shift 1: the state before it in its own stream, if that belongs to its block.
+        Before a block's first token it is the clean stream's state, which has read exactly the earlier blocks. So shift
+        1 with blocks of one token is the autoregressive model.
         """
         if shift == 0:
             return self.place_of(stream, token_index)
@@ -63,12 +64,12 @@ class Doubled:
 def needs_copy(
     is_masked: Bool[Tensor, "B K T"], is_block_start: Bool[Tensor, "B T"], shift: int
 ) -> Bool[Tensor, "B K T"]:
-    """Targets that are predicted by a state of their noised block: with shift 1 all but a block's first token."""
+    """Returns targets that a state of their noised block predicts: with shift 1, all except a block's first token."""
     return is_masked if shift == 0 else is_masked & ~is_block_start[:, None]
 
 
 def block_starts(document_ids: Int[Tensor, "B T"], block_size: int) -> Bool[Tensor, "B T"]:
-    """Tokens that begin a block; padding never does."""
+    """Returns the tokens that begin a block, without padding."""
     return (document_ids >= 0) & (positions_in_documents(document_ids) % block_size == 0)
 
 
@@ -84,18 +85,18 @@ def double(
 ) -> Doubled:
     """Builds the rows of K noised views.
 
-    A view holds whole blocks, and only those with an `is_noised` token: a prompt costs its tokens once. A document's
-    last block is filled up with masks, which are never targets, because at decoding a block is whole too.
+    A view holds only whole blocks with an `is_noised` token, so a prompt costs its tokens once. A document's last block
+    is filled with masks, which are never targets, because blocks are whole at decoding too.
 
     Args:
-        clean_ids: packed rows.
-        document_ids: document of each token, -1 for padding, which is left out.
-        is_noised: tokens whose block gets a copy, in every view or in each its own.
-        is_masked: tokens that are masks in each view; those in blocks without a copy show nowhere.
-        mask_token_id: stands for masked tokens, fills and padding.
-        block_size: tokens per block; the grid starts with each document.
-        context_length: number of positions the model has: fills beyond it are left out. None: no limit.
-        row_multiple: rows are padded to a multiple of this.
+        clean_ids: Packed rows.
+        document_ids: Document of each token, -1 for padding, which is left out.
+        is_noised: Tokens whose block gets a copy, in every view or separately for each.
+        is_masked: Tokens that are masks in each view. Those in blocks without a copy have no effect.
+        mask_token_id: Stands for masked tokens, fills and padding.
+        block_size: Tokens per block; the grid starts with each document.
+        context_length: Number of the model's positions. Fills beyond it are left out. None: no limit.
+        row_multiple: Rows are padded to a multiple of this.
     """
     num_rows, views, length = is_masked.shape
     is_real = document_ids >= 0
@@ -105,7 +106,7 @@ def double(
     num_entries = is_held.long()
     num_entries[:, 1:] *= 1 + _num_fills(document_ids, position_ids, block_size, context_length)[:, None]
 
-    # Entries in order of row, stream and token; a document's last token is followed by the fills of its block.
+    # Entries are in order of row, stream and token. The fills of its block follow a document's last token.
     of_row = num_entries.reshape(num_rows, -1)
     start = (of_row.cumsum(dim=1) - of_row).reshape_as(num_entries)
     flat = torch.arange(num_entries.numel(), device=clean_ids.device).repeat_interleave(num_entries.reshape(-1))
@@ -141,7 +142,7 @@ def double(
 def _whole_blocks(
     is_noised: Bool[Tensor, "B T"] | Bool[Tensor, "B K T"], document_ids: Int[Tensor, "B T"], block_size: int
 ) -> Bool[Tensor, "B K T"]:
-    """All tokens of the blocks that hold a token of `is_noised`."""
+    """Returns all tokens of the blocks that hold a token of `is_noised`."""
     is_noised = is_noised if is_noised.dim() == 3 else is_noised[:, None]
     number = block_numbers(document_ids, block_size)[:, None].expand_as(is_noised)
     is_real = number >= 0
@@ -154,7 +155,7 @@ def _whole_blocks(
 def _num_fills(
     document_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"], block_size: int, context_length: int | None
 ) -> Int[Tensor, "B T"]:
-    """How many masks follow each token: what a document's last block lacks, as far as the context reaches."""
+    """Returns how many masks follow each token: what a document's last block lacks, as far as the context reaches."""
     is_last = torch.ones_like(document_ids, dtype=torch.bool)
     is_last[:, :-1] = document_ids[:, :-1] != document_ids[:, 1:]
     num_fills = block_size - 1 - position_ids % block_size

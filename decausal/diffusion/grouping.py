@@ -1,4 +1,5 @@
-"""Where the groups of masks stand that train drafts. Without tensors: settings are read before torch is imported."""
+"""Where the groups of masks that train drafts stand. Without tensors, since settings are read before torch is
+imported."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ GRID, ALL = "grid", "all"
 
 @dataclass(frozen=True)
 class Grouping:
-    """Where groups stand, and how long they are.
+    """The places and lengths of groups.
 
     Attributes:
-        lengths: masks of a group, m, in equal shares of the run: (1, 2, 3) grows twice.
-        anchors: "grid": groups one after the other, so that every token is drafted once; "all": one behind every
-            token; a number: that many behind tokens drawn at random in each row.
+        lengths: Masks of a group, m, in equal shares of the run: (1, 2, 3) grows twice.
+        anchors: "grid": groups one after another, so that every token is drafted once. "all": one after every token. A
+            number: that many, after random tokens of each row.
     """
 
     lengths: tuple[int, ...]

@@ -1,11 +1,11 @@
-"""Groups of masks behind anchors: training rows of drafts, which a causal model verifies.
+"""Groups of masks after anchors: training rows of drafts, which a causal model verifies.
 
-A draft is read in one step, from masks alone. To train drafts of m tokens a row holds its clean tokens once, and groups
-of m masks. A group stands behind an anchor, the last token known; its masks have the positions after the anchor and
-read the clean tokens up to it, and each other. The anchor's own state predicts the next token, as in the autoregressive
-model, so that the k-th mask predicts the k-th token after that (shift 1).
+A draft is read in one step, from masks only. To train drafts of m tokens, a row holds its clean tokens once, and groups
+of m masks. A group follows an anchor, the last known token. Its masks have the positions after the anchor, and read the
+clean tokens up to it and each other. The anchor's own state predicts the next token, as in the autoregressive model. So
+the k-th mask predicts the k-th token after that (shift 1).
 
-Source: masks behind every answer token, Your LLM knows the future (arXiv 2507.11851); a grid of groups, I-DLM
+Source: masks after every answer token, Your LLM knows the future (arXiv 2507.11851); a grid of groups, I-DLM
 (arXiv 2604.11035); random anchors, DFlash (arXiv 2602.06036).
 """
 
@@ -32,18 +32,18 @@ def is_first_of_group(
     position: int,
     seed: int,
 ) -> Bool[Tensor, "T"]:
-    """Places of a row at which groups begin: a group stands where the tokens are that its anchor precedes.
+    """Returns the places of a row at which groups begin, directly after their anchors.
 
-    A group begins at a token that the model writes itself and that is followed by another one: with less there is
-    nothing to draft.
+    A group begins at a token that the model writes itself and that another one follows. Otherwise there is nothing to
+    draft.
 
     Args:
         document_ids: 0, 1, ... inside the row, -1 for padding.
-        is_predictable: tokens that may be targets; with shift 1, never a document's first.
-        grouping: which of these places are taken.
-        length: m.
-        position: training row, counted from the start of the run. With `seed` it is all the randomness there is.
-        seed: the run's seed.
+        is_predictable: Tokens that may be targets; with shift 1, never a document's first.
+        grouping: Which of these places are taken.
+        length: M.
+        position: Training row, counted from the start of the run. With `seed` it is the only source of randomness.
+        seed: The run's seed.
     """
     has_next = torch.zeros_like(is_predictable)
     has_next[:-1] = is_predictable[1:] & (document_ids[1:] == document_ids[:-1])
@@ -61,16 +61,16 @@ def is_first_of_group(
 
 
 class Groups(NamedTuple):
-    """The masks of B rows, padded to the longest; they follow the clean tokens in no row, but are rows of their own.
+    """The masks of B rows, padded to the longest. They are separate rows, not parts of the clean ones.
 
     Attributes:
-        position_ids: those of the tokens in whose places the masks stand; 0 for padding.
-        document_ids: the anchor's, -1 for padding.
-        group_ids: number of the group in its row; -1 for padding.
-        first: position of the group's first mask: clean tokens before it are read.
-        target_mask: flat index into [B*G] of each mask that predicts a token.
-        target_token: flat index into [B*T] of that token.
-        offset: of each target, which draft of its group it is: 1 to m.
+        position_ids: Those of the tokens in whose places the masks stand; 0 for padding.
+        document_ids: The anchor's, -1 for padding.
+        group_ids: Number of the group in its row; -1 for padding.
+        first: Position of the group's first mask: clean tokens before it are read.
+        target_mask: Flat index into [B*G] of each mask that predicts a token.
+        target_token: Flat index into [B*T] of that token.
+        offset: Of each target, which draft of its group it is: 1 to m.
     """
 
     position_ids: Int[Tensor, "B G"]
@@ -92,23 +92,23 @@ def groups_of(
 ) -> Groups:
     """Builds the groups of rows.
 
-    A group is whole even where its document ends earlier, because at decoding it is: its last masks then predict
-    nothing. Positions beyond the model's context are those of its last place, as at decoding.
+    A group is whole even if its document ends earlier, as at decoding. Its last masks then predict nothing. Positions
+    beyond the model's context become its last position, as at decoding.
 
     Args:
-        is_first: from `is_first_of_group`.
-        document_ids: document of each token, -1 for padding.
-        is_predictable: tokens that may be targets.
-        lengths: m, of each row.
-        context_length: number of positions the model has. None: no limit.
-        row_multiple: rows are padded to a multiple of this.
+        is_first: From `is_first_of_group`.
+        document_ids: Document of each token, -1 for padding.
+        is_predictable: Tokens that may be targets.
+        lengths: M, of each row.
+        context_length: Number of positions the model has. None: no limit.
+        row_multiple: Rows are padded to a multiple of this.
     """
     num_rows, row_length = document_ids.shape
     of_row = is_first.sum(dim=1) * lengths
     width = -(-max(int(of_row.max()), 1) // row_multiple) * row_multiple
     group_row, group_column = is_first.nonzero(as_tuple=True)
 
-    # One entry per mask: the group that it belongs to, counted through all rows, and its place in that.
+    # One entry per mask: its group, counted over all rows, and its place in the group.
     group = torch.arange(len(group_row)).repeat_interleave(lengths[group_row])
     member = torch.arange(len(group)) - _before(lengths[group_row])[group]
     row, column = group_row[group], group_column[group]
@@ -143,16 +143,16 @@ def visible_to_groups(
     *,
     causal: bool = False,
 ) -> Bool[Tensor, "B G T+G"]:
-    """Which keys each mask reads: of the clean tokens, and then of the masks.
+    """Returns which keys each mask reads: first of the clean tokens, then of the masks.
 
-    Padding reads padding, so that no query is left without a key.
+    Padding reads padding, so that no query lacks a key.
 
     Args:
-        groups: the masks.
-        clean_documents: documents of the clean tokens, -1 for padding.
-        clean_positions: their positions in their documents.
-        window: sliding window in tokens, see `decausal.diffusion.layout.visible`.
-        causal: masks read no later ones of their group.
+        groups: The masks.
+        clean_documents: Documents of the clean tokens, -1 for padding.
+        clean_positions: Their positions in their documents.
+        window: Sliding window in tokens, see `decausal.diffusion.layout.visible`.
+        causal: Masks read no later ones of their group.
     """
     query_document, query_position = groups.document_ids[..., None], groups.position_ids[..., None]
     is_real = query_document >= 0
@@ -170,9 +170,9 @@ def visible_to_groups(
 
 
 def offset_weights(offset: Int[Tensor, "n"], gamma: float | None) -> Float[Tensor, "n"]:
-    """Weight of each draft by its place in the group: exp(-(k - 1) / gamma), or 1 without a gamma.
+    """Returns the weight of each draft by its place k in the group: exp(-(k - 1) / gamma), or 1 without a gamma.
 
-    A draft is kept only if all before it are right, so that the first ones decide how many are.
+    A draft is kept only if all before it are right, so the first ones matter most.
 
     Source: DFlash (arXiv 2602.06036), section 3.
     """
@@ -180,5 +180,5 @@ def offset_weights(offset: Int[Tensor, "n"], gamma: float | None) -> Float[Tenso
 
 
 def _before(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """The sum of the counts before each."""
+    """Returns the sum of the counts before each."""
     return counts.cumsum(0) - counts

@@ -1,7 +1,7 @@
-"""Attention layouts: which token may read which.
+"""Attention layouts: which tokens may read which others.
 
-Every rule here is a comparison of positions and document ids, so that one function serves the dense masks of SDPA and
-eager attention as well as the `mask_mod` of FlexAttention.
+Every rule compares positions and document ids. So one function serves the dense masks of SDPA and eager attention and
+the `mask_mod` of FlexAttention.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decausal.diffusion.layout_kinds import Layout as Layout  # the room's users find it here
+from decausal.diffusion.layout_kinds import Layout as Layout  # users import it from here
 
 
 def visible(
@@ -23,31 +23,31 @@ def visible(
     query_stream: Int[Tensor, "..."] | None = None,
     key_stream: Int[Tensor, "..."] | None = None,
 ) -> Bool[Tensor, "..."]:
-    """Whether each query may read each key. Elementwise: the tensors broadcast against each other.
+    """Returns whether each query may read each key. Elementwise: the tensors broadcast against each other.
 
     A row of block layout may hold several streams: the clean tokens, and noised copies of them at the same positions. A
-    noised token reads its block in its own stream, and the clean tokens of earlier blocks; a clean token reads clean
-    ones alone. Without streams all is one clean stream. In a row of causal layout the streams are branches: ways to go
-    on from stream 0 that see it, as far as it precedes them, and not each other.
+    noised token reads its block in its own stream, and the clean tokens of earlier blocks. A clean token only reads
+    clean ones. Without streams everything is one clean stream. In a row of causal layout the streams are branches:
+    continuations of stream 0 that see what precedes them in it, and not each other.
 
-    Documents never see each other. Padding is a document too (id -1): padding reads padding, so that no query is left
-    without a key, which softmax would turn into NaN.
+    Documents never see each other. Padding is a document too (id -1): padding reads padding, because softmax turns a
+    query without a key into NaN.
 
-    A sliding window W keeps the reach backward that the layer had as an autoregressive one (``q - k < W``) and mirrors
-    it forward, so that a causal layout gives exactly the source model's window and a bidirectional one sees every
-    distance the layer was trained on, and no other, on both sides.
+    A sliding window W keeps the layer's reach backward (``q - k < W``) and mirrors it forward. So a causal layout gives
+    exactly the source model's window. A bidirectional layout sees exactly the distances the layer was trained on, on
+    both sides.
 
     Args:
-        layout: the layout.
-        query_position: positions inside the query's document. They restart at 0 in each document: blocks lie on a grid
-            that starts with the document, wherever packing put it in the row.
-        key_position: positions inside the key's document.
-        query_document: document ids, -1 for padding.
-        key_document: document ids, -1 for padding.
-        window: W of a sliding-window layer, in tokens; None where a layer reads everything. Distances are between
+        layout: The layout.
+        query_position: Positions inside the query's document. They restart at 0 in each document, because blocks lie on
+            a grid that starts with the document.
+        key_position: Positions inside the key's document.
+        query_document: Document ids, -1 for padding.
+        key_document: Document ids, -1 for padding.
+        window: W of a sliding-window layer, in tokens; None if a layer reads everything. Distances are between
             positions, whatever the streams.
         query_stream: 0 for clean queries, s >= 1 for those of the s-th noised copy, -1 for padding.
-        key_stream: the same for the keys; given together with `query_stream`, and not for bidirectional layouts.
+        key_stream: The same for the keys; given together with `query_stream`, and not for bidirectional layouts.
     """
     if (query_stream is None) != (key_stream is None) or (query_stream is not None and layout.kind == "bidirectional"):
         raise ValueError("streams are given for queries and keys together, and not for bidirectional layouts")
@@ -92,22 +92,22 @@ def attention_mask(
     future_fraction: float | None = None,
     stream_ids: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B 1 T T"]:
-    """Dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
+    """Returns dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
 
-    Attention can be annealed from causal to `layout`: of the pairs that look ahead, only those whose `future_order`
-    lies below `future_fraction` are open. The order is fixed, so a pair once open stays open as the fraction grows.
+    Attention can be annealed from causal to `layout`. Of the pairs that look ahead, those with `future_order` below
+    `future_fraction` are open. The order is fixed, so an open pair stays open as the fraction grows.
 
     Args:
-        layout: the layout, or the one that annealing ends in.
-        document_ids: document of each token, -1 for padding.
-        position_ids: position of each token in its document, from 0 (`positions_in_documents`).
-        window: sliding window in tokens, see `visible`.
-        future_order: values in [0, 1) from `future_order`, for at least T positions; indexed by places in the row.
-        future_fraction: in [0, 1]; 0 is causal, 1 is `layout`. Given together with `future_order`, or not at all.
-        stream_ids: stream of each token, for rows that hold noised copies; see `visible`.
+        layout: The layout, or the one that annealing ends in.
+        document_ids: Document of each token, -1 for padding.
+        position_ids: Position of each token in its document, from 0 (`positions_in_documents`).
+        window: Sliding window in tokens, see `visible`.
+        future_order: Values in [0, 1) from `future_order`, for at least T positions, indexed by places in the row.
+        future_fraction: In [0, 1]; 0 is causal, 1 is `layout`. Given together with `future_order`, or not at all.
+        stream_ids: Stream of each token, for rows that hold noised copies; see `visible`.
 
-    Source: attention mask annealing, DiffuLLaMA (arXiv 2410.17891, section 3). Deviation: there each step draws its
-    open pairs anew.
+    Source: attention mask annealing, DiffuLLaMA (arXiv 2410.17891, section 3). There each step draws its open pairs
+    again.
     """
     if (future_order is None) != (future_fraction is None):
         raise ValueError("future_order and future_fraction are given together or not at all")
@@ -131,9 +131,9 @@ def attention_mask(
 
 
 def future_order(length: int, seed: int, device: torch.device | str = "cpu") -> Float[Tensor, "T T"]:
-    """The fixed random order, uniform in [0, 1), in which annealing opens the pairs that look ahead.
+    """Returns the fixed random order, uniform in [0, 1), in which annealing opens the pairs that look ahead.
 
-    A function of `length` and `seed`: drawn on the CPU from a generator of its own, so that every process, device and
+    It is a function of `length` and `seed`, drawn on the CPU from a separate generator. So every process, device and
     resumed run has the same order.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -141,12 +141,13 @@ def future_order(length: int, seed: int, device: torch.device | str = "cpu") -> 
 
 
 def is_packed(document_ids: Int[Tensor, "B T"]) -> bool:
-    """Whether any row is more than one whole document without padding; if none is, attention needs no explicit mask."""
+    """Returns whether any row is not one whole document without padding. If none is, attention needs no explicit
+    mask."""
     return bool((document_ids != 0).any())
 
 
 def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding included."""
+    """Returns position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding included."""
     row_position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -155,7 +156,7 @@ def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T
 
 
 def block_numbers(document_ids: Int[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
-    """Number of each token's block among those of its row: 0, 1, ...; -1 for padding."""
+    """Returns number of each token's block among those of its row: 0, 1, ...; -1 for padding."""
     is_real = document_ids >= 0
     is_first = is_real & (positions_in_documents(document_ids) % block_size == 0)
     return torch.where(is_real, is_first.long().cumsum(dim=1) - 1, -1)

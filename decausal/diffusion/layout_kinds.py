@@ -1,4 +1,4 @@
-"""The kinds of attention layout, without their tensors: facts are read and checked before torch is imported."""
+"""The kinds of attention layout, without tensors, so that facts are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Layout:
     Attributes:
         kind: ``"causal"`` (a token reads itself and what precedes it), ``"bidirectional"`` (a token reads its whole
             document) or ``"block"`` (bidirectional inside a block, causal over blocks).
-        block_size: tokens per block; given for ``"block"`` and only there. Blocks lie on a grid that starts with each
-            document: the block of position p is ``p // block_size``.
-        causal_context: only for ``"block"``: finished tokens read each other causally, as the autoregressive model did,
+        block_size: Tokens per block, for ``"block"`` only. Blocks lie on a grid that starts with each document: the
+            block of position p is ``p // block_size``.
+        causal_context: Only for ``"block"``: finished tokens read each other causally, as the autoregressive model did,
             instead of in both directions inside their block.
-        causal_groups: only for ``"block"``: tokens of a noised block read no later ones of it, so that the block's
+        causal_groups: Only for ``"block"``: tokens of a noised block read no later ones of it, so that the block's
             first tokens do not depend on its length.
 
     Raises:
-        UserError: for an unknown kind, or a block size, a context or groups that do not fit it.
+        UserError: For an unknown kind, or a block size, a context or groups that do not fit it.
     """
 
     kind: str

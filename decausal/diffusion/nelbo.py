@@ -4,9 +4,9 @@ With the linear schedule (a token is masked with chance t) the bound on -log p(x
 
     NELBO = E_t,S [ (1/t) sum_{i in S} -log p(x_i | x outside S) ],  t ~ U(0, 1), S ~ Bernoulli(t) on n maskable tokens.
 
-Integrating t out, a set S of m tokens has weight B(m, n - m + 1) = 1 / (m C(n, m)), which is also what drawing m
-uniformly in 1..n, then S uniformly among the sets of m, then weighting by n/m gives: the bound equals the negative
-log-likelihood of generating the tokens one by one in an order drawn at random.
+After integrating over t, a set S of m tokens has weight B(m, n - m + 1) = 1 / (m C(n, m)). Drawing m uniformly in 1..n,
+then S uniformly among the sets of m, and weighting by n/m gives the same. So the bound equals the negative
+log-likelihood of generating the tokens one by one in a random order.
 
 Source: Ou et al., Your absorbing discrete diffusion secretly models the conditional distributions of clean data
 (arXiv 2406.03736); Sahoo et al., Simple and effective masked diffusion language models (arXiv 2406.07524).
@@ -28,23 +28,23 @@ from decausal.diffusion.noise import noise_levels, uniforms
 MAX_ENUMERATED = 20
 
 TokenLogProbs = Callable[[Bool[Tensor, "P T"]], Float[Tensor, "P T"]]
-"""Maps mask patterns of one row to log p(token | unmasked tokens) of each token; only those of masked tokens count."""
+"""Maps mask patterns of one row to log p(token | unmasked tokens) of each token. Only masked tokens count."""
 
 
 def nelbo_exact(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], block_size: int | None = None) -> float:
     """NELBO in nats, by enumerating all mask patterns: 2^n of them for n maskable tokens (or for a block's n).
 
-    With `block_size` K, blocks of K tokens are denoised from left to right, as a model of block layout generates: while
-    a block is scored, earlier blocks are clean and the maskable tokens of later ones are all masked. Block size 1 gives
-    the autoregressive negative log-likelihood.
+    With `block_size` K, blocks of K tokens are denoised from left to right, as a model of block layout writes. While a
+    block is scored, earlier blocks are clean, and the maskable tokens of later blocks are all masked. Block size 1
+    gives the autoregressive negative log-likelihood.
 
     Args:
-        token_log_probs: called with patterns of one size at a time.
-        is_maskable: tokens that may be masked; the others are always seen.
-        block_size: tokens per block, on a grid from the row's start; None is one block for the whole row.
+        token_log_probs: Called with patterns of one size at a time.
+        is_maskable: Tokens that may be masked; the others are always seen.
+        block_size: Tokens per block, on a grid from the row's start. None: one block for the whole row.
 
     Raises:
-        ValueError: if a block has more than 20 maskable tokens.
+        ValueError: If a block has more than 20 maskable tokens.
     """
     length = len(is_maskable)
     size = block_size or max(length, 1)
@@ -72,7 +72,8 @@ def _block_nelbo(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"],
 
 @dataclass(frozen=True)
 class MaskPatterns:
-    """Random mask patterns of one row, and weights: ``weight * sum of masked -log p`` is unbiased for the NELBO."""
+    """Random mask patterns of one row, with weights: ``weight * sum of masked -log p`` is an unbiased estimate of the
+    NELBO."""
 
     is_masked: Bool[Tensor, "S T"]
     weight: Float[Tensor, "S"]
@@ -83,20 +84,20 @@ def draw_patterns(
 ) -> MaskPatterns:
     """Draws mask patterns whose weighted losses estimate the NELBO.
 
-    Documents packed into one row may share its patterns: seen from one document, a pattern of the row has the right
+    Documents packed into one row may share its patterns. For each document, a pattern of the row has the right
     distribution and weight.
 
     Args:
-        is_maskable: tokens that may be masked.
+        is_maskable: Tokens that may be masked.
         num_samples: S. Their noise levels (or mask counts) are stratified over the samples and, for consecutive
             positions, over the rows.
-        seed: with `position`, all the randomness there is.
-        position: number of the row.
+        seed: With `position`, all the randomness there is.
+        position: Number of the row.
         estimator: ``"count"`` draws the number m of masked tokens and weights by n/m, at most n; ``"level"`` draws t
             and weights by 1/t, which has no bound. Equal in expectation; "count" varies less.
 
     Raises:
-        ValueError: for an unknown estimator.
+        ValueError: For an unknown estimator.
     """
     if estimator not in ("count", "level"):
         raise ValueError(f"estimator '{estimator}' is not known; accepted: count, level")
@@ -111,12 +112,12 @@ def draw_patterns(
 
 @dataclass(frozen=True)
 class UnitPatterns:
-    """Random mask patterns of a row that is made of units, each with a number of masked tokens of its own.
+    """Random mask patterns of a row of units, each with its own number of masked tokens.
 
     Attributes:
-        is_masked: m of the unit's n tokens, m uniform in 1..n, the set uniform among those of m.
-        num_masked: m of each token's unit; 0 for tokens of none.
-        num_maskable: n of each token's unit; 0 for tokens of none.
+        is_masked: M of the unit's n tokens, m uniform in 1..n, the set uniform among those of m.
+        num_masked: M of each token's unit; 0 for tokens of none.
+        num_maskable: N of each token's unit; 0 for tokens of none.
     """
 
     is_masked: Bool[Tensor, "S T"]
@@ -125,22 +126,22 @@ class UnitPatterns:
 
 
 def draw_unit_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int = 0) -> UnitPatterns:
-    """Draws mask patterns of a row whose units (documents, or blocks) have NELBOs of their own.
+    """Draws mask patterns of a row whose units (documents or blocks) have separate NELBOs.
 
-    Seen from one unit, n/m times the summed loss of its masked tokens is unbiased for its NELBO.
+    For each unit, n/m times the summed loss of its masked tokens is an unbiased estimate of its NELBO.
 
     Args:
         unit_ids: 0, 1, ... in any order; -1 for tokens that are never masked.
         num_samples: S. The counts of each unit are stratified over the samples.
-        seed: with `position`, all the randomness there is.
-        position: number of the row.
+        seed: With `position`, all the randomness there is.
+        position: Number of the row.
     """
     is_maskable = unit_ids >= 0
     num_units = int(unit_ids.amax()) + 1 if len(unit_ids) else 0
-    unit = torch.where(is_maskable, unit_ids, num_units)  # what is never masked counts as one unit more
+    unit = torch.where(is_maskable, unit_ids, num_units)  # tokens that are never masked count as one more unit
     size = torch.zeros(num_units + 1, dtype=torch.int64).index_add_(0, unit, torch.ones_like(unit))
     level = noise_levels(position, seed, num_samples, stratified=True, epsilon=1e-9).double()
-    # The last row of numbers turns each unit's levels by an angle of its own: they stay evenly spaced over the samples.
+    # The last row of numbers rotates each unit's levels, which stay evenly spaced over the samples.
     uniform = uniforms((num_samples + 1, max(len(unit), num_units + 1)), seed=seed, position=position)
     turned = (level[:, None] + uniform[-1, : num_units + 1]) % 1.0
     num_masked = (1 + (turned * size).long()).minimum(size)[:, unit].masked_fill(~is_maskable, 0)
@@ -149,7 +150,7 @@ def draw_unit_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: in
 
 
 def _rank_in_unit(keys: Float[Tensor, "S T"], unit: Int[Tensor, "T"], size: Int[Tensor, "units"]) -> Int[Tensor, "S T"]:
-    """Each token's place, from 0, among those of its unit in the order of their keys."""
+    """Returns each token's place, from 0, in its unit by the order of their keys."""
     by_key = keys.argsort(dim=1)
     by_unit_and_key = by_key.gather(1, unit[by_key].argsort(dim=1, stable=True))
     return by_unit_and_key.argsort(dim=1) - (size.cumsum(0) - size)[unit]
@@ -164,10 +165,10 @@ def nelbo_samples(
     position: int = 0,
     estimator: str = "count",
 ) -> Float[Tensor, "S"]:
-    """Unbiased estimates of a row's NELBO in nats, one per mask pattern; their mean is the Monte-Carlo NELBO.
+    """Returns unbiased estimates of a row's NELBO in nats, one per mask pattern; their mean is the Monte-Carlo NELBO.
 
-    The arguments are those of `draw_patterns`, before them the model as in `nelbo_exact`, called once with all S
-    patterns. Stratification makes the mean at least as exact as the spread of independent samples would say.
+    The first argument is the model as in `nelbo_exact`, which is called once with all S patterns. The others are those
+    of `draw_patterns`. With stratification the mean is at least as exact as with independent samples.
     """
     patterns = draw_patterns(is_maskable, num_samples, seed=seed, position=position, estimator=estimator)
     is_masked = patterns.is_masked.to(is_maskable.device)
@@ -175,5 +176,5 @@ def nelbo_samples(
 
 
 def _masked_sum(log_probs: Float[Tensor, "P T"], is_masked: Bool[Tensor, "P T"]) -> Float[Tensor, "P"]:
-    # where, not a product: what a model says of an unmasked token may be infinite.
+    # where, not a product: a model's output for an unmasked token may be infinite.
     return torch.where(is_masked, log_probs.double(), 0.0).sum(dim=1)

@@ -1,7 +1,7 @@
 """Noise: which tokens of a row are masked.
 
-Everything is a function of (seed, position): no global random state, the same row whichever worker or process draws
-it, and nothing to restore when a run resumes. The generator is counter-based, which makes a draw cost microseconds.
+Everything is a function of (seed, position). There is no global random state, every worker and process draws the same
+row, and nothing has to be restored when a run resumes. The generator is counter-based, so a draw takes microseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from decausal.errors import UserError
 
 EPSILON = 1 / 500
 
-# Fractional part of the golden ratio: of all rotations the one whose orbit is spread most evenly.
+# Fractional part of the golden ratio, the rotation whose orbit is spread most evenly.
 _GOLDEN = (5**0.5 - 1) / 2
 _MASKS, _LEVELS, _OFFSET = range(3)
 _WORD = 2**64
@@ -29,9 +29,9 @@ class Noise:
     """K noised views of one row.
 
     Attributes:
-        is_masked: tokens to replace by the mask token.
-        level: t of the token's document, or of its block, in that view. What has no level, and is never masked, carries
-            1, so that 1/t is finite: padding, and blocks without any maskable token.
+        is_masked: Tokens to replace by the mask token.
+        level: T of the token's document, or of its block, in that view. Padding and blocks without maskable tokens have
+            1, so that 1/t is finite.
     """
 
     is_masked: Bool[Tensor, "K T"]
@@ -41,22 +41,22 @@ class Noise:
 def noise_levels(
     position: int, seed: int, num_levels: int, stratified: bool, epsilon: float = EPSILON
 ) -> Float[Tensor, "num_levels"]:
-    """Noise levels t, each uniform on [0, 1] over seeds, clamped to [epsilon, 1 - epsilon].
+    """Returns noise levels t, each uniform on [0, 1] over seeds, clamped to [epsilon, 1 - epsilon].
 
     Stratified levels are a rotation by the golden ratio, ``frac(offset(seed) + position * golden + j / num_levels)``:
-    the levels of one position are evenly spaced, and those of ANY n consecutive positions have discrepancy
-    O(log n / n), where independent ones have O(1 / sqrt(n)). So every batch is nearly stratified, whatever its
-    micro-batches, accumulation steps and processes.
+    The levels of one position are evenly spaced. Those of any n consecutive positions have discrepancy O(log n / n),
+    while independent ones have O(1 / sqrt(n)). So every batch is nearly stratified, whatever its micro-batches,
+    accumulation steps and processes.
 
     Args:
-        position: training row, counted from the start of the run.
-        seed: the run's seed.
-        num_levels: levels for this position (its documents times its views).
+        position: Training row, counted from the start of the run.
+        seed: The run's seed.
+        num_levels: Levels for this position (its documents times its views).
         stratified: False draws them independently.
-        epsilon: distance from 0 and 1.
+        epsilon: Distance from 0 and 1.
 
-    Source: stratified times, Kingma et al., Variational diffusion models (arXiv 2107.00630, appendix I.1), there within
-    a batch; here across positions, by a Kronecker sequence.
+    Source: stratified times, Kingma et al., Variational diffusion models (arXiv 2107.00630, appendix I.1), within a
+    batch. Here they are stratified across positions, by a Kronecker sequence.
     """
     if stratified:
         offset = _generator(seed, 0, _OFFSET).random()
@@ -77,25 +77,25 @@ def draw_noise(
     stratified: bool = True,
     block_size: int | None = None,
 ) -> Noise:
-    """Draws K noised views of one row: each document has its own level t, each maskable token is masked with chance t.
+    """Draws K noised views of one row. Each document has its own level t, and each maskable token is masked with chance
+    t.
 
-    With `block_size` each block of a document has its own level instead: blocks are denoised one after the other, so
-    the level of one says nothing about the next.
+    With `block_size`, each block of a document has its own level instead, since blocks are denoised one after another.
 
     Args:
         document_ids: 0, 1, ... inside the row, -1 for padding.
-        is_maskable: tokens that may be masked, already restricted to those that can be predicted
+        is_maskable: Tokens that may be masked, already restricted to those that can be predicted
             (`decausal.diffusion.shift.predictable`).
-        position: training row, counted from the start of the run. With `seed` it is all the randomness there is.
-        seed: the run's seed.
+        position: Training row, counted from the start of the run. With `seed` it is the only source of randomness.
+        seed: The run's seed.
         views: K.
-        complementary: the second of two views masks exactly the maskable tokens that the first leaves, at level
-            1 - t, so that every maskable token is a target once. Otherwise the views are drawn independently.
-        stratified: see `noise_levels`; levels are spread over documents (or blocks) and views.
-        block_size: tokens per block where levels belong to blocks, None where they belong to documents.
+        complementary: The second of two views masks exactly the maskable tokens that the first one leaves, at level 1 -
+            t. So every maskable token is a target once. Otherwise the views are drawn independently.
+        stratified: See `noise_levels`; levels are spread over documents or blocks, and views.
+        block_size: Tokens per block if levels belong to blocks; None if they belong to documents.
 
     Raises:
-        UserError: for fewer than one view, or complementary views that are not two.
+        UserError: For fewer than one view, or for complementary masks without two views.
     """
     if views < 1:
         raise UserError(f"views is {views}; accepted: 1 or more")
@@ -114,14 +114,15 @@ def draw_noise(
 
 
 def uniforms(shape: tuple[int, ...], *, position: int, seed: int) -> Float[Tensor, "..."]:
-    """Independent uniform numbers in [0, 1): those that masks are drawn with, a function of (seed, position)."""
+    """Independent uniform numbers in [0, 1) for drawing masks, a function of (seed, position)."""
     return torch.from_numpy(_generator(seed, position, _MASKS).random(shape))
 
 
 def _noisable_blocks(
     document_ids: Int[Tensor, "T"], is_maskable: Bool[Tensor, "T"], block_size: int
 ) -> Int[Tensor, "T"]:
-    """Numbers the blocks that hold a maskable token; -1 elsewhere. Without gaps, so that levels stay evenly spread."""
+    """Numbers the blocks that hold a maskable token; -1 elsewhere. The numbers have no gaps, so that levels are evenly
+    spread."""
     number = block_numbers(document_ids[None], block_size)[0]
     is_noisable = torch.zeros(len(number) + 1, dtype=torch.bool)  # the last place is the padding's, number -1
     is_noisable[number[is_maskable & (number >= 0)]] = True

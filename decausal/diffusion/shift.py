@@ -14,25 +14,25 @@ from decausal.errors import UserError
 
 
 def predicting_index(token_index: Int[Tensor, "n"], shift: int) -> Int[Tensor, "n"]:
-    """Index of the state that predicts each token.
+    """Returns index of the state that predicts each token.
 
     Args:
-        token_index: flat indices of `predictable` tokens in [B, T] (with shift 1 a document's first token has no
+        token_index: Flat indices of `predictable` tokens in [B, T] (with shift 1 a document's first token has no
             predicting state: its predecessor belongs to another document or row).
         shift: 0 or 1.
 
     Raises:
-        UserError: if the shift is neither 0 nor 1.
+        UserError: If the shift is neither 0 nor 1.
     """
     _check(shift)
     return token_index - shift
 
 
 def predictable(document_ids: Int[Tensor, "B T"], shift: int) -> Bool[Tensor, "B T"]:
-    """Which tokens have a predicting state: all but padding (document -1) and, with shift 1, each document's first.
+    """Which tokens have a predicting state: all except padding (document -1) and, with shift 1, each document's first.
 
     Raises:
-        UserError: if the shift is neither 0 nor 1.
+        UserError: If the shift is neither 0 nor 1.
     """
     _check(shift)
     is_predictable = document_ids >= 0

@@ -1,7 +1,7 @@
-"""How good a model's drafts are on given text: what verified decoding would keep of them.
+"""How good a model's drafts are on given text: the share that verified decoding would keep.
 
-A draft is right if it is the token of the text. Where the text is the AR model's own greedy answer, that is what
-verified decoding would find, and the passes counted here are those that it would take.
+A draft is right if it is the token of the text. If the text is the AR model's own greedy answer, verified decoding
+would find the same, and take the passes counted here.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def evaluate_drafts(
 ) -> DraftFigures:
     """Measures the drafts of a model that was trained on groups of masks.
 
-    Gradients are off and the model is in eval mode; its modes are afterwards what they were.
+    Gradients are off and the model is in eval mode. Afterwards its modes are restored.
 
     Args:
-        model: the converted model, or one in training.
-        facts: its layout, block size and mask token.
-        rows: packed rows, see `decausal.data.stream.Rows`.
-        num_rows: measure this many rows, spread evenly over all; None is all.
-        batch_size: rows in a forward pass.
+        model: The converted model, or one in training.
+        facts: Its layout, block size and mask token.
+        rows: Packed rows, see `decausal.data.stream.Rows`.
+        num_rows: Measure this many rows, spread evenly over all; None is all.
+        batch_size: Rows in a forward pass.
 
     Raises:
-        UserError: no row has two tokens to predict.
+        UserError: No row has two tokens to predict.
     """
     assert facts.block_size is not None
     collator = GroupCollator(context_length(stock_model(model).config))
@@ -69,7 +69,7 @@ def _items(rows: Rows, indices: list[int], grouping: Grouping) -> Iterator[dict[
 def _num_right(
     model: nn.Module, facts: ConversionFacts, batch: Batch, is_first: Bool[Tensor, "B T"]
 ) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
-    """How many drafts of each group are right from its first on, and how many tokens of the text it drafts."""
+    """Returns how many drafts of each group are right from the first on, and how many tokens of the text it drafts."""
     device = stock_model(model).get_input_embeddings().weight.device
     on_device = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     groups = type(batch["groups"])(*(part.to(device) for part in batch["groups"]))
@@ -96,7 +96,7 @@ def _num_right(
 
 
 class _Tally:
-    """Sums over groups, and the passes that a text takes."""
+    """Sums over groups, and the passes for a text."""
 
     def __init__(self, length: int) -> None:
         self.asked, self.right = torch.zeros(2, length, dtype=torch.float64)
@@ -119,7 +119,7 @@ class _Tally:
                 self._write(at, r, c)
 
     def _write(self, at: dict[tuple[int, int], int], row: int, column: int) -> None:
-        """Walks along a text as verified decoding would; its last token, behind which nothing stands, is left out."""
+        """Walks along a text like verified decoding, without the last token."""
         while (row, column) in at:
             brought = 0
             for _ in range(at[row, column] + 1):

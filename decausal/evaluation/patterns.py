@@ -24,8 +24,8 @@ class NoisedRow(NamedTuple):
     Attributes:
         slot: Index among the measured rows.
         weight: n/m of the token's document, or block.
-        num_masked: m of the token's document, or block.
-        num_predicted: n of the token's document, or block.
+        num_masked: M of the token's document, or block.
+        num_predicted: N of the token's document, or block.
     """
 
     slot: Int[Tensor, "*B"]

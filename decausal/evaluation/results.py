@@ -161,8 +161,8 @@ class DraftFigures:
 
     Attributes:
         acceptance: For each draft of a group, the share that is right among groups whose earlier drafts are.
-        tokens_per_pass: Tokens of the text over the passes that would write them, with a whole group behind every
-            number of right drafts.
+        tokens_per_pass: Tokens of the text over the passes that would write them, with a whole group after every number
+            of right drafts.
         num_tokens: Tokens of the text that were counted.
     """
 
@@ -193,11 +193,11 @@ class DraftedLikelihood:
     source_missing: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON takes them."""
+        """Returns the figures as JSON takes them."""
         return asdict(self)
 
     def as_table(self) -> Table:
-        """The figures as a table for the terminal."""
+        """Returns the figures as a table for the terminal."""
         own = self.likelihood
         table = Table(title=f"Likelihood of {own.num_tokens:,} tokens in {own.num_rows:,} rows, read causally")
         table.add_column("measure")

@@ -1,4 +1,4 @@
-"""A gated conversion, handed on: the source's files as they are, the draft, and a model card."""
+"""Exports a gated conversion: the source's unchanged files, the draft, and a model card."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from decausal.models.gated_checkpoint import base_of
 def export_gated(
     directory: Path, facts: ConversionFacts, output_dir: Path, card: ModelCard, notes: list[str]
 ) -> Exported:
-    """Copies the source, unless the facts refer to it on the hub, and the draft.
+    """Copies the draft, and the source unless the facts refer to it on the hub.
 
     Args:
-        directory: what `decausal convert` wrote.
-        facts: its facts.
-        output_dir: a new or empty directory.
-        card: what the card says beside the facts.
-        notes: what the user should know.
+        directory: What `decausal convert` wrote.
+        facts: Its facts.
+        output_dir: A new or empty directory.
+        card: What the card says apart from the facts.
+        notes: What the user should know.
 
     Raises:
-        UserError: the source is not at hand or another one, or `directory` holds what must not be handed on.
+        UserError: The source is missing or another one, or `directory` holds what must not be exported.
     """
     draft = directory / DRAFT
     if not draft.is_dir():
@@ -45,5 +45,5 @@ def export_gated(
             copy_base(base, staging)
         shutil.copytree(draft, staging / DRAFT)
         (staging / CARD).write_text(card.text(facts, config), encoding="utf-8")
-        write_facts(staging, facts_to_hand_on(facts))  # last: a directory with them is whole
+        write_facts(staging, facts_to_hand_on(facts))  # last: a directory with facts is complete
     return Exported(output_dir, facts, {}, notes)

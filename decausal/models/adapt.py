@@ -1,4 +1,4 @@
-"""From an autoregressive checkpoint to a model that can be trained to denoise: load it, then give it a mask token."""
+"""Turns an autoregressive checkpoint into a model that can be trained to denoise: loads it and adds a mask token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 BIDIRECTIONAL = Layout("bidirectional")
 DEFAULT_MASK_TOKEN = "<|mask|>"
-# What transformers raises for files that are missing, unreachable, broken, or of an architecture it does not know.
+# Errors of transformers for files that are missing, unreachable, broken, or of an unknown architecture.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -42,7 +42,7 @@ LOADING_ERRORS = (
     RuntimeError,
     ImportError,
     SafetensorError,
-    UnpicklingError,  # what PyTorch raises for a .bin that would run code
+    UnpicklingError,  # PyTorch's error for a .bin that would run code
 )
 
 
@@ -56,21 +56,21 @@ def load_source(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads an autoregressive model and its tokenizer, to be converted or to teach. Never runs a repository's own code.
 
-    Attention runs under SDPA, or eagerly where the architecture needs that (soft-capped scores, attention sinks).
+    Attention runs under SDPA, or eagerly if the architecture needs it (soft-capped scores, attention sinks).
 
     Args:
-        model_name_or_path: a directory or GGUF file, a hub id or a GGUF file there (owner/name/file.gguf), or an
+        model_name_or_path: A directory or GGUF file, a hub id or a GGUF file there (owner/name/file.gguf), or an
             embedded model: ``"tiny"``, ``"tiny-tasks"``.
-        dtype: type of the weights.
-        revision: branch, tag or commit of a hub id.
+        dtype: Type of the weights.
+        revision: Branch, tag or commit of a hub id.
         attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
-        merge_adapter: take a PEFT adapter too, merged into its base.
+        merge_adapter: Take a PEFT adapter too, merged into its base.
 
     Returns:
         The model in eval mode, and its tokenizer.
 
     Raises:
-        UserError: when there is no such model, it cannot be read, or it is not a decoder-only causal language model.
+        UserError: When there is no such model, it cannot be read, or it is not a decoder-only causal language model.
     """
     path, revision = located(model_name_or_path, revision, merge_adapter=merge_adapter)
     adapter = None if is_gguf(path) else adapter_directory(path, revision)
@@ -90,10 +90,10 @@ def load_source(
 def load_base(
     directory: Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the autoregressive model that a gated conversion's directory holds, as `load_source` loads others.
+    """Loads the autoregressive model in a gated conversion's directory, like `load_source`.
 
     Raises:
-        UserError: its files cannot be read.
+        UserError: Its files cannot be read.
     """
     path = str(directory)
     model = load_weights(path, _config(path, None), dtype=dtype, attn_implementation=attn_implementation)
@@ -108,10 +108,10 @@ def load_weights(
     revision: str | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model of a known configuration in eval mode, quantized weights as plain numbers.
+    """Loads a causal language model of a known configuration in eval mode, with quantized weights as plain numbers.
 
     Raises:
-        UserError: the weights cannot be read, or are not those of a causal language model.
+        UserError: The weights cannot be read, or are not those of a causal language model.
     """
     name, where = _files(path, revision)
     try:
@@ -148,7 +148,7 @@ def unreadable(error: Exception) -> str:
 
 
 def forget_secrets(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokenizerBase) -> None:
-    """Drops secrets from the settings that came with a model or tokenizer, and says so: saving would write them."""
+    """Drops secrets from a model's or tokenizer's settings, which saving would write, and says so."""
     for each in loaded:
         kept = [each.config, each.generation_config] if isinstance(each, PreTrainedModel) else [each.init_kwargs]
         if found := list(dict.fromkeys(drop_secrets(kept))):
@@ -175,7 +175,7 @@ def source_config(model_name_or_path: str | Path, revision: str | None = None) -
     """Returns the configuration of a source, or of a converted model, without loading its weights.
 
     Raises:
-        UserError: when there is no such model, or it cannot be read.
+        UserError: When there is no such model, or it cannot be read.
     """
     path, commit = located(model_name_or_path, revision, may_be_converted=True, merge_adapter=True)
     adapter = None if is_gguf(path) else adapter_directory(path, commit)
@@ -185,18 +185,18 @@ def source_config(model_name_or_path: str | Path, revision: str | None = None) -
 def source_commit(
     model_name_or_path: str | Path, revision: str | None = None, *, merge_adapter: bool = False
 ) -> str | None:
-    """Returns the commit that a source, or a converted model, on the hub has now; None for one that is here.
+    """Returns the current commit of a source or converted model on the hub; None for a local one.
 
     Raises:
-        UserError: when there is no such model, or it is an adapter and none will do.
+        UserError: When there is no such model, or it is an adapter that is not accepted.
     """
     return located(model_name_or_path, revision, may_be_converted=True, merge_adapter=merge_adapter)[1]
 
 
 def source_dtype(model_name_or_path: str | Path, revision: str | None = None) -> torch.dtype:
-    """Returns the type in which a model's weights are stored, as its configuration says; float32 if it does not.
+    """Returns the type in which a model's weights are stored, according to its configuration; float32 by default.
 
-    For a GGUF file, which holds several types of few bits, it is bfloat16.
+    For a GGUF file, which holds several small types, it is bfloat16.
     """
     if is_gguf(str(model_name_or_path)):
         return torch.bfloat16
@@ -212,21 +212,21 @@ def adapt(
 ) -> int:
     """Gives the model a mask token and sets its configuration's `is_causal`. Changes model and tokenizer in place.
 
-    The mask token is `mask_token` if given, else the tokenizer's own, else ``<|mask|>``, added where the tokenizer
-    lacks it. An added token takes a spare row of the embedding (Qwen3: 151669), or the embedding grows; its row, and
-    the head's where that is untied, starts as the mean of the rows that the tokenizer uses.
+    The mask token is `mask_token` if given, else the tokenizer's own, else ``<|mask|>``, which is added if the
+    tokenizer lacks it. An added token takes a spare row of the embedding (Qwen3: 151669), or the embedding grows. Its
+    row, and that of an untied head, starts as the mean of the rows that the tokenizer uses.
 
     Args:
-        model: as `load_source` gives it.
-        tokenizer: its tokenizer.
-        mask_token: text of the mask token, if not the tokenizer's own.
-        layout: what the model will read under; `is_causal` stays True for ``"causal"`` alone.
+        model: As `load_source` gives it.
+        tokenizer: Its tokenizer.
+        mask_token: Text of the mask token, if not the tokenizer's own.
+        layout: What the model will read under. `is_causal` stays True only for ``"causal"``.
 
     Returns:
         The mask token's id.
 
     Raises:
-        UserError: when the mask token already has another role.
+        UserError: When the mask token already has another role.
     """
     name = mask_token or tokenizer.mask_token or DEFAULT_MASK_TOKEN
     known_ids = set(tokenizer.get_vocab().values())
@@ -264,7 +264,7 @@ def _start_as_mean(model: PreTrainedModel, token_id: int, trained_ids: Tensor) -
 
 
 def _files(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """What transformers is to read from, and the keywords that say which file or commit."""
+    """Returns what transformers reads from, and the keywords for the file or commit."""
     if is_gguf(path):
         file = gguf_path(path, revision)
         return str(file.parent), {"gguf_file": file.name}
@@ -283,7 +283,7 @@ def _config(path: str, revision: str | None) -> PretrainedConfig:
                 f"({first_line(error)}); give the model's directory"
             ) from error
         needs_code = "trust_remote_code" in str(error)
-        reason = "it needs code of its own (trust_remote_code), which is never run" if needs_code else first_line(error)
+        reason = "it needs its own code (trust_remote_code), which is never run" if needs_code else first_line(error)
         raise UserError(f"{path} holds no model that transformers can read: {reason}") from error
 
 
@@ -293,7 +293,7 @@ def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **where, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
-    # Where its files are missing, transformers makes one that knows special tokens alone and drops every text.
+    # Without its files, transformers makes a tokenizer that only knows special tokens and drops all text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load the tokenizer of {path}: its vocabulary is missing (tokenizer.json)")
     forget_secrets(path, tokenizer)

@@ -1,4 +1,4 @@
-"""PEFT adapters on a model: merged into it, they leave a stock one."""
+"""PEFT adapters on a model, and merging them into it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHATTY = ("bitsandbytes", "transformers.integrations.bitsandbytes")
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Keeps back what PEFT and bitsandbytes tell their own developers, and no user can act on."""
+    """Hides warnings of PEFT and bitsandbytes on which users cannot act."""
     logs = [logging.getLogger(name) for name in CHATTY]
     levels = [log.level for log in logs]
     try:
@@ -43,7 +43,7 @@ def merged(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
 
 def with_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """Puts the adapter in `directory` on the model that it was trained on, which stays its own class.
+    """Puts the adapter in `directory` on the model that it was trained on, which keeps its class.
 
     Raises:
         UserError: PEFT is missing, or the adapter does not fit the model.
@@ -53,15 +53,15 @@ def with_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
 def _wrapped(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
     try:
-        with hushed():  # it imports bitsandbytes where that is installed
+        with hushed():  # it imports bitsandbytes if that is installed
             from peft import PeftModel
     except ImportError as error:
         raise UserError(f"the adapter in {directory} needs peft: pip install 'decausal[lora]'") from error
     try:
         with hushed():
-            # Of keys that are missing PEFT only warns; the model would be the base.
+            # PEFT only warns about missing keys, and the model would stay the base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it
             return PeftModel.from_pretrained(model, str(directory), **options)
-    except Exception as error:  # PEFT raises what each of its parts does
+    except Exception as error:  # PEFT raises many types of errors
         raise UserError(f"the adapter in {directory} does not fit its base model: {first_line(error)}") from error

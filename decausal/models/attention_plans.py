@@ -1,4 +1,4 @@
-"""cuDNN's attention makes a plan for each exact shape, in about a second: good for few shapes, not for many.
+"""Attention plans: cuDNN makes one for each exact shape, in about a second: good for few shapes, not for many.
 
 Others have measured 0.44 s forward and 0.55 s backward per shape on a B200. The other kernels need no plans.
 """

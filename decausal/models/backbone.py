@@ -63,9 +63,9 @@ def body_forward(
         stream_ids: Streams of a doubled row of block layout (`decausal.diffusion.doubled`); needs its `document_ids`
             and `position_ids`.
         future: (future_order, future_fraction) of `attention_mask`, to anneal attention from causal to `layout`.
-        output_hidden_states: also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
+        output_hidden_states: Also return L + 1 states: the embedding output, the outputs of layers 1 to L - 1, and the
             state after the final norm, which is `last_hidden_state` itself.
-        cache: empty; takes the keys and values of the rows.
+        cache: Empty; takes the keys and values of the rows.
 
     Raises:
         UserError: The model's attention implementation does not take such a mask.
@@ -111,13 +111,13 @@ def masked_forward(
     """Runs the model's body on tokens that read keys of a cache, under any mask.
 
     Args:
-        model: any stock causal LM, or a PEFT wrapper around one.
-        input_ids: the tokens.
-        position_ids: their positions.
-        is_visible: which of the n keys each token reads, in layers with a sliding window of so many tokens, or without
+        model: Any stock causal LM, or a PEFT wrapper around one.
+        input_ids: The tokens.
+        position_ids: Their positions.
+        is_visible: Which of the n keys each token reads, in layers with a sliding window of so many tokens, or without
             one (None).
-        cache: gives the keys.
-        output_hidden_states: see `body_forward`.
+        cache: Gives the keys.
+        output_hidden_states: See `body_forward`.
     """
     body = stock_model(model).base_model
     windows = layer_windows(body.config)
@@ -286,7 +286,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def denoising_head(model: nn.Module, mask_token_id: int) -> Head:
-    """The model's head, from which the mask token, never a prediction, is banned.
+    """Returns the model's head, from which the mask token, never a prediction, is banned.
 
     A mask token without a row in the head is none of its predictions anyway.
     """

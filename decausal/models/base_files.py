@@ -1,4 +1,4 @@
-"""The files of a source model as they are: copied byte for byte, and known by their hashes.
+"""The unchanged files of a source model: copied byte for byte, and identified by their hashes.
 
 Imports nothing heavy.
 """
@@ -29,7 +29,7 @@ _PIECE = 1 << 22
 
 
 def base_files(directory: Path) -> list[Path]:
-    """Returns what makes a source model: configuration, weights, tokenizer, chat template and licence."""
+    """Returns the files of a source model: configuration, weights, tokenizer, chat template and licence."""
     weights = list(weight_files(directory))
     indices = [directory / f"{name}.index.json" for name in sorted(_single(weights))]
     others = [path for pattern in (*_SETTINGS, *_TOKENIZER, *_TERMS) for path in sorted(directory.glob(pattern))]
@@ -37,12 +37,12 @@ def base_files(directory: Path) -> list[Path]:
 
 
 def _single(weights: list[Path]) -> set[str]:
-    """What the files would be called as one: an index has that name."""
+    """Returns the name of a shard's single file, after which its index is named."""
     return {f"{path.name.partition('-')[0]}{path.suffix}" for path in weights}
 
 
 def copy_base(directory: Path, target: Path) -> dict[str, str]:
-    """Copies a source model's files into `target`, byte for byte; links become what they point to.
+    """Copies a source model's files into `target`, byte for byte. Links become the files they point to.
 
     Returns:
         The hash of each file, by name.
@@ -58,10 +58,10 @@ def hashes(directory: Path, names: list[str]) -> dict[str, str]:
 
 
 def refuse_other_base(directory: Path, expected: Mapping[str, str], name: str) -> None:
-    """Compares the files of a base with those that a draft was trained on.
+    """Compares a base's files with those that a draft was trained on.
 
     Raises:
-        UserError: a file is missing, or holds something else; names both hashes.
+        UserError: A file is missing, or holds something else. The message names both hashes.
     """
     for file, saved in expected.items():
         path = directory / file

@@ -41,15 +41,15 @@ def save_converted(
 ) -> None:
     """Saves weights, configuration and tokenizer as any transformers model, then the facts.
 
-    The facts come last, and old ones go first: a directory with `decausal.json` is whole.
+    Old facts are removed first, and new ones are written last, so a directory with `decausal.json` is complete.
 
     Args:
-        directory: made if it does not exist.
-        model: the stock model (merge adapters first). A separately trained mask row goes back into its matrix.
-        tokenizer: its tokenizer, with the mask token.
-        facts: the facts of the conversion.
-        state_dict: the weights, where they had to be gathered from a sharded model; None: the model's own.
-        dtype: floating-point type to save in; None: as the weights are. The model in memory keeps its type.
+        directory: Made if it does not exist.
+        model: The stock model (merge adapters first). A separately trained mask row goes back into its matrix.
+        tokenizer: Its tokenizer, with the mask token.
+        facts: The facts of the conversion.
+        state_dict: The weights, if they were gathered from a sharded model. None: the model's own.
+        dtype: Floating-point type to save in. None: the weights' own. The model in memory keeps its type.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -65,20 +65,20 @@ def save_converted(
 
 
 def saved_dtype(facts: ConversionFacts) -> torch.dtype:
-    """The type in which the run that `facts` tell of writes its final weights."""
+    """Returns the dtype in which the run of these facts writes its final weights."""
     name, revision = facts.recipe.get("model_name_or_path", facts.source), facts.recipe.get("revision")
     return dtype_to_save(facts.recipe.get("save_dtype", "source"), name, revision)
 
 
 def dtype_to_save(save_dtype: str, model_name_or_path: str, revision: str | None) -> torch.dtype:
-    """The type of the setting `save_dtype`, for a run that begins with a model."""
+    """Returns the dtype of the setting `save_dtype`, for a run that starts from a model."""
     if save_dtype == "source":
         return source_dtype(model_name_or_path, revision)
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[save_dtype]
 
 
 def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Casts each tensor once, however many names it has: transformers writes tied weights once by their memory."""
+    """Casts each tensor once, even with several names, because transformers recognises tied weights by their memory."""
     cast: dict[tuple[Any, ...], torch.Tensor] = {}
     found = {}
     for name, tensor in state_dict.items():
@@ -90,7 +90,7 @@ def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
 
 
 def _state_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Corrects the type that transformers wrote: that of the model in memory, not of the weights on disk."""
+    """Corrects the dtype in the configuration: transformers writes that of the model in memory, not of the files."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_whole(path, json.dumps(config, indent=2) + "\n")
@@ -103,17 +103,17 @@ def load_converted(
     revision: str | None = None,
     attn_implementation: str | None = None,
 ) -> Converted:
-    """Loads a converted model in eval mode, after checking that its facts and its files tell the same story.
+    """Loads a converted model in eval mode, after checking that its facts and files match.
 
     Args:
-        model_name_or_path: a directory or a hub id; adapters in a checkpoint of a run are merged into their base.
-        dtype: type of the weights.
-        device: where they go.
-        revision: branch, tag or commit of a hub id.
+        model_name_or_path: A directory or a hub id. Adapters in a run's checkpoint are merged into their base.
+        dtype: Type of the weights.
+        device: Where they go.
+        revision: Branch, tag or commit of a hub id.
         attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
 
     Raises:
-        UserError: when there is no converted model of that name, or facts and weights disagree; names both.
+        UserError: When there is no converted model of that name, or facts and weights do not match.
     """
     path = converted_directory(model_name_or_path, revision)
     facts = read_facts(path)
@@ -152,7 +152,7 @@ def _with_adapter(
     device: torch.device | str,
     attn_implementation: str | None,
 ) -> Converted:
-    """Loads a checkpoint of a run that trains adapters: the model that the run began with, and what it has learned."""
+    """Loads a checkpoint of a run that trains adapters: the model it started from, with the adapters."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if is_converted(adapter.base, adapter.revision):
@@ -202,7 +202,7 @@ def load_causal(
 
 
 def count_as_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> None:
-    """Writes the ends of answers into the generation settings, where every other program looks for them."""
+    """Writes the ends of answers into the generation settings, where other programs look for them."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [tokenizer.eos_token_id if listed is None else listed]
     missing = [end for end in end_token_ids if end not in listed]

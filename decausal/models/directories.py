@@ -145,7 +145,7 @@ def refuse_incomplete_draft(directory: Path) -> None:
     """Refuses a gated conversion whose adapter is missing or cut off.
 
     Raises:
-        UserError: one line that names the file and says what to do.
+        UserError: One line that names the file and says what to do.
     """
     path = directory / DRAFT / "adapter_model.safetensors"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""`decausal.json`: what is known of a converted model beside its weights. Light: verbs read it at once."""
+"""`decausal.json`: the facts of a converted model. This file is light, since verbs read the facts at once."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def _installed_version() -> str:
 
 @dataclass(frozen=True)
 class ConversionFacts:
-    """What sampler, evaluator and exporter must know of a converted model; they take no flags for it.
+    """What sampler, evaluator and exporter must know about a converted model. They have no flags for it.
 
     Attributes:
-        source: the autoregressive model: directory, hub id, or "tiny".
-        source_revision: its commit on the hub, if it came from there.
-        layout: kind of attention layout, see `decausal.diffusion.layout.Layout`.
-        block_size: tokens per block, for the layout "block" only.
-        causal_context: for the layout "block" only: finished tokens read each other causally.
-        causal_groups: for the layout "block" only: masks of a block read no later ones of it.
-        weights: "shared", or "gated": an adapter and the mask token's row act at masks alone, and everything else is
-            the source, see `decausal.models.gated`.
-        base: of gated weights: SHA-256 of each file of the source, by name.
-        base_reference: of gated weights whose source is not in the directory: its id on the hub and "@", its commit.
-        shift: 1 where the state at i - 1 predicts token i, 0 where the state at i does.
-        mask_token_id: the id that stands for a token not yet known.
+        source: The autoregressive model: directory, hub id, or "tiny".
+        source_revision: Its commit on the hub, if it came from there.
+        layout: Kind of attention layout, see `decausal.diffusion.layout.Layout`.
+        block_size: Tokens per block, for the layout "block" only.
+        causal_context: For the layout "block" only: finished tokens read each other causally.
+        causal_groups: For the layout "block" only: masks of a block read no later ones of it.
+        weights: "shared", or "gated": an adapter and the mask token's row act only at masks, and everything else is the
+            source, see `decausal.models.gated`.
+        base: Of gated weights: SHA-256 of each file of the source, by name.
+        base_reference: Of gated weights whose source is not in the directory: its id on the hub and "@", its commit.
+        shift: 1 if the state at i - 1 predicts token i, 0 if the state at i does.
+        mask_token_id: The id that stands for an unknown token.
         noise_schedule: "linear": a token is masked with probability t.
-        recipe: the recipe as resolved; its revision is the commit of the model that the run began with.
-        earlier_stages: recipes of the runs that the weights went through before that one, oldest first.
-        decausal_version: version that converted the model.
-        sampler: default settings of the sampler.
-        end_token_ids: tokens that end an answer of the chat template; older records have none.
-        schema_version: version of this record.
+        recipe: The resolved recipe. Its revision is the commit of the model that the run started from.
+        earlier_stages: Recipes of earlier runs on these weights, oldest first.
+        decausal_version: Version that converted the model.
+        sampler: Default settings of the sampler.
+        end_token_ids: Tokens that end an answer of the chat template. Older records have none.
+        schema_version: Version of this record.
     """
 
     source: str
@@ -88,22 +88,22 @@ class ConversionFacts:
 
     @property
     def attention(self) -> Layout:
-        """The layout as the rest of the library takes it."""
+        """The layout as an object."""
         return Layout(self.layout, self.block_size, self.causal_context, self.causal_groups)
 
     @property
     def is_gated(self) -> bool:
-        """Whether all but the masks is read by the source's own weights."""
+        """Whether the source's own weights read everything except masks."""
         return self.weights == "gated"
 
     @property
     def only_drafts(self) -> bool:
-        """Whether masks are good for drafts alone, which the causal model verifies, and not for denoising."""
+        """Whether masks only make drafts, which the causal model verifies, and cannot denoise."""
         return self.is_gated or self.causal_groups
 
 
 def write_facts(directory: str | Path, facts: ConversionFacts) -> None:
-    """Writes `decausal.json` in one step, without any secret of the recipe."""
+    """Writes `decausal.json` in one step, without secrets of the recipe."""
     record = without_secrets(asdict(facts))
     write_whole(Path(directory) / FACTS_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -112,7 +112,7 @@ def read_facts(directory: str | Path) -> ConversionFacts:
     """Reads `decausal.json`.
 
     Raises:
-        UserError: when it is missing, broken, of a newer schema, or lacks a fact.
+        UserError: When it is missing, broken, of a newer schema, or lacks a fact.
     """
     path = Path(directory) / FACTS_FILE
     if not path.parent.is_dir():
@@ -127,7 +127,7 @@ def read_facts(directory: str | Path) -> ConversionFacts:
 
 
 def not_converted(name: str) -> str:
-    """Returns what is said of a model without facts, whose name may have " on the hub" behind it."""
+    """Returns the message for a model without facts, whose name may end with " on the hub"."""
     return (
         f"{name} is not a decausal checkpoint (it holds no {FACTS_FILE}); "
         f"convert it first: decausal convert {name.removesuffix(' on the hub')} --data DATA --output_dir OUT"
@@ -135,7 +135,7 @@ def not_converted(name: str) -> str:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # to Python, true is a number
+    return isinstance(value, int) and not isinstance(value, bool)  # in Python, true is a number
 
 
 def _is_text(value: object) -> bool:
@@ -166,7 +166,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "end_token_ids": (lambda value: isinstance(value, list) and all(map(_is_whole, value)), "a list of whole numbers"),
     "schema_version": (_is_whole, "a whole number"),
 }
-"""What each fact may be in a file that anybody may have written."""
+"""What each fact may be. Anybody may have written the file."""
 
 
 def _checked_facts(record: object, path: Path) -> ConversionFacts:
@@ -180,7 +180,7 @@ def _checked_facts(record: object, path: Path) -> ConversionFacts:
     accepted = {fact.name: fact for fact in fields(ConversionFacts)}
     for key in record:
         if key not in accepted:
-            raise UserError(f"{path} holds '{key}', which is no fact of a conversion{nearest(key, accepted)}")
+            raise UserError(f"{path} holds '{key}', which is not a fact of a conversion{nearest(key, accepted)}")
     for name, fact in accepted.items():
         if name not in record and fact.default is MISSING and fact.default_factory is MISSING:
             raise UserError(f"{path} lacks '{name}'; convert the model again")

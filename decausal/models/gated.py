@@ -1,9 +1,9 @@
-"""Gated adapters: they act at masks alone, so that everything else is the source, bit for bit.
+"""Gated adapters act only at masks, so that everything else is the source, bit for bit.
 
-A gated conversion leaves the autoregressive model as it is. LoRA layers get their input multiplied by whether a token
-is a mask, so that their product is exactly 0 elsewhere; they have no bias. The mask token's input row is a parameter of
-its own, which no matrix holds, and its id lies beyond the embedding: tokenizer and matrix stay what they were. Such an
-adapter can never be merged.
+A gated conversion does not change the autoregressive model. The input of LoRA layers is multiplied by whether a token
+is a mask, so their product is exactly 0 elsewhere. They have no bias. The mask token's input row is a separate
+parameter, and its id lies beyond the embedding, so tokenizer and matrix do not change. Such an adapter can never be
+merged.
 
 Source: gated LoRA, Your LLM knows the future (arXiv 2507.11851); residual I-DLM, I-DLM (arXiv 2604.11035).
 """
@@ -32,8 +32,8 @@ class Gate:
     """Where a gated model's adapters act in the pass that runs.
 
     Attributes:
-        mask_token_id: what a mask is.
-        is_mask: tokens of the pass that are masks.
+        mask_token_id: What a mask is.
+        is_mask: Tokens of the pass that are masks.
         is_open: False while no token is one: adapters are then not run at all.
     """
 
@@ -42,7 +42,7 @@ class Gate:
     is_open: bool = True
 
     def read(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before the embedding: finds the masks, whose ids perhaps no row of it has."""
+        """Finds the masks before the embedding, which may lack a row for their id."""
         input_ids = args[0]
         if not self.is_open:
             return args
@@ -50,7 +50,7 @@ class Gate:
         return (torch.where(self.is_mask, 0, input_ids), *args[1:])
 
     def put_row(self, embedding: nn.Module, _: tuple[Any, ...], output: Float[Tensor, "b q D"]) -> Tensor:
-        """After the embedding: gives the masks their row."""
+        """Gives the masks their row after the embedding."""
         if not self.is_open:
             return output
         assert self.is_mask is not None
@@ -70,15 +70,15 @@ class Gate:
 
 
 def install_gate(model: nn.Module, mask_token_id: int, row: Float[Tensor, "D"]) -> None:
-    """Makes the LoRA layers of a model act at masks alone, and gives masks a row of their own, which is trainable.
+    """Makes the LoRA layers of a model act only at masks, and gives masks a separate, trainable row.
 
     Args:
-        model: a PEFT wrapper around a stock causal LM, or the stock model with adapters in it; changed in place.
-        mask_token_id: id of the mask token; the embedding need not have it.
-        row: what the mask token's row starts as.
+        model: A PEFT wrapper around a stock causal LM, or the stock model with adapters in it; changed in place.
+        mask_token_id: Id of the mask token; the embedding need not have it.
+        row: What the mask token's row starts as.
 
     Raises:
-        UserError: no adapters, or such as add something of their own (a bias).
+        UserError: No adapters, or such as add something of their own (a bias).
     """
     from peft.tuners.lora import LoraLayer
 
@@ -101,15 +101,15 @@ def install_gate(model: nn.Module, mask_token_id: int, row: Float[Tensor, "D"]) 
 
 
 def is_gated(model: nn.Module) -> bool:
-    """Whether `install_gate` was called on a model."""
+    """Returns whether `install_gate` was called on a model."""
     return _gate_of(model) is not None
 
 
 @contextmanager
 def without_masks(model: nn.Module) -> Iterator[None]:
-    """Passes that hold no masks: a gated model's adapters, which would add zeros, are left out.
+    """Skips a gated model's adapters, which would add zeros, in passes without masks.
 
-    Under it a gated model is the source, and takes its time. Any other model is left as it is.
+    Inside, a gated model is the source, and as fast. Other models are not changed.
     """
     gate = _gate_of(model)
     if gate is None:
@@ -123,12 +123,12 @@ def without_masks(model: nn.Module) -> Iterator[None]:
 
 
 def gated_mask_token_id(model: PreTrainedModel) -> int:
-    """The mask token's id in a gated model: the first that the embedding lacks, so that no text can hold it."""
+    """Returns the mask token's id in a gated model: the first one beyond the embedding, so that no text can hold it."""
     return len(model.get_input_embeddings().weight)
 
 
 def initial_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Float[Tensor, "D"]:
-    """What a gated mask token's row starts as: the mean of the rows that the tokenizer uses."""
+    """Returns the initial row of a gated mask token: the mean of the rows that the tokenizer uses."""
     weight = model.get_input_embeddings().weight.detach()
     used = torch.tensor(sorted(index for index in set(tokenizer.get_vocab().values()) if index < len(weight)))
     return weight[used.to(weight.device)].mean(dim=0, dtype=torch.float32).to(weight.dtype)

@@ -1,10 +1,10 @@
-"""A gated conversion on disk: the source's files as they are, and beside them an adapter that acts at masks.
+"""A gated conversion on disk: the source's unchanged files, and beside them an adapter that acts at masks.
 
     config.json, weights, tokenizer     the source's, byte for byte; not there where the facts refer to the hub
     decausal.json                       the facts, with the hash of each of these files
     draft/                              a PEFT adapter, and the mask token's row
 
-At the top `from_pretrained` would find the adapter and attach it to every token, which is not the source.
+In the main directory, `from_pretrained` would find the adapter and apply it to every token.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from decausal.models.names import located
 
 
 def source_directory(name: str, commit: str | None) -> Path:
-    """Returns where the files of an AR model are: those that a gated conversion keeps.
+    """Returns the directory with the files of an AR model, which a gated conversion keeps.
 
     Args:
-        name: a directory, a hub id or an embedded model's name.
-        commit: on the hub.
+        name: A directory, a hub id or an embedded model's name.
+        commit: On the hub.
 
     Raises:
-        UserError: there is no such model, or it is not whole in files of its own.
+        UserError: There is no such model, or it is not whole in files of its own.
     """
     path, commit = located(name, commit, may_be_converted=True, merge_adapter=True)
     if is_gguf(path) or (commit is None and adapter_of(Path(path)) is not None):
@@ -58,11 +58,11 @@ def save_gated(
     """Writes a gated conversion: the source's files, the adapter, and last the facts.
 
     Args:
-        directory: made if it does not exist.
-        model: a PEFT wrapper around the source, gated.
-        state_dict: its weights.
-        facts: with the hashes of the source's files; with a reference, the files are left out.
-        base: where the source's files are.
+        directory: Made if it does not exist.
+        model: A PEFT wrapper around the source, gated.
+        state_dict: Its weights.
+        facts: With the hashes of the source's files; with a reference, the files are left out.
+        base: Where the source's files are.
     """
     draft = directory / DRAFT
     draft.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,10 @@ def save_gated(
         copy_base(base, directory)
         refuse_other_base(directory, facts.base, str(directory))
     model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
-    (draft / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing
+    (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which says nothing
     save_mask_row(state_dict, draft)
     settings = json.loads((draft / ADAPTER_FILE).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no path of this machine
+    settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no local paths
     write_whole(draft / ADAPTER_FILE, json.dumps(settings, indent=2) + "\n")
     write_facts(directory, facts)
 
@@ -82,10 +82,10 @@ def save_gated(
 def load_gated(
     path: Path, facts: ConversionFacts, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a gated conversion, or a checkpoint of a run that makes one: the source, and the adapter gated on it.
+    """Loads a gated conversion, or a checkpoint of its run: the source with the gated adapter.
 
     Raises:
-        UserError: the source is not at hand or another one, or the adapter does not fit it.
+        UserError: The source is missing or another one, or the adapter does not fit it.
     """
     draft = path / DRAFT if (path / DRAFT).is_dir() else path
     base = base_of(path, facts)
@@ -107,10 +107,10 @@ def load_gated(
 
 
 def base_of(path: Path, facts: ConversionFacts) -> Path:
-    """Returns where the source's files of a gated conversion are: with it, or where its facts refer to.
+    """Returns the directory of the source's files: the conversion's own, or the one its facts refer to.
 
     Raises:
-        UserError: they are not at hand.
+        UserError: They are not available.
     """
     if (path / "config.json").is_file():
         return path

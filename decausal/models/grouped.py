@@ -1,7 +1,7 @@
-"""One pass over clean rows and the groups of masks behind them: the clean tokens first, causally, then the masks.
+"""One pass over clean rows and their groups of masks: first the clean tokens, causally, then the masks.
 
-Masks read the keys and values of the clean tokens, which never read them. So the clean half is the causal model's own
-pass, whatever groups there are; without a gradient it keeps nothing for a backward pass.
+Masks read the keys and values of the clean tokens, which never read masks. So the clean half is the causal model's own
+pass, whatever the groups. Without gradients it stores nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class GroupedStates(NamedTuple):
     """States of all clean tokens, row after row, and then of all masks: N = B*T + B*G.
 
     Attributes:
-        last: after the final norm.
-        layers: of all layers, where they were asked for, see `body_forward`.
+        last: After the final norm.
+        layers: Of all layers, where they were asked for, see `body_forward`.
     """
 
     last: Float[Tensor, "N D"]
@@ -53,15 +53,15 @@ def grouped_forward(
     """Runs the model's body, without its head, over clean rows and their groups.
 
     Args:
-        model: any stock causal LM, or a PEFT wrapper around one.
-        clean_ids: the clean rows.
-        groups: the masks.
-        mask_token_id: what the masks are.
-        document_ids, position_ids: of the clean rows, see `body_forward`.
-        causal_groups: masks read no later ones of their group.
-        clean_gradient: whether gradients flow through the clean half. Without, a gated model's adapters are not run
+        model: Any stock causal LM, or a PEFT wrapper around one.
+        clean_ids: The clean rows.
+        groups: The masks.
+        mask_token_id: What the masks are.
+        document_ids, position_ids: Of the clean rows, see `body_forward`.
+        causal_groups: Masks read no later ones of their group.
+        clean_gradient: Whether gradients flow through the clean half. Without, a gated model's adapters are not run
             there, where they would add zeros.
-        output_hidden_states: also return the states of all layers.
+        output_hidden_states: Also return the states of all layers.
     """
     cache = _CleanKeys(stock_model(model).base_model.config.num_hidden_layers)
     with nullcontext() if clean_gradient else _frozen(model):
@@ -101,7 +101,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _dense_attention(model: nn.Module) -> Iterator[None]:
-    """Attention that takes any mask and plans nothing: the number of masks differs from batch to batch."""
+    """Uses attention with any mask and without plans, since the number of masks differs between batches."""
     config = stock_model(model).base_model.config
     implementation = config._attn_implementation
     if implementation == FLEX:
@@ -118,7 +118,7 @@ def _joined(clean: Float[Tensor, "B T D"], masks: Float[Tensor, "B G D"]) -> Flo
 
 
 class _CleanKeys(Cache):
-    """Keys and values of the clean tokens, which the masks read before their own.
+    """Keys and values of the clean tokens, which the masks read in front of their own.
 
     Attributes:
         is_read: False while the clean tokens are written.

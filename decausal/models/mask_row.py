@@ -1,8 +1,8 @@
 """Frozen embeddings with a mask token that still learns.
 
-The mask token's input row is a parameter of its own, `[D]`, that a forward hook puts in the place of the frozen
-matrix's row. So the frozen matrix has no gradient and no optimiser state, and the row has both. Checkpoints hold the
-row folded back into the matrix: their names and shapes are the source model's.
+The mask token's input row is a separate parameter, `[D]`, which a forward hook puts in place of the frozen matrix's
+row. So the frozen matrix has no gradient and no optimiser state, and the row has both. Checkpoints hold the row inside
+the matrix, with the source model's names and shapes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MASK_ROW_FILE = "mask_row.safetensors"
 
 
 def freeze_embeddings(model: nn.Module, mask_token_id: int) -> None:
-    """Freezes the input embeddings and the output head; the mask token's input row stays trainable.
+    """Freezes the input embeddings and the output head. The mask token's input row stays trainable.
 
-    Call it after wrapping with PEFT, which freezes every parameter that it finds; calling it again is harmless. With
-    tied embeddings the head's mask row stays at its initial value: the mask token is never a prediction.
+    Call it after wrapping with PEFT, which freezes every parameter that it finds. Calling it again is harmless. With
+    tied embeddings the head's mask row keeps its initial value, since the mask token is never predicted.
 
     Args:
-        model: a stock causal LM, or a PEFT wrapper around one; changed in place.
-        mask_token_id: the mask token's id.
+        model: A stock causal LM, or a PEFT wrapper around one; changed in place.
+        mask_token_id: The mask token's id.
     """
     stock = stock_model(model)
     embedding = stock.get_input_embeddings()
@@ -43,11 +43,12 @@ def freeze_embeddings(model: nn.Module, mask_token_id: int) -> None:
 def fold_mask_row(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns a state dict with the trained mask row in its place in the embedding matrix, as checkpoints hold it.
 
-    The model keeps its own tensors; the matrix is copied once. A state dict without a mask row comes back as it is.
+    The model keeps its own tensors, and the matrix is copied once. A state dict without a mask row is returned
+    unchanged.
 
     Args:
-        model: the model that `state_dict` was taken from; it tells which entries are the (tied) embedding matrix.
-        state_dict: its names may carry the prefixes of a PEFT wrapper.
+        model: The model of the `state_dict`, which shows which entries are the (tied) embedding matrix.
+        state_dict: Its names may carry the prefixes of a PEFT wrapper.
     """
     row_names = [name for name in state_dict if name.rpartition(".")[2] == MASK_ROW]
     if not row_names:
@@ -66,16 +67,16 @@ def fold_mask_row(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, 
 
 
 def save_mask_row(state_dict: dict[str, Tensor], checkpoint: Path) -> None:
-    """Writes the row, if there is one, beside an adapter's weights, whose files hold nothing of the embeddings."""
+    """Writes the row, if there is one, beside an adapter's weights, whose files do not hold embeddings."""
     for name, tensor in state_dict.items():
         if name.rpartition(".")[2] == MASK_ROW:
             save_file({MASK_ROW: tensor.detach().cpu()}, checkpoint / MASK_ROW_FILE)
 
 
 def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
-    """Sets the trainable row after a checkpoint was loaded: from its own file there, else from the loaded matrix.
+    """Sets the trainable row after loading a checkpoint, from its own file or else from the loaded matrix.
 
-    A model without such a row stays as it is.
+    A model without such a row is not changed.
     """
     embedding = stock_model(model).get_input_embeddings()
     if not hasattr(embedding, MASK_ROW):
@@ -86,13 +87,13 @@ def load_mask_row(model: nn.Module, checkpoint: Path | None = None) -> None:
 
 
 def read_mask_row(checkpoint: Path) -> Tensor | None:
-    """Returns the row that lies beside an adapter's weights, if there is one."""
+    """Returns the row beside an adapter's weights, if there is one."""
     path = checkpoint / MASK_ROW_FILE
     return load_file(path)[MASK_ROW] if path.is_file() else None
 
 
 def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None:
-    """Puts the row that lies beside an adapter's weights, if there is one, into the matrix of a stock model."""
+    """Puts the row beside an adapter's weights, if there is one, into the matrix of a stock model."""
     row = read_mask_row(checkpoint)
     if row is not None:
         weight = stock_model(model).get_input_embeddings().weight
@@ -101,7 +102,7 @@ def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None
 
 
 def settle_mask_row(model: nn.Module) -> None:
-    """Ends what `freeze_embeddings` began: the row goes back into its matrix for good, and the model is stock again."""
+    """Undoes `freeze_embeddings`: the row goes back into its matrix, and the model is stock again."""
     embedding = stock_model(model).get_input_embeddings()
     if not hasattr(embedding, MASK_ROW):
         return
@@ -114,7 +115,7 @@ def settle_mask_row(model: nn.Module) -> None:
 
 
 def scaled_as_embeddings(row: Tensor, embedding: nn.Module, output: Tensor) -> Tensor:
-    """Returns a row as the embedding gives its own out: in the type of its output, and scaled where it scales them."""
+    """Returns a row in the form of the embedding's output: in its dtype, and scaled if the embedding scales."""
     row = row.to(output.dtype)
     scale = getattr(embedding, "embed_scale", None)  # Gemma-3 multiplies inside its embedding module
     return row if scale is None else row * (scale.to(row.dtype) if isinstance(scale, Tensor) else scale)

@@ -1,4 +1,4 @@
-"""Weights of few bits, which transformers turns back into plain numbers: those of GGUF files and of other methods."""
+"""Quantized weights, of GGUF files and other methods, which transformers turns back into plain numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRACES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loade
 
 
 def dequantizing(config: PretrainedConfig, where: dict[str, Any]) -> dict[str, Any]:
-    """Has transformers load quantized weights as plain numbers: returns keywords for it, and changes `config`."""
+    """Makes transformers load quantized weights as plain numbers: returns keywords and changes `config`."""
     if "gguf_file" in where:
         _keep_the_bar_of_gguf_quiet()
         made = getattr(transformers, "GgufConfig", None)  # versions without it have no other way
@@ -29,13 +29,13 @@ def dequantizing(config: PretrainedConfig, where: dict[str, Any]) -> dict[str, A
 
 
 def _keep_the_bar_of_gguf_quiet() -> None:
-    """The bar that transformers shows while a GGUF file is dequantized asks nobody; its other bars ask its switch."""
+    """Hides transformers' bar while a GGUF file is dequantized, which ignores its switch for bars."""
     if hasattr(modeling_gguf_pytorch_utils, "tqdm"):
         modeling_gguf_pytorch_utils.tqdm = transformers.logging.tqdm
 
 
 def plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model that was quantized with plain layers, and with nothing that speaks of it when it is saved."""
+    """Returns a quantized model with plain layers, and without traces of quantization when it is saved."""
     if hasattr(model, "is_loaded_in_4bit") or hasattr(model, "is_loaded_in_8bit"):  # by bitsandbytes
         with hushed():
             model = model.dequantize(dtype)
@@ -46,12 +46,12 @@ def plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if hasattr(model, name):
             delattr(model, name)
     model.is_quantized = False
-    model._weight_conversions = None  # from the form of the file, to which transformers would turn weights back
+    model._weight_conversions = None  # otherwise transformers would convert weights back to the file's form
     return model
 
 
 def _turn_back(model: PreTrainedModel) -> None:
-    """bitsandbytes puts Linear in the place of GPT-2's Conv1D, whose weights stand the other way round."""
+    """Restores GPT-2's Conv1D, which bitsandbytes replaces by Linear, with transposed weights."""
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(model.config)
     for name, layer in stock.named_modules():

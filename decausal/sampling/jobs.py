@@ -115,7 +115,7 @@ class Drafts:
         }
 
     def __str__(self) -> str:
-        """The figures in one line for people."""
+        """Returns the figures in one line for people."""
         shares = " ".join(f"{share:.2f}" for share in self.acceptances) or "none"
         shapes = ", ".join(sorted(self.passes, key=lambda name: -self.passes[name])[:2])
         return f"{self.tokens_per_pass:.2f} tokens per pass, drafts right {shares}, {shapes or 'no pass'}"

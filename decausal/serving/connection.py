@@ -19,7 +19,7 @@ HEAD_SECONDS = 20.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with deadlines for the client to send a head and to continue reading.
+    """A connection of uvicorn, with deadlines for the client to send a head and to continue reading.
 
     h11 is used since it limits the length of heads. It also reads bodies that come with `Upgrade: h2c` (Java's
     default), which httptools loses.

@@ -27,7 +27,7 @@ class Metrics:
         self._tokens = self._made(Counter, "generated_tokens", "Tokens of rows that ended", ("model",))
         self._forwards = self._made(Counter, "row_forwards", "Forward passes of rows that ended", ("model",))
         self._from_cache = self._made(Counter, "prefix_cache_tokens", "Given tokens that were held already", ("model",))
-        self._drafted = self._made(Counter, "drafts_verified", "Drafts behind right ones", ("model", "position"))
+        self._drafted = self._made(Counter, "drafts_verified", "Drafts after right ones", ("model", "position"))
         self._right = self._made(Counter, "drafts_right", "Of these, the right ones", ("model", "position"))
         self._shapes = self._made(Counter, "draft_passes", "Passes of rows that ended, by shape", ("model", "shape"))
         self._draft_tokens = self._made(Counter, "draft_pass_tokens", "Tokens that these brought", ("model",))

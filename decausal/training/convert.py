@@ -1,4 +1,4 @@
-"""One conversion from beginning to end: AR directory in, diffusion directory out."""
+"""One conversion from start to end: AR directory in, diffusion directory out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a run has made: the student as trained, in memory, and where it was written."""
+    """The result of a run: the trained student in memory, and its directory."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -84,18 +84,18 @@ def convert(
     """Converts an AR model into a diffusion model, or trains a converted one on, resumably.
 
     Args:
-        settings: the point on the grid, model and data.
-        training: fields of `transformers.TrainingArguments`; needs `output_dir`.
-        callbacks: of `transformers.Trainer`.
-        measure: replaces the measurement on `eval_data`: called with the student each `eval_steps`.
-        meter: counts the tokens that are trained on.
+        settings: The point on the grid, the model and the data.
+        training: Fields of `transformers.TrainingArguments`; needs `output_dir`.
+        callbacks: Callbacks of `transformers.Trainer`.
+        measure: Replaces the measurement on `eval_data`. Called with the student each `eval_steps`.
+        meter: Counts the tokens that are trained on.
 
     Returns:
-        The student, its facts and the log; `output_dir` holds the model, loadable by `decausal.load` and by plain
-        `AutoModelForCausalLM`.
+        The student, its facts and the log. `output_dir` holds the model, which `decausal.load` and plain
+        `AutoModelForCausalLM` can load.
 
     Raises:
-        UserError: the model cannot be converted, the data cannot be read, or settings contradict each other or the
+        UserError: The model cannot be converted, the data cannot be read, or settings contradict each other or the
             model. Then nothing is left in `output_dir`.
     """
     check_conversion(settings, training)
@@ -115,7 +115,7 @@ def convert(
             refuse_other_rows(checkpoint, run.trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        run.trainer.discard_surplus_checkpoints()  # a run killed after its last save has left one
+        run.trainer.discard_surplus_checkpoints()  # left by a run that was killed after its last save
         model = _finish(settings, run)
     return Conversion(model, run.tokenizer, run.facts, output_dir, run.trainer.state.log_history)
 
@@ -196,7 +196,7 @@ def _prepare(
         run_record=run_record(asdict(settings), args, fingerprint(rows.stream)),
         callbacks=callbacks,
     )
-    # Found before training: at its end the source may be out of reach.
+    # Found before training, because the source may be out of reach at its end.
     save_dtype = dtype_to_save(settings.save_dtype, settings.model_name_or_path, start.commit)
     return _Run(trainer, tokenizer, facts, save_dtype)
 
@@ -210,7 +210,7 @@ def _refuse_checkpointing(settings: ConversionSettings, args: TrainingArguments)
 
 
 def _base(settings: ConversionSettings, start: Start) -> dict[str, Any]:
-    """What facts say of the source that gated weights leave as it is."""
+    """Returns the facts about the source of gated weights, which leave it unchanged."""
     if settings.weights != "gated":
         return {}
     if settings.reference_base and start.commit is None:
@@ -248,7 +248,7 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
 
 
 def _needs_teacher(settings: ConversionSettings, model: PreTrainedModel) -> bool:
-    """Whether a loss that is in use asks an AR model which is not the student's own clean half."""
+    """Returns whether a loss needs an AR model other than the student's own clean half."""
     if settings.weights == "gated":
         return False
     num_layers = len(decoder_layers(model))
@@ -263,7 +263,8 @@ def _teacher(
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
 ) -> Teacher | None:
-    """The model to compare with, if it is not the student without its adapters; called before the model is adapted."""
+    """Returns the model to compare with, unless it is the student without its adapters. Call it before adapting the
+    model."""
     if not _needs_teacher(settings, model):
         return None
     num_tokens = len(tokenizer) - (tokenizer.mask_token is not None)
@@ -316,7 +317,7 @@ def _student(
 
 def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.Module:
     try:
-        with hushed():  # it imports bitsandbytes where that is installed
+        with hushed():  # it imports bitsandbytes if that is installed
             from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora_r needs peft: pip install 'decausal[lora]'") from error
@@ -329,8 +330,8 @@ def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.M
     )
     try:
         with hushed():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 and says so
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it for GPT-2 with a warning
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
@@ -344,7 +345,7 @@ def _supervision(
 
 
 def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule:
-    """The schedule that the settings `{loss}_weight`, `{loss}_schedule`, ... describe."""
+    """Returns the schedule of the settings `{loss}_weight`, `{loss}_schedule`, ..."""
     weight, shape, start, stop = (
         getattr(settings, f"{loss}_{name}") for name in ("weight", "schedule", "start_step", "stop_step")
     )
@@ -406,7 +407,7 @@ def _with_samples(
 
 
 def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
-    """Writes the final model; the checkpoints beside it keep the fp32 master weights for resuming."""
+    """Writes the final model. The checkpoints beside it keep the fp32 master weights for resuming."""
     trainer = run.trainer
     trainer.teacher = None
     student = trainer.trained_model()

@@ -1,4 +1,4 @@
-"""What one training forward computes: the student's pass over a noised batch, and the sums of its losses."""
+"""A training forward: the student's pass over a noised batch, and the sums of its losses."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ TOKENS_ONLY = (Weighted(TokenTerm(), WeightSchedule(1.0)),)
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a noised row is compared with, and under which layout it is read.
+    """What noised rows are compared with, and the layout under which they are read.
 
     Attributes:
-        layout: who attends to whom in the student.
-        mask_token_id: never a prediction: the head gives it no probability.
-        losses: at least one.
-        anneal_steps: steps over which attention opens from causal to `layout`; 0 starts there.
-        is_gated: the student's weights are the AR model's but at masks: its own clean half teaches the masks.
+        layout: Who attends to whom in the student.
+        mask_token_id: The mask token, to which the head gives no probability.
+        losses: The losses, at least one.
+        anneal_steps: Steps over which attention opens from causal to `layout`; 0 starts with `layout`.
+        is_gated: The student's weights are the AR model's except at masks, so its own clean half teaches the masks.
     """
 
     layout: Layout
@@ -52,12 +52,13 @@ class Supervision:
     is_gated: bool = False
 
     def weights(self, step: int) -> dict[Term, float]:
-        """The terms of a step and their weights, none of them 0 - but where all are, the first term at 0."""
+        """Returns the terms of a step with their weights, without those of weight 0. If all are 0, the first term at
+        0."""
         weights = {term: schedule(step) for term, schedule in self.losses}
         return {term: weight for term, weight in weights.items() if weight} or {self.losses[0].term: 0.0}
 
     def needs_teacher(self, step: int) -> bool:
-        """Whether another model is compared with at `step` or at any later one."""
+        """Returns whether another model is needed at `step` or any later one."""
         return not self.is_gated and any(
             term.questions and not schedule.is_over(step) for term, schedule in self.losses
         )
@@ -73,16 +74,16 @@ def weighted_loss(
 ) -> tuple[Float[Tensor, ""], dict[Term, Float[Tensor, ""]]]:
     """Returns the weighted loss of a training batch, and each term's mean, detached.
 
-    Called inside of the student's forward, `model(inside=...)`: there sums are divided and weighed before mixed
-    precision under FSDP casts what comes out.
+    Call it inside the student's forward, `model(inside=...)`. There sums are divided and weighted before FSDP's mixed
+    precision casts the result.
 
     Args:
-        model: the student.
-        batch: see `loss_sums`.
-        supervision: how the student reads.
-        weights: of each term that counts.
-        counts: of the global batch, by the values of `Count`: what sums are divided by, where that is not below 1.
-        answers: the teacher's, to the questions of these terms.
+        model: The student.
+        batch: See `loss_sums`.
+        supervision: How the student reads.
+        weights: The weight of each term that counts.
+        counts: Denominators of the global batch by `Count`; at least 1 is used.
+        answers: The teacher's answers to the questions of these terms.
     """
     sums = loss_sums(model, batch, supervision, weights, answers)
     means = {term: total / counts[term.count].clamp(min=1.0) for term, total in sums.items()}
@@ -90,16 +91,15 @@ def weighted_loss(
 
 
 def weighed(means: Mapping[Term, Float[Tensor, ""]], weights: Mapping[Term, float]) -> Float[Tensor, ""]:
-    """Returns the loss that these means make."""
+    """Returns the loss from the terms' means."""
     return torch.stack([weights[term] * term.factor(means) * mean for term, mean in means.items()]).sum()
 
 
 def install_training_forward(model: PreTrainedModel) -> None:
-    """Makes `model(inside=function)` call the function, and return what it returns; every other call stays as it was.
+    """Makes `model(inside=function)` call the function and return its result. Other calls are not changed.
 
-    Losses run inside of the module's own forward because sharding and data-parallel wrappers only see that: a head
-    applied outside of it would find its weights sharded away. The model stays the stock class, and so does what is
-    saved of it.
+    Losses run inside the module's own forward because sharding and data-parallel wrappers only see that. Outside of it,
+    the head's weights may be sharded. The model and what is saved of it stay the stock class.
     """
     stock_forward = model.forward
 
@@ -113,7 +113,7 @@ def install_training_forward(model: PreTrainedModel) -> None:
 
 
 def remove_training_forward(model: PreTrainedModel) -> None:
-    """Gives the model its class's own forward back."""
+    """Restores the forward of the model's class."""
     model.__dict__.pop("forward", None)
 
 
@@ -124,16 +124,16 @@ def loss_sums(
     terms: Iterable[Term] = (TokenTerm(),),
     answers: Answers | None = None,
 ) -> dict[Term, Float[Tensor, ""]]:
-    """Returns sums, not means: what they are means over is known only when the whole global batch has been seen.
+    """Returns sums, not means, because the denominators are only known for the whole global batch.
 
     Args:
-        model: the student, stock or wrapped by PEFT.
-        batch: see `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`, or
+        model: The student, stock or wrapped by PEFT.
+        batch: See `decausal.data.stream.Collator` and `decausal.data.block_collator.BlockCollator`, or
             `decausal.data.group_collator.GroupCollator`; with `future_order` [T T] and `future_fraction` for
             annealed attention.
-        supervision: how the student reads.
-        terms: what to compare.
-        answers: the teacher's, to the questions of these terms.
+        supervision: How the student reads.
+        terms: What to compare.
+        answers: The teacher's answers to the questions of these terms.
 
     Returns:
         The sum of each term, differentiable.
@@ -151,9 +151,9 @@ def loss_sums(
 def _answers_of_clean_half(
     model: nn.Module, reading: Reading, supervision: Supervision, terms: Iterable[Term]
 ) -> dict[Question, Any]:
-    """What the AR model says, from the states that a gated student has computed by itself.
+    """Returns the AR model's answers from states that a gated student has already computed.
 
-    Clean states stand first among those of the reading, in the order of the clean rows.
+    Clean states come first in the reading, in the order of the clean rows.
     """
     questions = [question for term in terms for question in term.questions]
     vocabulary = Vocabulary(len(reading.head.weight), supervision.mask_token_id)
@@ -163,7 +163,7 @@ def _answers_of_clean_half(
 def _student_states(
     model: nn.Module, batch: Batch, supervision: Supervision, *, output_hidden_states: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """The states after the final norm of all rows, one after the other, and those of all layers if asked for."""
+    """Returns the states after the final norm of all rows, one after another, and those of all layers if asked for."""
     if "groups" in batch:
         return grouped_forward(
             model,

@@ -37,16 +37,16 @@ class RolloutPlan:
     """How many rollouts are made at a time, how long they are, and how they are trained on.
 
     Attributes:
-        prompts: prompts in a rollout batch, over all processes: a multiple of the rows of an optimizer step.
-        updates: times each rollout is trained on, each time in states drawn anew.
-        states: states of a rollout in one training row.
-        state_choice: see `relative_steps`.
-        tokens: new tokens of a rollout; the last block is always whole.
-        start_tokens: the same in the first rollout batch.
-        curriculum: rollout batches over which the number grows.
-        max_length: tokens of prompt and rollout together.
-        block_size: tokens per block; 1 where rollouts know no blocks.
-        grouping: where drafts are trained, groups of masks instead of states that rollouts went through.
+        prompts: Prompts in a rollout batch, over all processes: a multiple of the rows of an optimizer step.
+        updates: Times each rollout is trained on, each time in newly drawn states.
+        states: States of a rollout in one training row.
+        state_choice: See `relative_steps`.
+        tokens: New tokens of a rollout; the last block is always whole.
+        start_tokens: The same in the first rollout batch.
+        curriculum: Rollout batches over which the number grows.
+        max_length: Tokens of prompt and rollout together.
+        block_size: Tokens per block; 1 where rollouts know no blocks.
+        grouping: Where drafts are trained, groups of masks instead of states that rollouts went through.
     """
 
     prompts: int

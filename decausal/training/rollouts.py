@@ -114,7 +114,7 @@ class Decoding:
 
 
 def _without_tokenizer(model: nn.Module, facts: ConversionFacts) -> Converted:
-    """A model for the engine. Rollouts have no stop texts, so no tokenizer is needed."""
+    """Returns a model for the engine. Rollouts have no stop texts, so no tokenizer is needed."""
     return Converted(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, None), facts)
 
 

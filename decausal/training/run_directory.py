@@ -1,4 +1,4 @@
-"""One run, one directory: who may write to it, which checkpoints in it are whole, and what a full disk does to it."""
+"""A run's directory: who may write to it, which checkpoints are complete, and what happens on a full disk."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from decausal.models.facts import FACTS_FILE
 from decausal.privacy import without_secrets
 
 RUN_FILE = "run.yaml"
-STAGING = ".saving"  # a checkpoint is written here and renamed when whole, so a half-written one never has its name
-SEAL = "checkpoint.json"  # the last file of a checkpoint: names, sizes and hashes of all others
+STAGING = ".saving"  # a checkpoint is written here and renamed when complete, so a partial one never has its name
+SEAL = "checkpoint.json"  # a checkpoint's last file, with names, sizes and hashes of all others
 _LOCK = ".lock"
 _WEIGHTS_ALONE = "holds weights alone (--save_only_model)"
 _PIECE = 2**22
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Libraries written in Rust and C++ report a full disk as errors of their own kinds.
+# Libraries in Rust and C++ report a full disk with their own types of errors.
 _FOREIGN_DISK_ERROR = re.compile(r"os error \d+|No space left|File too large|PytorchStreamWriter|unexpected pos")
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class RunDirectory:
     """A directory that this run holds.
 
     Attributes:
-        path: the directory.
-        is_first_process: of several processes of one run, the first writes what they share.
-        has_begun: whether `begin` was called: until then the directory is not this run's to change.
+        path: The directory.
+        is_first_process: The first of several processes writes what they share.
+        has_begun: Whether `begin` was called. Before that the run must not change the directory.
     """
 
     path: Path
@@ -49,9 +49,9 @@ class RunDirectory:
     has_begun: bool = False
 
     def begin(self, values: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Makes the directory this run's own: what an overwritten run left goes, and `run.yaml` records `values`.
+        """Takes over the directory: removes an overwritten run, and records `values` in `run.yaml`.
 
-        Called once all input has proved good, so that bad input costs nobody an earlier run.
+        Call it after all input has been checked, so that bad input never costs an earlier run.
         """
         if not self.is_first_process:
             return
@@ -65,12 +65,12 @@ class RunDirectory:
 
 @contextmanager
 def claimed(output_dir: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunDirectory]:
-    """Holds `output_dir` for one run; the lock is the kernel's, so it ends with the process, however that ends.
+    """Locks `output_dir` for one run. The lock is the kernel's, so it ends with the process in any case.
 
-    A run that comes to nothing leaves nothing: neither files nor directories that it made.
+    A run that fails early leaves nothing: neither files nor directories that it made.
 
     Raises:
-        UserError: another run holds the directory; it is not empty and neither `resume` nor `overwrite` is set; or one
+        UserError: Another run holds the directory; it is not empty and neither `resume` nor `overwrite` is set; or one
             of these is set and no run made what it holds.
     """
     if int(os.environ.get("RANK", "0")) > 0:
@@ -99,30 +99,31 @@ def claimed(output_dir: Path, *, resume: bool = False, overwrite: bool = False) 
 
 
 def refuse_taken(output_dir: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuses a directory that `claimed` would refuse for what it holds.
+    """Refuses a directory whose content `claimed` would refuse.
 
     Raises:
-        UserError: it is a file; it is not empty and neither `resume` nor `overwrite` is set; or one of these is set and
+        UserError: It is a file; it is not empty and neither `resume` nor `overwrite` is set; or one of these is set and
             no run made what it holds.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file; name a directory")
-    if output_dir.is_dir() and int(os.environ.get("RANK", "0")) == 0:  # other processes see what the first one writes
+    if output_dir.is_dir() and int(os.environ.get("RANK", "0")) == 0:  # other processes see the first one's files
         _check_contents(output_dir, resume=resume, overwrite=overwrite)
 
 
 def wants_resume(resume_from_checkpoint: str | bool | None) -> bool:
-    """Whether the flag asks for anything: "false" does not."""
+    """Returns whether the flag asks for anything: "false" does not."""
     return resume_from_checkpoint not in (None, False, "", "false", "False")
 
 
 def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
-    """Returns the checkpoint that the flag names: True or "true" is the latest whole one in `output_dir`, else a path.
+    """Returns the checkpoint that the flag names. True or "true" means the latest complete one in `output_dir`, else it
+    is a path.
 
-    None where the flag asks for none, or where the run was killed before it had saved any: it then begins anew.
+    Returns None if the flag asks for none, or if the run was killed before it saved any. It then starts again.
 
     Raises:
-        UserError: the path named is no whole checkpoint, or files are damaged and no earlier checkpoint is whole.
+        UserError: The path is not a complete checkpoint, or files are damaged and no earlier checkpoint is complete.
     """
     if not wants_resume(resume_from_checkpoint):
         return None
@@ -138,7 +139,7 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str | bool | 
 
 
 def _latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose files hold what was saved."""
+    """Returns the newest checkpoint whose files are intact."""
     reasons = []
     for path in reversed(_named_checkpoints(output_dir)):
         if (reason := unusable(path)) is None:
@@ -148,30 +149,30 @@ def _latest(output_dir: Path) -> Path | None:
     damages = [reason for reason in reasons if not reason.endswith(_WEIGHTS_ALONE)]
     if damages:
         raise UserError(
-            f"every checkpoint in {output_dir} is damaged; the newest: {damages[0]}; start anew with --overwrite true"
+            f"every checkpoint in {output_dir} is damaged; the newest: {damages[0]}; start again with --overwrite true"
         )
     logger.warning("no whole checkpoint in %s yet: the run starts from the beginning", output_dir)
     return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the whole checkpoints in `output_dir`, oldest first."""
+    """Returns the complete checkpoints in `output_dir`, oldest first."""
     return [path for path in _named_checkpoints(output_dir) if is_whole(path)]
 
 
 def _named_checkpoints(output_dir: Path) -> list[Path]:
-    """All that were whole once, oldest first: they get their names when they are."""
+    """Returns all checkpoints that were complete once, oldest first. They get their names when they are."""
     found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] | None = None) -> None:
-    """Flushes a checkpoint's files to the disk and lists them with sizes and hashes: only then is it whole.
+    """Flushes a checkpoint's files to the disk and lists them with sizes and hashes. Only then it is complete.
 
     Args:
-        checkpoint: the directory.
-        is_resumable: whether training can go on from it.
-        run: what is recorded of the run, see `decausal.training.resuming.run_record`.
+        checkpoint: The directory.
+        is_resumable: Whether training can continue from it.
+        run: What is recorded about the run, see `decausal.training.resuming.run_record`.
     """
     sizes, hashes = {}, {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -184,14 +185,14 @@ def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] 
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that `seal` listed is there at its full size, and training can go on from them."""
+    """Returns whether every file that `seal` listed exists at its full size, and training can continue from them."""
     return _incomplete(checkpoint) is None
 
 
 def unusable(checkpoint: Path) -> str | None:
-    """Returns why training cannot go on from a checkpoint, as a clause that names a file; None where it can.
+    """Returns why training cannot continue from a checkpoint, as a clause that names a file, or None.
 
-    Reads all of it, at several GB/s from memory. Checkpoints of earlier versions have no hashes.
+    Reads all of its files, at several GB/s from memory. Checkpoints of earlier versions have no hashes.
     """
     if (reason := _incomplete(checkpoint)) is not None:
         return reason
@@ -202,7 +203,7 @@ def unusable(checkpoint: Path) -> str | None:
 
 
 def sealed(checkpoint: Path) -> dict[str, Any]:
-    """Returns what a checkpoint's seal records of its run; empty for checkpoints of earlier versions."""
+    """Returns the record of the run in a checkpoint's seal; empty for checkpoints of earlier versions."""
     try:
         return _read_seal(checkpoint).get("run", {})
     except (OSError, ValueError) as error:
@@ -210,7 +211,7 @@ def sealed(checkpoint: Path) -> dict[str, Any]:
 
 
 def _incomplete(checkpoint: Path) -> str | None:
-    """What a look at the seal and at the sizes of files tells, as a clause; None where nothing is wrong."""
+    """Returns what is wrong by the seal and the sizes of files, as a clause, or None."""
     try:
         record = _read_seal(checkpoint)
         for name, size in record["sizes"].items():
@@ -237,7 +238,7 @@ def _hash_of_record(record: Mapping[str, Any]) -> str:
 
 
 def discard(directory: Path) -> None:
-    """Removes a directory: it loses its name at once, so that a killed removal leaves no partial checkpoint."""
+    """Removes a directory. It is renamed first, so that a killed removal leaves no partial checkpoint."""
     if directory.exists():
         doomed = directory.parent / STAGING / f"{directory.name}.old"
         doomed.parent.mkdir(exist_ok=True)
@@ -247,7 +248,7 @@ def discard(directory: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    """A fast hash: it is to find broken disks, not forgers."""
+    """Returns a fast hash, against broken disks and not against forgery."""
     found = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -257,10 +258,10 @@ def _hash(path: Path) -> str:
 
 @contextmanager
 def disk_errors(output_dir: Path) -> Iterator[None]:
-    """Turns what a full or failing disk raises, in whichever library, into one line that says what is left.
+    """Turns any library's error about a full or failing disk into one line that says what is left.
 
     Raises:
-        UserError: the disk failed. Other errors pass.
+        UserError: The disk failed. Other errors pass.
     """
     try:
         yield
@@ -281,7 +282,7 @@ def disk_errors(output_dir: Path) -> Iterator[None]:
 
 
 def _locked(output_dir: Path) -> int:
-    """Returns the open, locked file, and not one that its last holder has just removed."""
+    """Returns the open, locked file, unless its last holder has just removed it."""
     while True:
         lock = os.open(output_dir / _LOCK, os.O_RDWR | os.O_CREAT)
         try:
@@ -306,7 +307,7 @@ def _check_contents(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
     if not (resume or overwrite):
         raise UserError(
             f"output_dir {output_dir} is not empty; continue its run with --resume_from_checkpoint true, "
-            "start anew with --overwrite true, or choose another directory"
+            "start again with --overwrite true, or choose another directory"
         )
     if not (output_dir / RUN_FILE).is_file():
         verb = "continue in" if resume else "overwrite"
@@ -318,12 +319,12 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(output_dir: Path) -> list[Path]:
-    """What is in a directory but for what a killed run may have left in it before it began."""
+    """Returns a directory's content without what a run that was killed at its start may have left."""
     return [path for path in output_dir.iterdir() if path.name != _LOCK and not is_partial(path)]
 
 
 def _empty(output_dir: Path) -> None:
-    """Removes an earlier run. Killed meanwhile, it is no model any more, and still known as a run's directory."""
+    """Removes an earlier run. If killed meanwhile, the directory holds no model, and is still known as a run's."""
     (output_dir / FACTS_FILE).unlink(missing_ok=True)
     for path in _contents(output_dir):
         if path.name not in (RUN_FILE, STAGING):
@@ -338,7 +339,7 @@ def _remove_leftovers(output_dir: Path) -> None:
 
 
 def _leave_tidy(output_dir: Path) -> None:
-    """Removes a checkpoint that was not finished, and the record of a run that came to nothing."""
+    """Removes an unfinished checkpoint, and the record of a run that failed early."""
     _remove_leftovers(output_dir)
     if [path.name for path in _contents(output_dir)] == [RUN_FILE]:
         (output_dir / RUN_FILE).unlink()
@@ -346,5 +347,5 @@ def _leave_tidy(output_dir: Path) -> None:
 
 def _remove_empty(directories: list[Path]) -> None:
     for directory in directories:
-        with suppress(OSError):  # not empty: another run has just begun in it
+        with suppress(OSError):  # not empty: another run has just started in it
             directory.rmdir()

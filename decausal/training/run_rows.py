@@ -1,4 +1,4 @@
-"""The rows that a run trains on: those of the corpus, rollouts, or first the one and then the other."""
+"""The rows that a run trains on: rows of the corpus, rollouts, or first one and then the other."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from decausal.training.settings import ConversionSettings
 
 @dataclass(frozen=True)
 class RunRows:
-    """What the trainer takes.
+    """The rows of a run, for the trainer.
 
     Attributes:
-        stream: the run's rows.
-        collator: makes batches of them.
-        facts: the run's facts, with the tokens that end the answers of conversations where there are any.
-        decoding: how rollouts are made; None where there are none.
+        stream: The run's rows.
+        collator: Makes batches of them.
+        facts: The run's facts, with the tokens that end answers in conversations, if there are any.
+        decoding: How rollouts are made; None without rollouts.
     """
 
     stream: TrainingStream | OnPolicyStream
@@ -54,10 +54,10 @@ def rows_of_run(
     tokenizer: PreTrainedTokenizerBase,
     facts: ConversionFacts,
 ) -> RunRows:
-    """Returns the rows of a run, and sets `args.max_steps` where its length is given in epochs.
+    """Returns the rows of a run, and sets `args.max_steps` if its length is given in epochs.
 
     Raises:
-        UserError: the data cannot be read or has nothing to train on; or settings of rollouts contradict each other.
+        UserError: The data cannot be read or has nothing to train on, or settings of rollouts contradict each other.
     """
     collator = _collator(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
@@ -77,7 +77,7 @@ def rows_of_run(
 
 
 def _with_ends(facts: ConversionFacts, tokenizer: PreTrainedTokenizerBase, has_conversations: bool) -> ConversionFacts:
-    """Adds what the chat template ends answers with, where a run trains conversations or answers them."""
+    """Adds the chat template's ends of answers, if a run trains on conversations or answers them."""
     if not has_conversations:
         return facts
     ends = answer_end_ids(tokenizer, SpecialTokens(tokenizer).ids)
@@ -91,7 +91,7 @@ def corpus_rows(
     seed: int,
     fraction: float,
 ) -> PackedRows:
-    """Returns packed rows of `data` as the settings read it; see `decausal.data.rows.load_rows`."""
+    """Returns packed rows of `data`, read according to the settings; see `decausal.data.rows.load_rows`."""
     return load_rows(
         list(data) if isinstance(data, tuple) else data,
         tokenizer,
@@ -190,13 +190,13 @@ def _on_policy_rows(
         start_tokens=settings.rollout_tokens if start_tokens is None else start_tokens,
         curriculum=settings.rollout_curriculum,
         max_length=settings.max_length,
-        block_size=1 if settings.noise == "all" else settings.block_size,  # verified decoding knows no blocks
+        block_size=1 if settings.noise == "all" else settings.block_size,  # verified decoding has no blocks
         grouping=settings.grouping if settings.noise == "all" else None,
     )
     return OnPolicyRows(
         prompts=prompts,
         plan=plan,
-        # A state that was visited has no noise level.
+        # A visited state has no noise level.
         collator=replace(collator, weighting="none") if isinstance(collator, BlockCollator) else collator,
         seed=args.seed,
         first_row=first_row,

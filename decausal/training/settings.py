@@ -145,7 +145,7 @@ class ConversionSettings:
     )
     anchors: str | int = _setting(
         "grid",
-        "noise all: the tokens behind which groups stand; grid: every block_size-th; all: every one; a number: so many "
+        "noise all: the tokens after which groups stand; grid: every block_size-th; all: every one; a number: so many "
         "at random in each row",
     )
     block_size_schedule: str | int | tuple[int, ...] | None = _setting(
@@ -348,7 +348,7 @@ class ConversionSettings:
         What belongs to a layout, or to a shift, goes only to settings of the same one.
 
         Raises:
-            UserError: the settings do not go with these facts.
+            UserError: The settings do not go with these facts.
         """
         if self.layout not in (None, layout):
             layout, block_size, causal_context, sampler = self.layout, None, False, None

@@ -139,9 +139,9 @@ class CleanHalf(Teacher):
     """A gated student's own clean half, which is the AR model. Its states already exist.
 
     Args:
-        student: gives the head.
-        last_states: states after the final norm, the clean ones first.
-        all_states: those of all layers in the same order, where they are asked for.
+        student: Gives the head.
+        last_states: States after the final norm, the clean ones first.
+        all_states: Those of all layers in the same order, where they are asked for.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""The losses, one class each: what it is called, what it asks, what it is a mean over, and its sum.
+"""The losses, one class each: its name, what it asks of the teacher, its denominator, and its sum.
 
-All else loops over `TERMS`: settings, schedules, logs, the teacher's pass and the trainer. docs/extend.md adds one.
+Everything else loops over `TERMS`: settings, schedules, logs, the teacher's pass and the trainer. docs/extend.md adds
+one.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from decausal.training.settings import ConversionSettings
 
 @dataclass
 class Reading:
-    """What the student's pass over a noised batch gives.
+    """The result of the student's pass over a noised batch.
 
     Attributes:
-        batch: what it has read.
-        last_states: the states after the final norm, of all rows one after the other.
-        all_states: the L + 1 hidden states in the same order, where a term reads them.
-        head: the output head, which bans the mask token.
+        batch: The batch that it has read.
+        last_states: The states after the final norm, of all rows one after another.
+        all_states: The L + 1 hidden states in the same order, if a term reads them.
+        head: The output head, which bans the mask token.
     """
 
     batch: Batch
@@ -54,10 +55,10 @@ class Term(ABC):
     """One loss of a training step. Its fields say how it compares.
 
     Attributes:
-        log_name: what logs call its mean.
-        setting: the prefix of its settings: `{setting}_weight`, `_schedule`, `_start_step` and `_stop_step`.
-        count: what its sum is divided by, over the global batch.
-        reads_all_states: whether it needs the student's hidden states of all layers.
+        log_name: The name of its mean in logs.
+        setting: The prefix of its settings: `{setting}_weight`, `_schedule`, `_start_step` and `_stop_step`.
+        count: The denominator of its sum, over the global batch.
+        reads_all_states: Whether it needs the student's hidden states of all layers.
     """
 
     log_name: ClassVar[str]
@@ -67,21 +68,21 @@ class Term(ABC):
 
     @classmethod
     def of(cls, settings: ConversionSettings, num_layers: int) -> Term:
-        """Returns the term as the settings of a conversion describe it."""
+        """Returns the term that the settings of a conversion describe."""
         return cls()
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """What it asks of the teacher."""
+        """The questions to the teacher."""
         return ()
 
     def factor(self, means: Mapping[Term, Float[Tensor, ""]]) -> Float[Tensor, ""] | float:
-        """Returns what its mean is multiplied by beside its weight, given the means of all terms, without gradient."""
+        """Returns a factor of its mean apart from its weight, given the means of all terms without gradient."""
         return 1.0
 
     @abstractmethod
     def sum(self, reading: Reading, answers: Answers) -> Float[Tensor, ""]:
-        """Returns the differentiable sum over all that `count` counts."""
+        """Returns the differentiable sum over everything that `count` counts."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class TokenTerm(Term):
     """Cross-entropy at targets.
 
     Attributes:
-        papl: weight of a second sum, of stop_gradient(p) * CE (planner-aware loss; 0 or 1 in use).
+        papl: Weight of a second sum, of stop_gradient(p) * CE (planner-aware loss; 0 or 1 in use).
     """
 
     log_name = "token_loss"
@@ -110,10 +111,10 @@ class TokenTerm(Term):
 
 @dataclass(frozen=True)
 class CleanTokenTerm(Term):
-    """Cross-entropy at finished tokens, read causally, for block layouts: the autoregressive loss.
+    """Cross-entropy at finished tokens, read causally: the autoregressive loss, for block layouts.
 
     Attributes:
-        is_balanced: scaled to the value of the token loss, without gradient.
+        is_balanced: Scaled to the value of the token loss, without gradient.
 
     Source: I-DLM (arXiv 2604.11035), its code: a weight of 0.2, or balanced.
     """
@@ -143,7 +144,7 @@ class AlignmentTerm(Term):
     """Distance between hidden states, the mean over layers.
 
     Attributes:
-        layers: indices into the L + 1 hidden states.
+        layers: Indices into the L + 1 hidden states.
         distance: "cosine" or "l2".
     """
 
@@ -179,9 +180,9 @@ class DivergenceTerm(Term):
 
     Attributes:
         divergence: "forward_kl", "reverse_kl" or "jsd", see `decausal.objectives.logits.chunked_divergence`.
-        beta: of "jsd".
-        top_k: tokens of the teacher's to compare on; None: all.
-        tail_bucket: with `top_k`, whether all other tokens count as one.
+        beta: The mixture's weight for "jsd".
+        top_k: Tokens of the teacher's to compare on; None: all.
+        tail_bucket: With `top_k`, whether all other tokens count as one.
     """
 
     log_name = "kl_loss"
@@ -239,7 +240,7 @@ class FinishedDivergenceTerm(DivergenceTerm):
 class TotalVariationTerm(Term):
     """Half the L1 distance from the teacher's next-token distribution at targets.
 
-    1 minus its mean is the share of tokens that the teacher would accept, were they drafted from the student.
+    1 minus its mean is the share of tokens drafted from the student that the teacher would accept.
     """
 
     log_name = "tv_loss"
@@ -270,7 +271,7 @@ def aligned_layers(choice: str | tuple[int, ...], num_layers: int) -> tuple[int,
     """Returns the indices into the L + 1 hidden states that `choice` names: all, a third, or indices.
 
     Raises:
-        UserError: an unknown word or an index that the model has not.
+        UserError: An unknown word or an index that the model does not have.
     """
     states = tuple(range(num_layers + 1))
     third = len(states) / 3

@@ -1,4 +1,4 @@
-"""decausal batch."""
+"""The command `decausal batch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decausal chat."""
+"""The command `decausal chat`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decausal compare."""
+"""The command `decausal compare`."""
 
 from __future__ import annotations
 

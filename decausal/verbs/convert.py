@@ -1,4 +1,4 @@
-"""decausal convert."""
+"""The command `decausal convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decausal demo."""
+"""The command `decausal demo`."""
 
 from __future__ import annotations
 

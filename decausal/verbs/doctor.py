@@ -1,4 +1,4 @@
-"""decausal doctor."""
+"""The command `decausal doctor`."""
 
 from __future__ import annotations
 

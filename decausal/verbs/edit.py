@@ -1,4 +1,4 @@
-"""decausal edit."""
+"""The command `decausal edit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decausal eval."""
+"""The command `decausal eval`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _what_instead(name: str) -> str:
 def _nll(arguments: list[str]) -> int:
     parser = VerbParser("eval nll", "Likelihood of held-out text under a converted model, beside its AR source.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
-    parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is at hand everywhere")
+    parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is always available")
     add_reading_flags(parser)
     add_template_flags(parser)
     parser.add_argument("--max_length", type=at_least(2), help="tokens in a row (512)")

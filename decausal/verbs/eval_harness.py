@@ -1,4 +1,4 @@
-"""decausal eval harness."""
+"""The command `decausal eval harness`."""
 
 from __future__ import annotations
 

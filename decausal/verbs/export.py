@@ -1,4 +1,4 @@
-"""decausal export."""
+"""The command `decausal export`."""
 
 from __future__ import annotations
 

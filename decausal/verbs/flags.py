@@ -22,7 +22,7 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 
 
 class VerbParser(argparse.ArgumentParser):
-    """argparse, but a bad flag is reported on one line like every other error."""
+    """A parser that reports a bad flag on one line, like every other error."""
 
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"decausal {verb}", description=description, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""decausal generate."""
+"""The command `decausal generate`."""
 
 from __future__ import annotations
 

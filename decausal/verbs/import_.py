@@ -1,4 +1,4 @@
-"""decausal import."""
+"""The command `decausal import`."""
 
 from __future__ import annotations
 

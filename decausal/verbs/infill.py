@@ -1,4 +1,4 @@
-"""decausal infill."""
+"""The command `decausal infill`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decausal pretrain."""
+"""The command `decausal pretrain`."""
 
 from __future__ import annotations
 

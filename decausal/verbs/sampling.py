@@ -113,5 +113,5 @@ def print_generations(found: list[Any], as_json: bool) -> None:
 
 
 def told_of_drafts(drafts: Drafts | None) -> str:
-    """What is added to a note on passes where drafts were verified."""
+    """Returns what is added to a note on passes where drafts were verified."""
     return "" if drafts is None else f"; {drafts}"

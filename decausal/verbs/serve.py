@@ -1,4 +1,4 @@
-"""decausal serve."""
+"""The command `decausal serve`."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_broken_facts_are_refused(text: str, reason: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"shfit": 1}, "holds 'shfit', which is no fact of a conversion; did you mean 'shift'?"),
+        ({"shfit": 1}, "holds 'shfit', which is not a fact of a conversion; did you mean 'shift'?"),
         ({"shift": None}, "lacks 'shift'"),
         ({"shift": 2}, "shift is 2; accepted: 0, 1"),
         ({"shift": "one"}, "has shift 'one'; expected a whole number"),

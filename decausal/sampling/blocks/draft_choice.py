@@ -1,9 +1,9 @@
-"""Which shape drafts fastest here: from measured acceptances, and from the time that a pass takes by what it reads.
+"""Chooses the fastest draft shape from measured acceptances and the measured times of passes.
 
-Texts do not depend on the choice, so it may change with every pass. A shape is worth its tokens per second: those per
-pass, which follow from the acceptances, over the seconds of a pass. Seconds are those of passes that were made, and
-between and beyond them what the device is expected to need. Passes without drafts are timed too, so that drafting is
-given up where it does not pay; where it is given up, it is tried again so rarely that this costs next to nothing.
+Texts do not depend on the choice, so it may change with every pass. A shape is rated by its tokens per second: tokens
+per pass, which follow from the acceptances, divided by the seconds of a pass. Seconds are measured, and interpolated or
+expected for other amounts of work. Passes without drafts are timed too, so that drafting stops if it does not pay off.
+It is then tried again, but so rarely that this costs almost nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from decausal.sampling.blocks.draft_tables import Drafting
 from decausal.sampling.blocks.speculative_rows import Extent
 
 _EXPECTED, _WEIGHT = 0.5, 4.0
-"""An acceptance before it is measured, and the number of drafts that this counts as."""
+"""The assumed acceptance before any measurement, and the number of drafts for which it counts."""
 _MEMORY = 0.998
-"""What is left of a measured acceptance's weight with every further draft: the last five hundred count."""
+"""The share of a measured acceptance's weight that stays with every further draft: about the last 500 count."""
 _TIMES = 15
 """Passes of one width whose median counts."""
 _ENOUGH = 3
@@ -46,9 +46,9 @@ _FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0, 0.125, 8.0)
 _GAIN = 1.04
 """Drafting has to be faster by this factor than writing without drafts."""
 _TRIALS = 0.01
-"""The share of the time that is spent on trying what seems slower."""
+"""The share of time for trying what seems slower."""
 _PASSES = 64
-"""After so many passes the choice is made anew."""
+"""After so many passes the choice is made again."""
 _FIRST = (2, 4, 8, 16, 32)
 """And after these first ones."""
 _THINKING = 0.01
@@ -56,33 +56,34 @@ _THINKING = 0.01
 _EARLY = 16
 """Passes between trials without drafts, until enough of them are timed."""
 _GLANCE = 8
-"""After so many passes it is looked at whether the choice pays."""
+"""After so many passes it is checked whether the choice pays off."""
 _RARE = 1e-6
-"""States of rows that are passed over."""
+"""States of rows that are ignored because they are rare."""
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _BUDGETS = (6, 12, 22, 40)
 """Queries of ragged shapes."""
 _MOST_QUERIES = 256
-"""Queries of a row beyond which no shape is considered: a cache holds them for every row."""
+"""The most queries of a row in any shape, since a cache holds them for every row."""
 
 
 class Acceptances:
-    """The shares of i-th drafts that are right where those before them are."""
+    """The shares of i-th drafts that are right if those before them are."""
 
     def __init__(self, length: int) -> None:
         self._asked, self._right = [0.0] * length, [0.0] * length
 
     def note(self, num_pending: int, num_right: int) -> None:
-        """Takes in one row of a pass."""
+        """Takes in a row of a pass."""
         for place in range(min(num_pending, num_right + 1, len(self._asked))):
             self._asked[place] = _MEMORY * self._asked[place] + 1
             self._right[place] = _MEMORY * self._right[place] + (place < num_right)
 
     def means(self, expected: Sequence[float] | None = None) -> list[float]:
-        """What is measured, as far as it is; drafts are expected to be no better than those before them.
+        """Returns the measured acceptances as far as they exist. Later drafts are assumed to be no better than earlier
+        ones.
 
         Args:
-            expected: What they are taken to be before they are measured.
+            expected: The assumption before measurements.
         """
         found: list[float] = []
         for place, (asked, right) in enumerate(zip(self._asked, self._right, strict=True)):
@@ -93,7 +94,7 @@ class Acceptances:
 
 
 class PassTimes:
-    """The seconds of a pass by its work, which is counted in queries.
+    """The seconds of a pass by its work, in queries.
 
     A pass is expected to take time in proportion to its work and a number of free queries together.
 
@@ -144,7 +145,7 @@ class PassTimes:
         return seconds / (num_free + work)
 
     def _slowness_at(self, place: float) -> float:
-        """That of the measured works on both sides, by distance."""
+        """Interpolates between the measured works on both sides."""
         below = max((bucket for bucket in self._slowness if bucket <= place), default=None)
         above = min((bucket for bucket in self._slowness if bucket > place), default=None)
         if below is None or above is None:
@@ -155,19 +156,19 @@ class PassTimes:
 
 
 def _bucket(work: float) -> int:
-    """Two for each doubling."""
+    """Returns the class of an amount of work, two for each doubling."""
     return round(2 * math.log2(work))
 
 
 @dataclass
 class _Case:
-    """What is chosen for so many rows.
+    """The choice for a number of rows.
 
     Attributes:
-        chosen: What seems fastest.
-        num_passes: So far.
-        trial: What is drafted instead for the next `num_trials` passes.
-        next_trial: The pass before which others are tried again.
+        chosen: The shape that seems fastest.
+        num_passes: Passes so far.
+        trial: The shape that is used instead for the next `num_trials` passes.
+        next_trial: The pass before which other shapes are tried again.
     """
 
     chosen: DraftShape = field(default_factory=autoregressive)
@@ -178,14 +179,14 @@ class _Case:
 
 
 class DraftChoice:
-    """What is known of a model's drafts and passes on this device.
+    """The measurements of a model's drafts and passes on this device.
 
     Args:
-        longest: The most tokens that are drafted at once, at least 1.
-        shift: The model's.
-        reads_causally: Masks of a group do not read those behind them: then the first drafts of a group are those of a
-            shorter one, groups of any lengths can be mixed, and all share their acceptances.
-        head_share: The work of a token's logits, as a share of a query's.
+        longest: The most tokens drafted at once, at least 1.
+        shift: The model's shift.
+        reads_causally: Whether masks of a group do not read later ones. Then the first drafts of a group equal those of
+            a shorter one, groups of any lengths can be mixed, and all share their acceptances.
+        head_share: The work of a token's logits, relative to a query's.
         num_free: See `PassTimes`.
         by_masks: See `Drafting`.
     """
@@ -229,7 +230,7 @@ class DraftChoice:
         return by_kind[kind]
 
     def shape(self, num_rows: int) -> DraftShape:
-        """What the next pass over so many rows is to draft."""
+        """Returns the shape for the next pass over a number of rows."""
         case = self._cases.setdefault(num_rows, _Case())
         if not case.num_trials:
             if self._disappoints(case, num_rows):
@@ -243,13 +244,13 @@ class DraftChoice:
         return case.trial if case.num_trials else case.chosen
 
     def note(self, num_rows: int, extent: Extent, seconds: float, outcomes: Iterable[tuple[int, int]]) -> None:
-        """Takes in one pass over rows that this chose for.
+        """Takes in a pass over rows for which this made the choice.
 
         Args:
-            num_rows: Of the pass.
-            extent: What it read of each row.
-            seconds: It took.
-            outcomes: For each row how many drafts were pending, and how many of them were right.
+            num_rows: Rows of the pass.
+            extent: How much it read of each row.
+            seconds: Its time.
+            outcomes: For each row, the number of pending drafts, and how many of them were right.
         """
         num_queries = extent.num_given + extent.num_drafts + extent.num_masks
         work = self._work(num_rows, num_queries, extent.num_drafts + 1 + extent.num_new)
@@ -264,17 +265,17 @@ class DraftChoice:
         case.num_trials = max(0, case.num_trials - 1)
 
     def _work(self, num_rows: int, num_queries: int, num_logits: int) -> float:
-        """What a pass reads and predicts in each row, in queries of one row."""
+        """Returns the work of a pass per row, reading and predicting, in queries."""
         return num_rows * (num_queries + self._head_share * num_logits) / (1 + self._head_share)
 
     def tokens_per_second(self, shape: DraftShape, num_rows: int) -> float:
-        """What so many rows are expected to get of a shape, each."""
+        """Returns the expected result of a shape for each of a number of rows."""
         acceptances = self._means(shape.longest_group)
         shares = shares_of_pending(shape, acceptances)
         works = [(share, self._work_of(shape, num_rows, d)) for d, share in enumerate(shares) if share > _RARE]
         if num_rows == 1 or shape.takes_turns:
             seconds = sum(share * self._times.seconds(work) for share, work in works)
-        else:  # rows that are in different states all take the place of the widest
+        else:  # rows in different states all need the space of the widest
             seconds = self._times.seconds(max(work for _, work in works))
         return tokens_per_pass(shape, acceptances, shares) / seconds
 
@@ -284,7 +285,8 @@ class DraftChoice:
         return self._work(num_rows, 1 + num_pending + num_masks, num_logits)
 
     def _means(self, length: int) -> list[float]:
-        """The acceptances of groups of a length: where all lengths do not share them, those of all before its own."""
+        """Returns the acceptances of groups of a length. If lengths do not share them, shorter ones give the
+        assumption."""
         of_all = self._acceptances.means()
         if self._reads_causally or length not in self._by_length:
             return of_all
@@ -307,13 +309,13 @@ class DraftChoice:
         return self._seconds_thinking <= _THINKING * self._seconds_passing
 
     def _disappoints(self, case: _Case, num_rows: int) -> bool:
-        """Whether what was chosen turns out not to pay; looked at more often than which shape is the best."""
+        """Returns whether the choice turns out not to pay off. This is checked more often than which shape is best."""
         if case.num_passes % _GLANCE or not case.chosen.most_pending:
             return False
         return self._gain(case.chosen, num_rows) < _GAIN
 
     def _gain(self, shape: DraftShape, num_rows: int) -> float:
-        """Its speed over that without drafts."""
+        """Returns a shape's speed relative to that without drafts."""
         return self.tokens_per_second(shape, num_rows) / self.tokens_per_second(autoregressive(), num_rows)
 
     def _best(self, num_rows: int) -> DraftShape:
@@ -325,9 +327,9 @@ class DraftChoice:
         return max(self._candidates(), key=lambda shape: self.tokens_per_second(shape, num_rows))
 
     def _begin_trial(self, case: _Case, num_rows: int) -> None:
-        """A few passes without drafts where some are chosen, and with the best of them where none are.
+        """Starts a few passes without drafts if some are chosen, or with the best shape if none are.
 
-        The more they cost, the later the next ones. At the beginning nothing is tried but what was never timed.
+        The more they cost, the later the next ones come. In the beginning, only what was never timed is tried.
         """
         is_drafting = case.chosen.most_pending > 0
         case.trial = autoregressive() if is_drafting else self._best_that_drafts(num_rows)

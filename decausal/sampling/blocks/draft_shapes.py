@@ -1,10 +1,10 @@
-"""How many tokens a pass of verified decoding drafts behind each number of right drafts, as data.
+"""Draft shapes as data: how many tokens a pass of verified decoding drafts after each number of right drafts.
 
-A pass reads a row's last known token and its d pending drafts. j of these turn out right, and the model itself puts a
-token behind them. What stands there then is drafted by group j: g_j masks that the same pass has read behind j drafts.
-A shape says g_0 to g_d for every d. All shapes write the same text; they differ in queries and in tokens per pass.
+A pass reads a row's last known token and its d pending drafts. If j of these turn out right, the model itself adds a
+token after them. Group j, g_j masks that the same pass read after j drafts, has drafted the tokens after that. A shape
+gives g_0 to g_d for every d. All shapes write the same text. They differ in queries and tokens per pass.
 
-Acceptances a_1, a_2, ... are the chances that draft i is right where those before it are; A_k = a_1 ... a_k.
+Acceptances a_1, a_2, ... are the probabilities that draft i is right if those before it are; A_k = a_1 ... a_k.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from operator import mul
 import numpy as np
 
 _ALMOST_ALL = 1 - 1e-7
-"""The long run ends with a small chance after each pass: so that its shares are those of one linear system."""
+"""The chain restarts with a small probability after each pass, so that its long-run shares solve one linear system."""
 _MOST_IMPROVEMENTS = 20
 
 
@@ -26,12 +26,13 @@ class DraftShape:
     """The groups of masks of each pass.
 
     Attributes:
-        name: What it is called where figures are told.
-        groups: For d = 0, 1, ... pending drafts, the d + 1 lengths of the groups behind 0 to d of them.
-        takes_turns: Rows draft only while no row of the pass verifies, so that no pass is wide enough for both.
+        name: Its name in reports.
+        groups: For d = 0, 1, ... pending drafts, the d + 1 lengths of the groups after 0 to d of them.
+        takes_turns: Whether rows draft only while no row of the pass verifies, so that no pass has to be wide enough
+            for both.
 
     Raises:
-        ValueError: The lengths of d drafts are not d + 1, or a group is longer than what can be pending.
+        ValueError: There are not d + 1 lengths for d drafts, or a group is longer than what can be pending.
     """
 
     name: str
@@ -51,35 +52,37 @@ class DraftShape:
 
     @property
     def longest_group(self) -> int:
-        """The most tokens that are drafted at once."""
+        """The most tokens drafted at once."""
         return max(map(max, self.groups))
 
     def num_masks(self, num_pending: int, shift: int = 1) -> int:
-        """Masks that a row with so many drafts reads: under shift 0 a group of g tokens takes g + 1."""
+        """Returns the masks that a row with so many drafts reads. Under shift 0, a group of g tokens takes g + 1."""
         return sum(length + 1 - shift for length in self.groups[num_pending] if length)
 
     def num_queries(self, num_pending: int, shift: int = 1) -> int:
-        """The last known token, the drafts, and all masks."""
+        """Returns the queries of a row: the last known token, the drafts, and all masks."""
         return 1 + num_pending + self.num_masks(num_pending, shift)
 
 
 def autoregressive() -> DraftShape:
-    """No drafts: one token with every pass."""
+    """Returns the shape without drafts: one token with every pass."""
     return DraftShape("autoregressive", ((0,),))
 
 
 def quadratic(m: int) -> DraftShape:
-    """m masks behind every number of right drafts: each pass verifies m drafts and makes m new ones."""
+    """Returns the shape with m masks after every number of right drafts: each pass verifies m drafts and makes m new
+    ones."""
     return _named("quadratic", m, tuple((m,) * (d + 1) for d in range(m + 1)))
 
 
 def strided(m: int) -> DraftShape:
-    """m masks behind all drafts alone: after a refusal a pass only drafts. Source: I-DLM (arXiv 2604.11035)."""
+    """Returns the shape with m masks only after all drafts: after a refusal a pass only drafts. Source: I-DLM (arXiv
+    2604.11035)."""
     return _named("strided", m, tuple((0,) * d + (m,) for d in range(m + 1)))
 
 
 def linear(m: int) -> DraftShape:
-    """A pass drafts, the next one verifies. Source: Orthrus (arXiv 2605.12825)."""
+    """Returns the shape in which one pass drafts and the next one verifies. Source: Orthrus (arXiv 2605.12825)."""
     return _named("linear", m, tuple((0,) * d + (m if d == 0 else 0,) for d in range(m + 1)), takes_turns=True)
 
 
@@ -88,16 +91,15 @@ def _named(name: str, m: int, groups: tuple[tuple[int, ...], ...], takes_turns: 
 
 
 def ragged(acceptances: Sequence[float], budget: int, shift: int = 1) -> DraftShape:
-    """The groups that bring the most tokens per pass where no pass has more than `budget` queries.
+    """Returns the shape with the most tokens per pass, if no pass has more than `budget` queries.
 
-    The number of pending drafts is the state of a chain whose actions are the groups: policy iteration finds those with
-    the highest mean reward, and a knapsack deals out each state's masks.
+    The number of pending drafts is the state of a chain, and the groups are its actions. Policy iteration finds the
+    groups with the highest mean reward, and a knapsack distributes each state's masks.
 
     Args:
         acceptances: a_1 to a_m; m bounds the groups.
         budget: Queries of a row, at least 1.
-        shift: The model's.
-    """
+        shift: The model's shift."""
     most = min(len(acceptances), budget - 1)
     if most < 1:
         return autoregressive()
@@ -116,19 +118,18 @@ def ragged(acceptances: Sequence[float], budget: int, shift: int = 1) -> DraftSh
 
 
 def _best_groups(reached: np.ndarray, worth: np.ndarray, budget: int, shift: int) -> list[tuple[int, ...]]:
-    """For each number of pending drafts, the lengths of highest expected worth.
+    """Returns, for each number of pending drafts, the lengths with the highest expected value.
 
     Args:
         reached: A_0 to A_m.
-        worth: Of having 0 to m drafts pending.
+        worth: The value of having 0 to m pending drafts.
         budget: Queries of a row.
-        shift: The model's.
-    """
+        shift: The model's shift."""
     costs = np.arange(len(worth)) + (1 - shift) * (np.arange(len(worth)) > 0)
-    left = np.arange(budget + 1) - costs[:, None]  # by a group's length and the masks that there are
+    left = np.arange(budget + 1) - costs[:, None]  # by a group's length and the number of masks
 
     def dealt(before: np.ndarray, chance: float) -> tuple[np.ndarray, np.ndarray]:
-        """The best worth of so many masks or fewer, one group more, and that group's length."""
+        """Returns the best value with one more group and at most so many masks, and that group's length."""
         options = np.where(left >= 0, before[left.clip(0)] + chance * worth[:, None], -np.inf)
         return options.max(0), options.argmax(0)
 
@@ -153,16 +154,16 @@ def _reached(acceptances: Sequence[float]) -> np.ndarray:
 
 
 def _moves(groups: Sequence[Sequence[int]], reached: np.ndarray) -> np.ndarray:
-    """The chances that a row goes from d pending drafts to others."""
+    """Returns the probabilities with which a row goes from d pending drafts to other numbers."""
     moves = np.zeros((len(groups), len(groups)))
     for d, lengths in enumerate(groups):
-        chances = [*(reached[:d] - reached[1 : d + 1]), reached[d]]  # that exactly 0 to d drafts are right
+        chances = [*(reached[:d] - reached[1 : d + 1]), reached[d]]  # of exactly 0 to d right drafts
         np.add.at(moves[d], list(lengths), chances)
     return moves
 
 
 def shares_of_pending(shape: DraftShape, acceptances: Sequence[float]) -> list[float]:
-    """The shares of passes that begin with 0, 1, ... pending drafts, in the long run."""
+    """Returns the long-run shares of passes that begin with 0, 1, ... pending drafts."""
     size = shape.most_pending + 1
     moves = _moves(shape.groups, _reached(acceptances[: shape.most_pending]))
     first = (1 - _ALMOST_ALL) * np.eye(size)[0]
@@ -170,6 +171,6 @@ def shares_of_pending(shape: DraftShape, acceptances: Sequence[float]) -> list[f
 
 
 def tokens_per_pass(shape: DraftShape, acceptances: Sequence[float], shares: Sequence[float] | None = None) -> float:
-    """The mean number of tokens that a pass brings a row, in the long run; `shares`: those of pending drafts."""
+    """Returns the long-run mean number of tokens of a pass for a row. `shares` are those of pending drafts."""
     shares = shares_of_pending(shape, acceptances) if shares is None else shares
     return float(np.dot(shares, np.cumsum(_reached(acceptances[: shape.most_pending]))))

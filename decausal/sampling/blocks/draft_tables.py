@@ -1,4 +1,4 @@
-"""Draft shapes as tensors: where each mask of a row stands, by the row's shape and its number of pending drafts."""
+"""Draft shapes as tensors: the place of each mask of a row, by the row's shape and its number of pending drafts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Masks:
 
 
 class DraftTables:
-    """The masks of several shapes, made once for each set of them.
+    """The masks of several shapes, built once for each set.
 
     Args:
         draftings: Which rows name by their index. Behind them stand two without drafts, one for each verifier.
@@ -90,7 +90,7 @@ class DraftTables:
         self._groups = self._by_group().to(device)
 
     def _by_mask(self, width: int) -> Int[Tensor, "k d s 5"]:
-        """Of each mask whether it is real, `behind`, `offset`, `first` and `stop`."""
+        """Returns for each mask whether it is real, `behind`, `offset`, `first` and `stop`."""
 
         def of(lengths: Sequence[int], num_verifying: int) -> list[tuple[int, ...]]:
             found = [(1, behind, 0, behind, behind + 1) for behind in range(num_verifying)]
@@ -105,7 +105,7 @@ class DraftTables:
         return torch.tensor(found, dtype=torch.long).view(len(self.draftings), self.most_pending + 1, width, 5)
 
     def _by_group(self) -> Int[Tensor, "k d j 2"]:
-        """Of each group its first mask that drafts, and how many tokens it drafts."""
+        """Returns for each group its first mask that drafts, and how many tokens it drafts."""
 
         def of(lengths: Sequence[int], num_verifying: int) -> list[tuple[int, int]]:
             found, next_mask = [], num_verifying
@@ -129,7 +129,7 @@ class DraftTables:
         return self._idle[which]
 
     def limit(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
-        """The pending drafts that the rows' shapes can verify."""
+        """Returns the pending drafts that the rows' shapes can verify."""
         return torch.minimum(pending, self._limits[which])
 
     def in_turn(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:

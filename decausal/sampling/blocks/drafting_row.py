@@ -1,4 +1,4 @@
-"""A row that self-speculation writes, as the host knows it."""
+"""The host's view of a row that self-speculation writes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from decausal.sampling.stopping import tokens_to_stop
 
 @dataclass(eq=False)
 class DraftingRow:
-    """A row that holds a place or waits for one.
+    """A row that has a place or waits for one.
 
-    What a pass does to a row on the device follows from how many tokens it brought: the host keeps count, so that it
-    need not ask.
+    The effect of a pass on the device follows from its number of tokens. So the host keeps count and need not ask.
 
     Attributes:
         ticket: The engine's.
@@ -38,8 +37,8 @@ class DraftingRow:
         ids: New tokens, and in `pass_of_token` which of the row's passes brought each.
         num_forwards: Passes so far.
         num_verified, num_right: See `Drafts`.
-        passes: By the name of the shape; those behind the one that read the prompt to its end.
-        num_tokens: That these brought.
+        passes: Passes by the name of the shape, after the one that finished reading the prompt.
+        num_tokens: Tokens of these passes.
     """
 
     ticket: int
@@ -73,15 +72,15 @@ class DraftingRow:
 
     @property
     def num_unread(self) -> int:
-        """Known tokens that the model has not read: the last one at least."""
+        """Known tokens that the model has not read, at least the last one."""
         return len(self.prompt) + len(self.ids) - self.num_cached
 
     def change_shape(self, shape: DraftShape) -> None:
-        """Drafts by another shape; pending drafts that it cannot verify are forgotten."""
+        """Changes the shape. Pending drafts that it cannot verify are dropped."""
         self.shape, self.pending = shape, min(self.pending, shape.most_pending)
 
     def note(self, tokens: Sequence[int]) -> None:
-        """Takes in what a pass did on the device; no tokens: more of the prompt is to be read."""
+        """Takes in the result of a pass. Without tokens, more of the prompt has to be read."""
         self.num_cached += self.num_given
         if tokens:
             num_right = len(tokens) - 1
@@ -91,7 +90,7 @@ class DraftingRow:
             self.pending = self.shape.groups[self.pending][num_right] if self.is_drafting else 0
 
     def _count(self, num_right: int) -> None:
-        """Adds a pass behind the one that read the prompt."""
+        """Counts a pass after the one that finished reading the prompt."""
         num_verified = min(num_right + 1, self.pending)
         missing = [0] * (num_verified - len(self.num_verified))
         self.num_verified += missing
@@ -103,7 +102,7 @@ class DraftingRow:
         self.num_tokens += num_right + 1
 
     def take(self, tokens: list[int], log_probs: list[TokenLogProbs], tokenizer: Any) -> Progress:
-        """Adds what a pass brought, up to an end token, a stop text or the limit."""
+        """Adds the tokens of a pass, up to an end token, a stop text or the limit."""
         first, step = len(self.ids), self.num_forwards
         self.num_forwards += 1
         reason = self._extend(tokens, tokenizer)
@@ -133,7 +132,7 @@ class DraftingRow:
         )
 
     def _extend(self, tokens: list[int], tokenizer: Any) -> str | None:
-        """Returns why the row is over; None: it is not."""
+        """Returns why the row is over, or None if it is not."""
         (limit,), ends, settings = self.job.row.gaps, self.job.end_token_ids, self.job.settings
         first = len(self.ids)
         new = tokens[: limit - first]
@@ -148,11 +147,11 @@ class DraftingRow:
 
 
 def extent_of(rows: Sequence[DraftingRow], most_given: int, shift: int) -> Extent:
-    """How much a pass reads of any of some rows, as the device will find by itself; each row is told its part.
+    """Returns how much a pass reads of some rows, which the device finds by itself too. Each row gets its part.
 
     Args:
-        rows: Of the pass.
-        most_given: Known tokens that it reads of a row.
+        rows: Rows of the pass.
+        most_given: The most known tokens that it reads of a row.
         shift: The model's.
     """
     verifies = any(row.shape.takes_turns and row.pending for row in rows)

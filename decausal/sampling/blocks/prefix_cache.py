@@ -85,7 +85,7 @@ class PrefixCache:
             pages.append(page)
 
     def _touch(self, ids: Sequence[int], pages: Sequence[_Page]) -> None:
-        """Has pages give way last, later ones before those that they stand behind: without these they are lost."""
+        """Marks pages to be evicted last, later ones before earlier ones, without which they are useless."""
         for place in reversed(range(len(pages))):
             self._pages.move_to_end(self._key(ids, pages[:place]))
 
@@ -99,7 +99,7 @@ class PrefixCache:
             keys[place], values[place] = layer.keys[row, slots], layer.values[row, slots]
 
     def _found(self, ids: Sequence[int]) -> list[_Page]:
-        """The held pages of a row, from its beginning on."""
+        """Returns the held pages of a row, from its beginning on."""
         pages: list[_Page] = []
         while (page := self._pages.get(self._key(ids, pages))) is not None:
             pages.append(page)

@@ -1,18 +1,18 @@
 """Self-speculative decoding: masks draft several tokens, the same weights verify them causally, one pass does both.
 
-A pass reads, for each row, the last known token and the tokens that the pass before has drafted for the positions after
-it, all under causal attention; and groups of masks, which stand behind so many of these drafts as may turn out right.
-The causal states say what the model itself writes, behind the known token and behind each draft. Drafts are right as
-far as they are just that; the state behind the last right one adds a token. The group that stands behind exactly these
-drafts has made the next ones. `draft_shapes` says which groups there are.
+For each row, a pass reads the last known token and the previous pass's drafts for the next positions, under causal
+attention. It also reads groups of masks, one after each number of drafts that may turn out right. The causal states
+give the model's own token after the known token and after each draft. Drafts are right as long as they equal these
+tokens, and the state after the last right one adds a token. The group after exactly these drafts has made the next
+ones. `draft_shapes` says which groups there are.
 
-What is written is the causal model's own text, whatever the drafts: greedily its greedy text, and with temperature the
-text that it draws with the same seed. Each position draws with a number of its own, a function of seed and position, so
-the verifier's token depends on nothing else. A draft made from the same number most likely is that token.
+The text is the causal model's own, whatever the drafts: its greedy text, or with temperature the text that it draws
+with the same seed. Each position draws with its own number, a function of seed and position, so the verifier's token
+depends on nothing else. A draft from the same number is most likely the same token.
 
 Source: verifying drafts in one pass, Leviathan et al., Fast inference from transformers via speculative decoding (arXiv
 2211.17192); one number for draft and verifier, Daliri et al., Coupling without communication and drafter-invariant
-speculative decoding (arXiv 2408.07978), here by the inverse distribution function; masks as the drafter as in OPDLM
+speculative decoding (arXiv 2408.07978), here with the inverse distribution function; masks as the drafter as in OPDLM
 (arXiv 2606.06712).
 """
 
@@ -42,20 +42,20 @@ from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
 
 DRAFT_LENGTH = 4
-"""Tokens drafted at once where the model has no blocks."""
+"""Tokens drafted at once if the model has no blocks."""
 _MOST_TABLES = 32
 _SHAPES = {"quadratic": quadratic, "strided": strided, "linear": linear}
 
 
 class SpeculativeEngine:
-    """Continues prompts as the weights under causal attention would, several tokens per pass.
+    """Continues prompts like the same weights under causal attention, with several tokens per pass.
 
-    A step takes all rows whose prompts have been read one pass further. Rows that enter read their prompts in passes of
-    their own, so many tokens with every step, and do not stop the others. What a row becomes does not depend on them.
-    Of its settings temperature, `top_k`, `top_p`, `min_p`, `stop` and those of drafts hold; schedules play no part.
+    A step takes all rows whose prompts have been read one pass further. New rows read their prompts in separate passes,
+    a limited number of tokens per step, without stopping the others. What a row becomes does not depend on them. Of its
+    settings temperature, `top_k`, `top_p`, `min_p`, `stop` and those of drafts hold; schedules play no part.
 
     Args:
-        converted: Model, tokenizer (for stop texts alone) and facts: shift, mask token and block size. Any layout but
+        converted: Model, tokenizer (only for stop texts) and facts: shift, mask token and block size. Any layout except
             "causal", under which masks draft nothing.
         max_rows: Rows in one forward pass.
         max_length: Longest row. Memory for `max_rows` of them is taken by the first pass.
@@ -88,7 +88,7 @@ class SpeculativeEngine:
 
     @property
     def num_running(self) -> int:
-        """Rows that hold a place, or will in the next step."""
+        """Rows that have a place, or get one in the next step."""
         return min(self._max_rows, len(self._held) + len(self._waiting))
 
     @property
@@ -122,13 +122,14 @@ class SpeculativeEngine:
         return self._next_ticket
 
     def cancel(self, ticket: int) -> None:
-        """Gives a row up, running or waiting."""
+        """Drops a row, running or waiting."""
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
         for row in [row for row in self._held if row.ticket == ticket]:
             self._drop(row)
 
     def step(self) -> list[Progress]:
-        """Takes rows a pass further, and reads prompts of others in a second one; tells of all rows that took part."""
+        """Takes rows a pass further, and reads prompts of others in a second one; reports on all rows that took
+        part."""
         with decoding(self._model):
             told = self._write(self._held[: self._num_ready])
             self._admit()
@@ -150,12 +151,12 @@ class SpeculativeEngine:
             )
 
     def _longest(self, settings: SamplerSettings) -> int:
-        """The most tokens that are drafted at once."""
+        """Returns the most tokens that are drafted at once."""
         length = longest_draft(self._facts) if settings.draft_length is None else settings.draft_length
         return DRAFT_LENGTH if length is None else length
 
     def _admit(self) -> None:
-        """Gives free places to rows that wait."""
+        """Gives free places to waiting rows."""
         new = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_rows - len(self._held)))]
         for row in new:
             if row.choice is not None:
@@ -202,7 +203,7 @@ class SpeculativeEngine:
         return self._tables[draftings]
 
     def _to_read(self) -> list[DraftingRow]:
-        """The rows whose prompts are read next, first come first, within the tokens that one pass may read."""
+        """Returns the rows whose prompts are read next, first come first, within the tokens that one pass may read."""
         found: list[DraftingRow] = []
         width, pages = 0, set()
         for row in sorted(self._held[self._num_ready :], key=lambda row: row.ticket):
@@ -231,7 +232,7 @@ class SpeculativeEngine:
             self._prefixes.store([*row.prompt, *row.ids][: row.num_cached], row.place)
 
     def _write(self, rows: list[DraftingRow]) -> list[Progress]:
-        """One pass over rows whose prompts have been read."""
+        """Runs a pass over rows whose prompts have been read."""
         if not rows:
             return []
         self._choose(rows)
@@ -264,7 +265,7 @@ class SpeculativeEngine:
         return self._tell(rows, brought, read)
 
     def _pass(self, rows: list[DraftingRow], extent: Extent) -> tuple[list[list[int]], Read]:
-        """What it brought each row, and what it read."""
+        """Returns what it brought each row, and what it read."""
         read = self._rows.read(self._places(rows), extent, self._settings(rows))
         brought = [row[1 : 1 + row[0]] for row in read.told.tolist()]
         for row, tokens in zip(rows, brought, strict=True):
@@ -287,7 +288,7 @@ class SpeculativeEngine:
         return torch.tensor(places).to(self.device)
 
     def _make_ready(self, row: DraftingRow) -> None:
-        """Gives a row the place behind the others that are ready."""
+        """Gives a row the place after the others that are ready."""
         other = self._held[self._num_ready]
         if other is not row:
             self._rows.swap(row.place, other.place)
@@ -313,7 +314,7 @@ class SpeculativeEngine:
             self._held[target].place = target
 
     def _settings(self, rows: list[DraftingRow]) -> RowSettings:
-        """The rows' settings as tensors, made anew only when other rows are read."""
+        """Returns the rows' settings as tensors. They are rebuilt only if other rows are read."""
         tickets = tuple(row.ticket for row in rows)
         if self._gathered is None or self._gathered[0] != tickets:
             self._gathered = (tickets, RowSettings.of([row.job.settings for row in rows], self.device))

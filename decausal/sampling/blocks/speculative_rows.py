@@ -1,4 +1,4 @@
-"""The rows that self-speculation writes together, as tensors: what is known of them, their drafts, and one pass."""
+"""The rows that self-speculation writes together, as tensors: known tokens, drafts, and a pass over them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ Places = slice | Int[Tensor, "b"]
 
 
 class Extent(NamedTuple):
-    """How much a pass reads, at most, of any of its rows; the host knows it, so that no shape hangs on a number.
+    """The most that a pass reads of any of its rows. The host knows it, so that no tensor's shape depends on a number
+    on the device.
 
     Attributes:
-        num_given: Known tokens that are not in the cache yet: 1 where only the last one is not.
+        num_given: Known tokens that are not in the cache yet: 1 if only the last one is missing.
         num_drafts: Pending drafts.
         num_masks: Masks, of all groups.
         num_new: Tokens that are drafted.
-        num_keys: Slots that hold something.
+        num_keys: Slots in use.
     """
 
     num_given: int
@@ -43,11 +44,12 @@ class Extent(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a pass brought its rows.
+    """The results of a pass for its rows.
 
     Attributes:
-        told: Of each row how many tokens, none where more of the prompt is to be read, then the tokens, and others.
-        states: Those that predict them under causal attention, and others behind.
+        told: For each row, the number of tokens (0 if more of the prompt has to be read), then the tokens, then
+            padding.
+        states: The states that predict them under causal attention, followed by others.
     """
 
     told: Int[Tensor, "b told"]
@@ -55,12 +57,12 @@ class Read(NamedTuple):
 
 
 class _Queries(NamedTuple):
-    """What a pass reads: known tokens and drafts in their order, then masks.
+    """What a pass reads: known tokens and drafts in order, then masks.
 
     Attributes:
         given: Known tokens of each row.
-        is_whole: Nothing is left to read behind them.
-        pending: Drafts behind them.
+        is_whole: Whether nothing is left to read after them.
+        pending: Drafts after them.
         position, is_real: Of known tokens and drafts.
         masks: Which masks.
     """
@@ -77,9 +79,9 @@ class SpeculativeRows:
     """State of rows 0 to R - 1, of which the first `num_rows` are in use.
 
     Attributes:
-        ids: What is known and, behind it, the drafts, [R S].
+        ids: Known tokens and, after them, the drafts, [R S].
         num_known: Tokens that are known, [R].
-        num_cached: Of these, the ones whose keys and values are held, [R].
+        num_cached: Known tokens in the cache, [R].
         num_pending: Drafts, [R].
         seeds: Of random numbers, [R].
         shape: The index in `tables` of what each row drafts, [R].
@@ -108,13 +110,13 @@ class SpeculativeRows:
         self.shape[: self.num_rows] = torch.tensor(list(shapes), dtype=torch.long)
 
     def make_room(self, num_slots: int) -> None:
-        """Makes room for rows with so many tokens, drafts and masks; what is held stays."""
+        """Makes room for rows with so many tokens, drafts and masks, and keeps what is stored."""
         if num_slots > self.cache.max_length:
             self.ids = torch.nn.functional.pad(self.ids, (0, num_slots - self.cache.max_length))
             self.cache.grow(num_slots)
 
     def admit(self, prompt: Sequence[int], seed: int, shape: int) -> None:
-        """Puts a prompt behind the rows in use."""
+        """Adds a prompt after the rows in use."""
         row, self.num_rows = self.num_rows, self.num_rows + 1
         self.ids[row, : len(prompt)] = torch.tensor(list(prompt))
         self._columns[:, row] = torch.tensor([len(prompt), 0, 0, seed, shape])
@@ -126,7 +128,7 @@ class SpeculativeRows:
         self._columns[:, target] = self._columns[:, source]
 
     def swap(self, one: int, other: int) -> None:
-        """Has two rows change places."""
+        """Exchanges two rows."""
         self.cache.swap_rows(one, other)
         for tensor in (self.ids, self._columns.T):
             tensor[[one, other]] = tensor[[other, one]]
@@ -157,7 +159,7 @@ class SpeculativeRows:
         pending = self.tables.limit(shape, self.num_pending[rows])
         shape = self.tables.in_turn(shape, pending)
         place = torch.arange(extent.num_given + extent.num_drafts, device=known.device)
-        last = (given + pending - 1)[:, None]  # queries that fill up are copies of it
+        last = (given + pending - 1)[:, None]  # padding queries are copies of it
         position, is_real = cached[:, None] + torch.minimum(place, last), place <= last
         masks = self.tables.masks(shape, pending, extent.num_masks)
         return _Queries(given, is_whole, pending, position, is_real, masks)
@@ -165,7 +167,7 @@ class SpeculativeRows:
     def _states(
         self, rows: Places, queries: _Queries, extent: Extent
     ) -> tuple[Float[Tensor, "b q D"], Float[Tensor, "b s D"]]:
-        """One forward pass: the states of known tokens and drafts, and those of masks."""
+        """Runs a forward pass. Returns the states of known tokens and drafts, and those of masks."""
         masks, end = queries.masks, self.num_cached[rows] + queries.given
         mask_position = end[:, None] + masks.behind + masks.offset
         base = end + queries.pending
@@ -208,17 +210,17 @@ class SpeculativeRows:
     def _own(
         self, rows: Places, queries: _Queries, states: Float[Tensor, "b p D"], settings: RowSettings
     ) -> Int[Tensor, "b p"]:
-        """The tokens that the causal model itself puts behind the known ones and behind each draft."""
+        """Returns the causal model's own tokens after the known ones and after each draft."""
         end = self.num_cached[rows] + queries.given
         return self._chosen(rows, states, end, settings)
 
     def _chosen(
         self, rows: Places, states: Float[Tensor, "b p D"], start: Int[Tensor, "b"], settings: RowSettings
     ) -> Int[Tensor, "b p"]:
-        """A token for each of the positions from `start` on.
+        """Returns a token for each of the positions from `start` on.
 
-        What a position draws from is a number of its own, whoever draws: the verifier's token is what the model would
-        write there without drafts, and a draft made of the same number most likely meets it.
+        Each position has its own random number, for drafts and verifier alike. So the verifier's token is what the
+        model would write there without drafts, and a draft from the same number most likely equals it.
         """
         shape, device = states.shape[:2], states.device
         numbers = None
@@ -229,7 +231,7 @@ class SpeculativeRows:
         return settings.at(row).chosen(logits(states.flatten(0, 1), self.head), numbers).view(shape)
 
     def _num_right(self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"]) -> Int[Tensor, "b"]:
-        """How many drafts are what the model itself puts there."""
+        """Returns how many drafts equal the model's own tokens."""
         place = torch.arange(own.shape[1] - 1, device=own.device)
         end = (self.num_cached[rows] + queries.given)[:, None]
         drafts = self.ids[rows].gather(1, end + place)
@@ -239,11 +241,11 @@ class SpeculativeRows:
     def _extend(
         self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"], num_right: Int[Tensor, "b"]
     ) -> Int[Tensor, "b told"]:
-        """Makes the right drafts and the token behind them known."""
+        """Adds the right drafts and the token after them to the known tokens."""
         end = self.num_cached[rows] + queries.given
         last = own.gather(1, num_right[:, None])
         place = (end + num_right)[:, None]
-        kept = self.ids[rows].gather(1, place)  # of a prompt that is not read to its end
+        kept = self.ids[rows].gather(1, place)  # for a prompt that has not been read to its end
         self.ids[rows] = self.ids[rows].scatter(1, place, torch.where(queries.is_whole[:, None], last, kept))
         num_new = (num_right + 1) * queries.is_whole
         self.num_known[rows] += num_new
@@ -259,7 +261,7 @@ class SpeculativeRows:
         num_new: int,
         settings: RowSettings,
     ) -> None:
-        """Draws the next drafts and puts them behind what is known."""
+        """Draws the next drafts and puts them after the known tokens."""
         masks = queries.masks
         length = masks.length.gather(1, num_right[:, None])
         self.num_pending[rows] = length[:, 0] * queries.is_whole
@@ -283,10 +285,10 @@ def _visible(
     base: Int[Tensor, "b"],
     num_keys: int,
 ) -> Bool[Tensor, "b p n"] | dict[str, Bool[Tensor, "b p n"]]:
-    """Which slots each query reads, by layer type where layers have windows.
+    """Returns which slots each query reads, by layer type if layers have sliding windows.
 
-    Known tokens and drafts read what stands before them; masks that stand behind j drafts what stands before position
-    end + j, and masks of their own group. Slots from `base` on hold masks.
+    Known tokens and drafts read what precedes them. Masks after j drafts read what precedes position end + j, and masks
+    of their own group. Slots from `base` on hold masks.
     """
     masks, slot = queries.masks, torch.arange(num_keys, device=position.device)
     mask = slot - base[:, None, None]

@@ -1,6 +1,6 @@
-"""The sampler's settings. Each file holds what belongs together: fields, the values that they take, contradictions.
+"""The sampler's settings. Each file holds a family: fields, accepted values and contradictions.
 
-A new setting is a field of one of these files, with its rule and its flag. `row_settings` brings it to the device where
+A new setting is a field in one of these files, with its rule and its flag. `row_settings` brings it to the device if
 rows of a batch may differ in it.
 """
 
@@ -42,15 +42,15 @@ __all__ = [
 ]
 
 MOST_ROWS = 2**16
-"""In one forward pass: an engine makes room for all of them at once."""
+"""The most rows in one forward pass. An engine allocates room for all of them."""
 _WHY_NOT = {
-    "block": "a block model is written block by block, each from the exact cache of those before it, and what is "
+    "block": "a block model writes block by block, each from the exact cache of those before it, and what is "
     "finished is never opened again",
     "causal": "a causal model does not see what is after a token",
 }
 
 
-# A dataclass collects the fields of its last base first.
+# A dataclass collects the fields of its last base first, so the order is reversed.
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings(
     LeftToRightSettings,
@@ -64,7 +64,7 @@ class SamplerSettings(
     """How open positions become tokens. The settings are those of the bases.
 
     Raises:
-        UserError: A value outside its range, or settings that exclude each other.
+        UserError: A value is outside its range, or settings exclude each other.
     """
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class SamplerSettings(
                 raise UserError(text)
 
     def refuse_layout(self, layout: str, shift: int | None = 1) -> None:
-        """Refuses what a model of this layout and shift cannot honour.
+        """Refuses settings that a model of this layout and shift does not support.
 
         Raises:
             UserError: Names the setting, why, and which models can.
@@ -108,15 +108,15 @@ class SamplerSettings(
             )
 
     def given_for_some(self, *kinds: str) -> list[str]:
-        """The settings that are not as by default and that only some models can honour; `kinds`: which, else all."""
+        """Returns the settings that differ from the defaults and that only some models support, of these `kinds`."""
         names = names_for(*(kinds or (WHOLE_ROWS, BLOCKS)))
         return [name for name in names if getattr(self, name) != _DEFAULTS[name]]
 
     def updated(self, **options: Any) -> SamplerSettings:
-        """Returns these settings with `options` over them.
+        """Returns these settings, overridden by `options`.
 
-        Aliases are understood. A schedule replaces the others; where remasking or the cache is switched off, or
-        `speculative` switched on, the settings that then do nothing are dropped, too.
+        Aliases are accepted. A schedule replaces the others. If remasking or the cache is switched off, or
+        `speculative` is switched on, settings without effect are dropped.
 
         Raises:
             UserError: An unknown name (the nearest is named), one setting given under two names, or a bad value.
@@ -142,12 +142,12 @@ class SamplerSettings(
 
 
 def names_for(*kinds: str) -> list[str]:
-    """The settings that only some models can honour: `WHOLE_ROWS`, `BLOCKS` or both."""
+    """Returns the settings that only some models support: `WHOLE_ROWS`, `BLOCKS` or both."""
     return [name for name, setting in SETTINGS.items() if setting.only in kinds]
 
 
 def canonical(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options under our names for them."""
+    """Returns options under our names."""
     renamed: dict[str, Any] = {}
     for given, value in options.items():
         name = ALIASES.get(given, given)
@@ -166,7 +166,7 @@ def _settled(name: str, value: Any) -> Any:
 
 
 SETTINGS: dict[str, Setting] = {field.name: field.metadata["setting"] for field in dataclasses.fields(SamplerSettings)}
-"""What is known of each setting, by name."""
+"""Every setting's description, by name."""
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
 ALIASES = {alias: name for name, setting in SETTINGS.items() for alias in setting.aliases}
-"""Names that other samplers use, and ours."""
+"""Other samplers' names, and ours for them."""

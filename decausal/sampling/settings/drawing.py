@@ -8,7 +8,7 @@ from typing import Any
 from decausal.sampling.settings.field import AMOUNT, COUNT, SHARE, Flag, Rule, amount_up_to, is_integer, setting
 
 NUM_SEEDS = 2**62
-"""Seeds that differ: any integer stands for the one that it is modulo this."""
+"""Number of different seeds. Any integer counts modulo this."""
 
 
 def _as_seed(seed: Any) -> Any:
@@ -23,9 +23,9 @@ class DrawingSettings:
         temperature: 0 takes the most probable token. Positions are ordered by the untempered distribution throughout.
         top_k: Sample among the k most probable tokens.
         top_p: Sample among the fewest tokens whose probabilities sum to this.
-        min_p: Sample only among tokens at least this many times as probable as the likeliest one, by the untempered
-            distribution: a high temperature lets no other in. Applied before `top_k` and `top_p`.
-        seed: Row i of a call draws from seed + i, so one row can be had again alone. Any integer, taken modulo 2**62.
+        min_p: Sample only among tokens at least this many times as probable as the likeliest one, before temperature,
+            so that a high temperature admits no others. Applied before `top_k` and `top_p`.
+        seed: Row i of a call draws from seed + i, so one row can be repeated alone. Any integer, taken modulo 2**62.
     """
 
     temperature: float = setting(0.0, AMOUNT, Flag("0 takes the most probable token (0)", {"type": float}))

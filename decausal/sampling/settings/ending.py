@@ -1,4 +1,4 @@
-"""How long a row becomes, and what ends it."""
+"""Settings for the length of a row and its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decausal.sampling.settings.field import COUNT, Flag, Rule, is_integer, sett
 
 
 def _as_texts(stop: Any) -> Any:
-    """One text or a list of them as a tuple; anything else is left for the rule to refuse."""
+    """Returns one text or a list of texts as a tuple. The rule refuses anything else."""
     if stop is None:
         return ()
     for text in [stop] if isinstance(stop, str) else stop if isinstance(stop, list | tuple) else ():
@@ -22,7 +22,7 @@ def _as_texts(stop: Any) -> Any:
 
 
 def _as_token_ids(ids: Any) -> Any:
-    """One id or a list of them as a tuple; anything else is left for the rule to refuse."""
+    """Returns one id or a list of ids as a tuple. The rule refuses anything else."""
     if ids is None:
         return ()
     if is_integer(ids):
@@ -36,11 +36,11 @@ class EndingSettings:
 
     Attributes:
         max_new_tokens: Open positions after a prompt.
-        stop: Texts that end a row; the text stops before them. One string, or several. They may hold special tokens.
-        stop_token_ids: Tokens that end a row, beside those that end the model's texts; the text stops before them.
+        stop: One or several texts that end a row, which stops before them. They may hold special tokens.
+        stop_token_ids: Tokens that end a row, which stops before them, apart from the model's own end tokens.
     """
 
-    max_new_tokens: int = setting(128, COUNT, aliases=("gen_length",))  # verbs have flags of their own for it
+    max_new_tokens: int = setting(128, COUNT, aliases=("gen_length",))  # verbs have their own flags for it
     stop: tuple[str, ...] = setting(
         (),
         Rule(
@@ -62,5 +62,5 @@ class EndingSettings:
 
     @property
     def has_stops(self) -> bool:
-        """Texts or tokens end a row."""
+        """Whether texts or tokens end a row."""
         return bool(self.stop or self.stop_token_ids)

@@ -1,6 +1,6 @@
-"""What a sampler setting is made of: its default, the values that it takes, and how it is written as a flag.
+"""The parts of a sampler setting: its default, its accepted values, and its flag.
 
-Nothing here imports torch: settings are read and refused before that is loaded.
+Nothing here imports torch, so that settings are checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from decausal.errors import UserError
 
 COUNTS_BELOW = 2**31
-"""Above any number of tokens or steps, and far enough below 2**63 that engines can compute with it."""
+"""Above any number of tokens or steps, and far enough below 2**63 for engines to compute with it."""
 SMALLEST, LARGEST = 1e-20, 1e20
-"""Bounds of reals above 0. Engines compute in float32, where less would become 0, and more infinite."""
+"""Bounds of reals above 0. In float32, with which engines compute, smaller ones would become 0 and larger ones
+infinite."""
 
 WHOLE_ROWS, BLOCKS = "whole rows", "blocks"
 """What a setting may be for: models that read in both directions and are denoised as whole rows, or models that are
@@ -24,12 +25,12 @@ written block by block. Most settings are for all."""
 
 
 class Rule(NamedTuple):
-    """The values that a setting takes.
+    """The values that a setting accepts.
 
     Attributes:
         accepts: Whether a value is one of them.
-        text: They in words, as in "it must be ...".
-        is_real: Accepted values become floats.
+        text: The values in words, as in "it must be ...".
+        is_real: Whether accepted values become floats.
     """
 
     accepts: Callable[[Any], bool]
@@ -42,8 +43,8 @@ class Flag(NamedTuple):
 
     Attributes:
         help: One line.
-        options: For `ArgumentParser.add_argument`.
-        names: Further names, and where `options` hold `dest`, the only ones.
+        options: Options for `ArgumentParser.add_argument`.
+        names: Further names. If `options` hold `dest`, the only names.
     """
 
     help: str
@@ -53,14 +54,15 @@ class Flag(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its name, type and default.
+    """The description of a setting, apart from its name, type and default.
 
     Attributes:
-        rule: The values that it takes; None too, where that is the default.
-        flags: How it is written on the command line; none for those that each verb has a flag of its own for.
-        settle: Turns other ways to write a value into ours, and leaves what it does not know to the rule.
-        only: `WHOLE_ROWS`, `BLOCKS`, or None where every model can honour it.
-        details: Other settings that say more, and the values of this one that they go with: else they are dropped.
+        rule: The values that it accepts, and None if that is the default.
+        flags: Its flags on the command line; none if each verb has its own flag for it.
+        settle: Converts other forms of a value into ours, and leaves unknown ones to the rule.
+        only: `WHOLE_ROWS`, `BLOCKS`, or None if every model supports it.
+        details: Settings that refine this one, and the values with which they have an effect. Otherwise they are
+            dropped.
         aliases: Names that other samplers use for it.
     """
 
@@ -73,27 +75,27 @@ class Setting:
 
 
 def setting(default: Any, rule: Rule, *flags: Flag, **more: Any) -> Any:
-    """A dataclass field with its `Setting`."""
+    """Returns a dataclass field with its `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(rule, flags, **more)})
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer, of numpy's too, and no bool."""
+    """Returns whether a value is an integer, also of numpy, and not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a real number and no bool."""
+    """Returns whether a value is a real number and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def one_of(names: tuple[str, ...]) -> Rule:
-    """The rule of settings that name something."""
+    """Returns the rule of settings with a list of names."""
     return Rule(lambda value: value in names, f"one of {', '.join(names)}")
 
 
 def amount_up_to(largest: float) -> Rule:
-    """The rule of settings that are 0 where they are off."""
+    """Returns the rule of settings that are off at 0."""
     return Rule(
         lambda value: is_number(value) and (value == 0 or SMALLEST <= value <= largest),
         f"0, or a number from {SMALLEST:g} to {largest:g}",
@@ -124,6 +126,6 @@ def check(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
         return "(thousands of digits)"
     return text if len(text) <= 80 else f"{text[:77]}..."

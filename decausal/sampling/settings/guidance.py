@@ -1,4 +1,4 @@
-"""Guidance away from what the model writes without what was given."""
+"""Guidance away from what the model writes without the given text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ LARGEST_GUIDANCE = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
-    """How strongly rows follow what was given.
+    """How strongly rows follow the given text.
 
     Attributes:
-        guidance: w in logits = without + (1 + w) (with - without), "without" from the same row with all that was given
-            masked. Above 0 each step costs a second pass. Source: LLaDA (arXiv 2502.09992), after Ho and Salimans 2022.
+        guidance: W in logits = without + (1 + w) (with - without), "without" from the same row with all given tokens
+            masked. Above 0, each step costs a second pass. Source: LLaDA (arXiv 2502.09992), after Ho and Salimans
+            2022.
     """
 
     guidance: float = setting(

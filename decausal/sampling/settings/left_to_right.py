@@ -1,4 +1,4 @@
-"""Writing from left to right: block models, and self-speculation."""
+"""Settings for writing from left to right: block models and self-speculation."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class LeftToRightSettings:
     """How rows are written from left to right.
 
     Attributes:
-        first_token_from_clean: A block's first token is kept in a step of its own, from the state of the finished token
-            before it; the others are decided when it is known. Of models with layout "block" and shift 1. That step is
-            the first of `num_steps`; where there is only one, a second follows. Source: Fast-dLLM v2
-            (arXiv 2509.26328), its code.
-        speculative: Write what the same weights write under causal attention: masks draft several tokens, and the same
-            pass verifies those drafted before. Temperature, top_k, top_p and min_p hold; schedules play no part. See
+        first_token_from_clean: A block's first token is kept in a separate step, from the state of the finished token
+            before it. The others are decided when it is known. For models with layout "block" and shift 1. That step is
+            the first of `num_steps`; if there is only one, a second follows. Source: Fast-dLLM v2 (arXiv 2509.26328),
+            its code.
+        speculative: Write what the same weights write under causal attention. Masks draft several tokens, and the same
+            pass verifies the earlier drafts. Temperature, top_k, top_p and min_p apply; schedules do not. See
             `decausal.sampling.blocks.speculative`.
-        draft: Of speculative decoding, which tokens a pass drafts; the text is the same for all. "quadratic": behind
-            every number of right drafts; "strided": behind all drafts alone; "linear": in passes of their own; "auto":
-            what is fastest here, by measured acceptances and times.
+        draft: The tokens that a pass of speculative decoding drafts; the text is the same for all. "quadratic": after
+            every number of right drafts; "strided": only after all drafts; "linear": in separate passes; "auto": what
+            is fastest here, by measured acceptances and times.
         draft_length: Tokens drafted at once, of "auto" the most. 0: none, one token with every pass. None: as many as
             the model was trained to draft, or 4 where that is not known.
         verifier: Of speculative decoding, what is written. "causal": what the states of known tokens predict as in an
@@ -65,7 +65,7 @@ class LeftToRightSettings:
     )
 
     def contradiction(self: SamplerSettings) -> str | None:
-        """What these settings contradict, in words."""
+        """Returns what these settings contradict, in words."""
         unused = self.given_for_some()
         if self.speculative and unused:
             return (
@@ -79,7 +79,7 @@ class LeftToRightSettings:
         return None
 
     def refuse_speculative(self) -> None:
-        """Refuses self-speculation where rows are denoised.
+        """Refuses self-speculation if rows are denoised.
 
         Raises:
             UserError: It was asked for.

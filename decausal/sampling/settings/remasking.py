@@ -1,4 +1,4 @@
-"""Whether and how kept tokens are opened again."""
+"""Settings for opening kept tokens again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_REMASK_RATE = 0.02
 
 
 def _as_remasking(remask: Any) -> Any:
-    """P2 by its older name, True; "none" where a word is wanted for False."""
+    """Converts True, the older name of P2, and "none", a word for False."""
     return {True: "p2", "none": False}.get(remask, remask) if isinstance(remask, bool | str) else remask
 
 
@@ -24,15 +24,15 @@ class RemaskingSettings:
     """How kept tokens are opened again.
 
     Attributes:
-        remask: Whether kept tokens may be opened again (in the current window alone). False: never. "p2" (or True):
-            every step scores kept tokens anew, each by its own probability now, and keeps the best of all; what is
-            kept grows every step. Not with `entropy_bound`. Source: P2 (arXiv 2502.03540), the model its own planner.
-            "remdm": every step opens each kept token with probability `remask_rate`, less where no steps are left to
-            keep it again. "remdm_loop": tokens are kept up to 0.9 of the positions in the first 0.45 of the steps; then
-            tokens are opened and others kept until 0.95 of them; then the rest is kept. Both go with `num_steps`, and
-            more steps than positions are more chances to correct. Source: ReMDM (arXiv 2503.00307), its schedules
-            "cap" and "loop", with counts that are even in place of random ones.
-        remask_rate: Of "remdm" and "remdm_loop"; there 0.02 where it is not given.
+        remask: Whether kept tokens may be opened again, in the current window only. False: never. "p2" (or True): every
+            step scores kept tokens again, each by its current probability, and keeps the best of all. The number kept
+            grows every step. Not with `entropy_bound`. Source: P2 (arXiv 2502.03540), the model its own planner.
+            "remdm": every step opens each kept token with probability `remask_rate`, or less if too few steps are left
+            to keep it again. "remdm_loop": tokens are kept up to 0.9 of the positions in the first 0.45 of the steps.
+            Then tokens are opened and others kept until 0.95 of the steps. Then the rest is kept. Both need
+            `num_steps`. More steps than positions give more chances to correct. Source: ReMDM (arXiv 2503.00307), its
+            schedules "cap" and "loop", with even counts instead of random ones.
+        remask_rate: The rate of "remdm" and "remdm_loop", 0.02 by default.
     """
 
     remask: bool | str = setting(
@@ -54,11 +54,11 @@ class RemaskingSettings:
 
     @property
     def is_remdm(self) -> bool:
-        """Kept tokens are opened at random."""
+        """Whether kept tokens are opened at random."""
         return self.remask in ("remdm", "remdm_loop")
 
     def contradiction(self: SamplerSettings) -> str | None:
-        """What these settings contradict, in words."""
+        """Returns what these settings contradict, in words."""
         if self.is_remdm and self.schedule != "num_steps":
             schedule = f"{self.schedule}={getattr(self, self.schedule)}"
             return (

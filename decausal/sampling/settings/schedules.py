@@ -1,4 +1,4 @@
-"""Which open positions a step keeps, and in which order."""
+"""Settings for the positions that a step keeps, and their order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from decausal.sampling.settings import SamplerSettings
 
 SCHEDULES = ("num_steps", "threshold", "entropy_bound")
-"""Of these a row follows one."""
+"""A row follows one of these."""
 DEFAULT_THRESHOLD = 0.9
 CONFIDENCES = ("probability", "margin", "entropy")
 ORDERS = ("confidence", "random", "left_to_right")
@@ -22,17 +22,17 @@ class ScheduleSettings:
     """Which positions a step keeps.
 
     Attributes:
-        num_steps: Static schedule: a row's open positions are kept in this many steps, spread evenly (one per step
-            where there are fewer positions than steps). For block models: the open positions of each block.
+        num_steps: Static schedule: a row's open positions are kept in this many steps, spread evenly (one per step if
+            there are fewer positions than steps). For block models: the open positions of each block.
         threshold: Dynamic schedule: a step keeps every position at least this confident, and at least one per row.
-            Where no schedule is given it is 0.9.
-        entropy_bound: Dynamic schedule, in nats: a step keeps positions in the order of their entropies, the lowest
-            first, while those of all but the last sum to at most this: a bound on what is lost by drawing them
-            independently. 0 keeps one per row. Source: EB-sampler (arXiv 2505.24857), entropy as the proxy for error.
-            The three schedules exclude each other.
+            Without any schedule it is 0.9.
+        entropy_bound: Dynamic schedule, in nats: a step keeps positions by entropy, the lowest first, while the
+            entropies of all except the last sum to at most this. It bounds the loss from drawing them independently. 0
+            keeps one per row. Source: EB-sampler (arXiv 2505.24857), entropy as the proxy for error. The three
+            schedules exclude each other.
         confidence: "probability", "margin" or "entropy": see `decausal.sampling.confidence`.
-        order: Which candidates are kept first: "confidence" the surest; "random" any, drawn anew in each step;
-            "left_to_right". The last two go with `num_steps` alone, since the other schedules speak of confidence.
+        order: Which positions are kept first: "confidence" (the surest), "random" (drawn again in each step) or
+            "left_to_right". The last two need `num_steps`, since the other schedules depend on confidence.
     """
 
     num_steps: int | None = setting(
@@ -57,16 +57,16 @@ class ScheduleSettings:
 
     @property
     def schedule(self) -> str:
-        """The one of `SCHEDULES` that is followed."""
+        """The schedule in `SCHEDULES` that is followed."""
         return next(name for name in SCHEDULES if getattr(self, name) is not None)
 
     def complete(self) -> None:
-        """Where no schedule is given, the default one is followed."""
+        """Fills in the default schedule if none is given."""
         if all(getattr(self, name) is None for name in SCHEDULES):
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
 
     def contradiction(self: SamplerSettings) -> str | None:
-        """What these settings contradict, in words."""
+        """Returns what these settings contradict, in words."""
         given = [name for name in SCHEDULES if getattr(self, name) is not None]
         if len(given) > 1:
             values = " and ".join(f"{name}={getattr(self, name)}" for name in given)

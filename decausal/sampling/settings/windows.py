@@ -1,4 +1,4 @@
-"""Windows of positions that are decided at a time, and what a pass inside one does not read again."""
+"""Settings for windows of positions that are decided at a time, and for caching around them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class WindowSettings:
     """Which positions are decided at a time.
 
     Attributes:
-        window: Open positions that are decided at a time, left to right: only these are kept, and the next window
-            begins when all of them are. Each window has its share of `num_steps`, at least one step. None: all at once.
-            Source: semi-autoregressive decoding, LLaDA (arXiv 2502.09992).
-        cache: What a pass inside a window does not read again, but takes from the last pass that read the whole row:
-            "prefix" keys and values of all before the window, "dual" also those after it. An approximation: they were
-            made when fewer tokens were known. Needs `window`. Source: Fast-dLLM (arXiv 2505.22618).
-        cache_refresh: Every so many passes reads the whole row, as the first pass of each window does; 1 is exact.
-            None: only that one.
+        window: Open positions that are decided at a time, from left to right. The next window begins when all of them
+            are kept. Each window has its share of `num_steps`, at least one step. None: all at once. Source:
+            semi-autoregressive decoding, LLaDA (arXiv 2502.09992).
+        cache: Keys and values that a pass inside a window reuses from the last pass over the whole row: "prefix" those
+            before the window, "dual" also those after it. This is an approximation, because they were computed when
+            fewer tokens were known. Needs `window`. Source: Fast-dLLM (arXiv 2505.22618).
+        cache_refresh: After this many passes the whole row is read again, as in the first pass of each window; 1 is
+            exact. None: only in the first pass.
     """
 
     window: int | None = setting(
@@ -43,7 +43,7 @@ class WindowSettings:
     )
 
     def contradiction(self: SamplerSettings) -> str | None:
-        """What these settings contradict, in words."""
+        """Returns what these settings contradict, in words."""
         if self.cache != "none" and self.window is None:
             return f"cache={self.cache!r} needs window: it holds keys and values of what is outside of it; give window"
         if self.cache_refresh is not None and self.cache == "none":
