@@ -31,7 +31,8 @@ from decausal.sampling.generation import Generation
 from decausal.sampling.settings import ALIASES, SamplerSettings
 from decausal.serving.settings import ServeSettings
 from decausal.training.convert import Conversion
-from decausal.training.settings import ConversionSettings, PretrainSettings
+from decausal.training.pretrain_settings import PretrainSettings
+from decausal.training.settings import ConversionSettings
 from decausal.verbs.flags import VerbParser
 from decausal.verbs.sampling import add_sampling_flags
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from decausal.errors import UserError
+from decausal.training.setting_fields import setting
 
 STATIC = 1.0
 """The threshold that no probability exceeds: one token per forward."""
@@ -21,10 +22,6 @@ DEFAULT_TOKENS = 200_000
 EVAL_DATA = {"tasks": "tasks-heldout", "nll": "stdlib-heldout"}
 
 
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True)
 class CompareSettings:
     """One comparison: recipes, seeds, the budget of each run, and what is measured.
@@ -33,62 +30,62 @@ class CompareSettings:
         UserError: A setting is out of its range, or two contradict each other.
     """
 
-    output_dir: str = _setting(
+    output_dir: str = setting(
         "decausal-compare", "where all runs and the report go; the same command again continues what is missing"
     )
-    model_name_or_path: str = _setting("tiny-tasks", "AR model: a directory, a hub id, 'tiny-tasks' or 'tiny'")
-    recipes: str = _setting(
+    model_name_or_path: str = setting("tiny-tasks", "AR model: a directory, a hub id, 'tiny-tasks' or 'tiny'")
+    recipes: str = setting(
         "bd3lm,opdlm,align-distill",
         "recipes or YAML files, with commas; NAME=RECIPE names a run so that one recipe can be in it twice",
     )
-    seeds: tuple[int, ...] = _setting((0, 1, 2), "one run of each recipe for each, with commas")
-    reference: str | None = _setting(
+    seeds: tuple[int, ...] = setting((0, 1, 2), "one run of each recipe for each, with commas")
+    reference: str | None = setting(
         None, "the arm whose best quality the others should reach; unset: the first of --recipes"
     )
-    any_facts: bool = _setting(
+    any_facts: bool = setting(
         False, "compare recipes whose layout, block size or shift differ; they decode in different ways"
     )
 
-    data: str = _setting(
+    data: str = setting(
         "tasks:1000@{seed}", "training data of all arms, as for convert; {seed} stands for the run's seed"
     )
-    budget_tokens: int | None = _setting(
+    budget_tokens: int | None = setting(
         None, f"training tokens of each run, as --tokens counts them; {DEFAULT_TOKENS} where no budget is given"
     )
-    max_steps: int | None = _setting(None, "training steps of each run")
-    budget_minutes: float | None = _setting(None, "training time of each run; measuring is not counted")
-    tokens: Literal["clean", "supervised", "total"] = _setting(
+    max_steps: int | None = setting(None, "training steps of each run")
+    budget_minutes: float | None = setting(None, "training time of each run; measuring is not counted")
+    tokens: Literal["clean", "supervised", "total"] = setting(
         "clean",
         "what the figure and --budget_tokens count. clean: tokens of the clean rows that training forwards read; "
         "supervised: targets of the loss; total: clean, and what rollouts generated",
     )
 
-    eval: Literal["tasks", "nll"] = _setting("tasks", "tasks: exact answers; nll: NELBO per token of held-out text")
-    eval_data: str | None = _setting(None, "what to measure on; unset: tasks-heldout, or stdlib-heldout for nll")
-    eval_at: tuple[float, ...] = _setting(
+    eval: Literal["tasks", "nll"] = setting("tasks", "tasks: exact answers; nll: NELBO per token of held-out text")
+    eval_data: str | None = setting(None, "what to measure on; unset: tasks-heldout, or stdlib-heldout for nll")
+    eval_at: tuple[float, ...] = setting(
         (0.1, 0.2, 0.35, 0.5, 0.75, 1.0), "shares of the budget after which each run is measured"
     )
-    eval_prompts: int = _setting(140, "held-out prompts while a run trains, the same for all (tasks)")
-    final_prompts: int = _setting(420, "held-out prompts at its end, the same for all (tasks)")
-    eval_thresholds: tuple[float, ...] = _setting((1.0, 0.9), "thresholds while a run trains (tasks)")
-    thresholds: tuple[float, ...] = _setting(
+    eval_prompts: int = setting(140, "held-out prompts while a run trains, the same for all (tasks)")
+    final_prompts: int = setting(420, "held-out prompts at its end, the same for all (tasks)")
+    eval_thresholds: tuple[float, ...] = setting((1.0, 0.9), "thresholds while a run trains (tasks)")
+    thresholds: tuple[float, ...] = setting(
         (1.0, 0.95, 0.9, 0.8, 0.7), "thresholds at its end; 1 is the static schedule, one token per forward (tasks)"
     )
-    speculative: bool = _setting(
+    speculative: bool = setting(
         True, "at its end, also by self-speculation, where the layout is block: masks draft, the weights verify (tasks)"
     )
-    max_new_tokens: int | None = _setting(None, "most tokens of an answer; unset: what the longest needs (tasks)")
-    eval_batch_size: int = _setting(140, "prompts answered together (tasks)")
-    eval_rows: int = _setting(32, "held-out rows to measure on (nll)")
-    eval_samples: int = _setting(2, "mask patterns per held-out row (nll)")
+    max_new_tokens: int | None = setting(None, "most tokens of an answer; unset: what the longest needs (tasks)")
+    eval_batch_size: int = setting(140, "prompts answered together (tasks)")
+    eval_rows: int = setting(32, "held-out rows to measure on (nll)")
+    eval_samples: int = setting(2, "mask patterns per held-out row (nll)")
 
-    bf16: bool | None = _setting(
+    bf16: bool | None = setting(
         None, "compute in bfloat16 (weights stay fp32); unset: on a GPU that multiplies it in hardware"
     )
-    num_workers: int | None = _setting(
+    num_workers: int | None = setting(
         None, "runs at the same time, each on its share of the cores; unset: one per core for small models on a CPU"
     )
-    overwrite: bool = _setting(False, "train all runs again, also finished ones")
+    overwrite: bool = setting(False, "train all runs again, also finished ones")
 
     def __post_init__(self) -> None:
         for name in ("eval_prompts", "final_prompts", "eval_batch_size", "eval_rows", "eval_samples"):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from decausal.errors import UserError
-
-
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+from decausal.training.setting_fields import setting
 
 
 @dataclass(frozen=True)
@@ -20,34 +17,30 @@ class DemoSettings:
         UserError: A setting is out of its range.
     """
 
-    output_dir: str = _setting(
-        "decausal-demo", "where both models and the report go; an earlier demo there is replaced"
-    )
-    model_name_or_path: str = _setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
-    data: str = _setting("stdlib", "training text: a file, directory, glob or hub data set, or 'stdlib'")
-    eval_data: str = _setting("stdlib-heldout", "text that neither run trains on: all figures are measured on it")
-    data_fraction: float = _setting(
-        0.01, "share of the training documents; 1 takes all. Alignment's claim: scarce data"
-    )
+    output_dir: str = setting("decausal-demo", "where both models and the report go; an earlier demo there is replaced")
+    model_name_or_path: str = setting("tiny", "AR model: a directory, a hub id, or 'tiny', the embedded one")
+    data: str = setting("stdlib", "training text: a file, directory, glob or hub data set, or 'stdlib'")
+    eval_data: str = setting("stdlib-heldout", "text that neither run trains on: all figures are measured on it")
+    data_fraction: float = setting(0.01, "share of the training documents; 1 takes all. Alignment's claim: scarce data")
 
-    max_steps: int = _setting(200, "training steps of each run")
-    per_device_train_batch_size: int = _setting(4, "rows in a training step")
-    max_length: int = _setting(256, "tokens in a row")
-    learning_rate: float = _setting(1e-3, "peak learning rate of both runs")
-    align_weight: float = _setting(3.0, "weight of the alignment in the aligned run")
-    align_schedule: Literal["constant", "linear", "cosine"] = _setting("linear", "how that weight falls over the run")
-    align_stop_step: int | None = _setting(None, "step from which alignment is off")
-    freeze_embeddings: bool = _setting(False, "freeze embeddings and head in both runs")
-    seed: int = _setting(0, "of the data, the noise and the mask patterns, the same for both runs")
-    bf16: bool | None = _setting(
+    max_steps: int = setting(200, "training steps of each run")
+    per_device_train_batch_size: int = setting(4, "rows in a training step")
+    max_length: int = setting(256, "tokens in a row")
+    learning_rate: float = setting(1e-3, "peak learning rate of both runs")
+    align_weight: float = setting(3.0, "weight of the alignment in the aligned run")
+    align_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "how that weight falls over the run")
+    align_stop_step: int | None = setting(None, "step from which alignment is off")
+    freeze_embeddings: bool = setting(False, "freeze embeddings and head in both runs")
+    seed: int = setting(0, "of the data, the noise and the mask patterns, the same for both runs")
+    bf16: bool | None = setting(
         None, "compute in bfloat16 (weights stay fp32); unset: where the processor is fast at it"
     )
 
-    eval_every: int = _setting(20, "steps between two measurements")
-    eval_rows: int = _setting(32, "held-out rows to measure on, the same each time")
-    eval_samples: int = _setting(2, "mask patterns per held-out row, the same each time")
-    infill_tokens: int = _setting(20, "most tokens in the region of a held-out file that is filled in")
-    infill_pause: float = _setting(0.1, "seconds to rest after each step of the infilling, in a terminal")
+    eval_every: int = setting(20, "steps between two measurements")
+    eval_rows: int = setting(32, "held-out rows to measure on, the same each time")
+    eval_samples: int = setting(2, "mask patterns per held-out row, the same each time")
+    infill_tokens: int = setting(20, "most tokens in the region of a held-out file that is filled in")
+    infill_pause: float = setting(0.1, "seconds to rest after each step of the infilling, in a terminal")
 
     def __post_init__(self) -> None:
         counts = (

@@ -12,7 +12,7 @@ import yaml
 from decausal.errors import UserError
 from decausal.models.facts import ConversionFacts
 from decausal.privacy import is_public_name, without_paths
-from decausal.sampling.defaults import settings_for
+from decausal.sampling.settings.of_model import settings_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

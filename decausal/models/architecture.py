@@ -67,7 +67,7 @@ def refuse_longer_rows(max_length: int, config: PretrainedConfig) -> None:
         raise UserError(f"--max_length {max_length} is over the model's maximum of {context} tokens; lower it")
 
 
-def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+def sliding_windows(config: PretrainedConfig) -> dict[str, int | None]:
     """Returns each layer type's sliding window in tokens (query q reads keys k with q - k < window), None if unlimited.
 
     Models without `layer_types` treat all layers alike. They have one type here, ``"every"``.
@@ -88,7 +88,7 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
 
 def reach(config: PretrainedConfig) -> int | None:
     """Returns how far away, in tokens, a token can change a state through all layers; None if unlimited."""
-    windows = layer_windows(config)
+    windows = sliding_windows(config)
     layer_types = getattr(config, "layer_types", None) or ["every"] * config.num_hidden_layers
     distances = [windows[layer_type] for layer_type in layer_types]
     return None if None in distances else sum(window - 1 for window in distances)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.attention_plans import few_plans
 from decausal.models.row_attention import FLEX, RowAttention
 from decausal.models.sparse_mask import SparseMask
@@ -120,7 +120,7 @@ def masked_forward(
         output_hidden_states: See `body_forward`.
     """
     body = stock_model(model).base_model
-    windows = layer_windows(body.config)
+    windows = sliding_windows(body.config)
     by_window = {
         window: as_the_attention_takes_it(is_visible(window)[:, None], body) for window in set(windows.values())
     }
@@ -180,7 +180,7 @@ def _stock_attention(config: PretrainedConfig, layout: Layout, length: int) -> d
             return {"is_causal": True}
         return {} if getattr(config, "is_causal", True) else None
     # A sliding window matters only on longer rows. There transformers' bidirectional window has another width.
-    is_windowed = any(window is not None and window < length for window in layer_windows(config).values())
+    is_windowed = any(window is not None and window < length for window in sliding_windows(config).values())
     if layout.kind == "bidirectional" and honours_is_causal and not is_windowed:
         return {"is_causal": False}
     return None
@@ -191,7 +191,7 @@ def _masks(body: nn.Module, rows: RowAttention) -> Any:
     length = rows.document_ids.shape[1]
     windows = {
         layer_type: window if window is not None and window < length else None
-        for layer_type, window in layer_windows(body.config).items()
+        for layer_type, window in sliding_windows(body.config).items()
     }
     by_window = {window: _mask(rows, window, body) for window in set(windows.values())}
     if len(by_window) == 1:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.attention_plans import without_plans
 from decausal.models.backbone import HONOURS_IS_CAUSAL, as_the_attention_takes_it, body_forward, stock_model
 from decausal.models.rounding import CLOSE, Judge, Resolution, StatesNotFiniteError, distance
@@ -43,7 +43,7 @@ class BlockCache(Cache):
 
     def __init__(self, config: PretrainedConfig, num_rows: int, max_length: int) -> None:
         try:
-            layer_windows(config)
+            sliding_windows(config)
         except ValueError as error:
             raise UserError(f"a model of type '{config.model_type}' cannot be decoded in blocks: {error}") from error
         self.num_rows, self.max_length = num_rows, max_length
@@ -232,7 +232,7 @@ def visible_by_layer(
     in_order = key <= last_visible[..., None]
     windows = {
         kind: window if window is not None and window < num_keys else None
-        for kind, window in layer_windows(config).items()
+        for kind, window in sliding_windows(config).items()
     }
     by_window = {
         window: in_order if window is None else in_order & ((position_ids[..., None] - key).abs() < window)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decausal.diffusion.layout import Layout
-from decausal.models.architecture import configured, layer_windows, reach
+from decausal.models.architecture import configured, reach, sliding_windows
 from decausal.models.backbone import body_forward, decoder_layers, head_of, logits, stock_model
 from decausal.models.block_cache import decoding, is_same_cached
 from decausal.models.rounding import PROBE_LENGTH, Ask, Resolution, distance, relative_change
@@ -68,7 +68,7 @@ def _stock_logits(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B
 
 def _masks_are_honoured(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
     stock, ids = stock_model(model), _row(model)
-    is_windowed = any(window is not None for window in layer_windows(stock.config).values())
+    is_windowed = any(window is not None for window in sliding_windows(stock.config).values())
     changes = {"is_causal": True} | ({"sliding_window": SHRUNK_WINDOW} if is_windowed else {})
     with configured(stock.config, **changes):
         expected = stock.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
@@ -126,7 +126,7 @@ def _documents_are_whole(model: nn.Module, resolution: Resolution) -> tuple[bool
 
 def _plain_class_agrees(model: nn.Module, resolution: Resolution) -> tuple[bool, float]:
     stock = stock_model(model)
-    windows = [window for window in layer_windows(stock.config).values() if window is not None]
+    windows = [window for window in sliding_windows(stock.config).values() if window is not None]
     ids = _row(model)[:, : min(windows, default=PROBE_LENGTH)]  # beyond a window, transformers defines the width
     expected = body_forward(model, ids, BIDIRECTIONAL).last_hidden_state
     with configured(stock.config, is_causal=False):

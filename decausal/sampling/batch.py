@@ -12,13 +12,13 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch_files import Lines, count_lines, encoded, job_facts
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
 from decausal.sampling.job_files import OnProgress, check_job_files, continued
 from decausal.sampling.jobs import BATCH_SIZE, Drafts, Ended, Job
 from decausal.sampling.ordered import in_order
 from decausal.sampling.settings import MOST_ROWS
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids
 
 LONGEST = 4096

@@ -16,8 +16,8 @@ from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.jobs import Ended, Engine, Job, OnStep, Progress, refuse_batch_size, run
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids, refuse_stop_token_ids
 
 logger = logging.getLogger(__name__)

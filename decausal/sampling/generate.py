@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import write
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
 from decausal.sampling.jobs import BATCH_SIZE, OnStep, refuse_batch_size
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids
 from decausal.sampling.texts import named
 

@@ -9,10 +9,10 @@ from decausal.data.template import render
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.sampling.batch import longest_row
-from decausal.sampling.defaults import refuse_for, settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.jobs import Drafts, Job
 from decausal.sampling.rows import Row
+from decausal.sampling.settings.of_model import refuse_for, settings_for
 from decausal.sampling.stopping import end_token_ids
 from decausal.sampling.texts import text_ids
 from decausal.serving.choices import Choice

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from decausal.data.encode import SpecialTokens
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.filling.infilling import MAX_GAP
 from decausal.sampling.filling.lengths import SEARCHES, GappedText
 from decausal.sampling.filling.searching import SearchJob
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import NUM_SEEDS, SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids, refuse_stop_token_ids
 from decausal.sampling.texts import text_ids
 from decausal.serving.counting import Work, refuse_long_text

@@ -26,6 +26,7 @@ from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
 from decausal.training.muon import MuonWithAdamW
+from decausal.training.pretrain_settings import PretrainSettings
 from decausal.training.resuming import (
     fingerprint,
     refuse_other_arguments,
@@ -40,7 +41,6 @@ from decausal.training.run_directory import (
     disk_errors,
     wants_resume,
 )
-from decausal.training.settings import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
 
 

@@ -47,7 +47,7 @@ def check_model(name: str, options: Mapping[str, Any], *, may_be_source: bool = 
         may_be_source: Whether an AR model is accepted, whose settings are not checked.
     """
     from decausal.models.names import check_converted
-    from decausal.sampling.defaults import settings_for
+    from decausal.sampling.settings.of_model import settings_for
 
     facts = check_converted(name, may_be_source=may_be_source)
     if facts is not None:

@@ -13,7 +13,7 @@ from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.doubled import Doubled, double
 from decausal.diffusion.layout import Layout
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import body_forward, decoder_layers, head_of
 from decausal.objectives.head import logits
 from decausal.training.losses import Supervision, loss_sums
@@ -88,7 +88,7 @@ def influence(model: PreTrainedModel, rows: Doubled, layout: Layout) -> list[Ten
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 def test_a_state_sees_its_own_blocks_copy_and_the_clean_blocks_before_it_and_nothing_else(family, causal_context):
     model, rows = FAMILIES[family](), small_rows()
-    windows = layer_windows(model.config)
+    windows = sliding_windows(model.config)
     layer_types = getattr(model.config, "layer_types", None) or ["every"] * len(decoder_layers(model))
     is_read = torch.eye(rows.ids.shape[1], dtype=torch.bool)
     found = influence(model, rows, Layout("block", K, causal_context))
@@ -125,7 +125,7 @@ def explicit_mask(model: PreTrainedModel, context: int, length: int, layout: Lay
                     mask[0, 0, q, k] = 0
         return mask
 
-    masks = {layer_type: of_window(window) for layer_type, window in layer_windows(model.config).items()}
+    masks = {layer_type: of_window(window) for layer_type, window in sliding_windows(model.config).items()}
     return next(iter(masks.values())) if len(masks) == 1 else masks
 
 

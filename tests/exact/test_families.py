@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
-from decausal.models.architecture import layer_windows, reach
+from decausal.models.architecture import reach, sliding_windows
 from decausal.models.backbone import body_forward, logits
 from decausal.models.checkpoint import load_converted, save_converted
 from decausal.models.facts import ConversionFacts
@@ -97,7 +97,7 @@ def test_explicit_causal_mask_equals_the_source_model_beyond_its_windows(family:
 @pytest.mark.parametrize("layout", [CAUSAL, BIDIRECTIONAL, BLOCKWISE], ids=lambda layout: layout.kind)
 def test_a_state_sees_exactly_what_its_layout_shows(family: str, layout: Layout, document_ids: Tensor | None) -> None:
     model = FAMILIES[family]()
-    window = next(iter(layer_windows(model.config).values()))
+    window = next(iter(sliding_windows(model.config).values()))
     first_layer = may_read(layout, document_ids, None if window is None else window - 1)
     assert torch.equal(influence(model, layout, document_ids, layers=1), first_layer)
     all_layers = may_read(layout, document_ids, reach(model.config))

@@ -12,7 +12,7 @@ from decausal.data.group_collator import GroupCollator
 from decausal.data.stream import places_of_groups
 from decausal.diffusion.grouping import Grouping
 from decausal.diffusion.layout import Layout, positions_in_documents
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import body_forward, logits
 from decausal.models.block_cache import BlockCache, cached_forward, decoding
 from decausal.models.checkpoint import Converted
@@ -151,7 +151,7 @@ def behind_prefix(student, prefix, mask, length, causal_groups):
     windows = {}
     with decoding(student):
         config = student.get_base_model().base_model.config
-        for kind, window in layer_windows(config).items():
+        for kind, window in sliding_windows(config).items():
             near = (position[:, None] - position).abs() < (window or total)
             windows[kind] = (is_visible & near)[None]
         cache = BlockCache(config, 1, total)

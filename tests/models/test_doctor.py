@@ -14,7 +14,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models import backbone, row_attention
 from decausal.models.adapt import adapt
-from decausal.models.architecture import RECURRENT_MODEL_TYPES, layer_windows, refusal
+from decausal.models.architecture import RECURRENT_MODEL_TYPES, refusal, sliding_windows
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward
 from decausal.models.doctor import examine, probes_as_dict, refuse_if_unusable, usable
 from decausal.models.facts import ConversionFacts
@@ -93,7 +93,7 @@ def test_layers_whose_reach_is_no_window_are_refused() -> None:
     model = FAMILIES["qwen3"]()
     model.config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
-        layer_windows(model.config)
+        sliding_windows(model.config)
     assert "explicit attention masks are honoured" in failed(model)
 
 
@@ -121,7 +121,7 @@ def test_positions_that_do_not_restart_are_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_window_that_the_masks_ignore_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone, "layer_windows", lambda config: {"every": None})
+    monkeypatch.setattr(backbone, "sliding_windows", lambda config: {"every": None})
     assert "explicit attention masks are honoured" in failed(FAMILIES["mistral"](sliding_window=64))
 
 

@@ -11,10 +11,10 @@ import pytest
 from decausal.config import resolve
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.generate import generate
 from decausal.sampling.model import DiffusionModel, load
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 from decausal.training.settings import ConversionSettings
 from decausal.verbs.flags import VerbParser
 from decausal.verbs.sampling import add_sampling_flags, sampler_options

@@ -12,12 +12,12 @@ import openai
 import pytest
 
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import write
 from decausal.sampling.filling.infilling import fill, infill
 from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.texts import text_after
 from tests.serving.running import Running, converted, running
 

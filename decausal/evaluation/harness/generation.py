@@ -14,12 +14,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from decausal.errors import UserError
 from decausal.evaluation.continuations.scored import in_parts
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.filling.infilling import fill
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids, text_before_stop
 from decausal.sampling.texts import ids_after
 

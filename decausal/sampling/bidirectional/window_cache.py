@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decausal.diffusion.layout import Layout
 from decausal.diffusion.shift import predicting_index
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import body_forward, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward, decoding, refuse_uncacheable, visible_by_layer
 from decausal.sampling.settings import CACHES
@@ -162,7 +162,7 @@ class WindowReader:
         positions = torch.minimum(positions, lengths[:, None] - 1)
         config = stock_model(self._model).base_model.config
         seen = visible_by_layer(config, positions, (lengths[:, None] - 1).expand_as(positions), num_keys)
-        reach = [window for window in layer_windows(config).values() if window is not None]
+        reach = [window for window in sliding_windows(config).values() if window is not None]
         if all(plan.length == num_keys for plan in plans) and min(reach, default=num_keys) >= num_keys:
             seen = num_keys
         states = cached_forward(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decausal.devices import free_operations
 from decausal.diffusion.layout import Layout
-from decausal.models.architecture import layer_windows
+from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import stock_model
 from decausal.models.block_cache import BlockCache, cached_forward, visible_by_layer
 from decausal.sampling.blocks.rows import BlockRows
@@ -50,7 +50,7 @@ class Reader:
         num_weights = sum(weight.numel() for weight in body.parameters()) - body.get_input_embeddings().weight.numel()
         free = free_operations(self.rows.device, self.config.num_hidden_layers, num_weights)
         self.free_padding = int(free / (2 * max(1, num_weights)))
-        self.shortest_window = min((w for w in layer_windows(self.config).values() if w is not None), default=None)
+        self.shortest_window = min((w for w in sliding_windows(self.config).values() if w is not None), default=None)
         self.is_autoregressive = self.layout.block_size == 1 and self.shift == 1
 
     def commit(self, spans: list[range]) -> None:

@@ -34,12 +34,12 @@ from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
 from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
 from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
-from decausal.sampling.defaults import longest_draft, refuse_for
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row
 from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import longest_draft, refuse_for
 
 DRAFT_LENGTH = 4
 """Tokens drafted at once if the model has no blocks."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from decausal.models.architecture import context_length, layer_windows
+from decausal.models.architecture import context_length, sliding_windows
 from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.facts import ConversionFacts
@@ -306,5 +306,5 @@ def _visible(
             held = torch.where(held < base[:, None], held, of_mask)
         return in_order & ((position[..., None] - held[:, None]).abs() < window)
 
-    by_layer = {kind: seen(window) for kind, window in layer_windows(config).items()}
+    by_layer = {kind: seen(window) for kind, window in sliding_windows(config).items()}
     return by_layer if len(by_layer) > 1 else next(iter(by_layer.values()))

@@ -14,7 +14,6 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.editing.changes import Change, apply
 from decausal.sampling.editing.encoded import EncodedText, encode_texts
 from decausal.sampling.engines import write
@@ -23,6 +22,7 @@ from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
 from decausal.sampling.rows import Row
 from decausal.sampling.scoring import TokenScores, score_tokens
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 
 GROUPS = 8
 FRACTION = 0.15

@@ -10,7 +10,6 @@ from typing import Any
 from decausal.errors import UserError, nearest
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import write
 from decausal.sampling.filling.gaps import Piece, refuse_layout, split_gaps
 from decausal.sampling.filling.lengths import SCORING_GROUPS, SEARCHES, GappedText, LengthSearch, Search, Trial
@@ -19,6 +18,7 @@ from decausal.sampling.jobs import BATCH_SIZE, Ended, Job, OnStep
 from decausal.sampling.rows import Row
 from decausal.sampling.scoring import score_tokens
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.texts import named, text_after
 
 MAX_GAP = 32
