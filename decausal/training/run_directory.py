@@ -320,7 +320,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _contents(output_dir: Path) -> list[Path]:
     """Returns a directory's content without what a run that was killed at its start may have left."""
-    return [path for path in output_dir.iterdir() if path.name != _LOCK and not is_partial(path)]
+    try:
+        return [path for path in output_dir.iterdir() if path.name != _LOCK and not is_partial(path)]
+    except FileNotFoundError:  # another run, which failed early, has just removed it
+        return []
 
 
 def _empty(output_dir: Path) -> None:
