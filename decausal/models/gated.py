@@ -57,7 +57,7 @@ class Gate:
         return torch.where(self.is_mask[..., None], scaled_as_embeddings(embedding.mask_row, embedding, output), output)
 
     def close(self, _: nn.Module, args: Any) -> Any:
-        """Before an adapter's first matrix: nothing passes but what belongs to masks."""
+        """Sets everything except masks to 0 before an adapter's first matrix."""
         (states,) = args
         assert self.is_mask is not None
         if states.shape[:-1] != self.is_mask.shape:
