@@ -37,7 +37,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     """Returns a recipe's keys and values, from a name that comes with decausal or a YAML file.
 
     Raises:
-        UserError: There is no such recipe, or the file is no YAML mapping.
+        UserError: There is no such recipe, or the file is not a YAML mapping.
     """
     if name_or_path.endswith((".yaml", ".yml")):
         try:

@@ -19,8 +19,8 @@ _GENERATED = {"pydoc_data"}
 def split_of(relative_path: str) -> Split:
     """Returns which split a file belongs to, from a hash of its path.
 
-    The same file is held out on every machine and in every Python version, so a model trained on one
-    interpreter's library has not seen the held-out files of another's.
+    The same file is held out on every machine and in every Python version. So a model trained on one interpreter's
+    library has not seen the held-out files of another.
     """
     digest = hashlib.sha256(relative_path.encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT_FRACTION else "train"

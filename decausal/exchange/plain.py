@@ -32,7 +32,7 @@ def export_plain(directory: str | Path, output_dir: str | Path, *, card: ModelCa
         card: What the card says apart from the facts.
 
     Raises:
-        UserError: `directory` is no whole converted model, or `output_dir` is not empty.
+        UserError: `directory` is not a complete converted model, or `output_dir` is not empty.
     """
     refuse_filled(Path(output_dir))
     facts = read_facts(directory)

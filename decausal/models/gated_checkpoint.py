@@ -37,7 +37,7 @@ def source_directory(name: str, commit: str | None) -> Path:
         commit: On the hub.
 
     Raises:
-        UserError: There is no such model, or it is not whole in files of its own.
+        UserError: There is no such model, or it has no complete files of its own.
     """
     path, commit = located(name, commit, may_be_converted=True, merge_adapter=True)
     if is_gguf(path) or (commit is None and adapter_of(Path(path)) is not None):

@@ -57,6 +57,6 @@ class PretrainSettings:
         at_least(self, num_key_value_heads=1, intermediate_size=1, max_position_embeddings=self.max_length)
         for whole, part in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
             if getattr(self, whole) % getattr(self, part):
-                raise UserError(f"--{whole} {getattr(self, whole)} is no multiple of --{part} {getattr(self, part)}")
+                raise UserError(f"--{whole} {getattr(self, whole)} is not a multiple of --{part} {getattr(self, part)}")
         if self.hidden_size // self.num_attention_heads % 2:
             raise UserError(f"--hidden_size {self.hidden_size}: a head's width must be even, for rotary positions")

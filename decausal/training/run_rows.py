@@ -177,7 +177,7 @@ def _on_policy_rows(
     num_prompts = settings.rollout_prompts or per_step
     if num_prompts % per_step:
         raise UserError(
-            f"--rollout_prompts {num_prompts} is no multiple of the {per_step} rows of an optimizer step "
+            f"--rollout_prompts {num_prompts} is not a multiple of the {per_step} rows of an optimizer step "
             "(per_device_train_batch_size x gradient_accumulation_steps x processes)"
         )
     start_tokens = settings.rollout_tokens_start

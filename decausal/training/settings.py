@@ -428,7 +428,7 @@ class ConversionSettings:
             return
         unnamed = [name for name in self.sampler if not isinstance(name, str)]
         if unnamed:
-            raise UserError(f"--sampler: {unnamed[0]!r} is no name of a setting; write {{name: value}}")
+            raise UserError(f"--sampler: {unnamed[0]!r} is not the name of a setting; write {{name: value}}")
         try:
             sampler = SamplerSettings().updated(**self.sampler)
             if self.layout is not None:

@@ -49,7 +49,7 @@ def _parser() -> VerbParser:
 def _span(written: str) -> tuple[int, int]:
     start, colon, end = written.partition(":")
     if not (colon and start.isdecimal() and end.isdecimal()):
-        raise argparse.ArgumentTypeError(f"'{written}' is no START:END, such as 10:24")
+        raise argparse.ArgumentTypeError(f"'{written}' is not START:END, such as 10:24")
     return int(start), int(end)
 
 

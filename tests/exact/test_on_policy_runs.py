@@ -166,7 +166,7 @@ def refused(tmp_path, source, data, **options) -> str:
     ("options", "message"),
     [
         ({"layout": "bidirectional", "block_size": None}, "--rows rollout needs --layout block"),
-        ({"rollout_prompts": 3}, "--rollout_prompts 3 is no multiple of the 2 rows of an optimizer step"),
+        ({"rollout_prompts": 3}, "--rollout_prompts 3 is not a multiple of the 2 rows of an optimizer step"),
         ({"warm_start_steps": 4}, "--warm_start_steps 4: all 4 steps of the run are warm start"),
         ({"kl_top_k": 269}, "--kl_top_k 269: the vocabulary has 268 tokens"),
         ({"kl_tail_bucket": True}, "--kl_tail_bucket needs --kl_top_k"),

@@ -49,7 +49,7 @@ def test_the_flag_takes_yaml_and_json(written: str) -> None:
     [
         (["--sampler", "{windw: 3}"], "did you mean 'window'"),
         (["--sampler", "{window: 0}"], "window=0 is not accepted"),
-        (["--sampler", "{1: 2}"], "1 is no name of a setting"),
+        (["--sampler", "{1: 2}"], "1 is not the name of a setting"),
         (["--sampler", "{cache: dual}"], "needs window"),
         (["--sampler", "window"], "--sampler"),
         (

@@ -274,8 +274,8 @@ def test_the_command_line_shows_the_difference_or_prints_json_or_the_text(
     [
         (["text", "--file", "f"], "not both"),
         (["--file", "/nowhere"], "cannot read /nowhere"),
-        (["text", "--span", "3"], "'3' is no START:END"),
-        (["text", "--span", "a:b"], "'a:b' is no START:END"),
+        (["text", "--span", "3"], "'3' is not START:END"),
+        (["text", "--span", "a:b"], "'a:b' is not START:END"),
     ],
 )
 def test_bad_flags_are_refused(saved: Path, flags: list[str], message: str) -> None:

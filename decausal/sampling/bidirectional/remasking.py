@@ -1,7 +1,7 @@
 """Opens kept tokens again at random, so that they can be decided again with more context.
 
 Source: ReMDM (arXiv 2503.00307). Going from alpha_t kept to alpha_s kept, each kept token is opened with probability
-    sigma <= min(1, (1 - alpha_s) / alpha_t), and enough masked ones are kept to reach alpha_s. Here alpha is the kept
+    sigma <= min(1, (1 - alpha_s) / alpha_t). Then enough masked ones are kept to reach alpha_s. Here alpha is the kept
     share of the window's positions, and a step leaves exactly as many kept as are due.
 """
 

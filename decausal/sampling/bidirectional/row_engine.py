@@ -49,10 +49,10 @@ class _Step(NamedTuple):
 class RowEngine:
     """Denoises up to `max_rows` rows together. Others wait until a row ends.
 
-    Each step runs the body over the rows in its places, and the head at the masked positions of their current windows
-    (with `settings.remask` "p2" also at kept ones). It proposes a token for each masked position and keeps the best.
-    The mask token is never drawn. A row is a function of its own ids, seed and settings. It depends neither on other
-    rows, nor on padding, nor on when it was submitted.
+    Each step runs the body over the rows in its places, and the head at the masked positions of their current windows.
+    With `settings.remask` "p2" the head also runs at kept positions. It proposes a token for each masked position and
+    keeps the best. The mask token is never drawn. A row is a function of its own ids, seed and settings. It depends
+    neither on other rows, nor on padding, nor on when it was submitted.
 
     Args:
         converted: Model, tokenizer and facts; the layout is "bidirectional" or "causal".

@@ -1,6 +1,6 @@
 """Keys and values of beginnings that rows share, so that a system prompt or a conversation's turns are read once.
 
-Beginnings are held in pages of `PAGE` tokens. A page is known by the page before it and its own tokens, so that two
+Beginnings are held in pages of `PAGE` tokens. A page is identified by the page before it and its own tokens. So two
 rows share it only if all tokens up to its end are the same. Under causal attention the keys and values of these tokens
 do not depend on what follows. Pages that have not been used for longest give way.
 """

@@ -70,9 +70,9 @@ def fill(
 
     Args:
         converted: Model, tokenizer and facts.
-        texts: A text is a list of strings, which are given text, integers, which are gaps of so many tokens, and None
-            for a gap of unknown length, as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see
-            `gaps.parse_gaps`. If a text begins with a gap, its row starts from BOS or EOS.
+        texts: A text is a list. Strings are given text, integers are gaps of so many tokens, and None is a gap of
+            unknown length, as in ``["def f(x):", None, "\\n    return", 4, "\\n"]``; see `gaps.parse_gaps`. If a text
+            begins with a gap, its row starts from BOS or EOS.
         max_gap: The most tokens in a gap of unknown length; fewer if the model's context ends.
         length_search: How unknown lengths are found, "candidates" or "grow": see `lengths`.
         batch_size: Rows in the model at once; it does not change the results.

@@ -1,9 +1,9 @@
 """Finds the length of a gap: candidates of several lengths are filled and ranked by likelihood.
 
 A masked model cannot tell how long a gap should be. But if the length is wrong, the tokens around the gap become
-unlikely. So a candidate's score is the log-likelihood of the given tokens next to the gap, the same ones for every
-length, plus that of the gap's own tokens divided by the square root of their number. Their sum would favour short gaps,
-and their mean long gaps that repeat themselves. docs/log.md holds what else was tried.
+unlikely. So a candidate's score has two parts. One is the log-likelihood of the given tokens next to the gap, the same
+ones for every length. The other is that of the gap's own tokens, divided by the square root of their number. Their sum
+would favour short gaps, and their mean long gaps that repeat themselves. docs/log.md holds what else was tried.
 
 There are two ways to propose lengths, which benchmarks/infill_length.py compares:
 
