@@ -40,11 +40,11 @@ from decausal.sampling.blocks.draft_shapes import (
     tokens_per_pass,
 )
 from decausal.sampling.blocks.speculative import SpeculativeEngine
-from decausal.sampling.defaults import longest_draft
 from decausal.sampling.jobs import Drafts, Ended, Job, run
 from decausal.sampling.model import load
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import DRAFTS, SamplerSettings
+from decausal.sampling.settings.of_model import longest_draft
 
 WITHOUT = "without drafts"
 _SHAPES = {"quadratic": quadratic, "strided": strided, "linear": linear}

@@ -128,7 +128,7 @@ class _Answer:
     is_ended: bool
 
     def cut(self) -> _Answer:
-        """The answer without what ends its turn."""
+        """Returns the answer without what ends its turn."""
         return replace(self, text=self.text[: self.content_end], end=self.content_end, is_ended=False)
 
     def span_in(self, text: str, closings: Closings) -> Span | None:

@@ -1,4 +1,4 @@
-"""Prompts with what the data say of them, for those who write answers down: read anew each time, in bounded memory."""
+"""Prompts with what the data say of them, for those who write answers down: read again each time, in bounded memory."""
 
 from __future__ import annotations
 

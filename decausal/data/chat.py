@@ -186,7 +186,7 @@ class _Encoder:
         return np.append(ids[:stop], eos_token_id), np.append(is_answer[:stop], True)
 
     def _without_end(self, tokens: Tokens) -> Tokens:
-        """Cuts off what ends the last answer, spaces before it too, and what stands behind it."""
+        """Cuts off what ends the last answer, the spaces before it, and what follows it."""
         ids, is_answer = tokens
         first, stop = _runs(is_answer)[-1]
         while stop > first and (self._is_end(ids[stop - 1]) or self._is_blank(ids[stop - 1])):

@@ -52,7 +52,7 @@ def as_training_data(
 
     Args:
         prompt: What the model read.
-        ids: What it wrote behind that.
+        ids: What it wrote after that.
         has_end: The last of `ids` ends the answer.
         tokenizer: Of the model.
     """
@@ -97,7 +97,7 @@ def _fields(record: Record) -> dict[str, Any]:
 
 
 def _trained(record: Record, before: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that are trained of a record; none where they do not stand behind the prompt in one piece."""
+    """Returns the tokens that are trained of a record; none where they do not follow the prompt in one piece."""
     try:
         documents = encode_batch([record], tokenizer)
     except UserError:  # such as a template that finds no answer in it

@@ -29,7 +29,9 @@ def predicting_index(token_index: Int[Tensor, "n"], shift: int) -> Int[Tensor, "
 
 
 def predictable(document_ids: Int[Tensor, "B T"], shift: int) -> Bool[Tensor, "B T"]:
-    """Which tokens have a predicting state: all except padding (document -1) and, with shift 1, each document's first.
+    """Returns which tokens have a predicting state.
+
+    All have one except padding (document -1) and, with shift 1, the first token of each document.
 
     Raises:
         UserError: If the shift is neither 0 nor 1.

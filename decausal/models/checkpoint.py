@@ -187,13 +187,13 @@ def load_causal(
     It gets a mask token too, which it never reads and which is never written: engines ban one.
 
     Args:
-        model_name_or_path: as `load_source` takes it; adapters are merged.
-        dtype: type of the weights.
-        device: where they go.
-        revision: branch, tag or commit of a hub id.
+        model_name_or_path: As `load_source` takes it; adapters are merged.
+        dtype: Type of the weights.
+        device: Where they go.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: there is no such model.
+        UserError: There is no such model.
     """
     model, tokenizer = load_source(model_name_or_path, revision=revision, dtype=dtype, merge_adapter=True)
     mask_token_id = adapt(model, tokenizer, layout=Layout("causal"))

@@ -1,4 +1,4 @@
-"""A model's own answers to prompts, as training data: what it wrote, token for token, behind what it read."""
+"""A model's own answers to prompts, as training data: what it wrote, token for token, after what it read."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from decausal.models.names import is_converted
 from decausal.sampling.answering import MAX_NEW_TOKENS, STOPS, TRUNCATED, check_options
 from decausal.sampling.batch import longest_row
 from decausal.sampling.batch_files import model_facts
-from decausal.sampling.defaults import settings_for
 from decausal.sampling.engines import engine_for
 from decausal.sampling.job_files import JobFile, OnProgress, check_target, continued
 from decausal.sampling.jobs import BATCH_SIZE, Ended, Engine, Job
 from decausal.sampling.ordered import in_order
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids
 
 
@@ -122,7 +122,7 @@ def write_answers(
 ) -> AnswersResult:
     """Answers the prompts of `data` by lines of a jsonl file that every recipe takes as data.
 
-    A line is the record of the prompt with the answer behind it, "finish_reason" ("end", or "length" where it was cut
+    A line is the record of the prompt with the answer after it, "finish_reason" ("end", or "length" where it was cut
     off), "num_tokens" and "id": the number of the answer, from 0; prompt i has the answers from i * `num_answers` on.
     Answer i draws from `seed` + i. A job that was killed is continued by the same call.
 
@@ -186,7 +186,7 @@ def _settings(converted: Converted, options: dict[str, Any], num_answers: int, t
 
 
 def _engine(converted: Converted, max_rows: int, needed: int, longest: int, cuda_graphs: bool | None) -> Engine:
-    """An engine with room for these prompts and no more."""
+    """Returns an engine with room for these prompts and no more."""
     block_size = converted.facts.block_size or 1
     return engine_for(
         converted,
@@ -198,7 +198,7 @@ def _engine(converted: Converted, max_rows: int, needed: int, longest: int, cuda
 
 
 def _num_done(file: JobFile) -> int:
-    """Answers that an earlier run has been through; those that it left out behind the last line come again."""
+    """Answers that an earlier run has been through; those that it left out after the last line come again."""
     return 0 if file.last is None else json.loads(file.last)["id"] + 1
 
 

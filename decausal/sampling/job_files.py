@@ -1,4 +1,4 @@
-"""The file that a job writes line by line: continued behind its last whole line, and kept from other jobs.
+"""The file that a job writes line by line: continued after its last whole line, and kept from other jobs.
 
 Light: verbs look at the files of a job before anything is loaded.
 """
@@ -76,7 +76,7 @@ def recorded_settings(answers: Path) -> dict[str, Any]:
 
 
 class JobFile:
-    """The lines of a job, open behind the last whole one.
+    """The lines of a job, open after the last whole one.
 
     Attributes:
         num_lines: Lines that are in the file.
@@ -96,7 +96,7 @@ class JobFile:
 
 @contextmanager
 def continued(path: Path, facts: dict[str, Any]) -> Iterator[JobFile]:
-    """Opens what a job writes behind its last whole line.
+    """Opens what a job writes after its last whole line.
 
     Args:
         path: Made if it is not there.

@@ -15,7 +15,7 @@ _ACCURACY, _PER_PASS = "eval_draft_accuracy_", "eval_tokens_per_pass"
 
 
 def keep_drafts(output_dir: Path, logs: Mapping[str, float], step: int, num_tokens: int) -> None:
-    """Adds a measurement to the run's file, and draws the figure anew.
+    """Adds a measurement to the run's file, and draws the figure again.
 
     Args:
         output_dir: The run's directory.

@@ -1,4 +1,4 @@
-"""decausal answers."""
+"""The command `decausal answers`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _parser() -> VerbParser:
     where.add_argument("--output", metavar="FILE", help="the jsonl file to write")
     where.add_argument("--output_dir", metavar="DIR", help=f"the directory to write {FILE} into")
     parser.add_argument("--num_prompts", type=positive, help="answer the first so many alone (all)")
-    parser.add_argument("--num_answers", type=positive, default=1, help="answers to each prompt, each drawn anew (1)")
+    parser.add_argument("--num_answers", type=positive, default=1, help="answers to each prompt, drawn separately (1)")
     parser.add_argument(
         "--max_new_tokens",
         "--gen_length",
@@ -102,7 +102,7 @@ def _check_model(name: str, options: dict[str, Any], num_answers: int) -> None:
 
 
 def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
-    """What was written, what was left out and why, and how fast it was."""
+    """Returns what was written, what was left out and why, and how fast it was."""
     counts = {
         "{} from before": result.num_resumed,
         "{} cut at " + f"{max_new_tokens} tokens, trained without an end": result.num_cut,

@@ -133,7 +133,7 @@ class PassTimes:
         self._slowness = {bucket: self._slowness_of(bucket, self._num_free) for bucket in self._medians}
 
     def num_known(self, work: float) -> int:
-        """How many passes of about as much work count, at most `_TIMES`."""
+        """Returns how many passes of about as much work count, at most `_TIMES`."""
         return len(self._last.get(_bucket(work), ()))
 
     def seconds(self, work: float) -> float:

@@ -14,22 +14,23 @@ from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive
 
 @dataclass(frozen=True)
 class Drafting:
-    """What a row drafts, and what says which drafts are right.
+    """What a row drafts, and what verifies its drafts.
 
     Attributes:
         shape: The groups of masks.
-        by_masks: A mask of its own behind the known tokens and behind each draft, not the causal states.
+        by_masks: Whether separate masks, one after the known tokens and one after each draft, verify instead of the
+            causal states.
     """
 
     shape: DraftShape
     by_masks: bool = False
 
     def num_masks(self, num_pending: int, shift: int, is_drafting: bool = True) -> int:
-        """Masks that a row with so many drafts reads."""
+        """Returns the number of masks that a row with so many drafts reads."""
         return self.num_verifying(num_pending) + self.shape.num_masks(num_pending, shift) * is_drafting
 
     def num_verifying(self, num_pending: int) -> int:
-        """Masks of these that verify."""
+        """Returns how many of these masks verify."""
         return (num_pending + 1) * self.by_masks
 
 
@@ -39,12 +40,12 @@ class Masks:
 
     Attributes:
         is_real: The others fill up.
-        behind: Drafts that each one's group stands behind.
+        behind: Number of drafts before each mask's group.
         offset: Its place in its group.
         first, stop: Masks that it reads, its own group's.
         start: Of each number of right drafts, the first mask that drafts.
         length: Of each number of right drafts, how many tokens are drafted.
-        is_verifying: The first ones, one behind the known tokens and one behind each draft, say what is right.
+        is_verifying: The first masks, one after the known tokens and one after each draft, verify.
     """
 
     is_real: Bool[Tensor, "b s"]
@@ -63,7 +64,7 @@ class DraftTables:
     Args:
         draftings: Which rows name by their index. Behind them stand two without drafts, one for each verifier.
         shift: The model's.
-        reads_causally: Masks of a group do not read those behind them.
+        reads_causally: Whether masks of a group do not read later ones.
         device: Where passes run.
 
     Attributes:
@@ -125,7 +126,7 @@ class DraftTables:
         ]
 
     def idle(self, which: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
-        """The ones without drafts that verify alike."""
+        """Returns the ones without drafts that verify alike."""
         return self._idle[which]
 
     def limit(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
@@ -133,13 +134,13 @@ class DraftTables:
         return torch.minimum(pending, self._limits[which])
 
     def in_turn(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
-        """The ones of this pass: rows that take turns draft nothing while others of them verify."""
+        """Returns the ones of this pass: rows that take turns draft nothing while others of them verify."""
         takes_turns = self._takes_turns[which].bool()
         waits = takes_turns & (pending == 0) & (takes_turns & (pending > 0)).any()
         return torch.where(waits, self._idle[which], which)
 
     def masks(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"], num_masks: int) -> Masks:
-        """Those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
+        """Returns those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
         is_real, behind, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
         start, length = self._groups[which, pending].unbind(-1)
         return Masks(is_real.bool(), behind, offset, first, stop, start, length, self._by_masks[which].bool())

@@ -197,7 +197,7 @@ class SpeculativeRows:
     def _verifying(
         self, queries: _Queries, in_order: Float[Tensor, "b q D"], of_masks: Float[Tensor, "b s D"], extent: Extent
     ) -> Float[Tensor, "b p D"]:
-        """The states that predict what stands behind the known tokens and behind each draft."""
+        """Returns the states that predict the token after the known tokens and the token after each draft."""
         last = (queries.given - 1)[:, None] + torch.arange(extent.num_drafts + 1, device=in_order.device)
         last = last.clamp(max=in_order.shape[1] - 1)
         causal = in_order.gather(1, last[..., None].expand(-1, -1, in_order.shape[-1]))

@@ -33,10 +33,10 @@ class LeftToRightSettings:
             is fastest here, by measured acceptances and times.
         draft_length: Tokens drafted at once, of "auto" the most. 0: none, one token with every pass. None: as many as
             the model was trained to draft, or 4 where that is not known.
-        verifier: Of speculative decoding, what is written. "causal": what the states of known tokens predict as in an
-            autoregressive model. "masks": what the model writes in blocks of one token, each a mask behind known
-            tokens; for models of layout "block" and shift 0 whose known tokens were never trained to predict. Source:
-            S2D2 (arXiv 2603.25702).
+        verifier: What speculative decoding writes. "causal": what the states of known tokens predict, as in an
+            autoregressive model. "masks": what the model writes in blocks of one token, each a mask after the known
+            tokens. "masks" is for models of layout "block" and shift 0 whose known tokens were never trained to
+            predict. Source: S2D2 (arXiv 2603.25702).
     """
 
     first_token_from_clean: bool = setting(
