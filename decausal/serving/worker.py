@@ -204,7 +204,7 @@ class Worker:
             self._most = None
 
     def _has_room(self) -> bool:
-        """Whether a row would run in the next step. Of several kinds of rows, one may wait in the engine."""
+        """Returns whether a row would run in the next step. Of several kinds of rows, one may wait in the engine."""
         return self._engine.num_waiting == 0 or self._engine.num_running < self._max_rows
 
     def _submit(self, row: AnswerRow) -> bool:
