@@ -24,7 +24,8 @@ from decausal.config import (
     training_hints,
 )
 from decausal.errors import UserError
-from decausal.training.settings import ConversionSettings, PretrainSettings, losses
+from decausal.training.pretrain_settings import PretrainSettings
+from decausal.training.settings import ConversionSettings, losses
 from decausal.verbs import answers
 from tests.runs import ROOT
 

@@ -1,4 +1,4 @@
-"""Rows that wait in front of an engine: whose turn it is."""
+"""The rows that wait for an engine, and whose turn it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from decausal.serving.answer import Answer, AnswerRow
 
 
 class Turns:
-    """Clients take turns, and so do the requests of each: nobody waits for all rows of another."""
+    """Clients take turns, and so do the requests of each client, so nobody waits for all rows of another."""
 
     def __init__(self) -> None:
         self._rows: dict[str, dict[Answer, deque[AnswerRow]]] = {}  # whose turn it is comes first
@@ -24,12 +24,12 @@ class Turns:
         return (row for answers in self._rows.values() for rows in answers.values() for row in rows)
 
     def add(self, answer: Answer) -> None:
-        """Puts all rows of a request behind."""
+        """Puts all rows of a request at the end of its line."""
         if answer.rows:
             self._rows.setdefault(answer.client, {})[answer] = deque(answer.rows)
 
     def take(self) -> AnswerRow:
-        """Takes the row whose turn it is out, and puts its client, and its request among the client's, behind."""
+        """Takes out the row whose turn it is. Its client, and its request among the client's, go last."""
         client = next(iter(self._rows))
         answers = self._rows.pop(client)
         answer = next(iter(answers))
@@ -42,7 +42,7 @@ class Turns:
         return row
 
     def drop(self, answer: Answer) -> None:
-        """Takes all rows of a request out; one that has none is no error."""
+        """Takes out all rows of a request, if it has any."""
         answers = self._rows.get(answer.client, {})
         answers.pop(answer, None)
         if not answers:

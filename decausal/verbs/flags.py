@@ -28,7 +28,7 @@ class VerbParser(argparse.ArgumentParser):
         super().__init__(prog=f"decausal {verb}", description=description, allow_abbrev=False)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Reads flags before, between and behind the texts: argparse by itself takes texts in one place alone."""
+        """Reads flags before, between and after the texts. By itself argparse takes texts in one place only."""
         found, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             flags = [argument for argument in unknown if argument.startswith("-")]
