@@ -137,7 +137,7 @@ class PassTimes:
         return len(self._last.get(_bucket(work), ()))
 
     def seconds(self, work: float) -> float:
-        """What a pass takes; in a unit of its own before any was made."""
+        """Returns what a pass takes; in a unit of its own before any was made."""
         return (self._num_free + work) * self._slowness_at(2 * math.log2(work))
 
     def _slowness_of(self, bucket: int, num_free: float) -> float:
@@ -305,7 +305,7 @@ class DraftChoice:
         ]
 
     def _may_think(self) -> bool:
-        """Whether the time that choosing takes is small beside that of passes: of small models it is not."""
+        """Returns whether the time that choosing takes is small beside that of passes: of small models it is not."""
         return self._seconds_thinking <= _THINKING * self._seconds_passing
 
     def _disappoints(self, case: _Case, num_rows: int) -> bool:
