@@ -362,7 +362,7 @@ def converted(files) -> Path:
         (["doctor"], "model"),
         (["doctor", "/nowhere"], "/nowhere"),
         (["pretrain", "--data", "/nowhere.txt", "--output_dir", "{new}"], "/nowhere.txt"),
-        (["pretrain", "--hidden_size", "100", "--num_attention_heads", "3", "--output_dir", "{new}"], "no multiple"),
+        (["pretrain", "--hidden_size", "100", "--num_attention_heads", "3", "--output_dir", "{new}"], "not a multiple"),
         (["pretrain"], "--output_dir is missing"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",

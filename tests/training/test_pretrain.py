@@ -136,8 +136,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ({"num_attention_heads": 6}, "no multiple of --num_attention_heads"),
-        ({"num_key_value_heads": 3}, "no multiple of --num_key_value_heads"),
+        ({"num_attention_heads": 6}, "not a multiple of --num_attention_heads"),
+        ({"num_key_value_heads": 3}, "not a multiple of --num_key_value_heads"),
         ({"hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 1}, "must be even"),
         ({"vocab_size": 100}, "--vocab_size 100: must be at least 258"),
         ({"num_hidden_layers": 0}, "--num_hidden_layers 0"),
