@@ -76,7 +76,7 @@ def moved(tree: Any, device: torch.device | str) -> Any:
         return tree.to(device)
     if isinstance(tree, Mapping):
         return {name: moved(part, device) for name, part in tree.items()}
-    if isinstance(tree, tuple):  # a named one
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(moved(part, device) for part in tree))
     return tree
 

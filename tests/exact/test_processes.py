@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,22 @@ def launch(lines: list[list[object]], folder: Path) -> str:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.OUT),
     )
-    elastic_launch(agent, run_lines)([[str(part) for part in line] for line in lines])
+    with own_signals():
+        elastic_launch(agent, run_lines)([[str(part) for part in line] for line in lines])
     return "".join(path.read_text() for path in sorted(folder.rglob("stdout.log")))
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Takes back the handlers of signals that the agent leaves behind, which copies of this process would inherit."""
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def accelerate_variables(configuration: Path) -> dict[str, str]:
