@@ -91,8 +91,8 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         row = self.rows[self.row_index(position)]
-        is_predictable = row["is_maskable"] & predictable(row["document_ids"][None], self.shift)[0]
-        item = {"clean_ids": row["clean_ids"], "document_ids": row["document_ids"], "is_predictable": is_predictable}
+        item = clean_item(row, self.shift)
+        is_predictable = item["is_predictable"]
         if isinstance(self.noising, Grouping):
             return item | self._groups(item, self.noising, position)
         if self.noising is None:
@@ -112,6 +112,12 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
 
     def _groups(self, item: dict[str, Tensor], grouping: Grouping, position: int) -> dict[str, Tensor]:
         return places_of_groups(item, grouping, position=position, seed=self.seed, num_rows=self.num_samples)
+
+
+def clean_item(row: dict[str, Tensor], shift: int) -> dict[str, Tensor]:
+    """Returns a row as training reads it: clean_ids, document_ids and is_predictable [T]."""
+    is_predictable = row["is_maskable"] & predictable(row["document_ids"][None], shift)[0]
+    return {"clean_ids": row["clean_ids"], "document_ids": row["document_ids"], "is_predictable": is_predictable}
 
 
 def places_of_groups(

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from decausal.data.group_collator import GroupCollator
-from decausal.data.stream import Batch, Rows, places_of_groups
+from decausal.data.stream import Batch, Rows, clean_item, places_of_groups
 from decausal.diffusion.grouping import ALL, Grouping
-from decausal.diffusion.shift import predictable
 from decausal.errors import UserError
-from decausal.evaluation.passes import in_batches, measuring, spread_indices
+from decausal.evaluation.passes import device_of, in_batches, measuring, spread_indices
 from decausal.evaluation.results import DraftFigures
 from decausal.models.architecture import context_length
 from decausal.models.backbone import denoising_head, stock_model
@@ -60,9 +60,7 @@ def evaluate_drafts(
 
 def _items(rows: Rows, indices: list[int], grouping: Grouping) -> Iterator[dict[str, Tensor]]:
     for index in indices:
-        row = rows[index]
-        is_predictable = row["is_maskable"] & predictable(row["document_ids"][None], 1)[0]
-        item = {"clean_ids": row["clean_ids"], "document_ids": row["document_ids"], "is_predictable": is_predictable}
+        item = clean_item(rows[index], shift=1)
         yield item | places_of_groups(item, grouping, position=index, seed=0, num_rows=1)
 
 
@@ -70,13 +68,11 @@ def _num_right(
     model: nn.Module, facts: ConversionFacts, batch: Batch, is_first: Bool[Tensor, "B T"]
 ) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
     """Returns how many drafts of each group are right from the first on, and how many tokens of the text it drafts."""
-    device = stock_model(model).get_input_embeddings().weight.device
-    on_device = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-    groups = type(batch["groups"])(*(part.to(device) for part in batch["groups"]))
+    on_device = send_to_device(batch, device_of(model))
     states = grouped_forward(
         model,
         on_device["clean_ids"],
-        groups,
+        on_device["groups"],
         facts.mask_token_id,
         document_ids=on_device.get("document_ids"),
         position_ids=on_device.get("position_ids"),
@@ -114,16 +110,14 @@ class _Tally:
         self.right += (place < num_right[:, None]).sum(0)
         row, column = is_first.nonzero(as_tuple=True)
         at = {(r, c): n for r, c, n in zip(row.tolist(), column.tolist(), num_right.tolist(), strict=True)}
-        for (r, c), _ in at.items():
+        for r, c in at:
             if (r, c - 1) not in at or documents[r, c - 1] != documents[r, c]:
                 self._write(at, r, c)
 
     def _write(self, at: dict[tuple[int, int], int], row: int, column: int) -> None:
         """Walks along a text like verified decoding, without the last token."""
         while (row, column) in at:
-            brought = 0
-            for _ in range(at[row, column] + 1):
-                brought += (row, column + brought) in at
+            brought = sum((row, column + offset) in at for offset in range(at[row, column] + 1))
             self.num_tokens += brought
             self.num_passes += 1
             column += brought

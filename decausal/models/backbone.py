@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
@@ -93,10 +94,7 @@ def body_forward(
             return_dict=True,
             **attention,
         )
-    hidden_states = None
-    if output_hidden_states:
-        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
-    return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
+    return _states(output, body.config)
 
 
 def masked_forward(
@@ -136,9 +134,14 @@ def masked_forward(
         output_hidden_states=output_hidden_states,
         return_dict=True,
     )
+    return _states(output, body.config)
+
+
+def _states(output: ModelOutput, config: PretrainedConfig) -> BaseModelOutput:
+    """Returns a body's states: the last, and those of all layers if it gave them."""
     hidden_states = None
-    if output_hidden_states:
-        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, body.config)
+    if output.hidden_states is not None:
+        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, config)
     return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
 
 

@@ -41,20 +41,15 @@ def _single(weights: list[Path]) -> set[str]:
     return {f"{path.name.partition('-')[0]}{path.suffix}" for path in weights}
 
 
-def copy_base(directory: Path, target: Path) -> dict[str, str]:
-    """Copies a source model's files into `target`, byte for byte. Links become the files they point to.
-
-    Returns:
-        The hash of each file, by name.
-    """
+def copy_base(directory: Path, target: Path) -> None:
+    """Copies a source model's files into `target`, byte for byte. Links become the files they point to."""
     for path in base_files(directory):
         shutil.copyfile(path, target / path.name)
-    return hashes(target, [path.name for path in base_files(directory)])
 
 
-def hashes(directory: Path, names: list[str]) -> dict[str, str]:
-    """Returns the SHA-256 of each file, as the hub shows it."""
-    return {name: _hash(directory / name) for name in names}
+def base_hashes(directory: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each of a source model's files by name, as the hub shows it."""
+    return {path.name: _hash(path) for path in base_files(directory)}
 
 
 def refuse_other_base(directory: Path, expected: Mapping[str, str], name: str) -> None:

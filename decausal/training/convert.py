@@ -24,7 +24,7 @@ from decausal.models.adapt import adapt, load_source
 from decausal.models.adapters import hushed
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
-from decausal.models.base_files import base_files, hashes
+from decausal.models.base_files import base_hashes
 from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
@@ -126,6 +126,7 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     facts: ConversionFacts
     save_dtype: torch.dtype
+    base: Path | None  # the source's files, where gated weights keep them
 
 
 def _prepare(
@@ -150,6 +151,8 @@ def _prepare(
             "files as they are, so give them to generate, chat, batch and serve as well"
         )
     recipe = asdict(settings) | training | {"revision": start.commit}
+    # Found before training: at its end the source may be out of reach.
+    base = source_directory(start.name, start.commit) if settings.weights == "gated" else None
     facts = ConversionFacts(
         layout=settings.layout,
         block_size=settings.block_size,
@@ -161,7 +164,7 @@ def _prepare(
         recipe={name: value for name, value in recipe.items() if name != "output_dir"},
         sampler=settings.sampler or {},
         **start.history(),
-        **_base(settings, start),
+        **_base_facts(settings, start, base),
     )
     rows = rows_of_run(settings, args, model, tokenizer, facts)
     facts = rows.facts
@@ -198,7 +201,7 @@ def _prepare(
     )
     # Found before training, because the source may be out of reach at its end.
     save_dtype = dtype_to_save(settings.save_dtype, settings.model_name_or_path, start.commit)
-    return _Run(trainer, tokenizer, facts, save_dtype)
+    return _Run(trainer, tokenizer, facts, save_dtype, base)
 
 
 def _refuse_checkpointing(settings: ConversionSettings, args: TrainingArguments) -> None:
@@ -209,15 +212,14 @@ def _refuse_checkpointing(settings: ConversionSettings, args: TrainingArguments)
         )
 
 
-def _base(settings: ConversionSettings, start: Start) -> dict[str, Any]:
+def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -> dict[str, Any]:
     """Returns the facts about the source of gated weights, which leave it unchanged."""
-    if settings.weights != "gated":
+    if base is None:
         return {}
     if settings.reference_base and start.commit is None:
         raise UserError(f"--reference_base needs a model of the hub, and {start.name} is none; leave it out")
-    directory = source_directory(start.name, start.commit)
     reference = f"{start.name}@{start.commit}" if settings.reference_base else None
-    return {"base": hashes(directory, [path.name for path in base_files(directory)]), "base_reference": reference}
+    return {"base": base_hashes(base), "base_reference": reference}
 
 
 def _masked(
@@ -427,11 +429,11 @@ def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:
 
 def _finish_gated(run: _Run, student: nn.Module) -> PreTrainedModel:
     trainer, facts = run.trainer, run.facts
+    assert run.base is not None
     state_dict = trainer.whole_state_dict(student)
     output_dir = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         with disk_errors(output_dir):
-            base = source_directory(facts.recipe["model_name_or_path"], facts.recipe["revision"])
-            save_gated(output_dir, student, state_dict, facts, base)
+            save_gated(output_dir, student, state_dict, facts, run.base)
     trainer.accelerator.wait_for_everyone()
     return stock_model(student)
