@@ -116,7 +116,9 @@ class _Records:
 
     def columns(self, found: Sequence[str], origin: str) -> Sequence[str]:
         """Decides on the form of a table, whose columns are known before its rows."""
-        return self._form_of(found, origin).columns(found)
+        form = self._form_of(found, origin)
+        self._account.take_unread(form.unread(dict.fromkeys(found, ...)))
+        return form.columns(found)
 
     def of_rows(self, rows: Iterable[Located]) -> Iterator[Record]:
         """Yields a record per object. Bad objects raise, or are counted and skipped."""
@@ -134,7 +136,9 @@ class _Records:
             raise row
         if not isinstance(row, dict):
             raise UserError(f'{origin}: {kind(row)} where an object such as {{"text": "..."}} is expected')
-        record = self._form_of(row, origin).record(row, origin)
+        form = self._form_of(row, origin)
+        record = form.record(row, origin)
+        self._account.take_unread(form.unread(row))
         if "messages" in record and not self._reading.takes_conversations:
             raise UserError(
                 f"{origin}: a conversation, and pretraining reads plain text, or prompts and completions; convert and "

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from decausal.data.formats import kind
-from decausal.data.messages import NO_ANSWER, Message, read_messages, read_template_kwargs, read_tools
+from decausal.data.messages import (
+    NO_ANSWER,
+    Message,
+    read_earlier_turns,
+    read_messages,
+    read_template_kwargs,
+    read_tools,
+)
 from decausal.data.reading import Reading
 from decausal.errors import UserError, refuse_broken_text
 
 Record = dict[str, Any]
 
 SYSTEM = ("system", "system_prompt")  # the system's message, in a separate column
-BESIDE_MESSAGES = ("tools", "chat_template_kwargs", *SYSTEM)
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+BESIDE_MESSAGES = (*FOR_TEMPLATES, *SYSTEM)
+HISTORY = "history"  # Alpaca's earlier turns: a list of [question, answer]
 FINISH_REASON = "finish_reason"  # OpenAI's name; of an answer that was cut off it says "length"
 TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
@@ -54,6 +63,11 @@ class Form:
     def columns(self, found: Collection[str]) -> list[str]:
         """Returns the fields to read of those found."""
         return [field for field in (*self.fields, *self.optional, *self.beside, FINISH_REASON) if field in found]
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns the fields of a row that hold something and are not read."""
+        read = self.columns(row)
+        return [field for field, value in row.items() if field not in read and value is not None]
 
     def record(self, row: dict[str, Any], origin: str) -> Record:
         """Turns a row into a record.
@@ -122,7 +136,7 @@ def _pair(form: Form, row: dict[str, Any], origin: str) -> Record:
     """Returns a prompt and its completion: two texts, or two lists of messages. The second one is learned."""
     prompt, completion = form.fields
     if not isinstance(row[prompt], list):
-        return {"prompt": _string(row, prompt, origin), "completion": _answer(form, row, completion, origin)}
+        return {"prompt": _plain_prompt(row, prompt, origin), "completion": _answer(form, row, completion, origin)}
     given: list[Message] = [message | {"weight": 0} for message in read_messages(row[prompt], origin, prompt)]
     if not form.needs_answers and not row.get(completion):
         return _record_of(form, given, row, origin)
@@ -138,14 +152,26 @@ def _prompt(form: Form, row: dict[str, Any], origin: str) -> Record:
     (prompt,) = form.fields
     if isinstance(row[prompt], list):
         return _record_of(form, read_messages(row[prompt], origin, prompt), row, origin)
-    return {"prompt": _string(row, prompt, origin), "completion": ""}
+    return {"prompt": _plain_prompt(row, prompt, origin), "completion": ""}
+
+
+def _plain_prompt(row: dict[str, Any], field: str, origin: str) -> str:
+    """Returns a prompt that no chat template renders, with the system's message as its first paragraph."""
+    for name in FOR_TEMPLATES:
+        if row.get(name):
+            raise UserError(
+                f"{origin}: field '{name}' is for a chat template, which a '{field}' that is a string does not go "
+                f"through; give '{field}' as a list of messages, or leave '{name}' out"
+            )
+    return "\n\n".join(part for part in (_system(row, origin), _string(row, field, origin)) if part)
 
 
 def _question(form: Form, row: dict[str, Any], origin: str) -> Record:
-    """Returns the parts of the prompt as paragraphs and the answer on a new line, since these fields hold no line
+    """Returns the parts of the prompt as paragraphs and each answer on a new line, since these fields hold no line
     breaks."""
     *parts, answer = form.fields
     given = [_system(row, origin)] if _system(row, origin) else []
+    given += ["\n".join(turn) for turn in read_earlier_turns(row.get(HISTORY), origin, HISTORY)]
     given += [_string(row, part, origin) for part in parts]
     given += [_string(row, part, origin) for part in form.optional if row.get(part)]
     return {"prompt": "\n\n".join(given) + "\n", "completion": _answer(form, row, answer, origin)}
@@ -203,7 +229,7 @@ CONVERSATION = Form(None, ("messages",), _conversation, beside=BESIDE_MESSAGES)
 KNOWN = (
     Form("ShareGPT", ("conversations",), _conversation, beside=BESIDE_MESSAGES),
     Form("ShareGPT", ("conversation",), _conversation, beside=BESIDE_MESSAGES),
-    Form("Alpaca", ("instruction", "output"), _question, optional=("input",), beside=SYSTEM),
+    Form("Alpaca", ("instruction", "output"), _question, optional=("input",), beside=(*SYSTEM, HISTORY)),
     Form("Dolly", ("instruction", "response"), _question, optional=("context",), beside=SYSTEM),
     Form("HumanEval", ("prompt", "canonical_solution"), _pair),
     Form("question and answer", ("question", "answer"), _question, beside=SYSTEM),

@@ -68,6 +68,24 @@ def read_template_kwargs(value: Any, origin: str) -> dict[str, Any]:
     return without_nulls(found)
 
 
+def read_earlier_turns(value: Any, origin: str, field: str) -> list[list[str]]:
+    """Returns earlier questions with their answers, from a list of pairs or one written as JSON; null means none.
+
+    Raises:
+        UserError: It is not a list of pairs of strings.
+    """
+    turns = _parsed(value)
+    if not value or not turns:
+        return []
+    if not isinstance(turns, list) or not all(_is_pair_of_strings(turn) for turn in turns):
+        raise UserError(f"{origin}: field '{field}' holds {kind(value)}, a list of [question, answer] is expected")
+    return turns
+
+
+def _is_pair_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 def without_nulls(value: Any) -> Any:
     """Drops null fields at every depth: in a table, each row has the fields of all others."""
     if isinstance(value, dict):

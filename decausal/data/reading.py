@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,7 @@ ON_BAD_RECORD: tuple[OnBadRecord, ...] = ("error", "skip")
 SKIP_HINT = "; --on_bad_record skip leaves such records out"
 _SAID: set[str] = set()
 NAMED = 3  # bad records and skipped files that are named; the others are counted
+NAMED_FIELDS = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Account:
         num_records: Documents read, without blank and bad ones.
         num_conversations: How many of them are conversations.
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
+        unread: Names of fields that records have and that were not read.
         left_out: Names of files that were not read, by reason.
         num_blank: Records without a text or an answer.
         num_cut: Records whose answer was cut off, so that it is trained on without an end.
@@ -67,6 +70,7 @@ class Account:
     num_records: int = 0
     num_conversations: int = 0
     forms: list[str] = field(default_factory=list)
+    unread: dict[str, None] = field(default_factory=dict)  # in order of their appearance
     left_out: dict[str, list[str]] = field(default_factory=dict)
     num_blank: int = 0
     num_cut: int = 0
@@ -81,6 +85,10 @@ class Account:
         """Notes how records are read."""
         if form not in self.forms:
             self.forms.append(form)
+
+    def take_unread(self, fields: Iterable[str]) -> None:
+        """Notes fields that are not read."""
+        self.unread.update(dict.fromkeys(fields))
 
     def take_bad(self, error: UserError, on_bad_record: OnBadRecord) -> None:
         """Counts a record that cannot be used, or raises if bad records are errors.
@@ -106,6 +114,8 @@ class Account:
         read = f"read {where}: {_counted(self.num_records, 'record')}, {_counted(num_tokens, 'token')}"
         if self.forms:
             read += f", as {' and '.join(self.forms)}"
+        if self.unread:
+            read += f"; not read: {_some([repr(name) for name in self.unread], shown=NAMED_FIELDS)}"
         cut = [f"{self.num_cut:,} of finish_reason 'length' trained without an end"] if self.num_cut else []
         return "; ".join([read, *cut, *self._skipped()])
 
@@ -129,7 +139,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _some(names: list[str], number: int | None = None, separator: str = ", ") -> str:
-    shown = names[:NAMED]
-    rest = (len(names) if number is None else number) - len(shown)
-    return separator.join(shown) + (f" and {rest:,} more" if rest else "")
+def _some(names: list[str], number: int | None = None, separator: str = ", ", shown: int = NAMED) -> str:
+    first = names[:shown]
+    rest = (len(names) if number is None else number) - len(first)
+    return separator.join(first) + (f" and {rest:,} more" if rest else "")

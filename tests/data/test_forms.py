@@ -35,7 +35,7 @@ def read(tmp_path: Path, *rows: dict[str, Any], **options: str) -> tuple[list[di
     ("row", "record", "form"),
     [
         ({"conversations": TURNS}, {"messages": MESSAGES}, "ShareGPT ('conversations')"),
-        ({"conversations": MESSAGES, "id": 1}, {"messages": MESSAGES}, "ShareGPT ('conversations')"),
+        ({"conversations": MESSAGES, "id": 1}, {"messages": MESSAGES}, "ShareGPT ('conversations'); not read: 'id'"),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
             {"prompt": "Add.\n\n1 2\n", "completion": "3"},
@@ -64,7 +64,7 @@ def read(tmp_path: Path, *rows: dict[str, Any], **options: str) -> tuple[list[di
         (
             {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "f()"},
             {"prompt": "def f():\n", "completion": "    pass\n"},
-            "HumanEval ('prompt', 'canonical_solution')",
+            "HumanEval ('prompt', 'canonical_solution'); not read: 'task_id', 'test'",
         ),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, "'prompt', 'completion'"),
     ],
@@ -103,6 +103,48 @@ def test_a_system_column_stands_before_questions_and_prompts_of_messages(tmp_pat
     assert record["messages"] == [SCENE, MESSAGES[1] | {"weight": 0}, MESSAGES[2]]
 
 
+@pytest.mark.parametrize("row", [{"prompt": "one?", "completion": "two"}, {"prompt": "one?"}])
+def test_a_system_column_stands_before_a_plain_prompt(tmp_path: Path, row: dict[str, str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row | {"system": "Be brief."}))
+    (record,) = read_documents(path, Reading(needs_answers="completion" in row))
+    assert (record["prompt"], record["completion"]) == ("Be brief.\n\none?", row.get("completion", ""))
+
+
+HISTORY = [["Add 1 and 2.", "3"], ["And 4.", "7"]]
+
+
+@pytest.mark.parametrize("history", [HISTORY, json.dumps(HISTORY)])
+def test_alpacas_history_stands_before_the_instruction(tmp_path: Path, history: object) -> None:
+    row = {"system": "Be brief.", "instruction": "Double it.", "input": "", "output": "14", "history": history}
+    given = "Be brief.\n\nAdd 1 and 2.\n3\n\nAnd 4.\n7\n\nDouble it.\n"
+    assert read(tmp_path, row)[0] == [{"prompt": given, "completion": "14"}]
+    for nothing in (None, [], ""):
+        assert read(tmp_path, row | {"history": nothing})[0][0]["prompt"] == "Be brief.\n\nDouble it.\n"
+    for broken in ("and so on", [["only a question"]], [["one?", 2]], {"a": "b"}):
+        with pytest.raises(UserError, match=r"field 'history' holds .*, a list of \[question, answer\] is expected"):
+            read(tmp_path, row | {"history": broken})
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_what_is_for_a_chat_template_is_refused_beside_plain_prompts(tmp_path: Path, name: str) -> None:
+    row = {"prompt": "one?", "completion": "two"}
+    assert read(tmp_path, row | {name: None}, row | {name: {}})[0] == [row, row]
+    with pytest.raises(UserError, match=rf"field '{name}' is for a chat template, which a 'prompt' that is a string"):
+        read(tmp_path, row | {name: {"a": 1}})
+
+
+def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
+    rows = [{"text": "a", "source": "web", "url": None}, {"text": "b", "messages": [], "source": "web"}]
+    assert read(tmp_path, *rows)[1] == "'text'; not read: 'source', 'messages'"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    account = Account()
+    list(read_sources(find_sources(tmp_path / "a.parquet"), Reading(), account))
+    assert "; not read: 'source', 'url'" in account.line(1)
+    many = {"text": "a"} | {f"field{number}": 1 for number in range(20)}
+    assert read(tmp_path, many)[1].endswith("'field7' and 12 more")
+
+
 def test_a_system_column_of_a_table_is_read(tmp_path: Path) -> None:
     rows = [{"system": "Be brief.", "conversations": TURNS[1:]}, {"system": None, "conversations": TURNS[1:]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -113,7 +155,7 @@ def test_a_system_column_of_a_table_is_read(tmp_path: Path) -> None:
 def test_named_fields_hold_prompt_and_completion_as_they_are(tmp_path: Path) -> None:
     row = {"text": "whole", "q": "1+1=", "a": "2"}
     record = {"prompt": "1+1=", "completion": "2"}
-    assert read(tmp_path, row, prompt_field="q", completion_field="a") == ([record], "'q', 'a'")
+    assert read(tmp_path, row, prompt_field="q", completion_field="a") == ([record], "'q', 'a'; not read: 'text'")
     assert read(tmp_path, row | {"completion": "2"}, prompt_field="q")[0] == [record]
     assert read(tmp_path, row)[0] == [{"text": "whole"}]
 
