@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from decausal.training.planning.tally import tensors_of
 
 
 class OneDevice(TorchDispatchMode):
@@ -63,11 +64,6 @@ class _NothingMadeOfNumbers(TorchFunctionMode):
         if function in (torch.tensor, torch.as_tensor) and found.device.type == self.device.type:
             raise AssertionError(f"a tensor of shape {tuple(found.shape)} is copied from the host")
         return found
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """All tensors in nested arguments or results."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def moved(tree: Any, device: torch.device | str) -> Any:

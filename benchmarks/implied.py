@@ -9,10 +9,10 @@ import argparse
 
 import torch
 from models import build
-from on_paper import IN_A_GRAPH, Tally
 from paper_steps import KINDS, META, PaperStep, decoding_pass
 
-from decausal.devices import BANDWIDTH, LAUNCH
+from decausal.devices import BANDWIDTH, LAUNCH, LAUNCH_IN_GRAPH
+from decausal.training.planning.tally import Tally
 
 HEAD = (
     "| {} | operations over floor | kernels | MB per token | matrices | attention | elementwise | launches | implied |"
@@ -53,7 +53,7 @@ def main() -> None:
     print("|" + "---|" * 9)
     for num_rows in (1, 32):
         tally = decoding_pass(model, num_rows=num_rows, num_keys=1024)
-        for label, launch in (("one by one", LAUNCH), ("as a graph", IN_A_GRAPH)):
+        for label, launch in (("one by one", LAUNCH), ("as a graph", LAUNCH_IN_GRAPH)):
             print(line(f"{num_rows} row(s), {label}", tally, "", None, launch), flush=True)
 
 

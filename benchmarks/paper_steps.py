@@ -10,7 +10,6 @@ import torch
 from counting import moved
 from floors import ModelShape
 from models import build
-from on_paper import Tally, counted, pairs_of
 from train_step import RandomRows
 from transformers import PreTrainedModel
 
@@ -26,6 +25,8 @@ from decausal.sampling.blocks.rows import BlockRows
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.losses import Supervision, Weighted, weighted_loss
+from decausal.training.planning.kernels import counted, pairs_of
+from decausal.training.planning.tally import Tally
 from decausal.training.questions import Vocabulary, ask
 from decausal.training.schedule import WeightSchedule
 from decausal.training.teacher import CAUSAL, Teacher

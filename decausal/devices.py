@@ -5,16 +5,23 @@ The choices for CUDA are computed from the rates below, not measured. docs/perfo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-BANDWIDTH = 4.3e12
+from decausal.gpus import GPUS
+
+BANDWIDTH = GPUS["h200"].bandwidth
 """Bytes per second that kernels read on an H200."""
-MATRIX_RATE = 790e12
+MATRIX_RATE = GPUS["h200"].matrix_rate
 """Floating-point operations per second of its large matrix products in bf16."""
 LAUNCH = 5e-6
 """Seconds that the host needs to start a kernel."""
+LAUNCH_IN_GRAPH = 2e-6
+"""Seconds between two kernels of a CUDA graph."""
 KERNELS_PER_LAYER = 62
 """Kernels of one layer in a decoding pass without fusion, counted at Qwen3-0.6B's shape."""
 COMPILATION = 90.0
@@ -74,6 +81,33 @@ ON_CUDA = Choices(
 )
 
 
+_META: ContextVar[tuple[str, torch.dtype | None]] = ContextVar("_META", default=("cpu", None))
+
+
+@contextmanager
+def meta_as(device: torch.device | str, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Makes tensors without numbers (`meta`) be treated like those of another device, to count what it would do.
+
+    Args:
+        device: The device.
+        autocast: The type in which it computes matrix products, if not in that of the weights.
+    """
+    before = _META.set((torch.device(device).type, autocast))
+    try:
+        yield
+    finally:
+        _META.reset(before)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the type in which autocast computes matrix products on a device now; None if it is off."""
+    if device_type == "meta":
+        return _META.get()[1]
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def best_device() -> torch.device:
     """Returns CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +115,8 @@ def best_device() -> torch.device:
 
 def choices(device: torch.device | str) -> Choices:
     """Returns the right choices for a device. Other accelerators are treated like a CPU, where nothing is assumed."""
-    return ON_CUDA if torch.device(device).type == "cuda" else ON_CPU
+    kind = torch.device(device).type
+    return ON_CUDA if (_META.get()[0] if kind == "meta" else kind) == "cuda" else ON_CPU
 
 
 def multiplies_bf16(device: torch.device) -> bool:

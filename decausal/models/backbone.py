@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from decausal.devices import autocast_dtype
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.errors import UserError
 from decausal.models.architecture import sliding_windows
@@ -230,12 +231,7 @@ def sdpa_mask(is_visible: Bool[Tensor, "B 1 q n"], body: nn.Module) -> Tensor:
     device = is_visible.device.type
     if device == "cpu":
         return SparseMask.of(is_visible)
-    dtype = torch.get_autocast_dtype(device) if _is_autocast(device) else body.dtype
-    return _added(is_visible, dtype, -torch.inf)
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _added(is_visible, autocast_dtype(device) or body.dtype, -torch.inf)
 
 
 def _added(is_visible: Bool[Tensor, "B 1 q n"], dtype: torch.dtype, hidden: float) -> Tensor:

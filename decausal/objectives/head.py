@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decausal.devices import choices
+from decausal.devices import autocast_dtype, choices
 
 _MIN_CHUNK_SIZE = 64
 
@@ -108,10 +108,7 @@ def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Ten
 
 
 def matmul_dtype_of(hidden: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return hidden.dtype
+    return autocast_dtype(hidden.device.type) or hidden.dtype
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from decausal.data.rows import PackedRows
 from decausal.data.template import set_template
@@ -20,8 +19,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
-from decausal.models.adapt import adapt, load_source
-from decausal.models.adapters import hushed
+from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
 from decausal.models.base_files import base_hashes
@@ -30,13 +28,11 @@ from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
 from decausal.models.facts import ConversionFacts, write_facts
 from decausal.models.flex import use_flex_attention
-from decausal.models.gated import gated_mask_token_id, initial_row, install_gate
 from decausal.models.gated_checkpoint import save_gated, source_directory
-from decausal.models.mask_row import fold_mask_row, freeze_embeddings, settle_mask_row
+from decausal.models.mask_row import fold_mask_row, settle_mask_row
 from decausal.models.row_attention import FLEX
 from decausal.training.draft_figure import keep_drafts
 from decausal.training.inputs import check_conversion
-from decausal.training.losses import Supervision, Weighted
 from decausal.training.memory import keep_freed_memory
 from decausal.training.meters import TokenMeter
 from decausal.training.on_device import attend_by_flex, compiles, say_precision
@@ -51,12 +47,17 @@ from decausal.training.run_directory import (
 from decausal.training.run_rows import corpus_rows, rows_of_run
 from decausal.training.sample_prompts import read_sample_prompts
 from decausal.training.samples import Samples
-from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start
+from decausal.training.student import (
+    give_mask_token,
+    needs_teacher,
+    refuse_checkpointing,
+    student_of,
+    supervision_of,
+)
 from decausal.training.teacher import AdapterTeacher, Teacher, refuse_other_vocabulary
-from decausal.training.terms import TERMS
 from decausal.training.trainer import ConversionTrainer
 
 logger = logging.getLogger(__name__)
@@ -139,11 +140,11 @@ def _prepare(
     meter: TokenMeter | None,
 ) -> _Run:
     layout = Layout(settings.layout, settings.block_size, settings.causal_context, settings.causal_groups)
-    _refuse_checkpointing(settings, args)
+    refuse_checkpointing(settings, args)
     model, tokenizer = _source(settings, start, layout, args)
     refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(settings, start, model, tokenizer, args)
-    mask_token_id = _masked(settings, model, tokenizer, layout)
+    mask_token_id = give_mask_token(settings, model, tokenizer, layout)
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     if settings.weights == "gated" and (settings.chat_template or settings.chat_template_kwargs):
         logger.warning(
@@ -178,8 +179,12 @@ def _prepare(
         samples = _samples(settings, model, tokenizer, facts, args)
         measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
     attend_by_flex(settings, model, teacher, rows.stream, args.device)
-    student = _student(settings, model, tokenizer, mask_token_id, args)
-    supervision = _supervision(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    if compiles(settings, model, args):
+        compile_layers(model)
+    student = student_of(settings, model, tokenizer, mask_token_id, args)
+    supervision = supervision_of(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
     def finish_checkpoint(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
@@ -192,7 +197,7 @@ def _prepare(
         collator=rows.collator,
         decoding=rows.decoding,
         supervision=supervision,
-        teacher=AdapterTeacher(student) if teacher is None and _needs_teacher(settings, model) else teacher,
+        teacher=AdapterTeacher(student) if teacher is None and needs_teacher(settings, model) else teacher,
         finish_checkpoint=finish_checkpoint,
         measure=measure,
         meter=meter,
@@ -204,14 +209,6 @@ def _prepare(
     return _Run(trainer, tokenizer, facts, save_dtype, base)
 
 
-def _refuse_checkpointing(settings: ConversionSettings, args: TrainingArguments) -> None:
-    if settings.noise == "all" and args.gradient_checkpointing:
-        raise UserError(
-            "--gradient_checkpointing is not for --noise all: masks read keys of clean tokens, which it does not keep; "
-            "leave it out, and lower --per_device_train_batch_size if memory is short"
-        )
-
-
 def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -> dict[str, Any]:
     """Returns the facts about the source of gated weights, which leave it unchanged."""
     if base is None:
@@ -220,16 +217,6 @@ def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -
         raise UserError(f"--reference_base needs a model of the hub, and {start.name} is none; leave it out")
     reference = f"{start.name}@{start.commit}" if settings.reference_base else None
     return {"base": base_hashes(base), "base_reference": reference}
-
-
-def _masked(
-    settings: ConversionSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout
-) -> int:
-    """Gives the model a mask token and returns its id; with gated weights neither model nor tokenizer gets any."""
-    if settings.weights != "gated":
-        return adapt(model, tokenizer, mask_token=settings.mask_token, layout=layout)
-    model.config.is_causal = False
-    return gated_mask_token_id(model)
 
 
 def _source(
@@ -249,15 +236,6 @@ def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, A
     return training
 
 
-def _needs_teacher(settings: ConversionSettings, model: PreTrainedModel) -> bool:
-    """Returns whether a loss needs an AR model other than the student's own clean half."""
-    if settings.weights == "gated":
-        return False
-    num_layers = len(decoder_layers(model))
-    used = (term for term in TERMS if getattr(settings, f"{term.setting}_weight"))
-    return any(term.of(settings, num_layers).questions for term in used)
-
-
 def _teacher(
     settings: ConversionSettings,
     start: Start,
@@ -267,7 +245,7 @@ def _teacher(
 ) -> Teacher | None:
     """Returns the model to compare with, unless it is the student without its adapters. Call it before adapting the
     model."""
-    if not _needs_teacher(settings, model):
+    if not needs_teacher(settings, model):
         return None
     num_tokens = len(tokenizer) - (tokenizer.mask_token is not None)
     if settings.kl_top_k is not None and settings.kl_top_k > num_tokens:
@@ -294,64 +272,6 @@ def _other_model(
             "give --align_weight 0"
         )
     return other
-
-
-def _student(
-    settings: ConversionSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    mask_token_id: int,
-    args: TrainingArguments,
-) -> nn.Module:
-    if args.device.type == "cpu":
-        keep_freed_memory()
-    if compiles(settings, model, args):
-        compile_layers(model)
-    set_seed(args.seed)  # adapters start from random numbers
-    student = _with_adapters(settings, model) if settings.lora_r else model
-    if settings.weights == "gated":
-        install_gate(student, mask_token_id, initial_row(model, tokenizer))
-        return student
-    if settings.freeze_embeddings or settings.lora_r:
-        freeze_embeddings(student, mask_token_id)
-    return student
-
-
-def _with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.Module:
-    try:
-        with hushed():  # it imports bitsandbytes if that is installed
-            from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora_r needs peft: pip install 'decausal[lora]'") from error
-    modules = settings.lora_target_modules
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(modules) if isinstance(modules, tuple) else modules,
-    )
-    try:
-        with hushed():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it for GPT-2 with a warning
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
-
-
-def _supervision(
-    settings: ConversionSettings, layout: Layout, mask_token_id: int, num_layers: int, num_steps: int
-) -> Supervision:
-    losses = (Weighted(term.of(settings, num_layers), _schedule(settings, term.setting, num_steps)) for term in TERMS)
-    return Supervision(layout, mask_token_id, tuple(losses), settings.anneal_steps, settings.weights == "gated")
-
-
-def _schedule(settings: ConversionSettings, loss: str, num_steps: int) -> WeightSchedule:
-    """Returns the schedule of the settings `{loss}_weight`, `{loss}_schedule`, ..."""
-    weight, shape, start, stop = (
-        getattr(settings, f"{loss}_{name}") for name in ("weight", "schedule", "start_step", "stop_step")
-    )
-    return WeightSchedule(weight, shape, steps(stop, num_steps), num_steps, steps(start, num_steps))
 
 
 def _measure_on(

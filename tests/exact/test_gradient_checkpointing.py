@@ -14,10 +14,10 @@ from decausal.data.stream import Batch, Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout, future_order
 from decausal.models.backbone import decoder_layers, stock_model
 from decausal.models.mask_row import freeze_embeddings
-from decausal.training.convert import _with_adapters
 from decausal.training.losses import Supervision, loss_sums
 from decausal.training.questions import Answers, Vocabulary, ask
 from decausal.training.settings import ConversionSettings
+from decausal.training.student import with_adapters
 from decausal.training.terms import AlignmentTerm, TokenTerm
 from tests.families import VOCAB_SIZE
 from tests.runs import BIDIRECTIONAL, T, adapted, teacher_of, uneven_rows
@@ -94,7 +94,7 @@ def test_with_frozen_embeddings_too(family):
 def test_with_adapters_too():
     model, mask_token_id = adapted("llama")
     batch = aligned_batch("llama", mask_token_id)
-    wrapped = _with_adapters(ConversionSettings(lora_r=4), model)
+    wrapped = with_adapters(ConversionSettings(lora_r=4), model)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)  # at zero, lora_A has no gradient
