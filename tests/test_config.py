@@ -24,8 +24,8 @@ from decausal.config import (
     training_hints,
 )
 from decausal.errors import UserError
-from decausal.training.pretrain_settings import PretrainSettings
-from decausal.training.settings import ConversionSettings, losses
+from decausal.training.settings import ConversionSettings
+from decausal.training.settings.pretraining import PretrainSettings
 from decausal.verbs import answers
 from tests.runs import ROOT
 
@@ -52,7 +52,7 @@ def values_of(hint):
 # Settings whose values are refused in some combinations.
 BOUND_TOGETHER = {
     *("views", "complementary_masks", "layout", "block_size", "causal_context", "noise_per"),
-    *(f"{loss}_{end}_step" for loss in losses() for end in ("start", "stop")),
+    *(f"{loss}_{end}_step" for loss in ConversionSettings.losses() for end in ("start", "stop")),
     *("kl_top_k", "kl_tail_bucket", "causal_kl_weight", "rows", "warm_start_steps"),
 }
 conversions = st.fixed_dictionaries(

@@ -68,7 +68,7 @@ def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
     lines = {line.strip() for line in source.splitlines()}
     page = (DOCS / "extend.md").read_text()
     shown = blocks(page, "python")
-    assert len(shown) == 2
+    assert len(shown) == 3
     for line in "".join(block[1] for block in shown).splitlines():
         assert not line or line.split("  #")[0].strip() in lines, line
     (recipe,) = blocks(page, "yaml")

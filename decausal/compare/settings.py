@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from decausal.errors import UserError
-from decausal.training.setting_fields import setting
+from decausal.training.settings.field import setting
 
 STATIC = 1.0
 """The threshold that no probability exceeds: one token per forward."""

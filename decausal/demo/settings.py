@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from decausal.errors import UserError
-from decausal.training.setting_fields import setting
+from decausal.training.settings.field import setting
 
 
 @dataclass(frozen=True)

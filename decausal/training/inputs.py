@@ -11,10 +11,10 @@ from decausal.data.template_file import read_template
 from decausal.errors import UserError
 from decausal.models.names import check_source
 from decausal.training.argument_values import PRETRAIN_DEFAULTS, check_values
-from decausal.training.pretrain_settings import PretrainSettings
 from decausal.training.run_directory import refuse_taken, wants_resume
 from decausal.training.sample_prompts import read_sample_prompts
 from decausal.training.settings import ConversionSettings
+from decausal.training.settings.pretraining import PretrainSettings
 
 
 def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores
 from decausal.privacy import without_paths, without_secrets
 from decausal.provenance import provenance
-from decausal.training.pretrain_settings import PretrainSettings
+from decausal.training.settings.pretraining import PretrainSettings
 
 
 def model_card(

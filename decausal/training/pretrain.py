@@ -26,7 +26,6 @@ from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
 from decausal.training.muon import MuonWithAdamW
-from decausal.training.pretrain_settings import PretrainSettings
 from decausal.training.resuming import (
     fingerprint,
     refuse_other_arguments,
@@ -41,6 +40,7 @@ from decausal.training.run_directory import (
     disk_errors,
     wants_resume,
 )
+from decausal.training.settings.pretraining import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
 
 

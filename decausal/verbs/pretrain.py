@@ -8,7 +8,7 @@ from decausal.verbs.flags import is_first_process, print_settings, print_trainin
 def run(arguments: list[str]) -> int:
     from decausal.config import as_yaml, resolve, take_flag
     from decausal.training.argument_values import DEFAULTS, PRETRAIN_DEFAULTS
-    from decausal.training.pretrain_settings import PretrainSettings
+    from decausal.training.settings.pretraining import PretrainSettings
 
     if wants_help(arguments):
         print_settings("pretrain", PretrainSettings)

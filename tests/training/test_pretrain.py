@@ -18,8 +18,8 @@ from decausal.models.adapt import load_source
 from decausal.training import pretrain as room
 from decausal.training.muon import MuonWithAdamW
 from decausal.training.pretrain import pretrain
-from decausal.training.pretrain_settings import PretrainSettings
 from decausal.training.run_directory import checkpoints
+from decausal.training.settings.pretraining import PretrainSettings
 from tests.families import FAMILIES
 from tests.runs import assert_same, weights
 

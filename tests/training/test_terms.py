@@ -11,7 +11,7 @@ from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, logits
 from decausal.training.losses import Supervision, loss_sums, weighted_loss
 from decausal.training.questions import HiddenStates, NextTokens, Vocabulary, ask
-from decausal.training.settings import ConversionSettings, losses
+from decausal.training.settings import ConversionSettings
 from decausal.training.terms import TERMS, AlignmentTerm, DivergenceTerm, TotalVariationTerm
 from tests.families import VOCAB_SIZE
 from tests.runs import BIDIRECTIONAL, adapted, logged, run, save_source, teacher_of, uneven_rows, write_text
@@ -20,7 +20,7 @@ CAUSAL = Layout("causal")
 
 
 def test_every_loss_has_its_settings_and_a_name_of_its_own_in_the_log():
-    assert sorted(losses()) == sorted(term.setting for term in TERMS)
+    assert sorted(ConversionSettings.losses()) == sorted(term.setting for term in TERMS)
     assert len({term.log_name for term in TERMS}) == len(TERMS)
     for term in TERMS:
         for setting in ("weight", "schedule", "start_step", "stop_step"):

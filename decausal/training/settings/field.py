@@ -1,14 +1,14 @@
-"""Settings as fields with their help, and the checks that several of them need.
+"""Settings as fields with their help, families of settings, and the checks that several of them need.
 
 This file is light: the command line reads settings to print its help.
 """
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from decausal.data.reading import Reading
 from decausal.errors import UserError
 
 
@@ -17,15 +17,33 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-def reading_of(settings: Any) -> Reading:
-    """Returns how records are read, from settings with the fields for it."""
-    return Reading(
-        text_field=settings.text_field,
-        prompt_field=settings.prompt_field,
-        completion_field=settings.completion_field,
-        split=settings.dataset_split,
-        on_bad_record=settings.on_bad_record,
-    )
+@dataclass(frozen=True)
+class Family:
+    """Settings that belong together. Its docstring's first line is their heading in the reference.
+
+    A family inherits those whose settings its own may contradict.
+    """
+
+    def check(self) -> None:
+        """Refuses values outside their ranges, and contradictions.
+
+        Raises:
+            UserError: Names the setting, its value and what to give instead.
+        """
+
+    def check_facts(self) -> None:
+        """Refuses what contradicts the layout or another fact of the conversion, once these are known.
+
+        Raises:
+            UserError: As `check`.
+        """
+
+    def check_all(self, name: str) -> None:
+        """Calls the check of that name in every family, from the first on."""
+        for family in reversed(type(self).__mro__):
+            check: Callable[[Family], None] | None = vars(family).get(name)
+            if check is not None:
+                check(self)
 
 
 def at_least(settings: Any, **least: int) -> None:
@@ -41,6 +59,14 @@ def inside_unit(settings: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(settings, name) < 1:
             raise UserError(f"--{name} {getattr(settings, name)}: must lie between 0 and 1")
+
+
+def share(settings: Any, *names: str) -> None:
+    """Refuses settings outside (0, 1]."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"--{name} {value}: must be above 0 and at most 1")
 
 
 def check_steps(settings: Any, start_name: str, stop_name: str) -> None:

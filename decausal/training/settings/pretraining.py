@@ -10,22 +10,16 @@ from typing import Literal
 
 from decausal.data.reading import Reading
 from decausal.errors import UserError
-from decausal.training.setting_fields import at_least, reading_of, setting
+from decausal.training.settings.data import RecordSettings
+from decausal.training.settings.field import at_least, setting
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(RecordSettings):
     """A small AR model from nothing: its tokenizer, its shape and its text."""
 
     data: str | tuple[str, ...] = setting("stdlib", "as for convert")
     eval_data: str | tuple[str, ...] | None = setting("stdlib-heldout", "text for the closing measurement")
-    text_field: str = setting("text", "the field of a record that holds its text")
-    prompt_field: str = setting("prompt", "the field of a record that holds its prompt; used with completion_field")
-    completion_field: str = setting("completion", "the field of a record that holds the answer to its prompt")
-    dataset_split: str = setting("train", "the split of a hub data set, or of a directory that has splits")
-    on_bad_record: Literal["error", "skip"] = setting(
-        "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
-    )
     max_length: int = setting(1024, "tokens in a packed row")
     max_position_embeddings: int | None = setting(None, "the model's context, if not max_length")
     tokenizer: Literal["bpe", "characters"] = setting(
@@ -45,7 +39,7 @@ class PretrainSettings:
     @property
     def reading(self) -> Reading:
         """How records are read."""
-        return replace(reading_of(self), takes_conversations=False)
+        return replace(super().reading, takes_conversations=False)
 
     @property
     def context(self) -> int:
@@ -53,7 +47,8 @@ class PretrainSettings:
         return self.max_position_embeddings or self.max_length
 
     def __post_init__(self) -> None:
-        at_least(self, max_length=2, vocab_size=258, num_hidden_layers=1, num_attention_heads=1, hidden_size=1)
+        self.check()
+        at_least(self, vocab_size=258, num_hidden_layers=1, num_attention_heads=1, hidden_size=1)
         at_least(self, num_key_value_heads=1, intermediate_size=1, max_position_embeddings=self.max_length)
         for whole, part in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
             if getattr(self, whole) % getattr(self, part):
