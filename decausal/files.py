@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 DATA_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|ndjson|jsonlines|csv|tsv|parquet|arrow|gz|bz2|xz|zst)$", re.IGNORECASE)
@@ -15,6 +16,22 @@ _PARTIAL = re.compile(r".+\.tmp\d+")
 def is_partial(path: Path) -> bool:
     """Returns whether a killed `write_whole` left this file."""
     return _PARTIAL.fullmatch(path.name) is not None
+
+
+def umask() -> int:
+    """Returns the permissions that this process takes away from the files it makes."""
+    mask = os.umask(0o077)  # reading sets it: to one under which other threads write nothing public meanwhile
+    os.umask(mask)
+    return mask
+
+
+def follow_umask(files: Iterable[Path]) -> None:
+    """Lets others read the files that the umask lets them read: safetensors writes its files for their owner alone."""
+    wanted = 0o666 & ~umask()
+    for path in files:
+        mode = path.stat().st_mode
+        if mode | wanted != mode:
+            path.chmod(mode | wanted)
 
 
 def write_whole(path: Path, text: str) -> None:

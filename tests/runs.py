@@ -19,6 +19,7 @@ from decausal.cli import main
 from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Collator, Noising, TrainingStream
 from decausal.diffusion.layout import Layout
+from decausal.files import umask
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import save_converted
 from decausal.models.facts import ConversionFacts
@@ -85,6 +86,13 @@ def run(
 
 def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+def kept_from_others(directory: Path) -> list[str]:
+    """Returns the files that the umask would let others read, and whose own mode does not."""
+    wanted = 0o666 & ~umask()
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return [str(path) for path in files if wanted & ~path.stat().st_mode]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float = 0.0) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from decausal.errors import UserError, first_line
+from decausal.files import follow_umask, umask
 from decausal.models.facts import ConversionFacts
 
 
@@ -71,15 +72,10 @@ def refuse_filled(output_dir: Path) -> None:
 
 
 def _settle(staging: Path, output_dir: Path) -> None:
-    for path in staging.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    staging.chmod(_default_mode())  # mkdtemp makes directories that only their owner can read
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    follow_umask(files)
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    staging.chmod(0o777 & ~umask())  # mkdtemp makes directories that only their owner can read
     os.replace(staging, output_dir)  # replaces nothing, or an empty directory
-
-
-def _default_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o777 & ~mask

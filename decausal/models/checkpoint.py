@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
-from decausal.files import write_whole
+from decausal.files import follow_umask, write_whole
 from decausal.models.adapt import LOADING_ERRORS, adapt, forget_secrets, load_source, source_dtype, unreadable
 from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
@@ -61,6 +61,7 @@ def save_converted(
     if dtype is not None:
         _state_dtype(directory / "config.json", dtype)
     tokenizer.save_pretrained(directory)
+    follow_umask(directory.glob("*.safetensors"))
     write_facts(directory, facts)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
-from decausal.files import write_whole
+from decausal.files import follow_umask, write_whole
 from decausal.models.adapt import load_base
 from decausal.models.adapters import with_adapter
 from decausal.models.base_files import copy_base, refuse_other_base
@@ -73,6 +73,7 @@ def save_gated(
     model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which says nothing
     save_mask_row(state_dict, draft)
+    follow_umask(draft.glob("*.safetensors"))
     settings = json.loads((draft / ADAPTER_FILE).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no local paths
     write_whole(draft / ADAPTER_FILE, json.dumps(settings, indent=2) + "\n")

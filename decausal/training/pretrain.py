@@ -20,6 +20,7 @@ from decausal.diffusion.layout import Layout
 from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks
+from decausal.files import follow_umask
 from decausal.models.compiled import compile_layers
 from decausal.training.argument_values import PRETRAIN_DEFAULTS
 from decausal.training.losses import Supervision
@@ -92,6 +93,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
             with disk_errors(output_dir):
                 model.save_pretrained(output_dir)
                 tokenizer.save_pretrained(output_dir)
+                follow_umask(output_dir.glob("*.safetensors"))
                 (output_dir / "README.md").write_text(card, encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
     return Pretrained(output_dir, heldout, tasks)

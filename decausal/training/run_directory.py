@@ -18,7 +18,7 @@ import xxhash
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import is_partial, write_whole
+from decausal.files import follow_umask, is_partial, write_whole
 from decausal.models.facts import FACTS_FILE
 from decausal.privacy import without_secrets
 
@@ -175,7 +175,9 @@ def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] 
         run: What is recorded about the run, see `decausal.training.resuming.run_record`.
     """
     sizes, hashes = {}, {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    follow_umask(files)
+    for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(checkpoint).as_posix()

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from decausal.errors import UserError
 from decausal.exchange.staging import staged
+from tests.runs import kept_from_others
 
 
 def everything(directory: Path) -> list[str]:
@@ -27,7 +30,9 @@ def test_an_empty_directory_is_filled_and_others_may_read_it(tmp_path):
     (tmp_path / "plain").mkdir()
     with staged(tmp_path / "out") as staging:
         (staging / "file").write_text("x")
+        save_file({"weight": torch.zeros(1)}, staging / "model.safetensors")  # for its owner alone
     assert (tmp_path / "out" / "file").read_text() == "x"
+    assert kept_from_others(tmp_path / "out") == []
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 

@@ -24,7 +24,7 @@ from decausal.models.checkpoint import load_converted
 from decausal.models.examination import examine_path
 from decausal.training.settings import ConversionSettings
 from decausal.training.step_records import read_records
-from tests.runs import T, assert_same, run, save_source, weights
+from tests.runs import T, assert_same, kept_from_others, run, save_source, weights
 
 SETTINGS = {
     "layout": "block",
@@ -80,6 +80,7 @@ def test_the_sources_files_are_in_the_directory_byte_for_byte(made: Path) -> Non
     for path in files:
         assert (made / "out" / path.name).read_bytes() == path.read_bytes()
     assert set(load_converted(made / "out").facts.base) == {path.name for path in files}
+    assert kept_from_others(made / "out") == []
 
 
 def test_plain_transformers_loads_the_source_from_it(made: Path) -> None:

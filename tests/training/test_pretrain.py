@@ -21,7 +21,7 @@ from decausal.training.pretrain import pretrain
 from decausal.training.run_directory import checkpoints
 from decausal.training.settings.pretraining import PretrainSettings
 from tests.families import FAMILIES
-from tests.runs import assert_same, weights
+from tests.runs import assert_same, kept_from_others, weights
 
 SHAPE = {
     "vocab_size": 270,
@@ -58,6 +58,7 @@ def run(text, output_dir, **training):
 def test_it_learns_loads_in_plain_transformers_and_says_how_it_was_made(tmp_path, text):
     trained = run(text, tmp_path / "ar", max_steps=30, save_steps=30, bf16=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
+    assert kept_from_others(tmp_path / "ar") == []
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
     assert model.dtype == torch.bfloat16
     assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from decausal.errors import UserError
 from decausal.models.checkpoint import load_converted
 from decausal.training.run_directory import RUN_FILE, STAGING, checkpoints
-from tests.runs import assert_same, run, save_source, weights, write_text
+from tests.runs import assert_same, kept_from_others, run, save_source, weights, write_text
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,18 @@ def whole(tmp_path_factory, source, text) -> dict[str, torch.Tensor]:
     directory = tmp_path_factory.mktemp("whole") / "out"
     run(source, text, directory)
     return weights(directory)
+
+
+def test_others_may_read_what_the_umask_lets_them_read(tmp_path, source, text):
+    run(source, text, tmp_path / "out")
+    assert {path.name for path in checkpoints(tmp_path / "out")} == {"checkpoint-2", "checkpoint-4"}
+    assert kept_from_others(tmp_path / "out") == []
+    mask = os.umask(0o077)
+    try:
+        run(source, text, tmp_path / "private", max_steps=1)
+    finally:
+        os.umask(mask)
+    assert not any(path.stat().st_mode & 0o077 for path in (tmp_path / "private").rglob("*"))
 
 
 def full_from(monkeypatch, name: str, step: int) -> None:
