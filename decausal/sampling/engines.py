@@ -60,14 +60,13 @@ def engine_for(
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
         denoising = RowEngine(converted, max_rows=max_rows, max_length=max_length)
-    vocab_size = converted.model.config.get_text_config().vocab_size
 
     def make_speculative() -> SpeculativeEngine:
         return SpeculativeEngine(
             converted, max_rows=max_rows, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens
         )
 
-    return _BySettings(denoising, make_speculative, vocab_size)
+    return _BySettings(converted, denoising, make_speculative)
 
 
 def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step: OnStep | None = None) -> list[Ended]:
@@ -121,8 +120,8 @@ class _BySettings:
     A ticket is twice the ticket of the row's engine, plus one for the second engine.
     """
 
-    def __init__(self, denoising: Engine, make_speculative: Callable[[], Engine], vocab_size: int) -> None:
-        self._denoising, self._make_speculative, self._vocab_size = denoising, make_speculative, vocab_size
+    def __init__(self, converted: Converted, denoising: Engine, make_speculative: Callable[[], Engine]) -> None:
+        self._converted, self._denoising, self._make_speculative = converted, denoising, make_speculative
 
     @cached_property
     def _speculative(self) -> Engine:
@@ -143,7 +142,7 @@ class _BySettings:
 
     def submit(self, job: Job) -> int:
         """Takes a row on and returns its ticket. Raises UserError for a row that cannot be written."""
-        refuse_stop_token_ids(job.settings, self._vocab_size)
+        refuse_stop_token_ids(job.settings, self._converted)
         which = int(job.settings.speculative)
         engine = self._speculative if which else self._denoising
         return 2 * engine.submit(job) + which

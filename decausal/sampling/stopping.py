@@ -79,15 +79,18 @@ def is_stop_token(tokenizer: Any, token: int, settings: SamplerSettings) -> bool
     )
 
 
-def refuse_stop_token_ids(settings: SamplerSettings, vocab_size: int) -> None:
-    """Refuses ids outside the vocabulary.
+def refuse_stop_token_ids(settings: SamplerSettings, converted: Converted) -> None:
+    """Refuses ids that are never written: those outside the vocabulary, and the mask token's.
 
     Raises:
         UserError: Names the first one.
     """
+    vocab_size = converted.model.config.get_text_config().vocab_size
     for token in settings.stop_token_ids:
         if token >= vocab_size:
             raise UserError(f"stop_token_ids holds {token}, and the vocabulary has {vocab_size} tokens: correct it")
+        if token == converted.facts.mask_token_id:
+            raise UserError(f"stop_token_ids holds {token}, the mask token, which is never written: leave it out")
 
 
 class _Marked(NamedTuple):

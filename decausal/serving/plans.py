@@ -15,7 +15,7 @@ from decausal.sampling.filling.searching import SearchJob
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import NUM_SEEDS, SamplerSettings
-from decausal.sampling.settings.of_model import settings_for
+from decausal.sampling.settings.of_model import refuse_for, settings_for
 from decausal.sampling.stopping import end_token_ids, refuse_stop_token_ids
 from decausal.sampling.texts import text_ids
 from decausal.serving.counting import Work, refuse_long_text
@@ -169,11 +169,11 @@ def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerS
         defaults = settings_for(converted.facts)
         stop = {} if body.stop is None else {"stop": tuple(body.stop)}
         settings = defaults.updated(**options, **stop, seed=seed)
+        refuse_for(converted.facts, settings)
     except UserError as error:
         name = str(error).partition("=")[0]
         raise bad_request(str(error), name if name.isidentifier() else None, "invalid_value") from None
-    vocab_size = converted.model.config.get_text_config().vocab_size
-    accepted(lambda: refuse_stop_token_ids(settings, vocab_size), "stop_token_ids")
+    accepted(lambda: refuse_stop_token_ids(settings, converted), "stop_token_ids")
     return settings
 
 

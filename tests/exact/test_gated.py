@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from decausal.data.group_collator import GroupCollator
 from decausal.data.stream import places_of_groups
@@ -17,12 +14,13 @@ from decausal.models.backbone import body_forward, logits
 from decausal.models.block_cache import BlockCache, cached_forward, decoding
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
-from decausal.models.gated import gated_mask_token_id, install_gate, without_masks
+from decausal.models.gated import gated_mask_token_id, without_masks
 from decausal.models.grouped import grouped_forward
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.settings import SamplerSettings
 from tests.exact.test_speculative import job_of, prompt_of, written
 from tests.families import FAMILIES, VOCAB_SIZE
+from tests.gated_models import gated
 
 KINDS = ("qwen3", "llama", "gemma3", "mistral", "gpt2", "gpt_neox")
 CAUSAL = Layout("causal")
@@ -31,19 +29,6 @@ CAUSAL = Layout("causal")
 def source_of(family):
     torch.manual_seed(0)
     return FAMILIES[family]().eval()
-
-
-def gated(source, scale=1.0):
-    """The source with large random adapters, gated, on weights of its own."""
-    torch.manual_seed(1)
-    is_conv = source.config.model_type == "gpt2"
-    adapters = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=is_conv)
-    student = get_peft_model(copy.deepcopy(source), adapters)
-    for name, parameter in student.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=scale)
-    install_gate(student, gated_mask_token_id(source), torch.randn(source.config.hidden_size))
-    return student.eval()
 
 
 def packed(num_rows=2, length=14):

@@ -80,8 +80,11 @@ def ends(model: Converted) -> tuple[int, ...]:
     return end_token_ids(model)
 
 
-def test_a_stop_token_outside_of_the_vocabulary_is_refused() -> None:
+def test_a_stop_token_that_is_never_written_is_refused() -> None:
     model = converted()
+    mask = model.facts.mask_token_id
+    with pytest.raises(UserError, match=f"stop_token_ids holds {mask}, the mask token, which is never written"):
+        generate(model, "x", max_new_tokens=2, stop_token_ids=mask)
     with pytest.raises(UserError, match="stop_token_ids holds 99999, and the vocabulary has"):
         generate(model, "x", max_new_tokens=2, stop_token_ids=[1, 99999])
     with pytest.raises(UserError, match=r"stop_token_ids=.* is not accepted: it must be a token id of at least 0"):

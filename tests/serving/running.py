@@ -13,12 +13,14 @@ import torch
 
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted
+from decausal.models.gated import gated_mask_token_id
 from decausal.serving.app import create_app
 from decausal.serving.metrics import Metrics
 from decausal.serving.served import Served, served
 from decausal.serving.server import DrainingServer
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
+from tests.gated_models import gated
 from tests.sampling.stand_ins import conversion_facts
 
 
@@ -26,7 +28,11 @@ def converted(family: str = "qwen3", chat: bool = True, **facts: Any) -> Convert
     """A random model whose distributions are sharp, so that rounding decides no comparison."""
     torch.manual_seed(0)
     model, tokenizer = FAMILIES[family](), tiny_tokenizer(chat)
-    mask_token_id = adapt(model, tokenizer)
+    if facts.get("weights") == "gated":
+        mask_token_id = gated_mask_token_id(model)
+        model = gated(model.eval(), scale=0.1).get_base_model()
+    else:
+        mask_token_id = adapt(model, tokenizer)
     model.get_output_embeddings().weight.data *= 4
     return Converted(model, tokenizer, conversion_facts(mask_token_id, **{"shift": 1, **facts}))
 

@@ -11,12 +11,18 @@ import httpx
 import openai
 import pytest
 
+from decausal.errors import UserError
 from decausal.models.checkpoint import Converted, save_converted
+from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import generate
+from decausal.sampling.jobs import Job
+from decausal.sampling.rows import Row
+from decausal.sampling.settings import SamplerSettings
 from decausal.serving.metrics import Metrics
 from decausal.serving.server import models_of
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
+from tests.gated_models import FACTS as GATED
 from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
@@ -96,6 +102,29 @@ def test_what_block_models_cannot_do_is_an_error_even_of_a_stream(
         assert answer.status_code == 400
         assert says in answer.json()["error"]["message"]
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"speculative": False}, "masks draft for verified decoding alone"),
+        ({"draft_length": 5}, "more than this model has learnt to draft"),
+    ],
+)
+def test_a_model_that_only_drafts_is_asked_for_nothing_else(wrong: dict[str, Any], says: str) -> None:
+    model = converted(**GATED)
+    with running([model]) as server:
+        body = {"prompt": "x = [1, 2", "max_tokens": 9}
+        found = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+        assert found == generate(model, body["prompt"], max_new_tokens=9).text
+        for stream in (False, True):
+            refused = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream, **wrong})
+            assert refused.status_code == 400
+            assert says in refused.json()["error"]["message"]
+    engine = engine_for(model, max_rows=1, max_length=32)
+    row = Row((model.tokenizer("x")["input_ids"], []), (4,), "the prompt")
+    with pytest.raises(UserError, match=says):
+        engine.submit(Job(row, SamplerSettings(speculative=True).updated(**wrong), 0, ()))
 
 
 def test_the_source_is_served_beside_the_model_and_writes_what_it_always_wrote(tmp_path: Path) -> None:

@@ -15,16 +15,26 @@ from torch import Tensor
 
 from decausal.models.checkpoint import Converted
 from decausal.sampling.settings import ALIASES
+from tests.gated_models import FACTS as GATED
 from tests.serving.running import converted, running
 
 TEXT = "/v1/completions"
-COUNTS = ("num_steps", "top_k", "window", "cache_refresh")
+COUNTS = ("num_steps", "top_k", "window", "cache_refresh", "draft_length")
 REALS = ("threshold", "entropy_bound", "temperature", "top_p", "min_p", "guidance", "remask_rate")
 BESIDE: dict[str, dict[str, Any]] = {
     "cache_refresh": {"window": 4, "cache": "dual"},
     "remask_rate": {"remask": "remdm", "num_steps": 4},
 }
 NUM_ROWS = 10
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "bidirectional": {},
+    "block": {"layout": "block", "block_size": 4},
+    "speculative": {"layout": "block", "block_size": 4},
+    "gated": GATED,
+}
+SPECULATIVE = ("speculative", "gated")
 
 
 def named(*names: str) -> list[str]:
@@ -82,20 +92,24 @@ def failing(model: Converted, fails: Callable[[Tensor], bool]) -> Iterator[list[
         hook.remove()
 
 
-def long_requests() -> list[dict[str, Any]]:
+def long_requests(layout: str = "bidirectional") -> list[dict[str, Any]]:
     """Ten of different lengths and settings, which draw at random."""
     shared = {"prompt": "import", "temperature": 1.0}
-    return [{**shared, "max_tokens": 20 + i, "num_steps": 5 + i, "seed": i, "top_k": 5 + i} for i in range(NUM_ROWS)]
+    speculative = {"speculative": True, "num_steps": None} if layout in SPECULATIVE else {}
+    return [
+        {**shared, "max_tokens": 20 + i, "num_steps": 5 + i, "seed": i, "top_k": 5 + i, **speculative}
+        for i in range(NUM_ROWS)
+    ]
 
 
-def test_each_poison_value_is_refused_by_name_while_ten_rows_run_and_become_what_they_become_alone(
-    model: Converted,
-) -> None:
+@pytest.mark.parametrize("layout", ["bidirectional", "gated"])
+def test_each_poison_value_is_refused_by_name_while_ten_rows_run_and_become_what_they_become_alone(layout: str) -> None:
+    model = converted(**LAYOUTS[layout])
     with running([model]) as server, httpx.Client(base_url=server.url, timeout=20) as client:
         ask = lambda body: client.post(TEXT, json=body).json()["choices"][0]["text"]  # noqa: E731
-        alone = [ask(body) for body in long_requests()]
+        alone = [ask(body) for body in long_requests(layout)]
         with held(model) as goes_on, ThreadPoolExecutor(NUM_ROWS) as pool:
-            answers = [pool.submit(ask, body) for body in long_requests()]
+            answers = [pool.submit(ask, body) for body in long_requests(layout)]
             server.wait_for_rows(NUM_ROWS)
             for poison in POISON:
                 (name,) = poison
@@ -119,18 +133,10 @@ def asked(client: httpx.Client, body: dict[str, Any]) -> str:
     return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2] if line)
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "bidirectional": {},
-    "block": {"layout": "block", "block_size": 4},
-    "speculative": {"layout": "block", "block_size": 4},
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_that_fails_ends_the_row_that_made_it_fail_and_no_other(layout: str) -> None:
     model = converted(**LAYOUTS[layout])
-    options = {"speculative": True, "num_steps": None} if layout == "speculative" else {}
-    bodies = [{**body, **options} for body in long_requests()]
+    bodies = long_requests(layout)
     with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         alone = [asked(client, body) for body in bodies]
         character = next(each for each in "~@^|" if each not in "".join(alone))
@@ -153,11 +159,10 @@ def test_a_step_that_fails_ends_the_row_that_made_it_fail_and_no_other(layout: s
         assert [asked(client, body) for body in bodies] == alone
 
 
-@pytest.mark.parametrize("layout", ["bidirectional", "speculative"])
+@pytest.mark.parametrize("layout", ["bidirectional", *SPECULATIVE])
 def test_a_step_that_fails_once_harms_nobody(layout: str) -> None:
     model = converted(**LAYOUTS[layout])
-    options = {"speculative": True, "num_steps": None} if layout == "speculative" else {}
-    bodies = [{**body, **options} for body in long_requests()]
+    bodies = long_requests(layout)
     with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         alone = [asked(client, body) for body in bodies]
         passes: list[int] = []

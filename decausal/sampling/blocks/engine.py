@@ -31,6 +31,7 @@ from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
+from decausal.sampling.settings.of_model import refuse_for
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +317,7 @@ class BlockEngine:
     def _refuse(self, job: Job) -> None:
         row, settings, size = job.row, job.settings, self.block_size
         settings.refuse_speculative()
-        settings.refuse_layout(self.facts.layout, self.facts.shift)
+        refuse_for(self.facts, settings)
         if len(row.gaps) > 1 or row.given[-1]:
             raise UserError(
                 f"{row.name} has text after a gap, which a model of layout '{self.facts.layout}' cannot see: leave it "
