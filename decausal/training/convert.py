@@ -13,12 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from decausal.data.rows import PackedRows
 from decausal.data.template import set_template
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.evaluation.drafts import evaluate_drafts
-from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
@@ -31,8 +28,8 @@ from decausal.models.flex import use_flex_attention
 from decausal.models.gated_checkpoint import save_gated, source_directory
 from decausal.models.mask_row import fold_mask_row, settle_mask_row
 from decausal.models.row_attention import FLEX
-from decausal.training.draft_figure import keep_drafts
 from decausal.training.inputs import check_conversion
+from decausal.training.measuring import Measure, measurement, with_evaluation
 from decausal.training.memory import keep_freed_memory
 from decausal.training.meters import TokenMeter
 from decausal.training.on_device import attend_by_flex, compiles, say_precision
@@ -44,9 +41,7 @@ from decausal.training.run_directory import (
     disk_errors,
     wants_resume,
 )
-from decausal.training.run_rows import corpus_rows, rows_of_run
-from decausal.training.sample_prompts import read_sample_prompts
-from decausal.training.samples import Samples
+from decausal.training.run_rows import rows_of_run
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start
@@ -100,8 +95,7 @@ def convert(
             model. Then nothing is left in `output_dir`.
     """
     check_conversion(settings, training)
-    is_measured = measure is not None or settings.eval_data is not None or settings.sample_prompts is not None
-    args = training_arguments(_with_evaluation(training, is_measured))
+    args = training_arguments(with_evaluation(settings, training, is_measured=measure is not None))
     refuse_partitioned(args)
     say_precision(args)
     output_dir = Path(args.output_dir)
@@ -136,48 +130,31 @@ def _prepare(
     args: TrainingArguments,
     training: dict[str, Any],
     callbacks: list[TrainerCallback] | None,
-    measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+    measure: Measure | None,
     meter: TokenMeter | None,
 ) -> _Run:
     layout = Layout(settings.layout, settings.block_size, settings.causal_context, settings.causal_groups)
     refuse_checkpointing(settings, args)
     model, tokenizer = _source(settings, start, layout, args)
-    refuse_longer_rows(settings.max_length, model.config)
     teacher = _teacher(settings, start, model, tokenizer, args)
     mask_token_id = give_mask_token(settings, model, tokenizer, layout)
-    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
-    if settings.weights == "gated" and (settings.chat_template or settings.chat_template_kwargs):
-        logger.warning(
-            "--chat_template and --chat_template_kwargs hold for this run alone: gated weights leave the tokenizer's "
-            "files as they are, so give them to generate, chat, batch and serve as well"
-        )
-    recipe = asdict(settings) | training | {"revision": start.commit}
+    _set_template(settings, tokenizer)
     # Found before training: at its end the source may be out of reach.
     base = source_directory(start.name, start.commit) if settings.weights == "gated" else None
-    facts = ConversionFacts(
-        layout=settings.layout,
-        block_size=settings.block_size,
-        causal_context=settings.causal_context,
-        shift=settings.shift,
-        mask_token_id=mask_token_id,
-        causal_groups=settings.causal_groups,
-        weights=settings.weights,
-        recipe={name: value for name, value in recipe.items() if name != "output_dir"},
-        sampler=settings.sampler or {},
-        **start.history(),
-        **_base_facts(settings, start, base),
-    )
-    rows = rows_of_run(settings, args, model, tokenizer, facts)
+    rows = rows_of_run(settings, args, model, tokenizer, _facts(settings, start, training, mask_token_id, base))
     facts = rows.facts
     count_as_ends(model, tokenizer, facts.end_token_ids)
-    if measure is None and settings.eval_data is not None:
-        held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
-        measure = _measure_on(held_out, settings, tokenizer, facts)
-        if settings.noise == "all" and args.process_index == 0:
-            measure = _with_draft_figure(measure, Path(args.output_dir), lambda: trainer)
-    if settings.sample_prompts is not None:
-        samples = _samples(settings, model, tokenizer, facts, args)
-        measure = _with_samples(measure, samples, lambda: trainer.state.global_step)
+    meter = TokenMeter() if meter is None else meter
+    measure = measurement(
+        settings,
+        args,
+        model,
+        tokenizer,
+        facts,
+        measure=measure,
+        meter=meter,
+        step=lambda: trainer.state.global_step,
+    )
     attend_by_flex(settings, model, teacher, rows.stream, args.device)
     if args.device.type == "cpu":
         keep_freed_memory()
@@ -209,6 +186,26 @@ def _prepare(
     return _Run(trainer, tokenizer, facts, save_dtype, base)
 
 
+def _facts(
+    settings: ConversionSettings, start: Start, training: dict[str, Any], mask_token_id: int, base: Path | None
+) -> ConversionFacts:
+    """Returns the facts of the model that the run makes. Gated ones name their source's files in `base`."""
+    recipe = asdict(settings) | training | {"revision": start.commit}
+    return ConversionFacts(
+        layout=settings.layout,
+        block_size=settings.block_size,
+        causal_context=settings.causal_context,
+        shift=settings.shift,
+        mask_token_id=mask_token_id,
+        causal_groups=settings.causal_groups,
+        weights=settings.weights,
+        recipe={name: value for name, value in recipe.items() if name != "output_dir"},
+        sampler=settings.sampler or {},
+        **start.history(),
+        **_base_facts(settings, start, base),
+    )
+
+
 def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -> dict[str, Any]:
     """Returns the facts about the source of gated weights, which leave it unchanged."""
     if base is None:
@@ -225,15 +222,19 @@ def _source(
     wants_flex = settings.attn_implementation == FLEX
     model, tokenizer = start.load(None if wants_flex else settings.attn_implementation, settings.mask_token)
     refuse_if_unusable(model, tokenizer, start.facts)
+    refuse_longer_rows(settings.max_length, model.config)
     if wants_flex:
         use_flex_attention(model, layout, args.device)
     return model, tokenizer
 
 
-def _with_evaluation(training: dict[str, Any], is_measured: bool) -> dict[str, Any]:
-    if is_measured and "eval_strategy" not in training:
-        return {"eval_strategy": "steps", "eval_steps": 0.1} | training
-    return training
+def _set_template(settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
+    if settings.weights == "gated" and (settings.chat_template or settings.chat_template_kwargs):
+        logger.warning(
+            "--chat_template and --chat_template_kwargs hold for this run alone: gated weights leave the tokenizer's "
+            "files as they are, so give them to generate, chat, batch and serve as well"
+        )
 
 
 def _teacher(
@@ -272,60 +273,6 @@ def _other_model(
             "give --align_weight 0"
         )
     return other
-
-
-def _measure_on(
-    rows: PackedRows, settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, facts: ConversionFacts
-) -> Callable[[PreTrainedModel], dict[str, float]]:
-    def measure(model: PreTrainedModel) -> dict[str, float]:
-        if settings.noise == "all":
-            return evaluate_drafts(model, facts, rows, num_rows=settings.eval_rows).as_logs()
-        likelihood = evaluate_nll(model, facts, rows, tokenizer, num_rows=settings.eval_rows)
-        return {
-            "eval_masked_cross_entropy": likelihood.masked_cross_entropy,
-            "eval_nelbo_per_token": likelihood.nelbo_per_token,
-            "eval_bits_per_byte": likelihood.bits_per_byte,
-        }
-
-    return measure
-
-
-def _with_draft_figure(
-    measure: Callable[[PreTrainedModel], dict[str, float]], output_dir: Path, trainer: Callable[[], ConversionTrainer]
-) -> Callable[[PreTrainedModel], dict[str, float]]:
-    def measure_and_draw(model: PreTrainedModel) -> dict[str, float]:
-        found = measure(model)
-        with disk_errors(output_dir):
-            keep_drafts(output_dir, found, trainer().state.global_step, trainer().meter.counts.total)
-        return found
-
-    return measure_and_draw
-
-
-def _samples(
-    settings: ConversionSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: ConversionFacts,
-    args: TrainingArguments,
-) -> Samples:
-    output_dir = Path(args.output_dir) if args.process_index == 0 else None
-    prompts = read_sample_prompts(settings.sample_prompts)
-    samples = Samples(prompts, tokenizer, facts, settings.sample_tokens, output_dir)
-    samples.refuse_unusable(model)
-    return samples
-
-
-def _with_samples(
-    measure: Callable[[PreTrainedModel], dict[str, float]] | None, samples: Samples, step: Callable[[], int]
-) -> Callable[[PreTrainedModel], dict[str, float]]:
-    def measure_and_sample(model: PreTrainedModel) -> dict[str, float]:
-        found = {} if measure is None else measure(model)
-        with disk_errors(samples.output_dir or Path()):
-            samples.write(model, step())
-        return found
-
-    return measure_and_sample
 
 
 def _finish(settings: ConversionSettings, run: _Run) -> PreTrainedModel:

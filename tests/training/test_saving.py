@@ -62,7 +62,7 @@ def full_from(monkeypatch, name: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "writer", ["torch.save", "decausal.training.convert.write_facts", "decausal.training.trainer.seal"]
+    "writer", ["torch.save", "decausal.training.convert.write_facts", "decausal.training.checkpointing.seal"]
 )
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(
     tmp_path, monkeypatch, source, text, whole, writer
@@ -167,10 +167,10 @@ def test_a_learning_rate_far_too_high_is_such_a_run(tmp_path, source, text):
 
 
 def test_on_a_device_a_bad_loss_is_found_at_the_next_log_or_save(tmp_path, source, text, monkeypatch):
-    """There the host does not look at each step's loss; made so here by a trainer that looks as rarely."""
-    from decausal.training import trainer
+    """There the host does not look at each step's loss; made so here by a watch that looks as rarely."""
+    from decausal.training import bad_steps
 
-    monkeypatch.setattr(trainer, "_reads_at_once", lambda device: False)
+    monkeypatch.setattr(bad_steps, "_reads_at_once", lambda device: False)
     with pytest.raises(UserError, match=r"the loss at step 2 is not finite"):
         run(source, text, tmp_path / "out", callbacks=[Poison(1, "weight")], max_steps=8, logging_steps=4, save_steps=6)
     assert not checkpoints(tmp_path / "out")
