@@ -6,6 +6,7 @@ import ast
 import re
 import runpy
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from decausal.config import read_recipe, resolve, take_flag
+from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.training.settings import ConversionSettings
@@ -47,20 +49,32 @@ def run_python(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory whose entry DIR is a tiny converted model."""
+    """A directory whose entries DIR and BLOCKS are tiny converted models."""
     root = tmp_path_factory.mktemp("documentation")
-    model, tokenizer = FAMILIES["qwen3"](max_position_embeddings=256), tiny_tokenizer(chat=True)
-    facts = conversion_facts(adapt(model, tokenizer), shift=1)
-    save_converted(root / "DIR", *Converted(model, tokenizer, facts))
+    for name, layout in (("DIR", Layout("bidirectional")), ("BLOCKS", Layout("block", 4))):
+        model, tokenizer = FAMILIES["qwen3"](max_position_embeddings=256), tiny_tokenizer(chat=True)
+        mask_token_id = adapt(model, tokenizer, layout=layout)
+        facts = conversion_facts(mask_token_id, shift=1, layout=layout.kind, block_size=layout.block_size)
+        save_converted(root / name, *Converted(model, tokenizer, facts))
     return root
 
 
-def test_the_python_of_the_page_on_python_runs_from_its_top_to_its_end(
-    converted: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["api.md", "sampling.md"])
+def test_the_python_of_a_page_runs_from_its_top_to_its_end(
+    name: str, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(converted)
-    assert len(blocks((DOCS / "api.md").read_text(), "python")) >= 2
-    run_python(DOCS / "api.md")
+    assert len(blocks((DOCS / name).read_text(), "python")) >= 2
+    run_python(DOCS / name)
+
+
+@pytest.mark.parametrize("page", [page for page in READ if page.parent.name != "reference"], ids=lambda page: page.name)
+def test_what_the_python_of_a_page_imports_is_there(page: Path) -> None:
+    for block in blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(block[1])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("decausal"):
+                module = import_module(str(node.module))
+                assert not [name.name for name in node.names if not hasattr(module, name.name)], node.module
 
 
 def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
