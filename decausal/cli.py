@@ -36,6 +36,12 @@ Turn an autoregressive language model into a diffusion language model.
   decausal eval tasks MODEL            share of right answers to small tasks, tokens per forward pass
   decausal eval harness DIR --tasks A,B
                                        public benchmarks, by lm-evaluation-harness, beside the AR source
+  decausal eval texts DIR --data PROMPTS
+                                       what it writes: length, repetition, entropy, perplexity under its AR source
+  decausal sweep DIR --over threshold=0.5,0.7,0.9
+                                       quality against speed, the AR source and verified decoding beside it
+  decausal report DIR...               one page over runs and evaluations; `reproduce` runs it again
+  decausal reproduce REPORT            run a report's evaluations again, and say what differs
   decausal export DIR --format sdar|hf --output_dir OUT
                                        hand it on: to SGLang and LMDeploy, or with a model card to the hub
   decausal import MODEL --output_dir OUT
@@ -57,6 +63,9 @@ VERBS = (
     "answers",
     "serve",
     "eval",
+    "sweep",
+    "report",
+    "reproduce",
     "compare",
     "export",
     "import",

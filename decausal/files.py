@@ -7,9 +7,18 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import xxhash
+
 DATA_SUFFIX = re.compile(r"\.(txt|md|py|jsonl?|ndjson|jsonlines|csv|tsv|parquet|arrow|gz|bz2|xz|zst)$", re.IGNORECASE)
+FACTS_FILE = "decausal.json"
+RUN_FILE = "run.yaml"
+LOG_FILE = "log.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+RUN_PAGE = "report.html"
+"""Files of a run's directory."""
 JOB_SETTINGS = ".settings.json"
 """Suffix, after the name of a file that a job writes, of the file with the job's settings."""
+_PIECE = 2**22
 _PARTIAL = re.compile(r".+\.tmp\d+")
 
 
@@ -32,6 +41,15 @@ def follow_umask(files: Iterable[Path]) -> None:
         mode = path.stat().st_mode
         if mode | wanted != mode:
             path.chmod(mode | wanted)
+
+
+def content_hash(path: Path) -> str:
+    """Returns a fast hash of a file, against broken disks and not against forgery."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

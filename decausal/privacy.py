@@ -23,8 +23,10 @@ _SECRET_OF_A_MODEL = re.compile(
     re.IGNORECASE,
 )
 
-# Names of tokens in the vocabulary: those are not secrets.
-_TOKENS_OF_TEXT = re.compile(r"(mask|eos|bos|pad|unk|sep|cls|end|stop|special|image|prefix|suffix|middle)_token")
+# Names of tokens in the vocabulary, and figures per token: those are not secrets.
+_TOKENS_OF_TEXT = re.compile(
+    r"(mask|eos|bos|pad|unk|sep|cls|end|stop|special|image|prefix|suffix|middle|\w+_per)_token"
+)
 _SECRET_NAME = re.compile(
     r"(^|[_\-.])(token|password|passwd|passphrase|secret|credentials?|(api|access|private|auth|secret)_?key)$",
     re.IGNORECASE,

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import datasets
-import transformers
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ def share_of_the_way(before: float, now: float, target: float) -> float:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Turns off the libraries' own progress bars and notes, for callers with their own. Errors are still shown."""
+    import datasets  # slow to import
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
     had_datasets_bars = not datasets.are_progress_bars_disabled()

@@ -161,7 +161,7 @@ def _verbs() -> Iterator[str | VerbParser]:
         if name in ("convert", "compare", "demo", "pretrain"):
             yield name
         elif name == "eval":
-            yield from (_parser_of(run, [measure]) for measure in ("nll", "tasks", "harness"))
+            yield from (_parser_of(run, [measure]) for measure in ("nll", "tasks", "texts", "harness"))
         else:
             yield _parser_of(run, [])
 

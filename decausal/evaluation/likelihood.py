@@ -33,6 +33,7 @@ from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.passes import (
+    hash_of_rows,
     in_batches,
     measuring,
     noised_states,
@@ -201,7 +202,8 @@ def evaluate_checkpoint(
     set_template(tokenizer, chat_template, chat_template_kwargs)
     rows = load_rows(data, tokenizer, max_length, reading=reading)
     if facts.only_drafts:
-        return _drafted(converted, rows, num_rows, batch_size, with_source)
+        drafted = _drafted(converted, rows, num_rows, batch_size, with_source)
+        return replace(drafted, data_hash=hash_of_rows(rows, num_rows))
     with _shown_progress() as on_progress:
         likelihood = evaluate_nll(
             model,
@@ -214,6 +216,7 @@ def evaluate_checkpoint(
             seed=seed,
             on_progress=on_progress,
         )
+    likelihood = replace(likelihood, data_hash=hash_of_rows(rows, num_rows))
     if not with_source:
         return likelihood
     try:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
+import xxhash
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -39,6 +40,15 @@ def spread_indices(rows: Rows, num_rows: int | None) -> list[int]:
         raise UserError("there are no rows to measure on; give other data")
     num_taken = len(rows) if num_rows is None else min(num_rows, len(rows))
     return [i * len(rows) // num_taken for i in range(num_taken)]
+
+
+def hash_of_rows(rows: Rows, num_rows: int | None) -> str:
+    """Returns a hash of what is measured on: the tokens of `num_rows` rows and which of them are predicted."""
+    found = xxhash.xxh3_128()
+    for index in spread_indices(rows, num_rows):
+        row = rows[index]
+        found.update(row["clean_ids"].numpy().tobytes() + predicted_tokens(row).numpy().tobytes())
+    return found.hexdigest()
 
 
 def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:

@@ -92,6 +92,7 @@ class Likelihood:
         ar_bits_per_byte: The same in bits per byte.
         ar_bits_per_byte_standard_error: Its standard error.
         ar_missing: Why there are no figures of the source.
+        data_hash: A hash of the measured rows.
         row_nelbo: NELBO of each row in nats, for comparisons row by row.
         row_num_tokens: Predicted tokens of each row.
     """
@@ -113,6 +114,7 @@ class Likelihood:
     ar_bits_per_byte: float | None = None
     ar_bits_per_byte_standard_error: float | None = None
     ar_missing: str | None = None
+    data_hash: str = ""
     row_nelbo: tuple[float, ...] = field(default=(), repr=False)
     row_num_tokens: tuple[int, ...] = field(default=(), repr=False)
 
@@ -185,12 +187,14 @@ class DraftedLikelihood:
         drafts: How good its drafts are on the same text.
         source: The likelihood of the AR source; equal where the weights are gated.
         source_missing: Why there are no figures of the source.
+        data_hash: A hash of the measured rows.
     """
 
     likelihood: ArLikelihood
     drafts: DraftFigures
     source: ArLikelihood | None = None
     source_missing: str | None = None
+    data_hash: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures as JSON takes them."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,9 +81,22 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The results of all tasks, which have equal weight in the mean."""
+    """The results of all tasks, which have equal weight in the mean.
+
+    Attributes:
+        tasks: Each task's result.
+        seconds: Time of writing all answers.
+        data_hash: A hash of the prompts and expected completions.
+    """
 
     tasks: tuple[TaskScore, ...]
+    seconds: float | None = field(default=None, compare=False)
+    data_hash: str = field(default="", compare=False)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all tasks divided by seconds of writing; None if not timed."""
+        return None if not self.seconds else sum(score.num_tokens for score in self.tasks) / self.seconds
 
     @property
     def accuracy(self) -> float:
@@ -109,6 +124,8 @@ class TaskScores:
         """Returns all figures as plain values: the means, and each task's figures by name under "tasks"."""
         return _figures(self) | {
             "num_examples": sum(len(score.is_right) for score in self.tasks),
+            "tokens_per_second": self.tokens_per_second,
+            "data_hash": self.data_hash,
             "tasks": {score.task: _figures(score) | {"num_examples": len(score.is_right)} for score in self.tasks},
         }
 
@@ -153,7 +170,7 @@ def evaluate_tasks(
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     tokenizer, ends = model[1], ends_of(model)
     prompts = [problem.prompt for problem in problems]
-    max_new_tokens = max_new_tokens or longest_completion(problems, tokenizer)
+    max_new_tokens, start = max_new_tokens or longest_completion(problems, tokenizer), time.perf_counter()
     if isinstance(model, Converted):
         generations = generate(model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, **options)
         written = [Written(each.ids, each.num_forwards, each.drafts) for each in generations]
@@ -161,7 +178,8 @@ def evaluate_tasks(
         if options:
             raise UserError(f"{', '.join(options)}: for converted models only; an AR model writes greedily")
         written = write_greedily(*model, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return score(problems, written, tokenizer, ends)
+    seconds = time.perf_counter() - start
+    return replace(score(problems, written, tokenizer, ends), seconds=seconds, data_hash=_hash_of(problems))
 
 
 def evaluate_tasks_of(
@@ -275,6 +293,11 @@ def write_greedily(
             new_ids = row[: len(_before_end(row, ends)) + 1]
             written.append(Written(new_ids, num_forwards=len(new_ids)))
     return written
+
+
+def _hash_of(problems: Sequence[Example]) -> str:
+    asked = repr([(each.task.name, each.prompt, each.completion) for each in problems])
+    return xxhash.xxh3_128_hexdigest(asked.encode())
 
 
 def _before_end(ids: list[int], ends: Sequence[int]) -> list[int]:

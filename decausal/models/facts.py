@@ -11,10 +11,9 @@ from typing import Any
 
 from decausal.diffusion.layout_kinds import Layout
 from decausal.errors import UserError, nearest
-from decausal.files import write_whole
+from decausal.files import FACTS_FILE, write_whole
 from decausal.privacy import without_secrets
 
-FACTS_FILE = "decausal.json"
 DRAFT = "draft"
 """The directory of a gated conversion's adapter."""
 SCHEMA_VERSION = 1

@@ -41,6 +41,7 @@ from decausal.training.run_directory import (
     disk_errors,
     wants_resume,
 )
+from decausal.training.run_log import RunLog
 from decausal.training.run_rows import rows_of_run
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
@@ -179,7 +180,7 @@ def _prepare(
         measure=measure,
         meter=meter,
         run_record=run_record(asdict(settings), args, fingerprint(rows.stream)),
-        callbacks=callbacks,
+        callbacks=[RunLog(Path(args.output_dir), lambda: trainer.meter), *(callbacks or [])],
     )
     # Found before training, because the source may be out of reach at its end.
     save_dtype = dtype_to_save(settings.save_dtype, settings.model_name_or_path, start.commit)

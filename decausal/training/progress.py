@@ -53,6 +53,11 @@ class Pace:
         self._last = (self._meter.counts.total, self._seconds)
         return (self._last[0] - before) / max(self._seconds - seconds_before, 1e-9)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training since it began."""
+        return self._seconds
+
     def seconds_left(self, step: int, num_steps: int) -> float:
         """Returns the time for the rest of the run, at the mean pace so far."""
         return (self._clock() - self._start) / max(step - self.first_step, 1) * (num_steps - step)

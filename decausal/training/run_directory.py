@@ -18,16 +18,14 @@ import xxhash
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import follow_umask, is_partial, write_whole
+from decausal.files import LOG_FILE, RUN_FILE, RUN_PAGE, content_hash, follow_umask, is_partial, write_whole
 from decausal.models.facts import FACTS_FILE
 from decausal.privacy import without_secrets
 
-RUN_FILE = "run.yaml"
 STAGING = ".saving"  # a checkpoint is written here and renamed when complete, so a partial one never has its name
 SEAL = "checkpoint.json"  # a checkpoint's last file, with names, sizes and hashes of all others
 _LOCK = ".lock"
 _WEIGHTS_ALONE = "holds weights alone (--save_only_model)"
-_PIECE = 2**22
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Libraries in Rust and C++ report a full disk with their own types of errors.
 _FOREIGN_DISK_ERROR = re.compile(r"os error \d+|No space left|File too large|PytorchStreamWriter|unexpected pos")
@@ -181,7 +179,7 @@ def seal(checkpoint: Path, *, is_resumable: bool = True, run: Mapping[str, Any] 
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(checkpoint).as_posix()
-        sizes[name], hashes[name] = path.stat().st_size, _hash(path)
+        sizes[name], hashes[name] = path.stat().st_size, content_hash(path)
     record = {"is_resumable": is_resumable, "sizes": sizes, "hashes": hashes, "run": dict(run or {})}
     write_whole(checkpoint / SEAL, json.dumps(record | {"hash": _hash_of_record(record)}, indent=2))
 
@@ -199,7 +197,7 @@ def unusable(checkpoint: Path) -> str | None:
     if (reason := _incomplete(checkpoint)) is not None:
         return reason
     for name, saved in _read_seal(checkpoint).get("hashes", {}).items():
-        if _hash(checkpoint / name) != saved:
+        if content_hash(checkpoint / name) != saved:
             return f"{checkpoint / name} is damaged: it does not hold what was saved"
     return None
 
@@ -247,15 +245,6 @@ def discard(directory: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(directory, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _hash(path: Path) -> str:
-    """Returns a fast hash, against broken disks and not against forgery."""
-    found = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()
 
 
 @contextmanager
@@ -346,8 +335,9 @@ def _remove_leftovers(output_dir: Path) -> None:
 def _leave_tidy(output_dir: Path) -> None:
     """Removes an unfinished checkpoint, and the record of a run that failed early."""
     _remove_leftovers(output_dir)
-    if [path.name for path in _contents(output_dir)] == [RUN_FILE]:
-        (output_dir / RUN_FILE).unlink()
+    if {path.name for path in _contents(output_dir)} <= {RUN_FILE, LOG_FILE, RUN_PAGE}:
+        for path in _contents(output_dir):
+            path.unlink()
 
 
 def _remove_empty(directories: list[Path]) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.errors import UserError
 from decausal.evaluation.passes import measuring
+from decausal.files import SAMPLES_FILE
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
@@ -19,7 +20,6 @@ from decausal.sampling.texts import prompt_ids
 from decausal.training.sample_prompts import SamplePrompt
 from decausal.training.step_records import keep_records
 
-SAMPLES_FILE = "samples.jsonl"
 _SHOWN_CHARACTERS = 300
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from decausal.files import write_whole
+from decausal.report.sources import read_lines
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file; empty without a file."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
+    """Returns the records of a file; empty without a file. A line that a killed run has cut off is left out."""
+    return read_lines(path)
 
 
 def keep_records(path: Path, records: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:

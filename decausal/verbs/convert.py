@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from decausal.verbs.flags import (
     is_first_process,
     leading_positional,
@@ -23,18 +25,20 @@ def run(arguments: list[str]) -> int:
         print_training_arguments(DEFAULTS)
         return 0
     positional, flags = leading_positional(arguments)
-    flags, recipe_name = take_flag(flags, "recipe", "repr-align")
-    flags, print_config = take_flag(flags, "print_config", "false")
-    recipe = read_recipe(recipe_name)
     if positional is not None:
         flags = ["--model_name_or_path", positional, *flags]
+    flags, print_config = take_flag(flags, "print_config", "false")
+    recipe_name, flags, told = _chosen(flags)
+    recipe = read_recipe(recipe_name)
     settings, training = resolve(ConversionSettings, recipe, flags, where=f"recipe {recipe_name}")
     if print_config == "true":
-        print(as_yaml(settings, training), end="")
+        print("".join(f"# {line}\n" for line in told) + as_yaml(settings, training), end="")
         return 0
     from decausal.training.inputs import check_conversion
 
     check_conversion(settings, training)  # convert checks this too, but only after its slow imports
+    for line in told if is_first_process() else []:
+        print(f"decausal: {line}", file=sys.stderr)
     with slow_imports():
         from decausal.training.convert import convert
 
@@ -43,3 +47,25 @@ def run(arguments: list[str]) -> int:
         print(f"converted model: {conversion.output_dir}")
         print(f'next: decausal generate {conversion.output_dir} "your text"')
     return 0
+
+
+def _chosen(flags: list[str]) -> tuple[str, list[str], list[str]]:
+    """Returns a recipe's name, the flags that remain, and what to tell of a choice that was not the user's."""
+    from decausal.config import ALIASES, parse_flags, recipe_names, take_flag
+    from decausal.errors import UserError
+    from decausal.training.recipe_choice import choose_recipe, embedded_defaults
+
+    flags, goal = take_flag(flags, "goal", "")
+    flags, name = take_flag(flags, "recipe", "")
+    given = {ALIASES.get(key, key): value for key, value in parse_flags(flags).items()}
+    if name and goal:
+        raise UserError(f"--goal {goal} chooses a recipe, and --recipe {name} names one: give one of them")
+    told = []
+    if not name:
+        choice = choose_recipe(given, goal or None)
+        name, told = choice.recipe, [choice.line]
+    defaults = embedded_defaults(given.get("model_name_or_path"), given) if name in recipe_names() else {}
+    for key, value in defaults.items():
+        flags = [*flags, f"--{key}", str(value)]
+        told.append(f"{key} {value}, as small a model as this one learns with")
+    return name, flags, told

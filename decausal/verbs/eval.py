@@ -11,7 +11,7 @@ from decausal.data.reading import Reading
 from decausal.data.sources import refuse_missing
 from decausal.data.tasks.stream import named
 from decausal.errors import UserError
-from decausal.verbs import eval_harness
+from decausal.verbs import eval_harness, eval_texts
 from decausal.verbs.flags import (
     VerbParser,
     add_reading_flags,
@@ -24,28 +24,31 @@ from decausal.verbs.flags import (
     template_options,
     wants_help,
 )
+from decausal.verbs.records import add_output_flag, check_output, keep_record
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 NLL = "decausal eval nll DIR --data DATA"
 TASKS = "decausal eval tasks MODEL"
 HARNESS = "decausal eval harness DIR --tasks TASKS"
+TEXTS = "decausal eval texts DIR --data PROMPTS"
 # Common names of measures, and ours.
 MEASURES = {
     **dict.fromkeys(("nll", "loss", "likelihood", "perplexity", "ppl", "nelbo", "bits_per_byte"), NLL),
     **dict.fromkeys(("tasks", "accuracy"), TASKS),
+    **dict.fromkeys(("texts", "generations", "repetition", "diversity", "entropy", "generative_perplexity"), TEXTS),
     **dict.fromkeys(("harness", "lm_eval", "lm-eval", "benchmark", "benchmarks"), HARNESS),
 }
 
 
 def run(arguments: list[str]) -> int:
-    measures = {"nll": _nll, "tasks": _tasks, "harness": eval_harness.run}
+    measures = {"nll": _nll, "tasks": _tasks, "texts": eval_texts.run, "harness": eval_harness.run}
     if arguments and arguments[0] in measures:
         return measures[arguments[0]](arguments[1:])
     if wants_help(arguments):
-        print(f"usage: {NLL}\n       {TASKS}\n       {HARNESS}\n\nEach has its own --help.")
+        print("\n       ".join([f"usage: {NLL}", TASKS, TEXTS, HARNESS]) + "\n\nEach has its own --help.")
         return 0
     if not arguments:
-        raise UserError(f"eval: name what to measure: {NLL}, {TASKS}, or {HARNESS}")
+        raise UserError(f"eval: name what to measure: {NLL}, {TASKS}, {TEXTS}, or {HARNESS}")
     raise UserError(f"eval: {_what_instead(arguments[0])}")
 
 
@@ -79,8 +82,10 @@ def _nll(arguments: list[str]) -> int:
     parser.add_argument(
         "--no_source", dest="with_source", action="store_false", help="leave out the AR source's own likelihood"
     )
+    add_output_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
+    check_output(flags.output)
     reading = Reading(**given_to(Reading, flags))
     template_options(flags)  # refuses a template that cannot be read
     check_model(flags.directory, {})
@@ -89,7 +94,11 @@ def _nll(arguments: list[str]) -> int:
         from decausal.evaluation.likelihood import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(**given_to(evaluate_checkpoint, flags), reading=reading)
-    return _print(likelihood, flags.json)
+    found = likelihood.as_dict()
+    keep_record(
+        flags.output, ["eval", "nll"], arguments, flags.directory, found, seeds={"masks": flags.seed or 0}, sampler={}
+    )
+    return _print(likelihood, found, flags.json)
 
 
 def _tasks(arguments: list[str]) -> int:
@@ -102,8 +111,10 @@ def _tasks(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="tokens to write (what the longest completion needs)")
     add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=positive, default=64, help="rows written together (64)")
+    add_output_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args(arguments)
+    check_output(flags.output)
     names = [name for name in flags.tasks.replace(",", "+").split("+") if name]
     named(names)
     options = sampler_options(flags) | given(flags, "max_new_tokens")
@@ -118,12 +129,16 @@ def _tasks(arguments: list[str]) -> int:
         batch_size=flags.batch_size,
         **options,
     )
-    return _print(scores, flags.json)
+    found = scores.as_dict()
+    sampler = sampler_options(flags)
+    seeds = {"sampler": sampler.get("seed", 0)}
+    keep_record(flags.output, ["eval", "tasks"], arguments, flags.model, found, seeds=seeds, sampler=sampler)
+    return _print(scores, found, flags.json)
 
 
-def _print(measured: Any, as_json: bool) -> int:
+def _print(measured: Any, figures: dict[str, Any], as_json: bool) -> int:
     if as_json:
-        print(json.dumps(measured.as_dict(), indent=2))
+        print(json.dumps(figures, indent=2))
     else:
         from rich.console import Console
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, at_least, given_to, positive, slow_imports
+from decausal.verbs.records import add_output_flag, check_output, keep_record
 from decausal.verbs.sampling import add_sampling_flags, check_model, sampler_options
 
 DESCRIPTION = "Tasks of lm-evaluation-harness with a converted model, and with its AR source beside it."
@@ -17,6 +18,7 @@ DESCRIPTION = "Tasks of lm-evaluation-harness with a converted model, and with i
 
 def run(arguments: list[str]) -> int:
     flags = _parser().parse_args(arguments)
+    check_output(flags.output)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
     check_model(flags.directory, sampler_options(flags))
@@ -29,8 +31,11 @@ def run(arguments: list[str]) -> int:
     settings = HarnessSettings(**options)
     tasks = [name for name in flags.tasks.split(",") if name]
     scores = evaluate_harness(flags.directory, tasks, settings, include_path=flags.include_path, device=flags.device)
+    found = scores.as_dict()
+    seeds, used = {"sampler and masks": settings.seed}, scores.model["sampler"]
+    keep_record(flags.output, ["eval", "harness"], arguments, flags.directory, found, seeds=seeds, sampler=used)
     if flags.json:
-        print(json.dumps(scores.as_dict(), indent=2, default=str))
+        print(json.dumps(found, indent=2, default=str))
     else:
         from rich.console import Console
 
@@ -70,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (as the weights are stored)")
     parser.add_argument("--device", help="cuda, cpu (CUDA where there is one)")
     add_sampling_flags(parser)
+    add_output_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -155,7 +155,8 @@ def recipe_help() -> str:
     from decausal.config import recipe_names
 
     return (
-        f"  --recipe {'|'.join(recipe_names())}, or a YAML file (default repr-align)\n"
+        f"  --recipe {'|'.join(recipe_names())}, or a YAML file\n"
+        "  --goal infill|speed|exact     without --recipe: what you want, else it is chosen by model and data\n"
         "  --print_config                print all settings as resolved, and stop\n"
     )
 

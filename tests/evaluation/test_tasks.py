@@ -199,7 +199,8 @@ def test_the_command_prints_what_the_function_measures(
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     expected = evaluate_tasks_of(directories[kind], ["lookup", "words"], 2, **options)
-    assert printed == expected.as_dict()
+    assert printed.pop("tokens_per_second") > 0
+    assert printed == {name: value for name, value in expected.as_dict().items() if name != "tokens_per_second"}
     assert main(arguments) == 0
     assert "lookup" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from decausal.errors import UserError
+from decausal.files import LOG_FILE
 from decausal.models.checkpoint import load_converted
 from decausal.training.run_directory import RUN_FILE, STAGING, checkpoints
 from tests.runs import assert_same, kept_from_others, run, save_source, weights, write_text
@@ -73,7 +74,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(
             UserError, match=r"No space left on device; .*checkpoint-2 is whole.*--resume_from_checkpoint"
         ):
             run(source, text, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", RUN_FILE]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", LOG_FILE, RUN_FILE]
     run(source, text, tmp_path / "out", resume_from_checkpoint="true")
     assert_same(weights(tmp_path / "out"), whole)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -27,6 +28,30 @@ Request = tuple[str, dict[str, Any]]
 HONOURED = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks", "seed", "infill")
 
 
+@dataclass
+class Spent:
+    """What texts took so far.
+
+    Attributes:
+        num_tokens: New tokens, end tokens included.
+        num_forwards: Forward passes; each text counts those that it took part in.
+        seconds: Time of writing.
+    """
+
+    num_tokens: int = 0
+    num_forwards: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """Returns the figures and their ratios; None if nothing was written."""
+        if not self.num_tokens:
+            return None
+        return asdict(self) | {
+            "tokens_per_forward": self.num_tokens / max(self.num_forwards, 1),
+            "tokens_per_second": self.num_tokens / self.seconds,
+        }
+
+
 class Writer:
     """Continues contexts. The model's sampler settings hold unless the harness's `gen_kwargs` replace them.
 
@@ -34,6 +59,9 @@ class Writer:
         converted: Model, tokenizer and facts.
         max_rows: Rows in one forward pass.
         options: `SamplerSettings` by name, which override the facts'.
+
+    Attributes:
+        spent: Tokens, passes and seconds of all texts so far.
 
     Raises:
         UserError: A bad setting.
@@ -43,6 +71,7 @@ class Writer:
         self._converted, self._max_rows = converted, max_rows
         self._settings = settings_for(converted.facts, **options)
         self._options = {name: value for name, value in options.items() if name != "seed"}
+        self.spent = Spent()
 
     def settings_by_name(self) -> dict[str, Any]:
         """Returns the settings that differ from the defaults of all models."""
@@ -80,9 +109,17 @@ class Writer:
             jobs.append(Job(row, settings, seed, end_token_ids(self._converted)))
         if not jobs:
             return
-        for index, ended in run(self._engine(jobs), jobs):
+        engine, start = self._engine(jobs), time.perf_counter()
+        for index, ended in run(engine, jobs):
             job = jobs[index]
+            self._count(len(ended.ids), ended.num_forwards, time.perf_counter() - start)
             yield numbers[index], text_before_stop(self._converted.tokenizer, job.row.given[0], ended.ids, job.settings)
+            start = time.perf_counter()  # the caller's time does not count
+
+    def _count(self, num_tokens: int, num_forwards: int, seconds: float) -> None:
+        self.spent.num_tokens += num_tokens
+        self.spent.num_forwards += num_forwards
+        self.spent.seconds += seconds
 
     def _fill(
         self, holes: Sequence[int], requests: Sequence[Request], default_length: int
@@ -99,7 +136,11 @@ class Writer:
         for options, members in by_options.items():
             for part in in_parts(members, self._max_rows):
                 texts = [self._with_hole(*requests[index]) for index in part]
+                start = time.perf_counter()
                 found = fill(self._converted, texts, batch_size=self._max_rows, **json.loads(options))
+                seconds = (time.perf_counter() - start) / len(found)
+                for filling in found:
+                    self._count(sum(map(len, filling.ids)), filling.num_forwards, seconds)
                 yield from ((index, filling.texts[0]) for index, filling in zip(part, found, strict=True))
 
     def _hole_options(self, gen_kwargs: dict[str, Any], default_length: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from decausal.evaluation.harness.generation import Writer
 from decausal.evaluation.harness.likelihood_kind import likelihood_kind
 from decausal.models.adapt import source_dtype
 from decausal.models.architecture import context_length
-from decausal.models.checkpoint import load_converted
+from decausal.models.checkpoint import Converted, load_converted
 
 log = logging.getLogger(__name__)
 NUM_SAMPLES = 8
@@ -41,7 +41,7 @@ class DecausalLM(HFLM):
     `decausal batch`.
 
     Args:
-        pretrained: Directory of a converted model, or its id on the hub.
+        pretrained: Directory of a converted model, or its id on the hub; or one that is loaded.
         dtype: "auto" (as the weights are stored), "float32", "bfloat16" or "float16".
         device: None: CUDA where there is one, else the CPU.
         batch_size: Requests in the model at once. It changes the scores only by rounding.
@@ -60,7 +60,7 @@ class DecausalLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Converted,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -76,10 +76,11 @@ class DecausalLM(HFLM):
         **sampler: Any,
     ) -> None:
         _refuse(batch_size, num_samples)
-        pretrained = str(pretrained)
-        self.converted = load_converted(
-            pretrained, _dtype(dtype, pretrained, revision), device or best_device(), revision
-        )
+        if isinstance(pretrained, Converted):
+            self.converted, pretrained = pretrained, pretrained.facts.source
+        else:
+            dtype = _dtype(dtype, str(pretrained), revision)
+            self.converted = load_converted(pretrained, dtype, device or best_device(), revision)
         model, tokenizer, facts = self.converted
         self.likelihood = likelihood_kind(facts, likelihood)
         self.num_samples, self.seed = num_samples, seed
@@ -93,7 +94,7 @@ class DecausalLM(HFLM):
             add_bos_token=add_bos_token,
             prefix_token_id=prefix_token_id,
         )
-        self.pretrained, self.revision = pretrained, revision
+        self.pretrained, self.revision = str(pretrained), revision
 
     @property
     def max_length(self) -> int:

@@ -23,7 +23,7 @@ from decausal.errors import UserError
 from decausal.evaluation.harness.code_tasks import CodeTask, prepare
 from decausal.evaluation.harness.contained import enforced
 from decausal.evaluation.harness.model import NUM_SAMPLES, DecausalLM
-from decausal.evaluation.harness.scores import HarnessScores, mask_errors_of, scores_of
+from decausal.evaluation.harness.scores import HarnessScores, data_hash_of, mask_errors_of, scores_of, texts_of
 from decausal.evaluation.harness.source import SourceLM
 from decausal.evaluation.harness.tasks_by_name import load_tasks, tasks_of, told_of_data
 from decausal.evaluation.likelihood import source_of
@@ -119,7 +119,7 @@ def evaluate_harness(
         seed=settings.seed,
         **settings.sampler,
     )
-    results = _run(model, loaded, settings, _identity(directory, model))
+    results = run_tasks(model, loaded, settings, _identity(directory, model))
     source, missing = _source_results(model, loaded, settings) if settings.with_source else (None, None)
     return HarnessScores(
         scores=scores_of(results, source),
@@ -136,6 +136,9 @@ def evaluate_harness(
             "provenance": provenance(),
         },
         source_missing=missing,
+        speed=model.writer.spent.as_dict(),
+        texts=texts_of(results, model.tok_encode),
+        data_hash=data_hash_of(results),
     )
 
 
@@ -155,12 +158,13 @@ def _source_results(
         max_length=settings.max_length,
     )
     identity = {"source": _files(facts.source), "revision": facts.source_revision, "dtype": str(source.dtype)}
-    return _run(harness_model, loaded, settings, identity), None
+    return run_tasks(harness_model, loaded, settings, identity), None
 
 
-def _run(
+def run_tasks(
     model: LM, loaded: Sequence[Task | Group], settings: HarnessSettings, identity: dict[str, Any]
 ) -> dict[str, Any]:
+    """Returns the harness's own results of a model. `identity` keeps its answers apart in the cache."""
     with told_of_data("a task"), _in_silence():
         results = simple_evaluate(
             model=model,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from decausal.evaluation.results import Ratio, ratio_over_rows
+from decausal.report.texts import text_figures
 
 Sample = dict[str, Any]
 
@@ -55,6 +58,9 @@ class HarnessScores:
             of masks, in nats, as a root mean square over requests.
         settings: The settings for the harness.
         source_missing: Why there are no figures of the source.
+        speed: Tokens, passes and seconds of written texts; None if none were written now.
+        texts: By task, the look of what was written, see `decausal.report.texts`.
+        data_hash: A hash of all examples that were asked about.
     """
 
     scores: tuple[Score, ...]
@@ -62,6 +68,9 @@ class HarnessScores:
     mask_errors: dict[str, float]
     settings: dict[str, Any]
     source_missing: str | None = None
+    speed: dict[str, Any] | None = None
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data_hash: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -70,6 +79,9 @@ class HarnessScores:
             "settings": self.settings,
             "mask_standard_error_nats": self.mask_errors,
             "source_missing": self.source_missing,
+            "speed": self.speed,
+            "texts": self.texts,
+            "data_hash": self.data_hash,
             "scores": [asdict(score) for score in self.scores],
         }
 
@@ -86,6 +98,10 @@ class HarnessScores:
                 cells += [_percent(score.retention), _percent(score.retention_standard_error)]
             table.add_row(score.task, score.metric, self.settings["made_of"][score.task], *cells)
         captions = [f"no AR source: {self.source_missing}"] if self.source_missing else []
+        captions += [f"{task}: {_looks(texts)}" for task, texts in self.texts.items()]
+        if self.speed is not None:
+            rates = (self.speed[name] for name in ("tokens_per_forward", "tokens_per_second"))
+            captions.append("written at {:.2f} tokens per forward, {:.1f} tokens per second".format(*rates))
         captions += [
             f"{task}: a NELBO is known to ± {error:.3g} nats (masks)"
             for task, error in self.mask_errors.items()
@@ -120,6 +136,33 @@ def mask_errors_of(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def texts_of(results: dict[str, Any], encode: Callable[[str], list[int]]) -> dict[str, dict[str, Any]]:
+    """Returns, by task, how the texts look that a model wrote. Tasks without any are left out."""
+    found = {}
+    for task, samples in results["samples"].items():
+        filters = samples[0]["filter"] if samples else None
+        texts = [text for sample in samples if sample["filter"] == filters for text in _texts(sample["resps"])]
+        if texts:
+            found[task] = text_figures([encode(text) for text in texts]).as_dict()
+    return found
+
+
+def _texts(answer: Any) -> list[str]:
+    if isinstance(answer, list | tuple):
+        return [text for part in answer for text in _texts(part)]
+    return [answer] if isinstance(answer, str) else []
+
+
+def data_hash_of(results: dict[str, Any]) -> str:
+    """Returns a hash of the examples and prompts of all tasks."""
+    asked = [
+        [task, sample["doc_id"], sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]
+        for task, samples in sorted(results["samples"].items())
+        for sample in samples
+    ]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
 def _mask_errors(answer: Any) -> list[float]:
     if isinstance(answer, list | tuple):
         return [error for part in answer for error in _mask_errors(part)]
@@ -151,7 +194,7 @@ def _score(results: dict[str, Any], source: dict[str, Any] | None, task: str, ke
         metric,
         higher,
         (score.value, float(theirs[key])),
-        [_values(run, task, metric, answer_filter) for run in (results, source)],
+        [values_of(run, task, metric, answer_filter) for run in (results, source)],
     )
     return Score(
         **{name: value for name, value in asdict(score).items() if not name.startswith(("source", "retention"))},
@@ -211,7 +254,8 @@ def _columns(pairs: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return table[:, 0], table[:, 1]
 
 
-def _values(run: dict[str, Any], task: str, metric: str, answer_filter: str) -> list[Any]:
+def values_of(run: dict[str, Any], task: str, metric: str, answer_filter: str = "none") -> list[Any]:
+    """Returns a metric's figure for each example, in the order of the task."""
     samples: list[Sample] = run["samples"].get(task, [])
     chosen = [sample for sample in samples if sample["filter"] == answer_filter and metric in sample]
     return [sample[metric] for sample in sorted(chosen, key=lambda sample: sample["doc_id"])]
@@ -224,6 +268,14 @@ def _error(figures: dict[str, Any], metric: str, answer_filter: str) -> float | 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _looks(texts: dict[str, Any]) -> str:
+    distinct = "/".join(_number(share) for share in texts["distinct"])
+    return (
+        f"{texts['num_texts']} texts of {texts['length']:.1f} tokens, repetition {_number(texts['repetition'])}, "
+        f"distinct 1/2/3-grams {distinct}, entropy {_number(texts['entropy'])} nats"
+    )
 
 
 def _percent(value: float | None) -> str:

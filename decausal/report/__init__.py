@@ -1,0 +1,1 @@
+"""One page over runs, evaluations and conversions, read from their files alone."""
