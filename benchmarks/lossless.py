@@ -1,13 +1,15 @@
 """Conversions that lose nothing: tokens per pass by training tokens, rank, draft length and shape, on a real model.
 
-    python benchmarks/lossless.py MODEL --data PROMPTS.jsonl --work DIR [--ranks 16,64,128] [--minutes 20]
+    decausal answers MODEL --data PROMPTS --output answers.jsonl --max_new_tokens 64 --temperature 0
+    python benchmarks/lossless.py MODEL --answers answers.jsonl --work DIR [--ranks 16,64,128] [--max_steps 300]
 
-Every step is kept in DIR and continued there after a kill. First the AR model answers all prompts (`decausal answers`);
-the last `--held_out` are set aside. Then, for each rank, one conversion is trained for `--minutes`, and its checkpoints
-are measured on the held-out prompts: greedy, verified, each shape, each draft length.
+The last `--held_out` answers are set aside. For each rank and seed one conversion is trained on the others, and
+measured on some of the held-out answers while it runs. At the end it answers the held-out prompts itself, with each
+shape and each draft length. Runs are kept in DIR and go on there after a kill. Other flags go to `decausal convert`.
 
     same           share of texts that equal the AR model's, token for token (target: 1.000 in fp32)
     tokens/pass    tokens over forward passes, prompts' passes not counted (target: 2.2)
+    predicted      what the shape's formula gives for the acceptances that were measured (target: within 3 %)
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +34,37 @@ from decausal.config import read_recipe, resolve
 from decausal.files import write_whole
 from decausal.models.checkpoint import Converted, load_converted
 from decausal.provenance import provenance
-from decausal.sampling.answers import load_writer, write_answers
+from decausal.sampling.answers import load_writer
+from decausal.sampling.blocks.draft_shapes import linear, quadratic, strided, tokens_per_pass
 from decausal.sampling.engines import engine_for
-from decausal.sampling.jobs import Ended, Job, run
+from decausal.sampling.jobs import Drafts, Ended, Job, run
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import end_token_ids
 from decausal.training.convert import convert
+from decausal.training.draft_figure import DRAFTS_FILE
 from decausal.training.settings import ConversionSettings
+from decausal.training.step_records import read_records
 
-SHAPES = ("quadratic", "strided", "linear")
+SHAPES = {"quadratic": quadratic, "strided": strided, "linear": linear}
 
 
-class StopAfter(TrainerCallback):
-    """Ends a run, with a checkpoint, once its steps have taken so many minutes in all."""
+class Clock(TrainerCallback):
+    """Counts the seconds of a run's steps in a file, without evaluations and checkpoints."""
 
-    def __init__(self, minutes: float, clock: Path) -> None:
-        self.seconds, self.clock = 60 * minutes, clock
-        self.before = json.loads(clock.read_text()) if clock.exists() else 0.0
-        self.start = time.perf_counter()
+    def __init__(self, file: Path) -> None:
+        self.file, self.seconds = file, json.loads(file.read_text()) if file.exists() else 0.0
+        self.mark = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.mark = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        spent = self.before + time.perf_counter() - self.start
-        if control.should_save or spent > self.seconds:
-            self.clock.write_text(json.dumps(spent))
-        if spent > self.seconds:
-            control.should_save = control.should_training_stop = True
+        self.seconds += time.perf_counter() - self.mark
+        if control.should_save:
+            self.file.write_text(json.dumps(self.seconds))
         return control
 
 
@@ -70,14 +76,14 @@ class Question:
     answer: list[int]
 
 
-def answered(args: argparse.Namespace) -> tuple[Path, list[Question]]:
-    """The AR model's answers: a file to train on, and the questions set aside."""
-    whole, train = args.work / "answers.jsonl", args.work / "train.jsonl"
-    model = load_writer(args.model)
-    write_answers(model, [str(args.data)], whole, max_new_tokens=args.max_new_tokens, max_rows=32, temperature=0.0)
-    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+def split(args: argparse.Namespace) -> tuple[Path, Path, list[Question]]:
+    """The AR model's answers: a file to train on, one of those set aside, and these as questions."""
+    lines = args.answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    train, held_out = args.work / "train.jsonl", args.work / "held-out.jsonl"
     write_whole(train, "".join(lines[: -args.held_out]))
-    return train, list(questions(model, map(json.loads, lines[-args.held_out :]), args))
+    write_whole(held_out, "".join(lines[-args.held_out :]))
+    model = load_writer(args.model)
+    return train, held_out, list(questions(model, map(json.loads, lines[-args.held_out :]), args))
 
 
 def questions(model: Converted, records: Iterator[dict[str, Any]], args: argparse.Namespace) -> Iterator[Question]:
@@ -105,35 +111,48 @@ def decoded(model: Converted, prompts: list[list[int]], args: argparse.Namespace
     return [ended[index] for index in range(len(prompts))]
 
 
-def trained(rank: int, data: Path, args: argparse.Namespace) -> Path:
-    """The directory of a conversion of this rank, trained for its minutes."""
-    output_dir = args.work / f"rank-{rank}"
+def trained(name: str, rank: int, seed: int, data: tuple[Path, Path], args: argparse.Namespace) -> Path:
+    """The directory of a conversion, trained and measured on the held-out answers as it went."""
+    output_dir = args.work / name
     if (output_dir / "decausal.json").exists():
         return output_dir
-    flags = [f"--lora_r={rank}", f"--lora_alpha={2 * rank}", f"--data={data}", *args.flags]
+    train, held_out = data
+    flags = [f"--seed={seed}", f"--data={train}", f"--lora_r={rank}", *([f"--lora_alpha={2 * rank}"] if rank else [])]
+    flags += [f"--eval_data={held_out}", f"--eval_rows={args.curve_rows}", f"--eval_steps={args.save_steps}"]
+    flags += [f"--save_steps={args.save_steps}", f"--max_steps={args.max_steps}", "--save_only_model=false"]
     settings, training = resolve(
-        ConversionSettings, read_recipe("lossless") | {"model_name_or_path": str(args.model)}, flags
+        ConversionSettings,
+        read_recipe(args.recipe) | {"model_name_or_path": str(args.model)},
+        [*flags, "--save_total_limit=1", "--report_to=none", *args.flags],
     )
     resume = {"resume_from_checkpoint": "true"} if output_dir.exists() else {}
-    made = {"output_dir": str(output_dir), "save_steps": args.save_steps, "save_only_model": False, "report_to": "none"}
-    clock = args.work / f"rank-{rank}.seconds"
-    convert(settings, training | made | resume, callbacks=[StopAfter(args.minutes, clock)])
+    convert(settings, training | {"output_dir": str(output_dir)} | resume, callbacks=[Clock(clock_of(output_dir))])
     return output_dir
+
+
+def clock_of(output_dir: Path) -> Path:
+    return output_dir.with_suffix(".seconds")
 
 
 def measured(directory: Path, asked: list[Question], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Figures of one model, for each shape and draft length."""
     model = load_converted(directory, getattr(torch, args.dtype))
     found = []
-    for shape in args.shapes:
-        for length in args.draft_lengths:
-            drafts = {"speculative": True, "draft": shape, "draft_length": length}
-            rows = decoded(model, [each.prompt for each in asked], args, **drafts)
-            same = sum(row.ids == each.answer for row, each in zip(rows, asked, strict=True))
-            tokens, passes = sum(len(row.ids) - 1 for row in rows), sum(row.num_forwards - 1 for row in rows)
-            found.append(
-                {"shape": shape, "draft_length": length, "same": same / len(rows), "tokens_per_pass": tokens / passes}
-            )
+    for shape, length in product(args.shapes, args.draft_lengths):
+        drafts = {"speculative": True, "draft": shape, "draft_length": length}
+        rows = decoded(model, [each.prompt for each in asked], args, **drafts)
+        same = sum(row.ids == each.answer for row, each in zip(rows, asked, strict=True))
+        total = Drafts.sum(row.drafts for row in rows if row.drafts is not None)
+        found.append(
+            {
+                "shape": shape,
+                "draft_length": length,
+                "same": same / len(rows),
+                "tokens_per_pass": total.tokens_per_pass,
+                "acceptances": total.acceptances,
+                "predicted": tokens_per_pass(SHAPES[shape](length), total.acceptances),
+            }
+        )
     return found
 
 
@@ -141,19 +160,28 @@ def main() -> None:
     args = parsed()
     args.work.mkdir(parents=True, exist_ok=True)
     outcome = provenance() | {"command": shlex.join(["python", *sys.argv]), "dtype": args.dtype, "models": {}}
-    data, asked = answered(args)
-    for rank in args.ranks:
-        directory = trained(rank, data, args)
-        for checkpoint in sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
-            name = f"rank {rank}, {checkpoint.name.replace('checkpoint-', 'step ')}"
-            outcome["models"][name] = measured(checkpoint, asked, args)
-            write_whole(args.json or args.work / "figures.json", json.dumps(outcome, indent=2) + "\n")
+    train, held_out, asked = split(args)
+    for rank, seed in product(args.ranks, args.seeds):
+        name = f"{args.recipe}-rank-{rank}-seed-{seed}"
+        directory = trained(name, rank, seed, (train, held_out), args)
+        outcome["models"][name] = {
+            "minutes": json.loads(clock_of(directory).read_text()) / 60,
+            "curve": read_records(directory / DRAFTS_FILE) if (directory / DRAFTS_FILE).exists() else [],
+            "figures": measured(directory, asked, args),
+        }
+        write_whole(args.json or args.work / "figures.json", json.dumps(outcome, indent=2) + "\n")
     print_header(outcome)
-    table = Table("model", "shape", "drafts", "same", "tokens/pass")
-    for name, figures in outcome["models"].items():
-        for each in figures:
+    table = Table("model", "minutes", "shape", "drafts", "same", "tokens/pass", "predicted")
+    for name, found in outcome["models"].items():
+        for each in found["figures"]:
             table.add_row(
-                name, each["shape"], str(each["draft_length"]), f"{each['same']:.3f}", f"{each['tokens_per_pass']:.3f}"
+                name,
+                f"{found['minutes']:.1f}",
+                each["shape"],
+                str(each["draft_length"]),
+                f"{each['same']:.3f}",
+                f"{each['tokens_per_pass']:.3f}",
+                f"{each['predicted']:.3f}",
             )
     console.print(table)
 
@@ -161,14 +189,17 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an AR model with a chat template: a directory")
-    parser.add_argument("--data", required=True, type=Path, help="conversations, of which the prompts are read")
-    parser.add_argument("--work", required=True, type=Path, help="where answers, runs and figures are kept")
+    parser.add_argument("--answers", required=True, type=Path, help="what `decausal answers` wrote")
+    parser.add_argument("--work", required=True, type=Path, help="where runs and figures are kept")
     parser.add_argument("--json", type=Path, help="where the figures go (DIR/figures.json)")
-    parser.add_argument("--ranks", type=numbers, default=(16, 64, 128))
-    parser.add_argument("--shapes", type=lambda text: tuple(text.split(",")), default=SHAPES)
+    parser.add_argument("--ranks", type=numbers, default=(16, 64, 128), help="of LoRA; 0: all weights (16,64,128)")
+    parser.add_argument("--seeds", type=numbers, default=(0,))
+    parser.add_argument("--recipe", default="lossless", help="lossless, or another one that trains drafts")
+    parser.add_argument("--shapes", type=lambda text: tuple(text.split(",")), default=tuple(SHAPES))
     parser.add_argument("--draft_lengths", type=numbers, default=(2, 4, 6))
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each rank (20)")
-    parser.add_argument("--held_out", type=int, default=255, help="prompts at the end that are not trained on (255)")
+    parser.add_argument("--max_steps", type=int, default=300, help="of training (300)")
+    parser.add_argument("--held_out", type=int, default=64, help="answers at the end that are not trained on (64)")
+    parser.add_argument("--curve_rows", type=int, default=16, help="held-out rows that are measured during a run (16)")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16, help="decoded together (16)")
     parser.add_argument("--save_steps", type=int, default=50)

@@ -182,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines:
             if line["key"] == "file":
                 path = self.hub.root / "models" / name / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(line["value"]["content"]))
         commit = self.hub.commit("models", name)
         return {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"}

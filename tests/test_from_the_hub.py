@@ -312,7 +312,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, home, converted, refu
         assert "it is whole, and can be uploaded again" in ended.err
 
 
-def test_a_lossless_conversion_may_refer_to_its_base_on_the_hub(decausal, hub, home, tmp_path):
+def test_a_lossless_conversion_may_refer_to_its_base_on_the_hub(decausal, hub, logged_in, tmp_path):
     flags = ("--recipe", "lossless", "--lora_r", "2", "--reference_base", "true")
     directory = convert(decausal, MODEL, "owner/talks:questions", tmp_path / "draft", *flags)
     reference = f"{MODEL}@{hub.commit('models', MODEL)}"
@@ -321,8 +321,14 @@ def test_a_lossless_conversion_may_refer_to_its_base_on_the_hub(decausal, hub, h
     assert not (directory / "config.json").exists()
     written = decausal("generate", directory, "the rain", "--max_new_tokens", "6", "--json")
     assert written.code == 0, written
-    exported = decausal("export", directory, "--format", "hf", "--output_dir", tmp_path / "exported")
+    flags = ("--format", "hf", "--output_dir", tmp_path / "exported", "--push_to_hub", "owner/drafts")
+    exported = decausal("export", directory, *flags)
     assert exported.code == 0, exported
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {"README.md", "decausal.json", "draft"}
-    again = decausal("generate", tmp_path / "exported", "the rain", "--max_new_tokens", "6", "--json")
-    assert json.loads(again.out)["ids"] == json.loads(written.out)["ids"]
+    pushed = {path.name for path in (hub.root / "models" / "owner" / "drafts").iterdir()}
+    assert {"README.md", "decausal.json", "draft"} <= pushed
+    assert "model.safetensors" not in pushed
+    for model in (tmp_path / "exported", "owner/drafts"):
+        again = decausal("generate", model, "the rain", "--max_new_tokens", "6", "--json")
+        assert again.code == 0, again
+        assert json.loads(again.out)["ids"] == json.loads(written.out)["ids"]

@@ -25,6 +25,7 @@ FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 BESIDE_MESSAGES = (*FOR_TEMPLATES, *SYSTEM)
 HISTORY = "history"  # Alpaca's earlier turns: a list of [question, answer]
 FINISH_REASON = "finish_reason"  # OpenAI's name; of an answer that was cut off it says "length"
+OF_ANSWERS = ("id", "num_tokens")  # what `decausal answers` tells people; nothing of it is trained
 TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
 
 
@@ -65,9 +66,9 @@ class Form:
         return [field for field in (*self.fields, *self.optional, *self.beside, FINISH_REASON) if field in found]
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
-        """Returns the fields of a row that hold something and are not read."""
-        read = self.columns(row)
-        return [field for field, value in row.items() if field not in read and value is not None]
+        """Returns the fields of a row that hold something and are not read, but for numbers beside written answers."""
+        known = (*self.columns(row), *(OF_ANSWERS if FINISH_REASON in row else ()))
+        return [field for field, value in row.items() if field not in known and value is not None]
 
     def record(self, row: dict[str, Any], origin: str) -> Record:
         """Turns a row into a record.

@@ -71,6 +71,9 @@ class Groups(NamedTuple):
         target_mask: Flat index into [B*G] of each mask that predicts a token.
         target_token: Flat index into [B*T] of that token.
         offset: Of each target, which draft of its group it is: 1 to m.
+        masks: Of each group, flat indices into [B*G] of its masks in order. A shorter group is filled up with B*G.
+        tokens: Of these masks, flat indices into [B*T] of the tokens in whose places they stand, the last known ones
+            before each draft; the row's last token where a group goes on beyond it.
     """
 
     position_ids: Int[Tensor, "B G"]
@@ -80,6 +83,8 @@ class Groups(NamedTuple):
     target_mask: Int[Tensor, "n"]
     target_token: Int[Tensor, "n"]
     offset: Int[Tensor, "n"]
+    masks: Int[Tensor, "g m"]
+    tokens: Int[Tensor, "g m"]
 
 
 def groups_of(
@@ -109,8 +114,9 @@ def groups_of(
     group_row, group_column = is_first.nonzero(as_tuple=True)
 
     # One entry per mask: its group, counted over all rows, and its place in the group.
-    group = torch.arange(len(group_row)).repeat_interleave(lengths[group_row])
-    member = torch.arange(len(group)) - _before(lengths[group_row])[group]
+    of_group = lengths[group_row]
+    group = torch.arange(len(group_row)).repeat_interleave(of_group)
+    member = torch.arange(len(group)) - _before(of_group)[group]
     row, column = group_row[group], group_column[group]
     place = row * width + torch.arange(len(group)) - _before(of_row)[row]
     document, first = document_ids[row, column], positions_in_documents(document_ids)[row, column]
@@ -124,6 +130,11 @@ def groups_of(
     token = column + member + 1
     inside = token.clamp(max=row_length - 1)
     is_target = (token < row_length) & (document_ids[row, inside] == document) & is_predictable[row, inside]
+    most = int(lengths.max())
+    members = torch.arange(most)
+    starts = group_row * width + _before(of_group) - _before(of_row)[group_row]
+    is_member = members < of_group[:, None]
+    tokens = (group_column[:, None] + members).clamp(max=row_length - 1)
     return Groups(
         position_ids=rows_of(position, 0),
         document_ids=rows_of(document, -1),
@@ -132,6 +143,8 @@ def groups_of(
         target_mask=place[is_target],
         target_token=(row * row_length + token)[is_target],
         offset=(member + 1)[is_target],
+        masks=torch.where(is_member, starts[:, None] + members, num_rows * width),
+        tokens=group_row[:, None] * row_length + tokens,
     )
 
 

@@ -20,10 +20,11 @@ from decausal.errors import UserError
 from decausal.evaluation.passes import device_of, in_batches, measuring, spread_indices
 from decausal.evaluation.results import DraftFigures
 from decausal.models.architecture import context_length
-from decausal.models.backbone import denoising_head, stock_model
+from decausal.models.backbone import stock_model
+from decausal.models.draft_head import draft_vocabulary
 from decausal.models.facts import ConversionFacts
 from decausal.models.grouped import grouped_forward
-from decausal.objectives import head as output_head
+from decausal.objectives.head import logits
 
 _CHUNK = 512
 
@@ -79,8 +80,9 @@ def _num_right(
         causal_groups=facts.causal_groups,
         clean_gradient=False,
     ).last.index_select(0, on_device["target_index"])
-    head = denoising_head(model, facts.mask_token_id)
-    best = torch.cat([output_head.logits(chunk, head).argmax(-1) for chunk in states.split(_CHUNK)]).cpu()
+    vocabulary = draft_vocabulary(model, facts.mask_token_id)
+    best = torch.cat([logits(chunk, vocabulary.head).argmax(-1) for chunk in states.split(_CHUNK)])
+    best = vocabulary.ids(best).cpu()
     length, width = facts.block_size, batch["groups"].group_ids.shape[1]
     row, place = batch["groups"].target_mask // width, batch["groups"].target_mask % width
     first_of_row = is_first.sum(1).cumsum(0) - is_first.sum(1)

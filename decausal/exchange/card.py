@@ -149,7 +149,7 @@ def _what_gated_is(facts: ConversionFacts, config: PretrainedConfig) -> str:
         "that what is written is its own text.\n\n"
         "| fact | value |\n|---|---|\n"
         f"| model | a stock `{config.model_type}`, {where} |\n"
-        f"| draft | LoRA and the mask token's row, in `draft/` |\n"
+        f"| draft | LoRA{', a draft head' if facts.draft_head else ''} and the mask token's row, in `draft/` |\n"
         f"| drafts | up to {facts.block_size} tokens in a pass |\n"
         f"| masks of a group read | {'earlier ones' if facts.causal_groups else 'each other'} |\n"
         f"| mask token | id {facts.mask_token_id}, outside the vocabulary |"

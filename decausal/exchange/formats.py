@@ -257,6 +257,7 @@ FORMS = (
         stock=_qwen(Qwen3Config, _QWEN3, ("block_size",)),
         block_key="block_size",
         mask_token_id=151669,
+        sampler={"verifier": "masks"},  # its finished tokens were not trained to predict the next one
     ),
     PublicForm(
         name="SDAR, mixture of experts",
@@ -266,6 +267,7 @@ FORMS = (
         stock=_qwen(Qwen3MoeConfig, (*_QWEN3, *_EXPERTS), ("block_size",)),
         block_key="block_size",
         mask_token_id=151669,
+        sampler={"verifier": "masks"},  # its finished tokens were not trained to predict the next one
     ),
     PublicForm(name="Dream", model_type="Dream", layout="bidirectional", shift=1, stock=_qwen(Qwen2Config, _QWEN)),
     PublicForm(

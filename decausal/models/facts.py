@@ -40,6 +40,8 @@ class ConversionFacts:
         causal_groups: For the layout "block" only: masks of a block read no later ones of it.
         weights: "shared", or "gated": an adapter and the mask token's row act only at masks, and everything else is the
             source, see `decausal.models.gated`.
+        draft_head: Of gated weights: a draft head joins each draft with the one before it, see
+            `decausal.models.draft_head`.
         base: Of gated weights: SHA-256 of each file of the source, by name.
         base_reference: Of gated weights whose source is not in the directory: its id on the hub and "@", its commit.
         shift: 1 if the state at i - 1 predicts token i, 0 if the state at i does.
@@ -68,6 +70,7 @@ class ConversionFacts:
     end_token_ids: list[int] = field(default_factory=list)
     causal_groups: bool = False
     weights: str = "shared"
+    draft_head: bool = False
     base: dict[str, str] = field(default_factory=dict)
     base_reference: str | None = None
     schema_version: int = SCHEMA_VERSION
@@ -84,6 +87,8 @@ class ConversionFacts:
             )
         if self.is_gated and not (self.layout == "block" and self.causal_context and self.shift == 1):
             raise UserError("gated weights need layout 'block' with causal_context and shift 1: the source is causal")
+        if self.draft_head and not self.is_gated:
+            raise UserError("a draft head needs gated weights: without them it has no directory")
 
     @property
     def attention(self) -> Layout:
@@ -154,6 +159,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "causal_context": (lambda value: isinstance(value, bool), "true or false"),
     "causal_groups": (lambda value: isinstance(value, bool), "true or false"),
     "weights": (_is_text, "text"),
+    "draft_head": (lambda value: isinstance(value, bool), "true or false"),
     "base": (lambda value: _is_table(value) and all(map(_is_text, value.values())), "a table of hashes"),
     "base_reference": (lambda value: value is None or _is_text(value), "text, or null"),
     "source_revision": (lambda value: value is None or _is_text(value), "text, or null"),

@@ -2,7 +2,7 @@
 
     config.json, weights, tokenizer     the source's, byte for byte; not there where the facts refer to the hub
     decausal.json                       the facts, with the hash of each of these files
-    draft/                              a PEFT adapter, and the mask token's row
+    draft/                              a PEFT adapter, the mask token's row, and the draft head if there is one
 
 In the main directory, `from_pretrained` would find the adapter and apply it to every token.
 """
@@ -22,6 +22,11 @@ from decausal.models.adapt import load_base
 from decausal.models.adapters import with_adapter
 from decausal.models.base_files import copy_base, refuse_other_base
 from decausal.models.directories import ADAPTER_FILE, adapter_of
+from decausal.models.draft_head import (
+    DRAFT_HEAD_FILE,
+    add_draft_head,
+    save_draft_head,
+)
 from decausal.models.facts import DRAFT, FACTS_FILE, ConversionFacts, write_facts
 from decausal.models.gated import install_gate
 from decausal.models.gguf_files import is_gguf
@@ -73,6 +78,7 @@ def save_gated(
     model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which says nothing
     save_mask_row(state_dict, draft)
+    save_draft_head(state_dict, draft)
     follow_umask(draft.glob("*.safetensors"))
     settings = json.loads((draft / ADAPTER_FILE).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no local paths
@@ -103,6 +109,10 @@ def load_gated(
     if row is None:
         raise UserError(f"{draft} lacks {MASK_ROW_FILE}, the mask token's row; fetch it again")
     install_gate(model, facts.mask_token_id, row.to(dtype))
+    if facts.draft_head:
+        if not (draft / DRAFT_HEAD_FILE).is_file():
+            raise UserError(f"{draft} lacks {DRAFT_HEAD_FILE}, the draft head; fetch it again")
+        add_draft_head(model, draft)
     model.config.is_causal = False
     return model, tokenizer
 

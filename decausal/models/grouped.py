@@ -20,6 +20,7 @@ from decausal.diffusion.groups import Groups, visible_to_groups
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.models.attention_plans import without_plans
 from decausal.models.backbone import body_forward, masked_forward, stock_model
+from decausal.models.draft_head import drafting_states
 from decausal.models.gated import without_masks
 from decausal.models.row_attention import FLEX
 
@@ -30,7 +31,7 @@ class GroupedStates(NamedTuple):
     """States of all clean tokens, row after row, and then of all masks: N = B*T + B*G.
 
     Attributes:
-        last: After the final norm.
+        last: After the final norm, and a mask's after the draft head, if the model has one.
         layers: Of all layers, where they were asked for, see `body_forward`.
     """
 
@@ -90,7 +91,8 @@ def grouped_forward(
     layers = None
     if output_hidden_states:
         layers = tuple(_joined(*pair) for pair in zip(clean.hidden_states, masks.hidden_states, strict=True))
-    return GroupedStates(_joined(clean.last_hidden_state, masks.last_hidden_state), layers)
+    last = clean.last_hidden_state.flatten(0, 1), masks.last_hidden_state.flatten(0, 1)
+    return GroupedStates(torch.cat([last[0], drafting_states(model, clean_ids, groups, *last)]), layers)
 
 
 @contextmanager

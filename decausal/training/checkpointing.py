@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from decausal.models.backbone import stock_model
+from decausal.models.draft_head import is_of_draft_head, load_draft_head, save_draft_head
 from decausal.models.mask_row import MASK_ROW, fold_mask_row, load_mask_row, save_mask_row
 from decausal.privacy import secrets_set_aside
 from decausal.training.bad_steps import BadSteps
@@ -132,10 +133,11 @@ class CheckpointingTrainer(Trainer):
             # PEFT would add the embeddings if a mask token was added, but the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
             save_mask_row(state_dict, Path(directory))
+            save_draft_head(state_dict, Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_mask_row(Path(resume_from_checkpoint))
+        self._load_beside_adapter(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -147,19 +149,23 @@ class CheckpointingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_mask_row(Path(str(self.state.best_model_checkpoint)))
+        self._load_beside_adapter(Path(str(self.state.best_model_checkpoint)))
 
-    def _load_mask_row(self, checkpoint: Path) -> None:
-        if not self.is_fsdp_enabled:  # whose checkpoints store the row separately
+    def _load_beside_adapter(self, checkpoint: Path) -> None:
+        if not self.is_fsdp_enabled:  # whose checkpoints hold every weight
             load_mask_row(self.model, checkpoint)
+            load_draft_head(self.model, checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The mask row is not a weight of the source, and tied weights are saved once. So these may be missing."""
+        """Mask row and draft head are no weights of the source, and tied weights are saved once: these may be
+        missing."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         loaded = {id(value) for name, value in parameters.items() if name not in load_result.missing_keys}
         missing = [
             name
             for name in load_result.missing_keys
-            if name.rpartition(".")[2] != MASK_ROW and id(parameters.get(name)) not in loaded
+            if name.rpartition(".")[2] != MASK_ROW
+            and not is_of_draft_head(name)
+            and id(parameters.get(name)) not in loaded
         ]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))

@@ -28,6 +28,7 @@ from decausal.models.flex import use_flex_attention
 from decausal.models.gated_checkpoint import save_gated, source_directory
 from decausal.models.mask_row import fold_mask_row, settle_mask_row
 from decausal.models.row_attention import FLEX
+from decausal.training.draft_tokens import frequent_tokens
 from decausal.training.inputs import check_conversion
 from decausal.training.measuring import Measure, measurement, with_evaluation
 from decausal.training.memory import keep_freed_memory
@@ -161,7 +162,11 @@ def _prepare(
         keep_freed_memory()
     if compiles(settings, model, args):
         compile_layers(model)
-    student = student_of(settings, model, tokenizer, mask_token_id, args)
+    draft_tokens = None
+    if settings.draft_head:
+        size = len(model.get_output_embeddings().weight)
+        draft_tokens = frequent_tokens(rows.stream, settings.draft_vocabulary, size, facts.end_token_ids)
+    student = student_of(settings, model, tokenizer, mask_token_id, args, draft_tokens)
     supervision = supervision_of(settings, layout, mask_token_id, len(decoder_layers(model)), args.max_steps)
 
     def finish_checkpoint(directory: Path) -> None:
@@ -214,7 +219,7 @@ def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -
     if settings.reference_base and start.commit is None:
         raise UserError(f"--reference_base needs a model of the hub, and {start.name} is none; leave it out")
     reference = f"{start.name}@{start.commit}" if settings.reference_base else None
-    return {"base": base_hashes(base), "base_reference": reference}
+    return {"base": base_hashes(base), "base_reference": reference, "draft_head": settings.draft_head}
 
 
 def _source(

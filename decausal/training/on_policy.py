@@ -258,6 +258,13 @@ class OnPolicyStream(Dataset[dict[str, Any]]):
         return on_policy + (self.corpus.epochs(min(position, first_row)) if self.corpus else 0.0)
 
 
+def parts_of(stream: TrainingStream | OnPolicyStream) -> list[Any]:
+    """Returns what a run reads: packed rows, prompts, or both."""
+    if not isinstance(stream, OnPolicyStream):
+        return [stream.rows]
+    return [stream.on_policy.prompts] + ([] if stream.corpus is None else [stream.corpus.rows])
+
+
 @dataclass(frozen=True)
 class OnPolicyCollator:
     """Collates rows of the warm start. For on-policy rows it only lists the positions."""

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from decausal.data.stream import TrainingStream
 from decausal.errors import UserError
 from decausal.privacy import without_secrets
-from decausal.training.on_policy import OnPolicyStream
+from decausal.training.on_policy import OnPolicyStream, parts_of
 from decausal.training.run import rows_per_step
 from decausal.training.run_directory import RUN_FILE, sealed
 
@@ -64,12 +64,8 @@ def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
 
     The sample is spread evenly, so adding or removing a document anywhere changes it.
     """
-    if isinstance(stream, OnPolicyStream):
-        parts: list[Any] = [stream.on_policy.prompts] + ([] if stream.corpus is None else [stream.corpus.rows])
-    else:
-        parts = [stream.rows]
     found = xxhash.xxh3_128()
-    for part in parts:
+    for part in parts_of(stream):
         found.update(str(len(part)).encode())
         for index in np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLED_ROWS)).astype(int)).tolist():
             item = part[index]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from decausal.diffusion.layout import Layout
@@ -12,6 +13,7 @@ from decausal.errors import UserError
 from decausal.models.adapt import adapt
 from decausal.models.adapters import hushed
 from decausal.models.backbone import decoder_layers
+from decausal.models.draft_head import install_draft_head
 from decausal.models.gated import gated_mask_token_id, initial_row, install_gate
 from decausal.models.mask_row import freeze_embeddings
 from decausal.training.losses import Supervision, Weighted
@@ -54,12 +56,18 @@ def student_of(
     tokenizer: PreTrainedTokenizerBase,
     mask_token_id: int,
     args: TrainingArguments,
+    draft_tokens: Int[Tensor, "tokens"] | None = None,
 ) -> nn.Module:
-    """Returns the model as it is trained: with adapters, a gate or frozen embeddings, or as it is."""
+    """Returns the model as it is trained: with adapters, a gate or frozen embeddings, or as it is.
+
+    With `draft_tokens` it has a draft head that chooses from these.
+    """
     set_seed(args.seed)  # adapters start from random numbers
     student = with_adapters(settings, model) if settings.lora_r else model
     if settings.weights == "gated":
         install_gate(student, mask_token_id, initial_row(model, tokenizer))
+        if draft_tokens is not None:
+            install_draft_head(student, draft_tokens)
         return student
     if settings.freeze_embeddings or settings.lora_r:
         freeze_embeddings(student, mask_token_id)

@@ -134,6 +134,12 @@ def test_what_is_for_a_chat_template_is_refused_beside_plain_prompts(tmp_path: P
         read(tmp_path, row | {name: {"a": 1}})
 
 
+def test_numbers_beside_answers_that_were_written_here_are_not_mentioned(tmp_path) -> None:
+    row = {"prompt": "a", "completion": "b", "finish_reason": "stop", "num_tokens": 3, "id": 0}
+    assert "not read" not in read(tmp_path, row)[1]
+    assert read(tmp_path, {"prompt": "a", "completion": "b", "id": 0})[1].endswith("not read: 'id'")
+
+
 def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "source": "web", "url": None}, {"text": "b", "messages": [], "source": "web"}]
     assert read(tmp_path, *rows)[1] == "'text'; not read: 'source', 'messages'"

@@ -13,6 +13,7 @@ from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import body_forward, logits
 from decausal.models.block_cache import BlockCache, cached_forward, decoding
 from decausal.models.checkpoint import Converted
+from decausal.models.draft_head import draft_head_of, install_draft_head
 from decausal.models.facts import ConversionFacts
 from decausal.models.gated import gated_mask_token_id, without_masks
 from decausal.models.grouped import grouped_forward
@@ -166,6 +167,57 @@ def test_a_causal_group_is_the_beginning_of_a_longer_one():
     assert torch.allclose(found[2], found[4][:, :2], atol=1e-9)
 
 
+def states_with_heads(source, lengths, *, scale):
+    """States of groups of some lengths in two rows, from the same adapters without and with a draft head."""
+    ids, documents, is_predictable = packed()
+    items = items_of(ids, documents, is_predictable, Grouping((max(lengths),), "all"))
+    for item, length in zip(items, lengths, strict=True):
+        item["group_length"] = torch.tensor(length)
+    groups = GroupCollator()(items)["groups"]
+    found = []
+    for head in (False, True):
+        student = gated(source, 0.3, head=head)
+        if head:
+            for parameter in draft_head_of(student).parameters():
+                torch.nn.init.normal_(parameter, std=scale)
+        with torch.no_grad():
+            found.append(
+                grouped_forward(student, ids, groups, gated_mask_token_id(source), document_ids=documents).last
+            )
+    return ids, groups, student, *found
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4)])
+def test_a_draft_head_carries_a_state_from_draft_to_draft_and_reads_the_token_before_each(lengths):
+    source = source_of("qwen3").double()
+    ids, groups, student, plain, joined = states_with_heads(source, lengths, scale=0.2)
+    assert torch.equal(plain[: ids.numel()], joined[: ids.numel()])
+    head, embedding = draft_head_of(student), source.get_input_embeddings().weight
+    masks = [rows[ids.numel() :].unflatten(0, groups.position_ids.shape) for rows in (plain, joined)]
+    clean = plain[: ids.numel()].unflatten(0, ids.shape)
+    num_checked = 0
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < groups.group_ids.shape[1] and groups.group_ids[row, start] >= 0:
+            of_document = (groups.document_ids[row, start] == packed()[1][row]).nonzero()[:, 0]
+            column = int(of_document[groups.first[row, start]])
+            state = clean[row, column - 1][None]
+            for place in range(length):
+                token = ids[row, min(column + place, ids.shape[1] - 1)]
+                state = head(masks[0][row, start + place][None], embedding[token][None], state)
+                assert torch.allclose(masks[1][row, start + place], state[0], atol=1e-10)
+                num_checked += 1
+            start += length
+    assert num_checked > 20
+
+
+def test_a_new_draft_head_adds_nothing():
+    _, _, student, plain, joined = states_with_heads(source_of("qwen3"), (3, 3), scale=0.0)
+    assert torch.equal(plain, joined)
+    install_draft_head(student, torch.arange(VOCAB_SIZE))
+    assert not draft_head_of(student).down.weight.any()
+
+
 def test_gradients_reach_the_adapters_and_the_mask_row_and_nothing_else():
     source = source_of("qwen3")
     student = gated(source, scale=0.1).train()
@@ -180,14 +232,14 @@ def test_gradients_reach_the_adapters_and_the_mask_row_and_nothing_else():
     assert student.get_base_model().get_input_embeddings().mask_row.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(("scale", "head"), [(0.0, False), (0.1, False), (3.0, False), (0.1, True), (3.0, True)])
 @pytest.mark.parametrize("family", KINDS)
-def test_verified_decoding_of_a_gated_model_writes_the_text_of_the_source(family, scale):
+def test_verified_decoding_of_a_gated_model_writes_the_text_of_the_source(family, scale, head):
     source = source_of(family)
-    student = gated(source, scale).get_base_model()
+    student = gated(source, scale, head=head).get_base_model()
     student.generation_config = source.generation_config
     mask = gated_mask_token_id(source)
-    facts = ConversionFacts("random", "block", 1, mask, 3, causal_context=True, weights="gated")
+    facts = ConversionFacts("random", "block", 1, mask, 3, causal_context=True, weights="gated", draft_head=head)
     engine = SpeculativeEngine(Converted(student, None, facts), max_rows=3, max_length=64)
     prompts = [prompt_of(length, length) for length in (1, 5, 9, 3)]
     settings = SamplerSettings(max_new_tokens=12, speculative=True)

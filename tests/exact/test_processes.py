@@ -56,6 +56,11 @@ from tests.runs import (
 LENGTH = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 BLOCKS = {"layout": "block", "block_size": 4, "shift": 0, "noise_per": "block", "weighting": "inverse_t"}
+DRAFTS = {
+    **{"layout": "block", "block_size": 3, "causal_context": True, "shift": 1, "noise": "all", "anchors": 4},
+    **{"weights": "gated", "lora_r": 2, "draft_head": True, "kl_weight": 1.0, "token_weight": 0.0},
+    "save_dtype": "source",
+}
 ALIGNED = {"align_weight": 10.0, "views": 2, "complementary_masks": True}
 
 WORST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nelbo_per_token", "greater_is_better": True}
@@ -169,12 +174,13 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
         ),
         "adapters": (untied, LENGTH | adam | measured | ON_POLICY | WARM | {"lora_r": 2, "align_layers": "lower"}),
         "rollouts": (tied, LENGTH | adam | ON_POLICY | {"rollout_prompts": 8, "rollout_updates": 2} | ONE_BY_ONE),
+        "drafts": (tied, LENGTH | adam | DRAFTS),
     }
     lines = []
     for name, (source, options) in conversions.items():
         run(source, text, tmp_path / name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
         lines.append(line(source, text, tmp_path / f"{name}-2", options | {"gradient_accumulation_steps": 2}))
-    resumed = ("aligned", "adapters", "rollouts")
+    resumed = ("aligned", "adapters", "rollouts", "drafts")
     for name in resumed:
         source, options = conversions[name]
         from_half = {"resume_from_checkpoint": tmp_path / f"{name}-2" / "checkpoint-2"}
@@ -203,6 +209,12 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     for file in ("adapter_model.safetensors", "mask_row.safetensors"):
         found, expected = (load_file(tmp_path / run / "checkpoint-2" / file) for run in ("adapters-2", "adapters"))
         assert_same(found, expected, atol=1e-6)
+    for file in ("adapter_model.safetensors", "mask_row.safetensors", "draft_head.safetensors"):
+        found, resumed, expected = (
+            load_file(tmp_path / name / "draft" / file) for name in ("drafts-2", "drafts-resumed", "drafts")
+        )
+        assert_same(found, expected, atol=1e-6)
+        assert_same(resumed, found)
     passes = [num_passes(tmp_path / "rollouts-2" / "checkpoint-2", process) for process in range(2)]
     assert passes[0] != passes[1]
 

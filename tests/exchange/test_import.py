@@ -65,6 +65,19 @@ def test_an_imported_fast_dllm_decodes_as_its_own_code_does(tmp_path):
         assert len(found.ids) == 24 or found.ids[-1] == EOS_ID
 
 
+def test_an_imported_sdar_verifies_drafts_by_its_own_blocks_of_one_token(tmp_path):
+    publish(tmp_path / "public", "sdar")
+    import_checkpoint(tmp_path / "public", tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.facts.sampler == {"verifier": "masks"}
+    shutil.copytree(tmp_path / "out", tmp_path / "ones")
+    change_json(tmp_path / "ones" / "decausal.json", block_size=1)
+    one_by_one = load(tmp_path / "ones")
+    for prompt in ("the rain", "in Spain stays"):
+        found = model.generate(prompt, max_new_tokens=12, speculative=True)
+        assert found.ids == one_by_one.generate(prompt, max_new_tokens=12).ids
+
+
 @torch.no_grad()
 def _as_published(model, ids, num_new, threshold, size=8):
     """A block's first token from the clean tokens before it, then whatever is sure enough, or the surest."""

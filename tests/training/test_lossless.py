@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from decausal.exchange.sdar import export_sdar
 from decausal.models.adapt import load_source
 from decausal.models.base_files import base_files
 from decausal.models.checkpoint import load_converted
+from decausal.models.draft_head import draft_vocabulary
 from decausal.models.examination import examine_path
 from decausal.training.settings import ConversionSettings
 from decausal.training.step_records import read_records
@@ -58,12 +60,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_answers(tmp_path_factory.mktemp("data") / "answers.jsonl")
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", "qwen3 with a draft head"])
 def made(request, tmp_path_factory: pytest.TempPathFactory, answers: Path) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    save_source(root / "source", request.param, chat=True)
-    run(root / "source", answers, root / "out", **SETTINGS)
+    family, _, head = request.param.partition(" with ")
+    root = tmp_path_factory.mktemp(family)
+    save_source(root / "source", family, chat=True)
+    run(root / "source", answers, root / "out", **options_of(root, head=bool(head)))
     return root
+
+
+def options_of(root: Path, *, head: bool | None = None) -> dict[str, Any]:
+    """The settings of a run, or of the one that was made there."""
+    has_head = load_converted(root / "out").facts.draft_head if head is None else head
+    return SETTINGS | ({"draft_head": True, "draft_vocabulary": 40} if has_head else {})
 
 
 def source_text(directory: Path, prompt: str, num_tokens: int) -> str:
@@ -135,9 +144,28 @@ def own_row(prompt: list[int], ids: list[int], length: int = 40) -> dict[str, to
     }
 
 
+def test_a_draft_head_chooses_from_the_most_frequent_tokens_and_the_ends(made: Path, answers: Path) -> None:
+    model, tokenizer, facts = load_converted(made / "out")
+    if not facts.draft_head:
+        assert draft_vocabulary(model, facts.mask_token_id).tokens is None
+        return
+    found = draft_vocabulary(model, facts.mask_token_id)
+    assert len(found.tokens) == len(found.head.weight) == 40
+    assert found.tokens.tolist() == sorted(set(found.tokens.tolist()))
+    trained = {
+        token
+        for line in answers.read_text().splitlines()
+        for token in tokenizer(json.loads(line)["completion"]).input_ids
+    }
+    assert len(trained) < 40
+    assert trained <= set(found.tokens.tolist())
+    assert torch.equal(found.head.weight, model.get_output_embeddings().weight[found.tokens])
+    assert found.ids(torch.tensor([0, 39])).tolist() == [found.tokens[0], found.tokens[39]]
+
+
 def test_a_resumed_run_ends_with_the_draft_of_an_uninterrupted_one(made: Path, answers: Path, tmp_path: Path) -> None:
     half = made / "out" / "checkpoint-2"
-    run(made / "source", answers, tmp_path / "out", **SETTINGS, resume_from_checkpoint=str(half))
+    run(made / "source", answers, tmp_path / "out", **options_of(made), resume_from_checkpoint=str(half))
     whole, resumed = (load_converted(directory / "out").model.state_dict() for directory in (made, tmp_path))
     assert_same(resumed, whole)
 
@@ -165,12 +193,18 @@ def test_a_draft_of_another_architecture_is_refused(made: Path, tmp_path: Path) 
         load_converted(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["draft/adapter_model.safetensors", "draft/mask_row.safetensors"])
-def test_a_draft_without_one_of_its_files_is_refused_by_name(made: Path, tmp_path: Path, name: str) -> None:
-    shutil.copytree(made / "out", tmp_path / "out")
-    (tmp_path / "out" / name).unlink()
-    with pytest.raises(UserError, match=Path(name).name):
-        load_converted(tmp_path / "out")
+def test_a_draft_without_one_of_its_files_is_refused_by_name(made: Path, tmp_path: Path) -> None:
+    files = {path.name for path in (made / "out" / "draft").glob("*.safetensors")}
+    has_head = load_converted(made / "out").facts.draft_head
+    assert files == {"adapter_model.safetensors", "mask_row.safetensors"} | (
+        {"draft_head.safetensors"} if has_head else set()
+    )
+    for name in files:
+        directory = tmp_path / name / "out"
+        shutil.copytree(made / "out", directory)
+        (directory / "draft" / name).unlink()
+        with pytest.raises(UserError, match=name):
+            load_converted(directory)
 
 
 def test_the_doctor_finds_it_usable(made: Path) -> None:
@@ -307,6 +341,8 @@ def test_introspective_trains_one_set_of_weights_on_growing_groups(tmp_path: Pat
         ({"offset_gamma": 0.0}, "--offset_gamma 0.0: must be above 0"),
         ({"mask_token": "<m>"}, "--mask_token is for --weights shared"),
         ({"save_dtype": "bfloat16"}, "--save_dtype bfloat16 is for --weights shared"),
+        ({"weights": "shared", "draft_head": True}, "--draft_head is for --weights gated"),
+        ({"draft_head": True, "draft_vocabulary": 0}, "--draft_vocabulary 0: must be at least 1"),
         ({"weights": "shared", "reference_base": True}, "--reference_base is for --weights gated"),
     ],
 )

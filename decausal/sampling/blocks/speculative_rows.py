@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from decausal.models.architecture import context_length, sliding_windows
 from decausal.models.backbone import denoising_head, stock_model
 from decausal.models.block_cache import BlockCache, cached_forward
+from decausal.models.draft_head import draft_head_of, draft_vocabulary, embedded
 from decausal.models.facts import ConversionFacts
 from decausal.models.gated import without_masks
 from decausal.objectives.head import Head, logits
@@ -94,6 +95,7 @@ class SpeculativeRows:
         self.model, self.facts, self.tables = model, facts, tables
         device = stock_model(model).get_input_embeddings().weight.device
         self.cache = BlockCache(stock_model(model).base_model.config, max_rows, num_slots)
+        self._vocabulary = draft_vocabulary(model, facts.mask_token_id)
         self.num_rows = 0
         self.ids = torch.zeros(max_rows, num_slots, dtype=torch.long, device=device)
         self._columns = torch.zeros(5, max_rows, dtype=torch.long, device=device)
@@ -147,7 +149,7 @@ class SpeculativeRows:
         own = self._own(rows, queries, verify_states, settings)
         num_right = self._num_right(rows, queries, own)
         told = self._extend(rows, queries, own, num_right)
-        self._draft(rows, queries, of_masks, num_right, extent.num_new, settings)
+        self._draft(rows, queries, verify_states, of_masks, num_right, extent.num_new, settings)
         return Read(told, verify_states)
 
     def _queries(self, rows: Places, extent: Extent) -> _Queries:
@@ -215,7 +217,12 @@ class SpeculativeRows:
         return self._chosen(rows, states, end, settings)
 
     def _chosen(
-        self, rows: Places, states: Float[Tensor, "b p D"], start: Int[Tensor, "b"], settings: RowSettings
+        self,
+        rows: Places,
+        states: Float[Tensor, "b p D"],
+        start: Int[Tensor, "b"],
+        settings: RowSettings,
+        head: Head | None = None,
     ) -> Int[Tensor, "b p"]:
         """Returns a token for each of the positions from `start` on.
 
@@ -228,7 +235,7 @@ class SpeculativeRows:
             position = start[:, None] + torch.arange(shape[1], device=device)
             numbers = uniform_numbers(self.seeds[rows][:, None].expand(shape).flatten(), 0, position.flatten())
         row = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
-        return settings.at(row).chosen(logits(states.flatten(0, 1), self.head), numbers).view(shape)
+        return settings.at(row).chosen(logits(states.flatten(0, 1), head or self.head), numbers).view(shape)
 
     def _num_right(self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"]) -> Int[Tensor, "b"]:
         """Returns how many drafts equal the model's own tokens."""
@@ -256,6 +263,7 @@ class SpeculativeRows:
         self,
         rows: Places,
         queries: _Queries,
+        verify_states: Float[Tensor, "b p D"],
         of_masks: Float[Tensor, "b s D"],
         num_right: Int[Tensor, "b"],
         num_new: int,
@@ -271,10 +279,38 @@ class SpeculativeRows:
         index = (masks.start.gather(1, num_right[:, None]) + place).clamp(max=of_masks.shape[1] - 1)
         states = of_masks.gather(1, index[..., None].expand(-1, -1, of_masks.shape[-1]))
         known = self.num_known[rows]
-        tokens = self._chosen(rows, states, known, settings)
+        before = verify_states.gather(1, num_right[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
+        tokens = self._drafts(rows, states, before, known, settings)
         where = known[:, None] + place
         before = self.ids[rows].gather(1, where)
         self.ids[rows] = self.ids[rows].scatter(1, where, torch.where(place < length, tokens, before))
+
+    def _drafts(
+        self,
+        rows: Places,
+        states: Float[Tensor, "b n D"],
+        before: Float[Tensor, "b D"],
+        known: Int[Tensor, "b"],
+        settings: RowSettings,
+    ) -> Int[Tensor, "b n"]:
+        """Returns tokens for the positions from `known` on: all at once, or one after the other by a draft head.
+
+        Args:
+            rows: Which.
+            states: The masks'.
+            before: The causal state that predicted the last known token.
+            known: Number of known tokens.
+            settings: Of each row.
+        """
+        head = draft_head_of(self.model)
+        if head is None:
+            return self._chosen(rows, states, known, settings)
+        found = [self.ids[rows].gather(1, known[:, None] - 1)]
+        for place, mask in enumerate(states.unbind(1)):
+            before = head(mask, embedded(self.model, found[-1][:, 0]), before)
+            chosen = self._chosen(rows, before[:, None], known + place, settings, self._vocabulary.head)
+            found.append(self._vocabulary.ids(chosen))
+        return torch.cat(found[1:], dim=1)
 
 
 def _visible(

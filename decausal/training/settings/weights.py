@@ -41,9 +41,21 @@ class GatedSettings(AdapterSettings, LossSettings):
         "alone, so that the AR model stays as it is, byte for byte, and verifies the drafts (needs noise all); unset: "
         "that of a converted model, else shared",
     )
+    draft_head: bool = setting(
+        False,
+        "gated weights: a small head after the model tells each draft which token comes before it",
+    )
+    draft_vocabulary: int = setting(
+        16384,
+        "draft_head: tokens that can be drafted, the most frequent of the data; each draft costs a product with so "
+        "many rows of the output head",
+    )
     reference_base: bool = setting(
         False, "gated weights: leave the AR model's files out of output_dir, which then names its hub id and commit"
     )
+
+    def check(self) -> None:
+        at_least(self, draft_vocabulary=1)
 
     def check_facts(self) -> None:
         if self.weights != "gated":
@@ -51,6 +63,8 @@ class GatedSettings(AdapterSettings, LossSettings):
                 raise UserError(
                     "--reference_base is for --weights gated: other weights are changed, and must be written"
                 )
+            if self.draft_head:
+                raise UserError("--draft_head is for --weights gated: it is saved beside their adapter")
             return
         if self.noise != "all":
             raise UserError("--weights gated needs --noise all: the adapters learn drafts, which are all masks")
