@@ -21,6 +21,7 @@ Turn an autoregressive language model into a diffusion language model.
   decausal demo                        watch it happen on the model that comes with decausal, in minutes
   decausal convert MODEL --data DATA --output_dir OUT [--recipe repr-align]
                                        convert your own; `decausal convert --help` lists the settings
+  decausal plan MODEL [--recipe R]     what that will need: memory by component, operations, hours; --gpu h100
   decausal generate DIR PROMPT         continue a text with a converted model
   decausal infill DIR --prefix A --suffix B [--length N]
                                        fill a gap in a text, or many: --text "def f(x): {gap} return {gap:4}"
@@ -55,6 +56,7 @@ Turn an autoregressive language model into a diffusion language model.
 VERBS = (
     "demo",
     "convert",
+    "plan",
     "generate",
     "infill",
     "edit",

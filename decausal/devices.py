@@ -47,6 +47,7 @@ class Choices:
             on one core 16 for a model of 135M parameters in fp32, and twice as many in bf16. CUDA: from the rates.
         prompt_tokens: Most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
         records: Passes of block models are recorded and replayed, and prompts are read in passes of their own.
+        tells_memory: The memory of a run is counted before it begins, and a run that would not fit is refused.
     """
 
     dtype_to_decode: torch.dtype
@@ -57,6 +58,7 @@ class Choices:
     free_queries: float
     prompt_tokens: int
     records: bool
+    tells_memory: bool
 
 
 ON_CPU = Choices(
@@ -68,6 +70,7 @@ ON_CPU = Choices(
     free_queries=16.0,
     prompt_tokens=512,
     records=False,
+    tells_memory=False,
 )
 ON_CUDA = Choices(
     dtype_to_decode=torch.bfloat16,
@@ -78,6 +81,7 @@ ON_CUDA = Choices(
     free_queries=MATRIX_RATE / BANDWIDTH,
     prompt_tokens=2048,
     records=True,
+    tells_memory=True,
 )
 
 

@@ -158,7 +158,7 @@ def _verbs() -> Iterator[str | VerbParser]:
     """Yields each verb's parser, or the name of a verb whose flags are a settings class."""
     for name in VERBS:
         run = import_module(f"decausal.verbs.{name}{'_' * (name == 'import')}").run
-        if name in ("convert", "compare", "demo", "pretrain"):
+        if name in ("convert", "compare", "demo", "plan", "pretrain"):
             yield name
         elif name == "eval":
             yield from (_parser_of(run, [measure]) for measure in ("nll", "tasks", "texts", "harness"))

@@ -87,6 +87,48 @@ def load_source(
     return model, _tokenizer(path, revision)
 
 
+def outline(
+    model_name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "meta",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Builds a model of a source's shape in fp32 without its weights, and loads its tokenizer.
+
+    Args:
+        model_name_or_path: See `load_source`; a converted model and a PEFT adapter are taken too.
+        revision: Branch, tag or commit of a hub id.
+        attn_implementation: "sdpa" or "eager"; None: what the architecture needs.
+        device: "meta", where tensors hold no numbers; elsewhere the weights are random.
+
+    Raises:
+        UserError: When there is no such model, or it is not a decoder-only causal language model.
+    """
+    path, commit = located(model_name_or_path, revision, may_be_converted=True, merge_adapter=True)
+    directory = None if is_gguf(path) else adapter_directory(path, commit)
+    if directory is not None:
+        adapter = adapter_of(directory)
+        model, tokenizer = outline(
+            adapter.base, revision=adapter.revision, attn_implementation=attn_implementation, device=device
+        )
+        return model, _tokenizer(str(directory), None) if has_tokenizer(directory) else tokenizer
+    config = _config(path, commit)
+    reason = refusal(config)
+    if reason is not None:
+        raise UserError(f"{path} cannot be converted: {reason}; give a decoder-only causal language model")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation or attention_implementation(config),
+            trust_remote_code=False,
+        )
+    return model.eval(), _tokenizer(path, commit)
+
+
 def load_base(
     directory: Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

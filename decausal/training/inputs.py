@@ -28,6 +28,21 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
     check_values(training)
     _check_output(training, overwrite=settings.overwrite)
+    _check_named(settings)
+
+
+def check_plan(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
+    """Refuses early what `plan` would refuse after its slow import.
+
+    Raises:
+        UserError: A value is out of range, or there are no such model, data or prompts.
+    """
+    check_values({"output_dir": "unused"} | dict(training))
+    _check_named(settings)
+
+
+def _check_named(settings: ConversionSettings) -> None:
+    """Raises UserError unless all models and files that the settings name are there."""
     check_source(
         settings.model_name_or_path,
         settings.revision,

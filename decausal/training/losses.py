@@ -139,10 +139,26 @@ def loss_sums(
         The sum of each term, differentiable.
     """
     terms = list(terms)
+    return sums_of_reading(model, student_reading(model, batch, supervision, terms), supervision, terms, answers)
+
+
+def student_reading(model: nn.Module, batch: Batch, supervision: Supervision, terms: Iterable[Term]) -> Reading:
+    """Returns what the student's forward pass gives the terms; see `loss_sums`."""
     last_states, all_states = _student_states(
         model, batch, supervision, output_hidden_states=any(term.reads_all_states for term in terms)
     )
-    reading = Reading(batch, last_states, all_states, denoising_head(model, supervision.mask_token_id))
+    return Reading(batch, last_states, all_states, denoising_head(model, supervision.mask_token_id))
+
+
+def sums_of_reading(
+    model: nn.Module,
+    reading: Reading,
+    supervision: Supervision,
+    terms: Iterable[Term],
+    answers: Answers | None,
+) -> dict[Term, Float[Tensor, ""]]:
+    """Returns the sum of each term over what a student has read; see `loss_sums`."""
+    terms = list(terms)
     if supervision.is_gated:
         answers = _answers_of_clean_half(model, reading, supervision, terms)
     return {term: term.sum(reading, answers or {}) for term in terms}

@@ -15,7 +15,7 @@ from decausal.data.encode import SpecialTokens
 from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
-from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.data.stream import Batch, Collator, Noising, Rows, TrainingStream
 from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
@@ -59,18 +59,18 @@ def rows_of_run(
     Raises:
         UserError: The data cannot be read or has nothing to train on, or settings of rollouts contradict each other.
     """
-    collator = _collator(settings, facts, context_length(model.config), choices(args.device).row_multiple)
+    collator = collator_of(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
         facts = _with_ends(facts, tokenizer, bool(rows.account.num_conversations))
-        return RunRows(_stream(settings, rows, run_length(args, len(rows)), args.seed), collator, facts)
+        return RunRows(stream_of(settings, rows, run_length(args, len(rows)), args.seed), collator, facts)
     prompts = _prompts(settings, tokenizer, args.seed)
     first_row, end_row = _course(args, settings, len(prompts))
     on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)
     corpus = None
     if first_row:
         rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
-        corpus = _stream(settings, rows, first_row, args.seed)
+        corpus = stream_of(settings, rows, first_row, args.seed)
     facts = _with_ends(facts, tokenizer, prompts.has_conversations)
     decoding = _decoding(settings, model, tokenizer, facts)
     return RunRows(OnPolicyStream(on_policy, corpus), OnPolicyCollator(collator), facts, decoding)
@@ -102,7 +102,8 @@ def corpus_rows(
     )
 
 
-def _stream(settings: ConversionSettings, rows: PackedRows, num_samples: int, seed: int) -> TrainingStream:
+def stream_of(settings: ConversionSettings, rows: Rows, num_samples: int, seed: int) -> TrainingStream:
+    """Returns the training rows of a run, noised as its settings say."""
     noising = settings.grouping if settings.noise == "all" else _noising(settings)
     return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)
 
@@ -116,9 +117,17 @@ def _noising(settings: ConversionSettings) -> Noising:
     )
 
 
-def _collator(
+def collator_of(
     settings: ConversionSettings, facts: ConversionFacts, context: int | None, row_multiple: int
 ) -> Collator | BlockCollator | GroupCollator:
+    """Returns what makes batches of a run's rows.
+
+    Args:
+        settings: The run's settings.
+        facts: Its facts.
+        context: Positions that the model has, None for no limit.
+        row_multiple: Rows of varying length are padded to a multiple of this.
+    """
     if settings.noise == "all":
         return GroupCollator(context, settings.offset_gamma, settings.kl_mean, row_multiple)
     common = {

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     if positional is not None:
         flags = ["--model_name_or_path", positional, *flags]
     flags, print_config = take_flag(flags, "print_config", "false")
-    recipe_name, flags, told = _chosen(flags)
+    recipe_name, flags, told = chosen_recipe(flags)
     recipe = read_recipe(recipe_name)
     settings, training = resolve(ConversionSettings, recipe, flags, where=f"recipe {recipe_name}")
     if print_config == "true":
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _chosen(flags: list[str]) -> tuple[str, list[str], list[str]]:
+def chosen_recipe(flags: list[str]) -> tuple[str, list[str], list[str]]:
     """Returns a recipe's name, the flags that remain, and what to tell of a choice that was not the user's."""
     from decausal.config import ALIASES, parse_flags, recipe_names, take_flag
     from decausal.errors import UserError

@@ -151,14 +151,13 @@ def leading_positional(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def recipe_help() -> str:
+def recipe_help(*, prints: bool = True) -> str:
+    """Returns the help of `--recipe` and, where the verb prints settings, of `--print_config`."""
     from decausal.config import recipe_names
 
-    return (
-        f"  --recipe {'|'.join(recipe_names())}, or a YAML file\n"
-        "  --goal infill|speed|exact     without --recipe: what you want, else it is chosen by model and data\n"
-        "  --print_config                print all settings as resolved, and stop\n"
-    )
+    recipes = f"  --recipe {'|'.join(recipe_names())}, or a YAML file\n"
+    goals = "  --goal infill|speed|exact     without --recipe: what you want, else it is chosen by model and data\n"
+    return recipes + goals + "  --print_config                print all settings as resolved, and stop\n" * prints
 
 
 def print_settings(usage: str, settings_type: type, extra: str = "") -> None:

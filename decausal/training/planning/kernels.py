@@ -45,6 +45,11 @@ class MixedPrecision(TorchFunctionMode):
         self._dtype = dtype
         self._weights: dict[int, Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights that were converted."""
+        return sum(weight.nbytes for weight in self._weights.values())
+
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

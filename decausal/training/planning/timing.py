@@ -1,0 +1,122 @@
+"""How long a step takes: measured on this machine by a few short steps, or implied by a GPU's data sheet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import Trainer
+
+from decausal.devices import LAUNCH
+from decausal.diffusion.layout import future_order
+from decausal.gpus import Gpu
+from decausal.models.backbone import stock_model
+from decausal.training.losses import weighted_loss
+from decausal.training.memory import keep_freed_memory
+from decausal.training.planning.footprint import ADAM_PASSES, Footprint
+from decausal.training.planning.step import PlannedStep
+from decausal.training.questions import Vocabulary, ask
+from decausal.training.terms import Term
+
+LONGEST = 20.0
+"""Seconds that a measured micro-batch may take; of longer ones only some rows are measured."""
+REPEATS = 2
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step, and where they are from.
+
+    Attributes:
+        micro_batch: Teacher, forward and backward pass of one.
+        update: Clipping and the optimizer.
+        origin: How they were found, in a few words.
+    """
+
+    micro_batch: float
+    update: float
+    origin: str
+
+
+def implied_time(found: Footprint, gpu: Gpu) -> StepTime:
+    """Returns what counted operations, bytes and kernels imply on a GPU."""
+    update = ADAM_PASSES * found.gradients / gpu.bandwidth
+    return StepTime(found.tally.seconds(LAUNCH, gpu)["total"], update, f"implied by the data sheet of {gpu.label}")
+
+
+def measured_time(prepare: Callable[[int], PlannedStep], num_rows: int, operations: Callable[[int], float]) -> StepTime:
+    """Measures on this machine, with random weights.
+
+    Args:
+        prepare: Returns the step with so many clean rows, on the device.
+        num_rows: Clean rows of the run's micro-batch.
+        operations: Returns the operations of a micro-batch of so many rows.
+    """
+    one = _Measured(prepare(1))
+    one.micro_batch()  # reaches memory for the first time, and starts threads
+    seconds = one.micro_batch()
+    rows = max(1, min(num_rows, int(LONGEST / seconds)))
+    if rows > 1:
+        one = _Measured(prepare(rows))
+        one.micro_batch()
+    seconds = min(one.micro_batch() for _ in range(REPEATS))
+    scaled = seconds * operations(num_rows) / operations(rows)
+    return StepTime(scaled, one.update(), f"measured here on {rows} of {num_rows} rows with random weights")
+
+
+class _Measured:
+    """A step on a device that has numbers."""
+
+    def __init__(self, step: PlannedStep) -> None:
+        self.step, self.device = step, step.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self._model = stock_model(step.student.to(self.device))
+        if step.teacher is not None:
+            step.teacher.model.to(self.device)
+        self._batch = send_to_device(step.batch, self.device)
+        if step.supervision.anneal_steps:
+            order = future_order(self._batch["clean_ids"].shape[1], 0, self.device)
+            self._batch |= {"future_order": order, "future_fraction": 0.5}
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(step.args)
+        self._trained = [weight for weight in step.student.parameters() if weight.requires_grad]
+        self._optimizer = kind(self._trained, **kwargs)
+
+    def micro_batch(self) -> float:
+        """Returns the seconds of teacher, forward and backward pass: the mean over the losses of the run's stages."""
+        self._optimizer.zero_grad()
+        return sum(share * self._seconds(lambda terms=terms: self._run(terms)) for terms, share in self.step.stages())
+
+    def update(self) -> float:
+        """Returns the seconds of an update after a backward pass."""
+        self._seconds(self._step)  # makes the optimizer's state
+        return self._seconds(self._step)
+
+    def _step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._trained, self.step.args.max_grad_norm or torch.inf)
+        self._optimizer.step()
+
+    def _run(self, weights: dict[Term, float]) -> None:
+        step, batch = self.step, self._batch
+        vocabulary = Vocabulary(len(self._model.get_output_embeddings().weight), step.supervision.mask_token_id)
+        questions = [] if step.supervision.is_gated else [question for term in weights for question in term.questions]
+        counts = {name: count.float() for name, count in batch["counts"].items()}
+        with torch.autocast(self.device.type, step.mixed_dtype, enabled=step.mixed_dtype is not None):
+            answers = ask(step.teacher, questions, batch, vocabulary)
+            loss, _ = weighted_loss(self._model, batch, step.supervision, weights, counts, answers)
+        loss.backward()
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
