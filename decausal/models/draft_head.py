@@ -26,6 +26,7 @@ from decausal.objectives.head import Head
 
 DRAFT_HEAD_FILE = "draft_head.safetensors"
 _NAME = "decausal_draft_head"
+_TOKENS = "tokens"
 _EXPANSION = 4
 
 
@@ -42,7 +43,8 @@ class DraftHead(nn.Module):
 
     def __init__(self, size: int, embedding_size: int, tokens: Int[Tensor, "tokens"]) -> None:
         super().__init__()
-        self.register_buffer("tokens", tokens)
+        # Apart from the weights, since accelerate shards everything in a state dict.
+        self.register_buffer("tokens", tokens, persistent=False)
         self.up = nn.Linear(2 * size + embedding_size, 2 * _EXPANSION * size, bias=False)
         self.down = nn.Linear(_EXPANSION * size, size, bias=False)
         nn.init.zeros_(self.down.weight)
@@ -136,27 +138,35 @@ def embedded(model: nn.Module, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n E"]:
     return functional.embedding(ids, stock_model(model).get_input_embeddings().weight.detach())
 
 
-def save_draft_head(state_dict: dict[str, Tensor], checkpoint: Path) -> None:
-    """Writes the head, if there is one, beside an adapter's weights."""
-    weights = {
-        name.rpartition(f"{_NAME}.")[2]: tensor.detach().cpu().contiguous()
-        for name, tensor in state_dict.items()
-        if f"{_NAME}." in name
-    }
-    if weights:
-        save_file(weights, checkpoint / DRAFT_HEAD_FILE)
+def save_draft_head(model: nn.Module, state_dict: dict[str, Tensor], checkpoint: Path) -> None:
+    """Writes the head, if the model has one, beside an adapter's weights.
+
+    Args:
+        model: Its owner.
+        state_dict: The model's weights, gathered.
+        checkpoint: Where to.
+    """
+    head = draft_head_of(model)
+    if head is None:
+        return
+    weights = {name: tensor for name, tensor in state_dict.items() if is_of_draft_head(name)}
+    named = {name.rpartition(f"{_NAME}.")[2]: tensor for name, tensor in weights.items()} | {_TOKENS: head.tokens}
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    save_file(held, checkpoint / DRAFT_HEAD_FILE)
 
 
 def load_draft_head(model: nn.Module, checkpoint: Path) -> None:
     """Sets the weights of a model's draft head, if it has one, from a checkpoint."""
     head = draft_head_of(model)
     if head is not None:
-        head.load_state_dict(load_file(checkpoint / DRAFT_HEAD_FILE))
+        weights = load_file(checkpoint / DRAFT_HEAD_FILE)
+        head.tokens = weights.pop(_TOKENS).to(head.tokens.device)
+        head.load_state_dict(weights)
 
 
 def add_draft_head(model: nn.Module, checkpoint: Path) -> None:
     """Gives a model the draft head of a checkpoint."""
-    install_draft_head(model, load_file(checkpoint / DRAFT_HEAD_FILE)["tokens"])
+    install_draft_head(model, load_file(checkpoint / DRAFT_HEAD_FILE)[_TOKENS])
     load_draft_head(model, checkpoint)
 
 

@@ -78,7 +78,7 @@ def save_gated(
     model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which says nothing
     save_mask_row(state_dict, draft)
-    save_draft_head(state_dict, draft)
+    save_draft_head(model, state_dict, draft)
     follow_umask(draft.glob("*.safetensors"))
     settings = json.loads((draft / ADAPTER_FILE).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = facts.source if facts.source_revision else None  # no local paths

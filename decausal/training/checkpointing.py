@@ -133,7 +133,7 @@ class CheckpointingTrainer(Trainer):
             # PEFT would add the embeddings if a mask token was added, but the row has its own file.
             self.model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
             save_mask_row(state_dict, Path(directory))
-            save_draft_head(state_dict, Path(directory))
+            save_draft_head(self.model, state_dict, Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -203,6 +203,8 @@ def test_sharded_processes_of_accelerate_train_measure_save_and_resume_what_one_
     for name in resumed:
         assert_same(weights(tmp_path / f"{name}-resumed"), weights(tmp_path / f"{name}-2"))
         assert history(tmp_path / f"{name}-resumed") == history(tmp_path / f"{name}-2")
+        if name == "drafts":  # whose adapters stand beside the source
+            continue
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-2").state_dict()
         for weight, tensor in decausal.load(tmp_path / f"{name}-2").model.state_dict().items():
             assert torch.equal(stock[weight], tensor), weight
