@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
@@ -57,7 +60,8 @@ def save_converted(
     state_dict = fold_mask_row(model, model.state_dict() if state_dict is None else state_dict)
     if dtype is not None:
         state_dict = _cast(state_dict, dtype)
-    model.save_pretrained(directory, state_dict=state_dict)
+    with _without_bars():
+        model.save_pretrained(directory, state_dict=state_dict)
     if dtype is not None:
         _state_dtype(directory / "config.json", dtype)
     tokenizer.save_pretrained(directory)
@@ -88,6 +92,18 @@ def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
             cast[memory] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         found[name] = cast[memory]
     return found
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides transformers' bar of files written, which shows without a terminal too."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _state_dtype(path: Path, dtype: torch.dtype) -> None:

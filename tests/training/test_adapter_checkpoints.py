@@ -69,11 +69,13 @@ def test_an_earlier_checkpoint_is_an_earlier_model(made: Path) -> None:
     assert moved.abs().max() > 1e-4
 
 
-def test_it_writes_is_examined_exported_and_trained_on(made: Path, text: Path, tmp_path: Path) -> None:
+def test_it_writes_is_examined_exported_and_trained_on(made: Path, text: Path, tmp_path: Path, capfd) -> None:
     checkpoint = made / "checkpoint-2"
     assert load(checkpoint, dtype=torch.bfloat16).generate("the", max_new_tokens=2).text is not None
     assert all(probe.passed for probe in examine_path(str(checkpoint)) if probe.required)
+    capfd.readouterr()
     export_plain(checkpoint, tmp_path / "exported")
+    assert capfd.readouterr().err == ""  # no bars
     assert_same(weights(tmp_path / "exported"), weights(made), atol=1e-6)
     run(checkpoint, text, tmp_path / "on", max_steps=1, save_strategy="no", token_weight=1.0)
     assert weights(tmp_path / "on").keys() == weights(made).keys()
