@@ -13,14 +13,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
-from decausal.exchange.tokenizer_files import read_json
 from decausal.models.adapt import LOADING_ERRORS
+from decausal.models.base_files import refuse_secrets
 from decausal.models.checkpoint import load_converted, save_converted, saved_dtype
 from decausal.models.directories import adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
-from decausal.privacy import secret_in, without_paths
-
-_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+from decausal.privacy import without_paths
 
 
 class ConvertedFiles(NamedTuple):
@@ -99,14 +97,6 @@ def refuse_links_out(directory: Path) -> None:
                 f"{path} is a link to a file outside {directory}, which is not exported: replace it by a copy, or "
                 "remove it"
             )
-
-
-def refuse_secrets(directory: Path) -> None:
-    """Raises UserError for a secret in settings that came with the source and would be handed on with them."""
-    for name in _SETTINGS:
-        path = directory / name
-        if path.is_file() and (secret := secret_in(read_json(path))) is not None:
-            raise UserError(f"{path} holds a secret, '{secret}', which is not handed on: remove it from the file")
 
 
 def eos_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

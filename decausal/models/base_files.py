@@ -11,7 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from decausal.errors import UserError
-from decausal.models.directories import weight_files
+from decausal.models.directories import read_table, weight_files
+from decausal.privacy import secret_in
 
 _SETTINGS = ("config.json", "generation_config.json")
 _TOKENIZER = (
@@ -45,6 +46,14 @@ def copy_base(directory: Path, target: Path) -> None:
     """Copies a source model's files into `target`, byte for byte. Links become the files they point to."""
     for path in base_files(directory):
         shutil.copyfile(path, target / path.name)
+
+
+def refuse_secrets(directory: Path) -> None:
+    """Raises UserError for a secret in settings that came with the source and would be handed on with them."""
+    for name in (*_SETTINGS, "tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        if path.is_file() and (secret := secret_in(read_table(path))) is not None:
+            raise UserError(f"{path} holds a secret, '{secret}', which is not handed on: remove it from the file")
 
 
 def base_hashes(directory: Path) -> dict[str, str]:

@@ -38,7 +38,7 @@ def adapter_of(directory: Path) -> Adapter | None:
     if not path.is_file() or (directory / "config.json").is_file():
         return None
     _refuse_draft(directory)
-    settings = _table(path)
+    settings = read_table(path)
     kind = settings.get("peft_type", "LORA")
     if kind in _UNMERGEABLE:
         raise UserError(f"{directory} is a PEFT adapter of type {kind}, which has no merged form; give a whole model")
@@ -77,7 +77,7 @@ def refuse_adapter(name: str, directory: Path) -> None:
 def quantization(directory: Path) -> str | None:
     """Returns the quantization method that a model's config.json names, or None."""
     path = directory / "config.json"
-    settings = _table(path).get("quantization_config") if path.is_file() else None
+    settings = read_table(path).get("quantization_config") if path.is_file() else None
     if not settings:
         return None
     if not isinstance(settings, dict):
@@ -173,7 +173,7 @@ def weight_files(directory: Path) -> Iterator[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    names = _table(index).get("weight_map")
+    names = read_table(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index} has no weight_map; fetch it again")
     return list(names.values())
@@ -208,7 +208,12 @@ def _ends(header: Any) -> Iterator[int]:
             yield int((entry.get("data_offsets") or (0, 0))[1])
 
 
-def _table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """Returns the table that a JSON file of a model's directory holds.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

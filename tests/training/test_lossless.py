@@ -105,6 +105,15 @@ def test_the_draft_is_a_peft_adapter_and_disabled_it_is_the_source(made: Path) -
         assert torch.equal(whole(ids).logits, source(ids).logits)
 
 
+def test_a_source_whose_settings_hold_a_secret_is_refused_because_they_are_kept(tmp_path: Path, answers: Path) -> None:
+    source = save_source(tmp_path / "source", chat=True)
+    values = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(values | {"more": [{"api_key": "nobody may read it"}]}))
+    with pytest.raises(UserError, match=r"tokenizer_config.json holds a secret, 'api_key', which is not handed on"):
+        run(source, answers, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("where", ["out", "out/checkpoint-2"])
 def test_what_it_writes_is_the_sources_own_text(made: Path, where: str) -> None:
     model = load(made / where)
