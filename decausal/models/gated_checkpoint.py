@@ -10,6 +10,7 @@ In the main directory, `from_pretrained` would find the adapter and apply it to 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -70,8 +71,10 @@ def save_gated(
         base: Where the source's files are.
     """
     draft = directory / DRAFT
-    draft.mkdir(parents=True, exist_ok=True)
     (directory / FACTS_FILE).unlink(missing_ok=True)
+    if draft.exists():  # what a killed run left of it
+        shutil.rmtree(draft)
+    draft.mkdir(parents=True)
     if facts.base_reference is None:
         copy_base(base, directory)
         refuse_other_base(directory, facts.base, str(directory))

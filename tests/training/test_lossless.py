@@ -174,9 +174,17 @@ def test_a_draft_head_chooses_from_the_most_frequent_tokens_and_the_ends(made: P
 
 def test_a_resumed_run_ends_with_the_draft_of_an_uninterrupted_one(made: Path, answers: Path, tmp_path: Path) -> None:
     half = made / "out" / "checkpoint-2"
+    (tmp_path / "out" / "draft").mkdir(parents=True)
+    for name in (".decausal", "run.yaml"):
+        if (made / "out" / name).exists():
+            shutil.copy(made / "out" / name, tmp_path / "out" / name)
+    (tmp_path / "out" / "draft" / "adapter_config.json.tmp1").touch()  # of a run that was killed as it wrote this
     run(made / "source", answers, tmp_path / "out", **options_of(made), resume_from_checkpoint=str(half))
     whole, resumed = (load_converted(directory / "out").model.state_dict() for directory in (made, tmp_path))
     assert_same(resumed, whole)
+    assert {path.name for path in (tmp_path / "out" / "draft").iterdir()} == {
+        path.name for path in (made / "out" / "draft").iterdir()
+    }
 
 
 def test_a_base_that_differs_is_refused_with_both_hashes(made: Path, tmp_path: Path) -> None:
