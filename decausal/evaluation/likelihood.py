@@ -50,6 +50,7 @@ from decausal.evaluation.results import (
     NoiseBin,
     Ratio,
     beside,
+    beside_other_tokens,
     ratio_over_rows,
 )
 from decausal.models.adapt import load_source
@@ -108,10 +109,11 @@ def evaluate_nll(
     totals = _Totals(len(indices), num_bins)
     num_done, num_views = 0, len(indices) * samples_per_row
     with measuring(model):
-        for views in in_batches(noised_rows(rows, indices, samples_per_row, seed, facts.block_size), batch_size):
+        drawn = noised_rows(rows, indices, samples_per_row, seed, facts.block_size)
+        for views, num_of_row in _passes(drawn, samples_per_row, batch_size, facts.layout == "block"):
             batch = stack(views)
             index = batch.is_masked.flatten().nonzero()[:, 0]
-            nll = _masked_nll(model, head, facts, batch, index)
+            nll = _masked_nll(model, head, facts, batch, index, num_of_row)
             totals.add(batch, index, nll)
             num_done += len(views)
             if on_progress is not None:
@@ -119,12 +121,32 @@ def evaluate_nll(
     return totals.likelihood(sizes, samples_per_row, seed)
 
 
+def _passes(
+    views: Iterator[NoisedRow], samples_per_row: int, batch_size: int, shares_rows: bool
+) -> Iterator[tuple[list[NoisedRow], int]]:
+    """Yields the views of each pass, and how many of them, one after another, are of one clean row.
+
+    Under block layouts the clean tokens of a row are read once for all its views in a pass.
+    """
+    if not shares_rows:
+        yield from ((batch, 1) for batch in in_batches(views, batch_size))
+    elif samples_per_row <= batch_size:
+        whole = batch_size // samples_per_row * samples_per_row
+        yield from ((batch, samples_per_row) for batch in in_batches(views, whole))
+    else:
+        for of_row in in_batches(views, samples_per_row):
+            yield from ((part, len(part)) for part in in_batches(of_row, batch_size))
+
+
 def _masked_nll(
-    model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, "n"]
+    model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, "n"], num_of_row: int
 ) -> Float[Tensor, "n"]:
-    """Losses of a batch's masked tokens, `index` being their places in [B*T]."""
-    is_masked = batch.is_masked[:, None]
-    states = noised_states(model, facts, batch.clean_ids, batch.document_ids, is_masked)
+    """Losses of a batch's masked tokens, `index` being their places in [B*T].
+
+    Each `num_of_row` views are of one clean row.
+    """
+    is_masked = batch.is_masked.unflatten(0, (-1, num_of_row))
+    states = noised_states(model, facts, batch.clean_ids[::num_of_row], batch.document_ids[::num_of_row], is_masked)
     return state_nll(states, head, batch.clean_ids.flatten()[index])
 
 
@@ -220,10 +242,16 @@ def evaluate_checkpoint(
     if not with_source:
         return likelihood
     try:
-        source = source_of(converted)
+        source, source_tokenizer = loaded_source(converted)
     except UserError as error:
         return replace(likelihood, ar_missing=str(error))
-    return beside(likelihood, evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size))
+    if is_same_vocabulary(tokenizer, source_tokenizer):
+        return beside(likelihood, evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size))
+    set_template(source_tokenizer, chat_template, chat_template_kwargs)
+    refuse_longer_rows(max_length, source.config)
+    its_rows = load_rows(data, source_tokenizer, max_length, reading=reading)
+    ar = evaluate_ar_nll(source, its_rows, source_tokenizer, num_rows=num_rows, batch_size=batch_size)
+    return beside_other_tokens(likelihood, ar)
 
 
 def _drafted(
@@ -248,14 +276,30 @@ def source_of(converted: Converted) -> PreTrainedModel:
     Raises:
         UserError: It is not available, or a model of this name has another vocabulary.
     """
-    model, tokenizer, facts = converted
-    source, source_tokenizer = load_source(
-        facts.source, dtype=model.dtype, revision=facts.source_revision, merge_adapter=True
-    )
+    source, tokenizer = loaded_source(converted)
+    if not is_same_vocabulary(converted.tokenizer, tokenizer):
+        raise UserError(
+            f"{converted.facts.source} has another tokenizer than the converted model, so their tokens do not compare: "
+            "decausal eval nll compares bits per byte"
+        )
+    return source
+
+
+def loaded_source(converted: Converted) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the AR model that a converted one was made from, in its dtype and on its device, whatever its tokenizer.
+
+    Raises:
+        UserError: It is not available.
+    """
+    model, _, facts = converted
+    source, tokenizer = load_source(facts.source, dtype=model.dtype, revision=facts.source_revision, merge_adapter=True)
+    return source.to(model.device), tokenizer
+
+
+def is_same_vocabulary(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> bool:
+    """Returns whether every token of the source has the same id in the converted model."""
     vocabulary = tokenizer.get_vocab()
-    if any(vocabulary.get(token) != token_id for token, token_id in source_tokenizer.get_vocab().items()):
-        raise UserError(f"{facts.source} is no longer the source: its vocabulary is not the converted model's")
-    return source.to(model.device)
+    return all(vocabulary.get(token) == token_id for token, token_id in source.get_vocab().items())
 
 
 class _Sizes(NamedTuple):

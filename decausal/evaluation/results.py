@@ -136,7 +136,7 @@ class Likelihood:
         for name, value, standard_error, unit in self._lines():
             table.add_row(name, _number(value), _number(standard_error), unit)
         if self.ar_missing is not None:
-            table.caption = f"no AR source: {self.ar_missing}"
+            table.caption = f"{'no ' if self.ar_bits_per_byte is None else ''}AR source: {self.ar_missing}"
         return table
 
     def _lines(self) -> list[tuple[str, float | None, float | None, str]]:
@@ -145,10 +145,10 @@ class Likelihood:
             ("NELBO", self.bits_per_byte, self.bits_per_byte_standard_error, "bits per byte"),
         ]
         if self.ar_nll_per_token is not None:
-            lines += [
-                ("AR source NLL", self.ar_nll_per_token, self.ar_nll_standard_error, "nats per token"),
-                ("AR source NLL", self.ar_bits_per_byte, self.ar_bits_per_byte_standard_error, "bits per byte"),
-            ]
+            lines.append(("AR source NLL", self.ar_nll_per_token, self.ar_nll_standard_error, "nats per token"))
+        if self.ar_bits_per_byte is not None:
+            error = self.ar_bits_per_byte_standard_error
+            lines.append(("AR source NLL", self.ar_bits_per_byte, error, "bits per byte"))
         cross_entropy = (self.masked_cross_entropy, self.masked_cross_entropy_standard_error)
         lines.append(("masked cross-entropy", *cross_entropy, "nats per masked token"))
         for noise_bin in self.bins:
@@ -244,6 +244,16 @@ def beside(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
         ar_bits_per_byte=ar.bits_per_byte,
         ar_bits_per_byte_standard_error=ar.bits_per_byte_standard_error,
         ar_missing=None,
+    )
+
+
+def beside_other_tokens(likelihood: Likelihood, ar: ArLikelihood) -> Likelihood:
+    """Returns the likelihood together with that of an AR model with another tokenizer: in bits per byte alone."""
+    return replace(
+        likelihood,
+        ar_bits_per_byte=ar.bits_per_byte,
+        ar_bits_per_byte_standard_error=ar.bits_per_byte_standard_error,
+        ar_missing=f"another tokenizer: bits per byte alone compare, on {ar.num_bytes:,} bytes in rows of its own",
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -64,6 +66,9 @@ class TextsOf:
     Attributes:
         model: Of the converted model.
         source: Of the AR source in the same engine.
+        agreement: Share of the AR source's tokens that the model writes too before the first that differs, in the mean
+            over texts.
+        same_texts: Share of texts that are the AR source's, token for token.
         source_missing: Why there are no figures of the source, nor perplexities.
         sampler: The sampler settings.
         data_hash: A hash of the prompts.
@@ -74,6 +79,8 @@ class TextsOf:
     source_missing: str | None
     sampler: dict[str, Any]
     data_hash: str
+    agreement: float | None = None
+    same_texts: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures as JSON takes them."""
@@ -85,6 +92,8 @@ class TextsOf:
         columns = [_cells(texts) for texts in (self.model, self.source) if texts is not None]
         for name, cells in zip(_CELLS, zip(*columns, strict=True), strict=True):
             table.add_row(name, *cells)
+        if self.agreement is not None and self.same_texts is not None:
+            table.caption = f"{self.agreement:.3f} of the AR source's tokens, {self.same_texts:.3f} of its texts"
         if self.source_missing is not None:
             table.caption = f"no AR source, and so no perplexity: {self.source_missing}"
         return table
@@ -133,8 +142,9 @@ def evaluate_texts(
     )
     prompts = [prompt.ids.tolist() for prompt in asked]
     source, missing = _source(converted) if with_source else (None, "--no_source")
+    rows, model = _texts(converted, source, prompts, max_new_tokens, batch_size, options)
     found = TextsOf(
-        model=_texts(converted, source, prompts, max_new_tokens, batch_size, options),
+        model=model,
         source=None,
         source_missing=missing,
         sampler=asdict(settings_for(converted.facts, **options)),
@@ -143,7 +153,14 @@ def evaluate_texts(
     if source is None:
         return found
     drawing = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed") if name in options}
-    return replace(found, source=_texts(source, source, prompts, max_new_tokens, batch_size, drawing))
+    source_rows, texts = _texts(source, source, prompts, max_new_tokens, batch_size, drawing)
+    pairs = list(zip(rows, source_rows, strict=True))
+    return replace(
+        found,
+        source=texts,
+        agreement=fmean(_num_alike(ours.ids, theirs.ids) / len(theirs.ids) for ours, theirs in pairs),
+        same_texts=fmean(ours.ids == theirs.ids for ours, theirs in pairs),
+    )
 
 
 def _source(converted: Converted) -> tuple[Converted | None, str | None]:
@@ -177,10 +194,10 @@ def _texts(
     max_new_tokens: int,
     batch_size: int,
     options: dict[str, Any],
-) -> Texts:
+) -> tuple[list[Ended], Texts]:
     rows, seconds = written(model, prompts, max_new_tokens, batch_size, options)
     decode = model.tokenizer.decode
-    return Texts(
+    return rows, Texts(
         look=text_figures([row.ids for row in rows]),
         perplexity=None if judge is None else _perplexity(judge, prompts, rows, batch_size),
         num_ended=sum(row.reason == "end" for row in rows),
@@ -188,6 +205,11 @@ def _texts(
         tokens_per_second=sum(len(row.ids) for row in rows) / seconds,
         first=tuple(decode(row.ids, skip_special_tokens=True) for row in rows[:_FIRST_TEXTS]),
     )
+
+
+def _num_alike(ours: list[int], theirs: list[int]) -> int:
+    """Returns the number of tokens before the first that differs."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
 
 
 def _perplexity(judge: Converted, prompts: list[list[int]], rows: list[Ended], batch_size: int) -> float:

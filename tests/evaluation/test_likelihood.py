@@ -11,6 +11,7 @@ import torch
 
 from decausal.diffusion.nelbo import nelbo_exact
 from decausal.errors import UserError
+from decausal.evaluation import likelihood
 from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_checkpoint, evaluate_nll
 from decausal.evaluation.passes import predicted_tokens
 from decausal.evaluation.results import beside, nelbo_difference
@@ -325,11 +326,34 @@ def test_a_source_that_is_gone_is_named_and_the_rest_still_measured(measure, che
     assert found.nelbo_per_token > 0
 
 
-def test_a_source_with_another_vocabulary_is_not_compared(measure, checkpoint):
+def test_a_source_with_another_tokenizer_is_compared_by_bits_per_byte_alone(measure, checkpoint):
+    same = measure()
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["another"])
+    tokenizer.add_tokens(["zebra"])  # which the text does not hold: the rows are the same
     tokenizer.save_pretrained(checkpoint / "source")
-    assert "vocabulary" in measure().ar_missing
+    found = measure()
+    assert "another tokenizer" in found.ar_missing
+    assert found.ar_nll_per_token is None
+    assert found.ar_bits_per_byte == pytest.approx(same.ar_bits_per_byte)
+    assert found.as_table().row_count == same.as_table().row_count - 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 9])
+def test_a_block_model_reads_clean_tokens_once_for_all_views_of_a_pass(batch_size, monkeypatch):
+    model, facts, tokenizer = converted(layout="block", block_size=2, shift=1)
+    passes = []
+    real = likelihood.noised_states
+
+    def counted(model, facts, clean_ids, document_ids, is_masked):
+        passes.append(tuple(is_masked.shape[:2]))
+        return real(model, facts, clean_ids, document_ids, is_masked)
+
+    monkeypatch.setattr(likelihood, "noised_states", counted)
+    found = evaluate_nll(model, facts, PACKED, tokenizer, samples_per_row=4, batch_size=batch_size)
+    per_row = {1: [(1, 1)] * 4, 3: [(1, 3), (1, 1)], 4: [(1, 4)]}
+    assert passes == (per_row[batch_size] * 3 if batch_size in per_row else [(2, 4), (1, 4)])
+    alone = evaluate_nll(model, facts, PACKED, tokenizer, samples_per_row=4, batch_size=1)
+    assert found.row_nelbo == pytest.approx(alone.row_nelbo, rel=1e-5)
 
 
 def test_rows_longer_than_the_context_are_refused(measure):

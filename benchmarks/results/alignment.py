@@ -1,0 +1,171 @@
+"""REPR-ALIGN against plain denoising on a real model: held-out NELBO by step, by operations and by time.
+
+    python benchmarks/results/alignment.py SMOLLM2 --data DIR --work WORK [--seeds 0,1,2] [--minutes 100]
+
+Runs differ in one thing each: alignment or not, share of the data (1, 10, 100 % of WikiText-2's validation articles and
+the standard library), embeddings frozen or not. All have the same steps, rows, noise and learning rate. The NELBO of
+WikiText-2's test articles is measured while they train, ten times and at the start. `--rates 3e-5,1e-4,3e-4` looks for
+the learning rate first, on a tenth of the data. WORK/alignment.md is the table, WORK/report.html the curves.
+
+    reaches     step at which the aligned run meets the plain run's lowest NELBO, over the step of that
+    operations  the same by floating-point operations (benchmarks/floors.py): an aligned step has the teacher's pass too
+    seconds     the same by seconds of training
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from floors import ModelShape
+from results.steps import Step, conversion, parser, run_steps
+from results.texts import articles
+
+from decausal.files import write_whole
+from decausal.models.adapt import load_source
+from decausal.provenance import provenance
+from decausal.report.sources import Run, find, read_run
+from decausal.report.write import write_report
+from decausal.reporting import share_of_the_way
+
+MEASURE = "eval_nelbo_per_token"
+ROWS, LENGTH, STEPS = 4, 256, 400
+FRACTIONS = (0.01, 0.1, 1.0)
+
+
+def steps_of(flags: argparse.Namespace) -> list[Step]:
+    """Returns all runs: the learning rates to choose from, or the comparison."""
+    train = articles(flags.data, "wikitext2_valid.txt", flags.work / "data" / "train.jsonl")
+    held_out = articles(flags.data, "wikitext2_test.txt", flags.work / "data" / "held_out.jsonl")
+    common = ["--eval_data", str(held_out), "--eval_rows", str(flags.limit or 32), "--max_length", str(LENGTH)]
+    common += ["--per_device_train_batch_size", str(ROWS), "--eval_on_start", "true"]
+    cells = [
+        (fraction, rate, is_frozen)
+        for fraction in ((0.1,) if flags.rates else FRACTIONS)
+        for rate in flags.rates or (flags.learning_rate,)
+        for is_frozen in ((False,) if flags.rates else (False, True))
+    ]
+    return [
+        conversion(
+            flags.model,
+            flags.work / name_of(recipe, fraction, rate, is_frozen, seed),
+            recipe,
+            f"{train},stdlib",
+            flags.steps or STEPS,
+            seed,
+            *common,
+            *("--data_fraction", str(fraction), "--learning_rate", str(rate)),
+            *("--freeze_embeddings", str(is_frozen).lower()),
+            save_steps=max(1, (flags.steps or STEPS) // 10),
+        )
+        for seed in flags.seeds
+        for fraction, rate, is_frozen in cells
+        for recipe in ("mdm", "repr-align")
+    ]
+
+
+def name_of(recipe: str, fraction: float, rate: float, is_frozen: bool, seed: int) -> str:
+    """Returns a run's name."""
+    return f"{recipe}-data{fraction:g}-rate{rate:g}{'-frozen' if is_frozen else ''}-seed{seed}"
+
+
+def crossing(plain: Run, aligned: Run, cost: float) -> dict[str, float]:
+    """Returns where the aligned run meets the lowest value of the plain one, over where that is.
+
+    `cost` is the operations of an aligned step over those of a plain one. Empty if it never does.
+    """
+    lowest_step, lowest = min(plain.curve(MEASURE), key=lambda point: point[1])
+    found: dict[str, float] = {}
+    for by in ("step", "seconds"):
+        theirs = {step: x for (step, _), (x, _) in zip(plain.curve(MEASURE), plain.curve(MEASURE, by), strict=True)}
+        for (x0, y0), (x1, y1) in pairwise(aligned.curve(MEASURE, by)):
+            if y1 <= lowest < y0:
+                found[by] = (x0 + share_of_the_way(y0, y1, lowest) * (x1 - x0)) / max(theirs[lowest_step], 1e-9)
+                break
+    return found | ({"operations": cost * found["step"]} if "step" in found else {})
+
+
+def table(flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns lowest and last values, and where aligned runs meet plain ones, over seeds."""
+    shape = ModelShape.of(load_source(flags.model)[0])
+    cost = shape.aligned_step(LENGTH, 0.5, 1) / shape.plain_step(LENGTH, 0.5)
+    rows = []
+    for rate in flags.rates or (flags.learning_rate,):
+        for fraction in (0.1,) if flags.rates else FRACTIONS:
+            for is_frozen in (False,) if flags.rates else (False, True):
+                pairs = [
+                    [read_run(flags.work / name_of(recipe, fraction, rate, is_frozen, seed)) for recipe in RECIPES]
+                    for seed in flags.seeds
+                ]
+                crossings = [crossing(plain, aligned, cost) for plain, aligned in pairs]
+                rows.append(
+                    {"data": fraction, "rate": rate, "frozen": is_frozen}
+                    | {f"lowest {recipe}": spread([low(pair[i]) for pair in pairs]) for i, recipe in enumerate(RECIPES)}
+                    | {
+                        by: spread([each[by] for each in crossings]) if all(by in each for each in crossings) else None
+                        for by in ("step", "operations", "seconds")
+                    }
+                )
+    command = " ".join(["python", *sys.argv])
+    return provenance() | {"command": command, "seeds": flags.seeds, "operations of a step": cost, "rows": rows}
+
+
+RECIPES = ("mdm", "repr-align")
+
+
+def low(run: Run) -> float:
+    """Returns a run's lowest held-out NELBO."""
+    return min(value for _, value in run.curve(MEASURE))
+
+
+def spread(values: list[float]) -> list[float]:
+    """Returns the mean over seeds, and the deviation where there are several."""
+    return [fmean(values), *([stdev(values)] if len(values) > 1 else [])]
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Returns the table."""
+    lines = ["| data | rate | embeddings | plain, lowest | aligned, lowest | step | operations | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        shown = [" ± ".join(f"{value:.3f}" for value in row[name] or []) or "never" for name in list(row)[3:]]
+        frozen = "frozen" if row["frozen"] else "trained"
+        lines.append(f"| {row['data']:.0%} | {row['rate']:g} | {frozen} | {' | '.join(shown)} |")
+    hardware = found["hardware"]
+    return (
+        "\n".join(lines)
+        + f"\n\n`{found['command']}`, commit {found['commit']}, {found['date']}, {hardware['processor']}, "
+        f"{hardware['torch_threads']} threads, seeds {found['seeds']}\n"
+    )
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--learning_rate", type=float, default=1e-4, help="of all runs (1e-4)")
+    made.add_argument(
+        "--rates", type=lambda text: tuple(map(float, text.split(","))), help="compare learning rates instead"
+    )
+    flags = made.parse_args()
+    steps = steps_of(flags)
+    if flags.plan:
+        print("\n".join(" ".join(step.command()[1:]) for step in steps))
+        return
+    if not run_steps(steps, flags.minutes):
+        return
+    found = table(flags)
+    name = "rates" if flags.rates else "alignment"
+    write_whole(flags.work / f"{name}.json", json.dumps(found, indent=2) + "\n")
+    write_whole(flags.work / f"{name}.md", as_markdown(found))
+    write_report(find([step.resumes for step in steps if step.resumes]), flags.work / "report.html", "Alignment")
+    print(as_markdown(found))
+
+
+if __name__ == "__main__":
+    main()

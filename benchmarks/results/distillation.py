@@ -1,0 +1,187 @@
+"""OPDLM against corpus training and off-policy distillation, and a conversion without loss, on a real model.
+
+    python benchmarks/results/distillation.py SMOLLM2 --data DIR --work WORK [--minutes 100]
+
+The AR model answers the instruction prompts once (`decausal answers`); the last 255 are held out. Then, from the same
+model, with blocks of 4, shift 1 and a causal context, at equal steps of equal rows:
+
+    corpus      bd3lm on those answers
+    off-policy  the same rows, compared with the AR model's next-token distributions
+    opdlm       the student's own answers to the same prompts
+    lossless    gated weights on the AR model's answers
+
+Each is measured, with `--limit` examples: LAMBADA and PIQA (NELBO) and WikiText-2 bits per byte, with the AR source
+beside them; what it writes after held-out prompts, and how far that is the AR model's answer; and a sweep on GSM8K.
+Training tokens are told by each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
+table, WORK/report.html the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from results.steps import Step, conversion, evaluation, limited, parser, run_steps
+from results.texts import articles, instructions
+
+from decausal.files import write_whole
+from decausal.provenance import provenance
+from decausal.report.figures import Figure, figures_of
+from decausal.report.records import Evaluation, read_record
+from decausal.report.sources import find, read_run
+from decausal.report.write import write_report
+
+STEPS, ROWS, LENGTH, NEW_TOKENS = 300, 8, 256, 64
+BLOCKS = ["--block_size", "4", "--shift", "1", "--causal_context", "true"]
+ROLLOUTS = ["--rollout_prompts", str(ROWS), "--rollout_tokens", str(NEW_TOKENS)]
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "corpus": ("bd3lm", BLOCKS),
+    "off-policy": ("bd3lm", [*BLOCKS, "--token_weight", "0", "--kl_weight", "1"]),
+    "opdlm": ("opdlm", [*ROLLOUTS, "--rollout_curriculum", "10"]),
+    "lossless": ("lossless", []),
+}
+TASKS = "lambada_local,piqa_local"
+
+
+def steps_of(flags: argparse.Namespace) -> list[Step]:
+    """Returns answers, runs and evaluations, in their order."""
+    data, tasks = flags.work / "data", flags.work / "tasks"
+    train, held_out = instructions(flags.data, data / "prompts.jsonl", data / "held_out.jsonl")
+    wikitext, answers = articles(flags.data, "wikitext2_test.txt", data / "wikitext.jsonl"), data / "answers.jsonl"
+    asked = limited(flags, "--num_prompts", 4000) if flags.limit else []
+    local = str(Path(__file__).parent.parent / "local_tasks.py")
+    steps = [
+        Step([local, "--data", str(flags.data), "--output_dir", str(tasks)], tasks / "piqa_local.yaml"),
+        Step(
+            [
+                *("answers", flags.model, "--data", str(train), "--output", str(answers), "--temperature", "0"),
+                *("--max_new_tokens", str(NEW_TOKENS), "--max_rows", "32", *asked),
+            ],
+            data / "answers.done",
+        ),
+    ]
+    for seed in flags.seeds:
+        for name, (recipe, own) in METHODS.items():
+            rate = ["--learning_rate", str(flags.learning_rate)] if recipe != "lossless" else []
+            steps.append(
+                conversion(
+                    flags.model,
+                    flags.work / f"{name}-seed{seed}",
+                    recipe,
+                    train if recipe == "opdlm" else answers,
+                    flags.steps or STEPS,
+                    seed,
+                    *("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS), *rate, *own),
+                    save_steps=max(1, (flags.steps or STEPS) // 10),
+                )
+            )
+        for name in METHODS:
+            steps += measured(flags, f"{name}-seed{seed}", held_out, wikitext, tasks)
+    return steps
+
+
+def measured(flags: argparse.Namespace, name: str, held_out: Path, wikitext: Path, tasks: Path) -> list[Step]:
+    """Returns the evaluations of one model."""
+    model, kept = str(flags.work / name), flags.work / "evals" / name
+    harness = ["eval", "harness", model, "--include_path", str(tasks)]
+    return [
+        evaluation(kept / "harness.json", *harness, "--tasks", TASKS, "--with_source", *limited(flags, "--limit", 500)),
+        evaluation(kept / "nll.json", "eval", "nll", model, "--data", str(wikitext), *limited(flags, "--num_rows", 64)),
+        evaluation(
+            kept / "texts.json",
+            *("eval", "texts", model, "--data", str(held_out), *limited(flags, "--num_prompts", 255)),
+            *("--max_new_tokens", str(NEW_TOKENS), "--temperature", "0"),
+        ),
+        evaluation(
+            kept / "sweep.json",
+            *("sweep", model, "--include_path", str(tasks), "--tasks", "gsm8k_local", "--num_fewshot", "0"),
+            *("--apply_chat_template", *limited(flags, "--limit", 50)),
+        ),
+    ]
+
+
+def table(flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of each method and seed."""
+    rows = []
+    for seed in flags.seeds:
+        for method in METHODS:
+            name = f"{method}-seed{seed}"
+            kept = [read_record(path) for path in sorted((flags.work / "evals" / name).glob("*.json"))]
+            records = [record for record in kept if record is not None]
+            log = read_run(flags.work / name).log
+            rows.append(
+                {"method": method, "seed": seed, "tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"]}
+                | {figure.measure: shown(figure) for figure in figures_of(records)}
+                | written(records)
+            )
+    return provenance() | {"command": " ".join(["python", *sys.argv]), "rows": rows}
+
+
+def shown(figure: Figure) -> dict[str, float | None]:
+    """Returns a figure with its error and the AR source's."""
+    return {"value": figure.value, "error": figure.error, "source": figure.source, "kept": figure.kept}
+
+
+def written(records: list[Evaluation]) -> dict[str, Any]:
+    """Returns agreement with the AR model's answers, tokens per forward, and how the texts look."""
+    found = next(record.figures for record in records if record.kind == "texts")
+    look, model = found["model"]["look"], found["model"]
+    return {
+        "agreement": found["agreement"],
+        "same text": found["same_texts"],
+        "tokens per forward": model["tokens_per_forward"],
+        "repetition": look["repetition"],
+        "entropy": look["entropy"],
+    }
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Returns the table, a column for each method and seed."""
+    rows = found["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("method", "seed")))
+    lines = ["| |" + "".join(f" {row['method']}, seed {row['seed']} |" for row in rows) + " AR |"]
+    lines.append("|---|" + "---|" * (len(rows) + 1))
+    for name in names:
+        cells = [cell(row.get(name)) for row in rows]
+        source = next((row[name]["source"] for row in rows if isinstance(row.get(name), dict)), None)
+        lines.append(f"| {name} | {' | '.join(cells)} | {cell(source)} |")
+    hardware = found["hardware"]
+    return (
+        "\n".join(lines)
+        + f"\n\n`{found['command']}`, commit {found['commit']}, {found['date']}, {hardware['processor']}, "
+        f"{hardware['torch_threads']} threads\n"
+    )
+
+
+def cell(value: Any) -> str:
+    """Returns a figure as a cell."""
+    if isinstance(value, dict):
+        return cell(value["value"]) + ("" if value["error"] is None else f" ± {value['error']:.3f}")
+    return "" if value is None else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--learning_rate", type=float, default=1e-4, help="of all but lossless (1e-4)")
+    flags = made.parse_args()
+    steps = steps_of(flags)
+    if flags.plan:
+        print("\n".join(" ".join(step.command()[1:]) for step in steps))
+        return
+    if not run_steps(steps, flags.minutes):
+        return
+    found = table(flags)
+    write_whole(flags.work / "distillation.json", json.dumps(found, indent=2) + "\n")
+    write_whole(flags.work / "distillation.md", as_markdown(found))
+    runs = [step.resumes for step in steps if step.resumes]
+    write_report(find([*runs, flags.work / "evals"]), flags.work / "report.html", "Distillation")
+    print(as_markdown(found))
+
+
+if __name__ == "__main__":
+    main()
