@@ -21,7 +21,7 @@ from decausal.training.planning.footprint import Footprint, footprint
 from decausal.training.planning.plan import plan
 from decausal.training.planning.room import needed, refuse_what_does_not_fit, remedy
 from decausal.training.planning.step import planned_step
-from decausal.training.planning.timing import _Measured
+from decausal.training.planning.timing import Measured
 from decausal.training.settings import ConversionSettings
 from tests.runs import save_source, write_text
 
@@ -63,16 +63,16 @@ def planned(source: Path, words: str, device: torch.device = CPU) -> Footprint:
 @pytest.mark.parametrize("words", KINDS)
 def test_memory_is_that_of_a_measured_step(source: Path, words: str) -> None:
     found = planned(source, words)
-    real = _Measured(planned_step(*resolved(source, words), CPU, where=CPU))
+    real = Measured(planned_step(*resolved(source, words), CPU, where=CPU))
     peaks = []
     for terms, _ in real.step.stages():
         for weight in real.step.student.parameters():
             weight.grad = torch.zeros_like(weight) if found.are_gradients_kept and weight.requires_grad else None
-        peaks.append(peak_bytes(lambda terms=terms: real._run(terms), CPU))
+        peaks.append(peak_bytes(lambda terms=terms: real.run(terms), CPU))
     of_step = found.answers + found.activations + found.copies + found.working
     assert of_step == pytest.approx(max(peaks), rel=CLOSE)
-    real._step()
-    state = [value for values in real._optimizer.state.values() for value in values.values()]
+    real.change_weights()
+    state = [value for values in real.optimizer.state.values() for value in values.values()]
     assert found.optimizer == sum(value.nbytes for value in state if value.dim())
     tensors = [*real.step.student.parameters(), *real.step.student.buffers()]
     assert found.weights == sum(tensor.nbytes for tensor in tensors)

@@ -48,27 +48,44 @@ def implied_time(found: Footprint, gpu: Gpu) -> StepTime:
     return StepTime(found.tally.seconds(LAUNCH, gpu)["total"], update, f"implied by the data sheet of {gpu.label}")
 
 
-def measured_time(prepare: Callable[[int], PlannedStep], num_rows: int, operations: Callable[[int], float]) -> StepTime:
+def measured_time(
+    prepare: Callable[[int], PlannedStep],
+    num_rows: int,
+    operations: Callable[[int], float],
+    longest: float = LONGEST,
+) -> StepTime:
     """Measures on this machine, with random weights.
+
+    If not all rows are measured, the time of the others follows from that of half as many, since a part of a step does
+    not depend on the rows; of one row it is in proportion to the operations.
 
     Args:
         prepare: Returns the step with so many clean rows, on the device.
         num_rows: Clean rows of the run's micro-batch.
         operations: Returns the operations of a micro-batch of so many rows.
+        longest: Seconds that a measured micro-batch may take.
     """
-    one = _Measured(prepare(1))
-    one.micro_batch()  # reaches memory for the first time, and starts threads
-    seconds = one.micro_batch()
-    rows = max(1, min(num_rows, int(LONGEST / seconds)))
-    if rows > 1:
-        one = _Measured(prepare(rows))
-        one.micro_batch()
-    seconds = min(one.micro_batch() for _ in range(REPEATS))
-    scaled = seconds * operations(num_rows) / operations(rows)
-    return StepTime(scaled, one.update(), f"measured here on {rows} of {num_rows} rows with random weights")
+    step = Measured(prepare(1))
+    step.micro_batch()  # reaches memory for the first time, and starts threads
+    rows = max(1, min(num_rows, int(longest / step.micro_batch())))
+    half, of_half = rows // 2, 0.0
+    if half and rows < num_rows:
+        of_half = _best(Measured(prepare(half)))
+    step = Measured(prepare(rows)) if rows > 1 else step
+    seconds = _best(step)
+    if rows < num_rows:
+        per_row = (seconds - of_half) / (rows - half)
+        scale = operations(num_rows) / operations(rows)
+        seconds = seconds + (num_rows - rows) * per_row if half else seconds * scale
+    return StepTime(seconds, step.update(), f"measured here on {rows} of {num_rows} rows with random weights")
 
 
-class _Measured:
+def _best(step: Measured) -> float:
+    step.micro_batch()
+    return min(step.micro_batch() for _ in range(REPEATS))
+
+
+class Measured:
     """A step on a device that has numbers."""
 
     def __init__(self, step: PlannedStep) -> None:
@@ -84,23 +101,29 @@ class _Measured:
             self._batch |= {"future_order": order, "future_fraction": 0.5}
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(step.args)
         self._trained = [weight for weight in step.student.parameters() if weight.requires_grad]
-        self._optimizer = kind(self._trained, **kwargs)
+        self.optimizer = kind(self._trained, **kwargs)
 
     def micro_batch(self) -> float:
         """Returns the seconds of teacher, forward and backward pass: the mean over the losses of the run's stages."""
-        self._optimizer.zero_grad()
-        return sum(share * self._seconds(lambda terms=terms: self._run(terms)) for terms, share in self.step.stages())
+        self.forget_gradients()
+        return sum(share * self._seconds(lambda terms=terms: self.run(terms)) for terms, share in self.step.stages())
+
+    def forget_gradients(self) -> None:
+        """Frees all gradients, as an optimizer step does."""
+        self.optimizer.zero_grad()
 
     def update(self) -> float:
         """Returns the seconds of an update after a backward pass."""
-        self._seconds(self._step)  # makes the optimizer's state
-        return self._seconds(self._step)
+        self._seconds(self.change_weights)  # makes the optimizer's state
+        return self._seconds(self.change_weights)
 
-    def _step(self) -> None:
+    def change_weights(self) -> None:
+        """Clips gradients and runs the optimizer."""
         torch.nn.utils.clip_grad_norm_(self._trained, self.step.args.max_grad_norm or torch.inf)
-        self._optimizer.step()
+        self.optimizer.step()
 
-    def _run(self, weights: dict[Term, float]) -> None:
+    def run(self, weights: dict[Term, float]) -> None:
+        """Runs teacher, forward and backward pass of a micro-batch with some losses."""
         step, batch = self.step, self._batch
         vocabulary = Vocabulary(len(self._model.get_output_embeddings().weight), step.supervision.mask_token_id)
         questions = [] if step.supervision.is_gated else [question for term in weights for question in term.questions]
@@ -111,11 +134,14 @@ class _Measured:
         loss.backward()
 
     def _seconds(self, function: Callable[[], Any]) -> float:
+        # On one thread processor time is the time taken, without what other processes took meanwhile.
+        is_alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if is_alone else time.perf_counter
         self._wait()
-        start = time.perf_counter()
+        start = clock()
         function()
         self._wait()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
