@@ -8,9 +8,11 @@ import pytest
 import torch
 from counting import HostReads, OneDevice
 
+from decausal.models.backbone import stock_model
 from decausal.models.block_cache import decoding
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
+from decausal.models.gated import install_gate
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
 from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
@@ -21,6 +23,8 @@ from decausal.sampling.jobs import Job, run
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
+from decausal.training.settings import ConversionSettings
+from decausal.training.student import with_adapters
 from tests.sampling.block_decoding import block_facts, job_of, sharp_model
 from tests.sampling.tiny_models import converted
 
@@ -125,3 +129,21 @@ def test_a_pass_of_verified_decoding_is_computed_on_one_device_alone(
             with OneDevice(device):
                 read = rows.read(slice(0, 3), extent, settings)
         assert read.told.shape == (3, shape.most_pending + 2)
+
+
+@pytest.mark.parametrize("shape", [quadratic(3), autoregressive()], ids=lambda shape: shape.name)
+def test_a_pass_of_a_gated_model_is_computed_on_one_device_alone(shape: DraftShape) -> None:
+    device = torch.device("meta")
+    model = with_adapters(ConversionSettings(lora_r=2), sharp_model("qwen3").float())
+    num_tokens, width = stock_model(model).get_input_embeddings().weight.shape
+    install_gate(model, num_tokens, torch.zeros(width))
+    model = model.to(device).eval()
+    tables = DraftTables([Drafting(shape, False)], 1, False, device)
+    rows = SpeculativeRows(model, block_facts(4), tables=tables, max_rows=4, num_slots=64)
+    settings = RowSettings.of([SamplerSettings()] * 3, device)
+    extent = Extent(6, shape.most_pending, tables.most_masks, shape.longest_group, 40)
+    with decoding(model):
+        rows.read(slice(0, 3), extent, settings)  # takes memory
+        with OneDevice(device) as seen:
+            rows.read(slice(0, 3), extent, settings)
+    assert seen.operators.total() > 0
