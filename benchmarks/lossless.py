@@ -82,8 +82,8 @@ def split(args: argparse.Namespace) -> tuple[Path, Path, list[Question]]:
     train, held_out = args.work / "train.jsonl", args.work / "held-out.jsonl"
     write_whole(train, "".join(lines[: -args.held_out]))
     write_whole(held_out, "".join(lines[-args.held_out :]))
-    model = load_writer(args.model)
-    return train, held_out, list(questions(model, map(json.loads, lines[-args.held_out :]), args))
+    model, asked = load_writer(args.model), lines[-args.held_out :][: args.num_asked]
+    return train, held_out, list(questions(model, map(json.loads, asked), args))
 
 
 def questions(model: Converted, records: Iterator[dict[str, Any]], args: argparse.Namespace) -> Iterator[Question]:
@@ -199,6 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--draft_lengths", type=numbers, default=(2, 4, 6))
     parser.add_argument("--max_steps", type=int, default=300, help="of training (300)")
     parser.add_argument("--held_out", type=int, default=64, help="answers at the end that are not trained on (64)")
+    parser.add_argument("--num_asked", type=int, help="held-out prompts that are answered at the end (all)")
     parser.add_argument("--curve_rows", type=int, default=16, help="held-out rows that are measured during a run (16)")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16, help="decoded together (16)")
