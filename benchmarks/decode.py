@@ -24,9 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from models import DEFAULT_MODELS, SHAPES, build
-from report import console, print_header
-from rich.table import Table
+from models import DEFAULT_MODELS, add_model_arguments, build, settle_precision
+from report import console, print_by_batch_size, print_header
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -256,25 +255,14 @@ def _per_second(run: Run) -> float:
     return run.num_tokens / run.seconds
 
 
-def print_records(title: str, records: list[dict[str, Any]]) -> None:
-    """Prints the figures as a table."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("batch", "case", "ms/pass", "ratio", "tokens/forward", "passes/block", "tokens/s", "ratio"):
-        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
-    for record in records:
-        table.add_row(
-            str(record["batch_size"]),
-            record["case"],
-            f"{record['seconds_per_pass'] * 1e3:.2f}",
-            f"{record['pass_ratio']:.2f}",
-            f"{record['tokens_per_forward']:.2f}",
-            f"{record['passes_per_block']:.2f}",
-            f"{record['tokens_per_second']:.0f}",
-            f"{record['speed_ratio']:.2f}",
-            end_section=record is records[-1]
-            or records[records.index(record) + 1]["batch_size"] != record["batch_size"],
-        )
-    console.print(table)
+COLUMNS = {
+    "ms/pass": lambda record: f"{record['seconds_per_pass'] * 1e3:.2f}",
+    "ratio": lambda record: f"{record['pass_ratio']:.2f}",
+    "tokens/forward": lambda record: f"{record['tokens_per_forward']:.2f}",
+    "passes/block": lambda record: f"{record['passes_per_block']:.2f}",
+    "tokens/s": lambda record: f"{record['tokens_per_second']:.0f}",
+    "speed": lambda record: f"{record['speed_ratio']:.2f}",
+}
 
 
 def workload(args: argparse.Namespace, name: str) -> Workload:
@@ -330,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = measure(work, args.batch_sizes, args.rounds, args.seed)
         outcome["models"][name] = records
         dtype = str(work.model.dtype).removeprefix("torch.")
-        print_records(f"{name}, {dtype}: {work.prompts.shape[1]} tokens given, {args.new_tokens} written", records)
+        title = f"{name}, {dtype}: {work.prompts.shape[1]} tokens given, {args.new_tokens} written"
+        print_by_batch_size(title, records, COLUMNS)
         del work
     if args.device == "cuda":
         console.print(
@@ -342,10 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", action="append", help=f"{', '.join(SHAPES)} or a directory; may be repeated")
-    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="weights; by default on CUDA only")
+    add_model_arguments(parser, "weights")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
@@ -354,13 +340,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, help="also a dynamic schedule; random weights are never sure")
     parser.add_argument("--data", help="its prompts, or beginnings of its documents; none: random tokens")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.new_tokens < 2:
         parser.error("--rounds must be at least 1 and --new_tokens at least 2")
-    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
-    return args
+    return settle_precision(args)
 
 
 if __name__ == "__main__":

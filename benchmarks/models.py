@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def build(name_or_path: str, device: torch.device) -> PreTrainedModel:
     if not Path(name_or_path).is_dir():
         raise SystemExit(f"--model {name_or_path}: give a directory or one of {', '.join(SHAPES)}")
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).to(device)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, precision: str) -> None:
+    """Adds what to run and where. `precision` says what `--bf16` makes bf16."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", action="append", help=f"{', '.join(SHAPES)} or a directory; may be repeated")
+    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=f"{precision}; by default on CUDA only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+
+
+def settle_precision(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns the arguments with bf16 on CUDA, and only there, unless the user has said otherwise."""
+    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
+    return args

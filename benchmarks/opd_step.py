@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from floors import ModelShape
 from measure import peak_bytes
-from models import DEFAULT_MODELS, SHAPES, build
+from models import DEFAULT_MODELS, add_model_arguments, build, settle_precision
 from opd_floor import count_operations, decode_floor, training_floor
 from report import console, print_header
 from rich.table import Table
@@ -262,10 +261,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", action="append", help=f"{', '.join(SHAPES)} or a directory; may be repeated")
-    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast; by default on CUDA only")
+    add_model_arguments(parser, "autocast")
     parser.add_argument("--rounds", type=int, default=6, help="timed rounds")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt_length", type=int, default=64, help="mean tokens of a prompt")
@@ -275,11 +271,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--states", type=int, default=1, help="states of a rollout in one row")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--top_k", type=int, help="the teacher's tokens to compare on; unset: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
-    return args
+    return settle_precision(args)
 
 
 if __name__ == "__main__":

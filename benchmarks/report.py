@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +19,26 @@ def print_header(outcome: dict[str, Any]) -> None:
         value = outcome[name]
         text = ", ".join(f"{key} {fact}" for key, fact in value.items()) if isinstance(value, dict) else value
         console.print(f"[bold]{name:>9}[/]  {text}", soft_wrap=True)
+
+
+def print_by_batch_size(
+    title: str, records: Sequence[dict[str, Any]], columns: Mapping[str, Callable[[Any], str]]
+) -> None:
+    """Prints a table of cases, a section for each batch size.
+
+    Args:
+        title: The heading of the table.
+        records: One for each batch size and case, in order.
+        columns: By a column's heading, what it shows of a record.
+    """
+    table = Table(title=title, title_justify="left")
+    for heading in ("batch", "case", *columns):
+        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    for record, after in zip_longest(records, records[1:]):
+        figures = (show(record) for show in columns.values())
+        is_last = after is None or after["batch_size"] != record["batch_size"]
+        table.add_row(str(record["batch_size"]), record["case"], *figures, end_section=is_last)
+    console.print(table)
 
 
 def print_steps(model_name: str, figures: dict[str, Any]) -> None:

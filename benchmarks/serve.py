@@ -71,16 +71,13 @@ class Load:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a converted directory; none: the embedded model as --layout, not trained")
-    parser.add_argument("--layout", choices=("block", "bidirectional"), default="block", help="without --model")
+    add_server_arguments(parser, "block")
     parser.add_argument("--block_size", type=int, default=4, help="without --model")
     parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--max_rows", type=int, default=16)
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--num_steps", type=int, help="denoising steps; none: half as many as tokens are written")
     parser.add_argument("--seconds", type=float, default=20, help="at least as long for each number of clients")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv])}
     print_header(outcome)
@@ -99,6 +96,14 @@ def main() -> None:
     print_loads(loads, loop, body)
     if flags.json:
         flags.json.write_text(json.dumps(outcome, indent=2) + "\n")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser, layout: str) -> None:
+    """Adds what is served, in how many threads, and where figures go."""
+    parser.add_argument("--model", help="a converted directory; none: the embedded model as --layout, not trained")
+    parser.add_argument("--layout", choices=("block", "bidirectional"), default=layout, help="without --model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
 
 
 def made(directory: Path, layout: str, block_size: int) -> Path:

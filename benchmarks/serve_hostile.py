@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from report import console, print_header
-from serve import Server, made, serving
+from serve import Server, add_server_arguments, made, serving
 
 from decausal.provenance import provenance
 
@@ -145,13 +144,10 @@ def behind_a_full_queue(server: Server) -> tuple[int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a converted directory; none: the embedded model as --layout, not trained")
-    parser.add_argument("--layout", choices=("block", "bidirectional"), default="bidirectional", help="without --model")
+    add_server_arguments(parser, "bidirectional")
     parser.add_argument("--memory", type=float, default=300, help="MiB that one may cost")
     parser.add_argument("--wait", type=float, default=2, help="seconds that others may wait")
     parser.add_argument("--turn", type=float, default=10, help="seconds that a small request may wait for its turn")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv]), "costs": {}}
     print_header(outcome)

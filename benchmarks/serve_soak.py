@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import torch
 from report import console, print_header
-from serve import Server, made, quantile, serving
+from serve import Server, add_server_arguments, made, quantile, serving
 
 from decausal.models.checkpoint import load_converted
 from decausal.provenance import provenance
@@ -67,15 +67,12 @@ class Tally:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a converted directory; none: the embedded model as --layout, not trained")
-    parser.add_argument("--layout", choices=("block", "bidirectional"), default="block", help="without --model")
+    add_server_arguments(parser, "block")
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--max_tokens", type=int, default=12)
     parser.add_argument("--max_rows", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=40, help="different requests")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv])}
     print_header(outcome)

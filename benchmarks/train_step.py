@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from cases import BIDIRECTIONAL, CASES, Arms
 from floors import ModelShape
 from measure import host_waits, peak_bytes
-from models import DEFAULT_MODELS, FALLBACK, SHAPES, build
+from models import DEFAULT_MODELS, FALLBACK, SHAPES, add_model_arguments, build, settle_precision
 from report import print_header, print_loss_memory, print_steps
 from torch import Tensor
 from torch.nn import functional
@@ -264,22 +263,16 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", action="append", help=f"{', '.join(SHAPES)} or a directory; may be repeated")
-    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast; by default on CUDA only")
+    add_model_arguments(parser, "autocast")
     parser.add_argument("--steps", type=int, default=12, help="timed rounds")
     parser.add_argument("--batch_size", type=int, help="rows that the student reads, even")
     parser.add_argument("--length", type=int, help="tokens in a row")
     parser.add_argument("--documents", type=int, default=1, help="documents in a row; above 1, attention takes a mask")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     if args.steps < 1 or (args.batch_size or 2) % 2:
         parser.error("--steps must be at least 1 and --batch_size even")
-    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
-    return args
+    return settle_precision(args)
 
 
 if __name__ == "__main__":

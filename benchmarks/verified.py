@@ -25,8 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import console, print_header
-from rich.table import Table
+from report import console, print_by_batch_size, print_header
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode
@@ -149,23 +148,14 @@ def prompts_of(model: Any, data: str, count: int) -> list[list[int]]:
     return found
 
 
-def print_records(title: str, records: list[dict[str, Any]]) -> None:
-    """Prints the figures as a table."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("batch", "case", "tokens/pass", "formula", "tokens/s", "ratio", "same texts", "first drafts right"):
-        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
-    for record in records:
-        table.add_row(
-            str(record["batch_size"]),
-            record["case"],
-            f"{record['tokens_per_pass']:.3f}",
-            "" if record["expected"] is None else f"{record['expected']:.3f}",
-            f"{record['tokens_per_second']:.1f}",
-            f"{record['speed_ratio']:.2f}",
-            f"{record['same_texts']:.2f}",
-            " ".join(f"{share:.2f}" for share in record["acceptance"][:4]),
-        )
-    console.print(table)
+COLUMNS = {
+    "tokens/pass": lambda record: f"{record['tokens_per_pass']:.3f}",
+    "formula": lambda record: "" if record["expected"] is None else f"{record['expected']:.3f}",
+    "tokens/s": lambda record: f"{record['tokens_per_second']:.1f}",
+    "ratio": lambda record: f"{record['speed_ratio']:.2f}",
+    "same texts": lambda record: f"{record['same_texts']:.2f}",
+    "first drafts right": lambda record: " ".join(f"{share:.2f}" for share in record["acceptance"][:4]),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for batch_size in args.batch_sizes:
             records = measure(model, prompts, args.new_tokens, args.draft_lengths, batch_size, args.rounds, args.seed)
             outcome["runs"] += [{"dtype": dtype, **record} for record in records]
-            print_records(f"{args.model}, {dtype}: {len(prompts)} rows of {args.new_tokens} new tokens", records)
+            title = f"{args.model}, {dtype}: {len(prompts)} rows of {args.new_tokens} new tokens"
+            print_by_batch_size(title, records, COLUMNS)
     if args.json:
         args.json.write_text(json.dumps(outcome, indent=2) + "\n")
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
-from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,9 +14,10 @@ from decausal.compare.budget_callback import Event
 from decausal.compare.findings import ArmSummary, ar_name
 from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
+from decausal.live import LiveView
 
 
-class ComparisonView:
+class ComparisonView(LiveView):
     """Shows the runs in one live display: a bar for each running one, and the latest figures of all.
 
     Args:
@@ -29,7 +28,8 @@ class ComparisonView:
     """
 
     def __init__(self, console: Console, names: Sequence[str], unit: str, counted: str) -> None:
-        self.console, self.names, self.unit, self.counted = console, names, unit, counted
+        super().__init__(console, get_renderable=self._frame, refresh_per_second=4, transient=True)
+        self.names, self.unit, self.counted = names, unit, counted
         self.latest: dict[str, Measurement] = {}
         self._progress = Progress(
             TextColumn("{task.description:>24}"),
@@ -40,20 +40,6 @@ class ComparisonView:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._live: Live | None = None
-
-    def __enter__(self) -> ComparisonView:
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, get_renderable=self._frame, refresh_per_second=4, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def tell(self, event: Event) -> None:
         """Shows an event of a run."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from decausal.demo.history import MEASURES, Measurement, best
 from decausal.demo.output import ARM_NAMES
+from decausal.live import LiveView
 
 LABELS = {"plain": "plain denoising", "aligned": "REPR-ALIGN"}
 _COLUMN_LABELS = {"plain": "plain", "aligned": "REPR-ALIGN"}
@@ -19,7 +19,7 @@ COLOURS = {"plain": "dark_orange", "aligned": "dodger_blue1"}
 _LINES_AROUND_TABLE = 9  # title, rules, bars and a spare line
 
 
-class TrainingView:
+class TrainingView(LiveView):
     """Shows both runs in one live display: a bar each, and held-out figures side by side.
 
     Args:
@@ -28,7 +28,8 @@ class TrainingView:
     """
 
     def __init__(self, console: Console, max_steps: int) -> None:
-        self.console, self.max_steps = console, max_steps
+        super().__init__(console, get_renderable=self._frame, refresh_per_second=4, transient=True)
+        self.max_steps = max_steps
         self.measurements: dict[str, list[Measurement]] = {arm: [] for arm in ARM_NAMES}
         self._progress = Progress(
             TextColumn("{task.description:>16}"),
@@ -39,25 +40,19 @@ class TrainingView:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._live: Live | None = None
 
     def __enter__(self) -> TrainingView:
-        if self.console.is_terminal:
-            for arm in ARM_NAMES:
-                description = f"[{COLOURS[arm]}]{LABELS[arm]}"
-                self._tasks[arm] = self._progress.add_task(description, total=self.max_steps, start=False, loss="")
-            self._live = Live(console=self.console, get_renderable=self._frame, refresh_per_second=4, transient=True)
-            self._live.start()
-        return self
+        for arm in ARM_NAMES:
+            description = f"[{COLOURS[arm]}]{LABELS[arm]}"
+            self._tasks[arm] = self._progress.add_task(description, total=self.max_steps, start=False, loss="")
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-            if error is None:
-                self.console.print(measurement_table(self.measurements))
+        super().__exit__(kind, error, traceback)
+        if self.console.is_terminal and error is None:
+            self.console.print(measurement_table(self.measurements))
 
     def begin(self, arm: str) -> None:
         """Shows that a run begins."""

@@ -84,6 +84,19 @@ class Gradients(NamedTuple):
         elif self.weight is not None:
             self.weight.add_(grad_logits.T @ hidden)
 
+    def keep(self, ctx: Any, *dtypes: torch.dtype | None) -> None:
+        """Keeps them for the backward pass, with the types of their tensors."""
+        ctx.save_for_backward(*self)
+        ctx.dtypes = dtypes
+
+    @staticmethod
+    def kept(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+        """Returns the kept ones for this `grad_loss`."""
+        return [
+            None if gradient is None else scaled_gradient(gradient, grad_loss, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+
 
 def logits_and_slope(hidden: Tensor, head: Head, dtype: torch.dtype, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Returns a chunk's logits in a new buffer, and the derivative of the cap (None without a cap)."""

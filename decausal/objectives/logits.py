@@ -25,7 +25,6 @@ from decausal.objectives.head import (
     default_chunk_size,
     logits_and_slope,
     matmul_dtype_of,
-    scaled_gradient,
     softmax_dtype_of,
 )
 
@@ -212,19 +211,14 @@ class _ChunkedDivergence(torch.autograd.Function):
             hidden_cast = hidden[rows].to(matmul_dtype)
             with autocast_off(hidden.device.type):
                 _chunk(rows, hidden_cast, head, teacher, plan, divergence[rows], coefficients[rows], gradients)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        gradients.keep(ctx, hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(divergence)
         return (coefficients * divergence).sum(), divergence
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_divergence: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if gradient is None else scaled_gradient(gradient, grad_loss, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None)
+        return (*Gradients.kept(ctx, grad_loss), None, None)
 
 
 def _chunk(

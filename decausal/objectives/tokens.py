@@ -21,7 +21,6 @@ from decausal.objectives.head import (
     default_chunk_size,
     logits_and_slope,
     matmul_dtype_of,
-    scaled_gradient,
     softmax_dtype_of,
 )
 
@@ -95,19 +94,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk_size)
                 hidden_cast = hidden[rows].to(matmul_dtype)
                 _chunk(rows, hidden_cast, cast_head, targets[rows], papl, nll[rows], coefficients[rows], gradients)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        gradients.keep(ctx, hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(nll)
         return (coefficients * nll).sum(), nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if gradient is None else scaled_gradient(gradient, grad_loss, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None, None)
+        return (*Gradients.kept(ctx, grad_loss), None, None, None, None, None, None)
 
 
 def _chunk(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import time
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
+from decausal.live import LiveView
 from decausal.sampling.jobs import Progress
 from decausal.sampling.token_texts import TokenTexts
 from decausal.sampling.watching.followed import Followed
@@ -21,7 +20,7 @@ COLOUR_STEPS = 24
 """Steps after which the colours repeat."""
 
 
-class Watch:
+class Watch(LiveView):
     """Shows one row while it is written: pass it as `on_step` inside a `with` block.
 
     Given text is plain. Tokens are coloured by the step in which they were kept, the newest ones are reversed, and open
@@ -39,24 +38,11 @@ class Watch:
     """
 
     def __init__(self, tokenizer: Any, console: Console | None = None, row: int = 0, pause: float = 0.0) -> None:
-        self.tokenizer, self.console, self.row, self.pause = tokenizer, console or Console(), row, pause
+        super().__init__(console or Console(), auto_refresh=False, vertical_overflow="crop")
+        self.tokenizer, self.row, self.pause = tokenizer, row, pause
         self._texts = TokenTexts(tokenizer)
         self._followed: Followed | None = None
         self._quarters_shown = 0
-        self._live: Live | None = None
-
-    def __enter__(self) -> Watch:
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop")
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def __call__(self, progress: Progress) -> None:
         """Takes a step of any row and shows the one that is watched: the signature of `jobs.OnStep`."""

@@ -1,0 +1,36 @@
+"""A display in the terminal that is drawn again and again, and nothing where the output is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+
+
+class LiveView:
+    """Base of views of something that goes on. Enter it to begin the display, and leave it to end it.
+
+    Args:
+        console: Where to draw. If it is not a terminal, there is no display.
+        options: Options for `rich.live.Live`.
+    """
+
+    def __init__(self, console: Console, **options: Any) -> None:
+        self.console = console
+        self._options = options
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, **self._options)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
