@@ -29,7 +29,7 @@ Turn an autoregressive language model into a diffusion language model.
                                        rewrite what fits a text least, or a part of it, and show the difference
   decausal chat DIR                    talk to it; Ctrl-C stops an answer
   decausal batch DIR IN.jsonl OUT.jsonl
-                                       continue a file of prompts, in order; a killed job goes on where it was
+                                       continue a file of prompts, in order; a killed job can be continued
   decausal answers MODEL --data PROMPTS --output FILE
                                        a model's own answers to prompts, as training data for any recipe
   decausal serve DIR                   a page to play on, and a server for OpenAI's clients

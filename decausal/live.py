@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
+
+View = TypeVar("View", bound="LiveView")
 
 
 class LiveView:
@@ -22,7 +24,7 @@ class LiveView:
         self._options = options
         self._live: Live | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self: View) -> View:
         if self.console.is_terminal:
             self._live = Live(console=self.console, **self._options)
             self._live.start()

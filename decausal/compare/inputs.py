@@ -51,7 +51,7 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
     names = [arm.name for arm in arms]
     if settings.reference is not None and settings.reference not in names:
         hint = nearest(settings.reference, names)
-        raise UserError(f"--reference {settings.reference}: no arm is called so{hint} Arms: {', '.join(names)}")
+        raise UserError(f"--reference {settings.reference}: there is no such arm{hint} Arms: {', '.join(names)}")
     runs = [arm_run(settings, arm, seed, is_bf16=is_bf16) for seed in settings.seeds for arm in arms]
     refuse_unlike_templates(runs)
     if not settings.any_facts:

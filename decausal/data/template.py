@@ -251,7 +251,7 @@ def _refuse_broken(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     except TemplateSyntaxError as error:
         where = f"line {error.lineno}: {' '.join(str(error.message).split())}"
         told = "the template given" if "{%" in name or "{{" in name else name
-        raise UserError(f"--chat_template {told} is not Jinja ({where}); mend it") from None
+        raise UserError(f"--chat_template {told} is not Jinja ({where}); correct it") from None
     except TEMPLATE_ERRORS:  # this template may need other messages
         return
 

@@ -36,7 +36,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     is_jsonl = path.suffix.lower() == ".jsonl"
     prompts = list(_records(path, lines) if is_jsonl else (SamplePrompt(line) for line in lines if line.strip()))
     if not prompts:
-        raise UserError(f"--sample_prompts {path}: it holds no prompt; write one a line")
+        raise UserError(f"--sample_prompts {path}: it holds no prompt; write one per line")
     if len(prompts) > MAX_PROMPTS:
         raise UserError(
             f"--sample_prompts {path}: it holds {len(prompts)} prompts, and each is continued at each evaluation; give "

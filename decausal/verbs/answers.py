@@ -106,9 +106,9 @@ def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
     counts = {
         "{} from before": result.num_resumed,
         "{} cut at " + f"{max_new_tokens} tokens, trained without an end": result.num_cut,
-        "{} shortened to what comes back as the same tokens": result.num_shortened,
+        "{} shortened to where their text encodes to the same tokens": result.num_shortened,
         "{} left out that were cut at " + f"{max_new_tokens} tokens": result.num_dropped,
-        "{} left out that are empty or do not come back": result.num_lost,
+        "{} left out that are empty or encode to other tokens": result.num_lost,
         "{} refused" + f" ({result.refusal})": result.num_refused,
     }
     told = [f"{result.num_written} answers written to {output}"]

@@ -286,8 +286,8 @@ def test_the_last_line_says_all_that_was_left_out() -> None:
     said = _told(result, Path("out.jsonl"), 48)
     assert said == (
         "4 answers written to out.jsonl, 1 from before, 1 cut at 48 tokens, trained without an end, 2 shortened to "
-        "what comes back as the same tokens, 3 left out that were cut at 48 tokens, 1 left out that are empty or do "
-        "not come back, 1 refused (too long), 100 tokens at 25.0 tokens/s"
+        "where their text encodes to the same tokens, 3 left out that were cut at 48 tokens, 1 left out that are "
+        "empty or encode to other tokens, 1 refused (too long), 100 tokens at 25.0 tokens/s"
     )
 
 

@@ -67,7 +67,7 @@ class RemaskingSettings:
             )
         if self.remask == "p2" and self.entropy_bound is not None:
             return (
-                "remask and entropy_bound exclude each other: the bound speaks of positions that are open; "
+                "remask and entropy_bound exclude each other: the bound is about open positions; "
                 "give num_steps or threshold with remask"
             )
         if self.remask == "p2" and self.order != "confidence":
