@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,29 +60,31 @@ def opd_step_cases(scratch: Path) -> Cases:
     return {"": step}
 
 
-def serve_cases(scratch: Path) -> Cases:
-    """Serving: processor seconds of the server per token, block and bidirectional, by the number of clients."""
+def serve_cases(scratch: Path, layout: str) -> Cases:
+    """Serving: processor seconds of the server per token, by the number of clients."""
     import asyncio
 
     import serve
 
-    servers, cases = ExitStack(), {}
-    for layout in ("block", "bidirectional"):
-        directory = serve.made(scratch / layout, layout, 4)
-        body = serve.request_body(directory, 32, None)
-        server = servers.enter_context(serve.serving(directory, ["--max_rows", "16"], 1))
+    servers = ExitStack()
+    directory = serve.made(scratch / layout, layout, 4)
+    body = serve.request_body(directory, 32, None)
+    server = servers.enter_context(serve.serving(directory, ["--max_rows", "16"], 1))
 
-        def load(clients: int, server: Any = server, body: Any = body) -> dict[str, float]:
-            figures = asyncio.run(serve.measured(server, clients, 2.0, body))
-            return {"": 1 / figures.tokens_per_processor_second}
+    def load(clients: int) -> dict[str, float]:
+        figures = asyncio.run(serve.measured(server, clients, 1.0, body))
+        return {"": 1 / figures.tokens_per_processor_second}
 
-        for clients in (1, 8):
-            cases[f"{layout}, {clients} client(s)"] = lambda clients=clients, load=load: load(clients)
-    cases["end"] = lambda: servers.close() or {}
-    return cases
+    cases: Cases = {f"{clients} client(s)": partial(load, clients) for clients in (1, 8)}
+    return cases | {"end": lambda: servers.close() or {}}
 
 
-BENCHMARKS = {"decode": decode_cases, "opd_step": opd_step_cases, "serve": serve_cases}
+BENCHMARKS = {
+    "decode": decode_cases,
+    "opd_step": opd_step_cases,
+    "serve": partial(serve_cases, layout="block"),
+    "serve_rows": partial(serve_cases, layout="bidirectional"),
+}
 
 
 def work(benchmark: str, root: Path) -> None:
