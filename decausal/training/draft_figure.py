@@ -42,6 +42,7 @@ def save_draft_figure(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """
     from matplotlib import colormaps  # slow to import
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     from decausal.reporting import LIGHT, style
 
@@ -64,6 +65,7 @@ def save_draft_figure(path: Path, records: Sequence[dict[str, Any]]) -> None:
     by_tokens.set_title("Tokens per pass")
     by_tokens.set_xlabel("training tokens")
     by_tokens.set_xlim(left=0)
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k instead of 20000
     for axes in (by_place, by_tokens):
         style(axes, LIGHT)
     partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
