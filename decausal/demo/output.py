@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from decausal.errors import UserError
-from decausal.training.run_directory import RUN_FILE
+from decausal.files import LOG_FILE, RUN_FILE, RUN_PAGE
 
 ARM_NAMES = ("plain", "aligned")
 REPORT_PAGE, REPORT_FIGURES, REPORT_PICTURE = "report.html", "report.json", "report.png"
@@ -15,7 +15,8 @@ MARK = {"verb": "demo"}
 """An entry in `run.yaml` by which a later demo recognises its own directory."""
 
 _OUR_FILES = {REPORT_PAGE, REPORT_FIGURES, REPORT_PICTURE}
-_CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", RUN_FILE, ".*")
+_RUN_FILES = (RUN_FILE, LOG_FILE, RUN_PAGE)
+_CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", *_RUN_FILES, ".*")
 
 
 def refuse_foreign_files(output_dir: Path) -> None:

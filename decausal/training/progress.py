@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from decausal.data.reading import say
 from decausal.training.meters import TokenMeter
 
 
@@ -61,6 +62,22 @@ class Pace:
     def seconds_left(self, step: int, num_steps: int) -> float:
         """Returns the time for the rest of the run, at the mean pace so far."""
         return (self._clock() - self._start) / max(step - self.first_step, 1) * (num_steps - step)
+
+
+class Tell(TrainerCallback):
+    """Says some lines once a run begins, so that an error before it stays one line.
+
+    Args:
+        lines: What to say.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = tuple(lines)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Says them."""
+        for line in self._lines:
+            say(line)
 
 
 class _Shown(TrainerCallback):

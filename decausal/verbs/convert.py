@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from decausal.verbs.flags import (
     is_first_process,
     leading_positional,
@@ -37,12 +35,11 @@ def run(arguments: list[str]) -> int:
     from decausal.training.inputs import check_conversion
 
     check_conversion(settings, training)  # convert checks this too, but only after its slow imports
-    for line in told if is_first_process() else []:
-        print(f"decausal: {line}", file=sys.stderr)
     with slow_imports():
         from decausal.training.convert import convert
+        from decausal.training.progress import Tell
 
-    conversion = convert(settings, training)
+    conversion = convert(settings, training, callbacks=[Tell(told)])
     if is_first_process():
         print(f"converted model: {conversion.output_dir}")
         print(f'next: decausal generate {conversion.output_dir} "your text"')

@@ -295,7 +295,8 @@ def test_tasks_need_a_tokenizer_that_reads_them(folder: Path, settings: CompareS
 def test_what_rollouts_write_is_counted_apart(settings: CompareSettings, tmp_path: Path) -> None:
     changed = replace(settings, output_dir=str(tmp_path), recipes="corpus=bd3lm,opdlm", seeds=(0,))
     rollouts = {"rollout_prompts": 4, "rollout_updates": 2, "rollout_tokens": 6, "rollout_tokens_start": 6}
-    arms = read_arms(changed.recipes, [f"opdlm.{name}={value}" for name, value in rollouts.items()], SHARED)
+    alike = SHARED | {"causal_context": "true", "shift": "1"}
+    arms = read_arms(changed.recipes, [f"opdlm.{name}={value}" for name, value in rollouts.items()], alike)
     corpus, on_policy = run_compare(changed, arms, Console(file=io.StringIO())).results
     assert corpus.measurements[-1].tokens.generated == 0
     for before, now in pairwise(on_policy.measurements):

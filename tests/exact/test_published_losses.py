@@ -19,7 +19,7 @@ from decausal.models.checkpoint import ConversionFacts
 from decausal.objectives.head import Head
 from decausal.objectives.logits import States, top_k_log_probs
 from decausal.training.questions import HiddenStates
-from decausal.training.run_rows import _collator
+from decausal.training.run_rows import collator_of
 from decausal.training.settings import ConversionSettings
 from decausal.training.student import supervision_of
 from decausal.training.terms import Reading
@@ -151,7 +151,7 @@ def test_a_recipes_loss_is_the_recorded_value_of_its_papers_formula(name: str) -
 
 def loss_of(settings: ConversionSettings) -> float:
     """The weighted loss of the first step on the hand-written batch, by the settings' own collator and terms."""
-    batch = _collator(settings, facts_of(settings), context=None, row_multiple=1)(items_of(settings))
+    batch = collator_of(settings, facts_of(settings), context=None, row_multiple=1)(items_of(settings))
     supervision = supervision_of(settings, facts_of(settings).attention, MASK, NUM_LAYERS, num_steps=100)
     head = Head(torch.eye(VOCABULARY, dtype=torch.float64), banned=MASK)
     states = student_states(batch, settings)
