@@ -266,7 +266,7 @@ def test_no_step(refused):
         (("--lora_r", "4", "--lora_target_modules", "nowhere"), "--lora_target_modules"),
         (("--attn_implementation", "flash_attention_9"), "attn"),
         (("--layout", "blocks"), "give one of causal, bidirectional, block"),
-        (("--layout", "block"), "--layout block needs --block_size"),
+        (("--recipe", "mdm", "--layout", "block"), "--layout block needs --block_size"),
         (("--layout", "block", "--block_size", "0"), "--block_size 0: must be at least 1"),
         (
             ("--recipe", "bd3lm", "--block_size", "600", "--max_length", "512"),
