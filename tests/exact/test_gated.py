@@ -248,6 +248,26 @@ def test_verified_decoding_of_a_gated_model_writes_the_text_of_the_source(family
         assert row.ids == greedy_of_source(source, prompt, 12)
 
 
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"temperature": 1.5, "top_k": VOCAB_SIZE - 1}, {"top_p": 0.8}]
+)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_drawn_text_is_that_of_the_source_with_the_same_seed_whatever_the_draft_head(family, options):
+    source = source_of(family)
+    student = gated(source, 0.3, head=True).get_base_model()
+    student.generation_config = source.generation_config
+    mask = gated_mask_token_id(source)
+    facts = ConversionFacts("random", "block", 1, mask, 3, causal_context=True, weights="gated", draft_head=True)
+    prompts = [prompt_of(length, length) for length in (1, 5, 9)]
+    texts = []
+    for drafts in ({"draft_length": 0}, {"draft": "quadratic"}, {"draft": "strided"}):
+        settings = SamplerSettings(**{"max_new_tokens": 12, "temperature": 1.0, "speculative": True} | drafts | options)
+        engine = SpeculativeEngine(Converted(student, None, facts), max_rows=2, max_length=64)
+        jobs = [job_of(prompt, settings, seed) for seed, prompt in enumerate(prompts)]
+        texts.append([row.ids for row in written(engine, jobs)])
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_adapters_take_no_time_in_passes_without_drafts(monkeypatch):
     source = source_of("qwen3")
     student = gated(source).get_base_model()

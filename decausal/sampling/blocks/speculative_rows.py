@@ -279,8 +279,8 @@ class SpeculativeRows:
         index = (masks.start.gather(1, num_right[:, None]) + place).clamp(max=of_masks.shape[1] - 1)
         states = of_masks.gather(1, index[..., None].expand(-1, -1, of_masks.shape[-1]))
         known = self.num_known[rows]
-        before = verify_states.gather(1, num_right[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
-        tokens = self._drafts(rows, states, before, known, settings)
+        predicting = verify_states.gather(1, num_right[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
+        tokens = self._drafts(rows, states, predicting, known, settings)
         where = known[:, None] + place
         before = self.ids[rows].gather(1, where)
         self.ids[rows] = self.ids[rows].scatter(1, where, torch.where(place < length, tokens, before))
@@ -289,7 +289,7 @@ class SpeculativeRows:
         self,
         rows: Places,
         states: Float[Tensor, "b n D"],
-        before: Float[Tensor, "b D"],
+        predicting: Float[Tensor, "b D"],
         known: Int[Tensor, "b"],
         settings: RowSettings,
     ) -> Int[Tensor, "b n"]:
@@ -298,7 +298,7 @@ class SpeculativeRows:
         Args:
             rows: Which.
             states: The masks'.
-            before: The causal state that predicted the last known token.
+            predicting: The causal state that predicted the last known token.
             known: Number of known tokens.
             settings: Of each row.
         """
@@ -307,8 +307,8 @@ class SpeculativeRows:
             return self._chosen(rows, states, known, settings)
         found = [self.ids[rows].gather(1, known[:, None] - 1)]
         for place, mask in enumerate(states.unbind(1)):
-            before = head(mask, embedded(self.model, found[-1][:, 0]), before)
-            chosen = self._chosen(rows, before[:, None], known + place, settings, self._vocabulary.head)
+            predicting = head(mask, embedded(self.model, found[-1][:, 0]), predicting)
+            chosen = self._chosen(rows, predicting[:, None], known + place, settings, self._vocabulary.head)
             found.append(self._vocabulary.ids(chosen))
         return torch.cat(found[1:], dim=1)
 
