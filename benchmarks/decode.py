@@ -14,7 +14,6 @@ import json
 import random
 import shlex
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode
+from decausal.devices import clock
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
 from decausal.provenance import provenance
 from decausal.sampling.blocks.engine import BlockEngine
@@ -99,11 +99,7 @@ class Workload:
         return self.prompts.device
 
     def clock(self) -> float:
-        # On one thread processor time is the time taken, without what other processes took meanwhile.
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        is_alone = self.device.type == "cpu" and torch.get_num_threads() == 1
-        return time.process_time() if is_alone else time.perf_counter()
+        return clock(self.device)
 
     @torch.no_grad()
     def transformers(self, batch_size: int) -> Run:

@@ -20,7 +20,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from report import console, print_header
 from rich.table import Table
 
 import decausal.evaluation.harness  # noqa: F401 - registers the model
+from decausal.devices import clock
 from decausal.diffusion.layout import Layout
 from decausal.evaluation.continuations.nelbo import score_by_nelbo
 from decausal.evaluation.continuations.scored import Continuation
@@ -56,19 +56,15 @@ class Timed:
     answers: list[float]
 
 
-def clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
 def take_turns(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, Timed]:
     """Runs each case once to warm up, then once a round."""
     names, answers = list(cases), {name: case() for name, case in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = clock()
+            start = clock(torch.device("cpu"))
             answers[name] = cases[name]()
-            seconds[name].append(clock() - start)
+            seconds[name].append(clock(torch.device("cpu")) - start)
     return {name: Timed(seconds[name], answers[name]) for name in names}
 
 

@@ -13,7 +13,6 @@ import copy
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -31,6 +30,7 @@ from torch import Tensor
 from decausal.data.block_collator import BlockCollator
 from decausal.data.prompts import Prompts
 from decausal.data.stream import Batch
+from decausal.devices import clock
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.facts import ConversionFacts
@@ -138,16 +138,9 @@ class Workload:
         self.student.zero_grad()
 
     def seconds(self, function: Callable[[], Any]) -> tuple[float, Any]:
-        clock = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        self._wait()
-        start = clock()
+        start = clock(self.device)
         result = function()
-        self._wait()
-        return clock() - start, result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return clock(self.device) - start, result
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> Prompts:

@@ -14,7 +14,6 @@ import json
 import random
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.devices import clock
 from decausal.models.backbone import decoder_layers
 from decausal.objectives.head import Head
 from decausal.objectives.tokens import chunked_cross_entropy
@@ -118,17 +118,9 @@ class Workload:
         self.optimizer.zero_grad()
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        # On one thread processor time is the time taken, without what other processes took meanwhile.
-        clock = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        self._wait()
-        start = clock()
+        start = clock(self.device)
         function()
-        self._wait()
-        return clock() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return clock(self.device) - start
 
 
 def measure_steps(work: Workload, names: list[str], steps: int) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,6 @@ import os
 import random
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +28,7 @@ from report import console, print_by_batch_size, print_header
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode
+from decausal.devices import clock
 from decausal.provenance import provenance
 from decausal.sampling.blocks.draft_shapes import (
     DraftShape,
@@ -104,11 +104,9 @@ def measure(
 
 def _written(engine: SpeculativeEngine, prompts: list[list[int]], num_new: int, settings: SamplerSettings) -> Run:
     jobs = [Job(Row((prompt, []), (num_new,), "the prompt"), settings, seed) for seed, prompt in enumerate(prompts)]
-    # On one thread processor time is the time taken, without what other processes took meanwhile.
-    clock = time.process_time if torch.get_num_threads() == 1 and engine.device.type == "cpu" else time.perf_counter
-    start = clock()
+    start = clock(engine.device)
     ended = dict(run(engine, jobs))
-    return Run(clock() - start, [ended[index] for index in range(len(jobs))])
+    return Run(clock(engine.device) - start, [ended[index] for index in range(len(jobs))])
 
 
 def _record(name: str, runs: dict[str, list[Run]], shape: DraftShape | None, batch_size: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The choices for CUDA are computed from the rates below, not measured. docs/perfo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -110,6 +111,17 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def clock(device: torch.device) -> float:
+    """Returns the seconds until now, once the device has done all work that was given to it.
+
+    On one thread of a CPU they are processor time, which leaves out what other processes took meanwhile.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    is_alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if is_alone else time.perf_counter()
 
 
 def best_device() -> torch.device:

@@ -15,7 +15,6 @@ the learning rate first, on a tenth of the data. WORK/alignment.md is the table,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -25,14 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from floors import ModelShape
-from results.steps import Step, conversion, parser, run_steps
+from results.steps import Step, conversion, parser
 from results.texts import articles
 
-from decausal.files import write_whole
 from decausal.models.adapt import load_source
 from decausal.provenance import provenance
-from decausal.report.sources import Run, find, read_run
-from decausal.report.write import write_report
+from decausal.report.sources import Run, read_run
 from decausal.reporting import share_of_the_way
 
 MEASURE = "eval_nelbo_per_token"
@@ -154,17 +151,11 @@ def main() -> None:
     )
     flags = made.parse_args()
     steps = steps_of(flags)
-    if flags.plan:
-        print("\n".join(" ".join(step.command()[1:]) for step in steps))
-        return
-    if not run_steps(steps, flags.minutes):
+    if not run_or_print(steps, flags):
         return
     found = table(flags)
     name = "rates" if flags.rates else "alignment"
-    write_whole(flags.work / f"{name}.json", json.dumps(found, indent=2) + "\n")
-    write_whole(flags.work / f"{name}.md", as_markdown(found))
-    write_report(find([step.resumes for step in steps if step.resumes]), flags.work / "report.html", "Alignment")
-    print(as_markdown(found))
+    publish(flags.work, name, "Alignment", found, as_markdown(found), runs_of(steps))
 
 
 if __name__ == "__main__":

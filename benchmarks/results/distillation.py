@@ -19,22 +19,19 @@ table, WORK/report.html the page.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from results.steps import Step, conversion, evaluation, limited, parser, run_steps
+from results.steps import Step, conversion, evaluation, limited, parser
 from results.texts import articles, instructions
 
-from decausal.files import write_whole
 from decausal.provenance import provenance
 from decausal.report.figures import Figure, figures_of
 from decausal.report.records import Evaluation, read_record
-from decausal.report.sources import find, read_run
-from decausal.report.write import write_report
+from decausal.report.sources import read_run
 
 STEPS, ROWS, LENGTH, NEW_TOKENS = 300, 8, 256, 64
 BLOCKS = ["--block_size", "4", "--shift", "1", "--causal_context", "true"]
@@ -170,17 +167,11 @@ def main() -> None:
     made.add_argument("--learning_rate", type=float, default=1e-4, help="of all but lossless (1e-4)")
     flags = made.parse_args()
     steps = steps_of(flags)
-    if flags.plan:
-        print("\n".join(" ".join(step.command()[1:]) for step in steps))
-        return
-    if not run_steps(steps, flags.minutes):
+    if not run_or_print(steps, flags):
         return
     found = table(flags)
-    write_whole(flags.work / "distillation.json", json.dumps(found, indent=2) + "\n")
-    write_whole(flags.work / "distillation.md", as_markdown(found))
-    runs = [step.resumes for step in steps if step.resumes]
-    write_report(find([*runs, flags.work / "evals"]), flags.work / "report.html", "Distillation")
-    print(as_markdown(found))
+    shown = [*runs_of(steps), flags.work / "evals"]
+    publish(flags.work, "distillation", "Distillation", found, as_markdown(found), shown)
 
 
 if __name__ == "__main__":

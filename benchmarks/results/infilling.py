@@ -10,18 +10,14 @@ in contained processes. WORK/infilling.md is the table, WORK/report.html the pag
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from results.steps import Step, conversion, evaluation, limited, parser, run_steps
+from results.steps import Step, conversion, evaluation, limited, parser
 
-from decausal.files import write_whole
 from decausal.report.records import Evaluation, read_record
-from decausal.report.sources import find
-from decausal.report.write import write_report
 
 STEPS, ROWS, LENGTH = 400, 4, 256
 TASKS = "humaneval_single_line_infilling_local,humaneval_single_line_infilling_length_given_local"
@@ -85,18 +81,12 @@ def main() -> None:
     made.add_argument("--learning_rate", type=float, default=1e-4, help="of the run (1e-4)")
     flags = made.parse_args()
     steps = steps_of(flags)
-    if flags.plan:
-        print("\n".join(" ".join(step.command()[1:]) for step in steps))
-        return
-    if not run_steps(steps, flags.minutes):
+    if not run_or_print(steps, flags):
         return
     records = [read_record(path) for path in sorted((flags.work / "evals").glob("*.json"))]
     found = [record for record in records if record is not None]
-    write_whole(flags.work / "infilling.json", json.dumps([record.as_dict() for record in found], indent=2) + "\n")
-    write_whole(flags.work / "infilling.md", as_markdown(found))
-    runs = [step.resumes for step in steps if step.resumes]
-    write_report(find([*runs, flags.work / "evals"]), flags.work / "report.html", "Infilling")
-    print(as_markdown(found))
+    shown = [*runs_of(steps), flags.work / "evals"]
+    publish(flags.work, "infilling", "Infilling", [record.as_dict() for record in found], as_markdown(found), shown)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from decausal.files import write_whole
+from decausal.report.sources import find
+from decausal.report.write import write_report
 
 CHECKPOINTED = 20
 """Steps of training between checkpoints: what a call that is cut off loses at most."""
@@ -80,6 +86,36 @@ def run_steps(steps: Sequence[Step], minutes: float | None) -> bool:
     if num_left:
         print(f"{num_left} of {len(steps)} steps are left: the same command goes on")
     return not num_left
+
+
+def run_or_print(steps: Sequence[Step], flags: argparse.Namespace) -> bool:
+    """Runs what is not done yet, or prints the commands with `--plan`. Returns whether everything is done."""
+    if flags.plan:
+        print("\n".join(" ".join(step.command()[1:]) for step in steps))
+        return False
+    return run_steps(steps, flags.minutes)
+
+
+def publish(work: Path, name: str, title: str, figures: Any, table: str, shown: Sequence[Path]) -> None:
+    """Writes a result as JSON and Markdown, and a page of its runs and evaluations, and prints the table.
+
+    Args:
+        work: Where to.
+        name: Of the two files.
+        title: Of the page.
+        figures: For JSON.
+        table: The Markdown.
+        shown: Directories of runs and evaluations.
+    """
+    write_whole(work / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+    write_whole(work / f"{name}.md", table)
+    write_report(find(list(shown)), work / "report.html", title)
+    print(table)
+
+
+def runs_of(steps: Sequence[Step]) -> list[Path]:
+    """Returns the directories of the runs of training."""
+    return [step.resumes for step in steps if step.resumes is not None]
 
 
 def conversion(

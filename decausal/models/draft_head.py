@@ -159,15 +159,19 @@ def load_draft_head(model: nn.Module, checkpoint: Path) -> None:
     """Sets the weights of a model's draft head, if it has one, from a checkpoint."""
     head = draft_head_of(model)
     if head is not None:
-        weights = load_file(checkpoint / DRAFT_HEAD_FILE)
-        head.tokens = weights.pop(_TOKENS).to(head.tokens.device)
-        head.load_state_dict(weights)
+        _fill(head, load_file(checkpoint / DRAFT_HEAD_FILE))
 
 
 def add_draft_head(model: nn.Module, checkpoint: Path) -> None:
     """Gives a model the draft head of a checkpoint."""
-    install_draft_head(model, load_file(checkpoint / DRAFT_HEAD_FILE)[_TOKENS])
-    load_draft_head(model, checkpoint)
+    held = load_file(checkpoint / DRAFT_HEAD_FILE)
+    install_draft_head(model, held[_TOKENS])
+    _fill(draft_head_of(model), held)
+
+
+def _fill(head: DraftHead, held: dict[str, Tensor]) -> None:
+    head.tokens = held[_TOKENS].to(head.tokens.device)
+    head.load_state_dict({name: tensor for name, tensor in held.items() if name != _TOKENS})
 
 
 def is_of_draft_head(name: str) -> bool:

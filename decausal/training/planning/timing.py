@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import Trainer
 
-from decausal.devices import LAUNCH
+from decausal.devices import LAUNCH, clock
 from decausal.diffusion.layout import future_order
 from decausal.gpus import Gpu
 from decausal.models.backbone import stock_model
@@ -134,15 +133,6 @@ class Measured:
         loss.backward()
 
     def _seconds(self, function: Callable[[], Any]) -> float:
-        # On one thread processor time is the time taken, without what other processes took meanwhile.
-        is_alone = self.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.process_time if is_alone else time.perf_counter
-        self._wait()
-        start = clock()
+        start = clock(self.device)
         function()
-        self._wait()
-        return clock() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return clock(self.device) - start
