@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from floors import ModelShape
-from results.steps import Step, conversion, parser
+from results.steps import Step, conversion, parser, publish, run_or_print, runs_of
 from results.texts import articles
 
 from decausal.models.adapt import load_source
@@ -33,7 +33,7 @@ from decausal.report.sources import Run, read_run
 from decausal.reporting import share_of_the_way
 
 MEASURE = "eval_nelbo_per_token"
-ROWS, LENGTH, STEPS = 4, 256, 400
+ROWS, LENGTH, STEPS = 4, 256, 120
 FRACTIONS = (0.01, 0.1, 1.0)
 
 
@@ -41,8 +41,9 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
     """Returns all runs: the learning rates to choose from, or the comparison."""
     train = articles(flags.data, "wikitext2_valid.txt", flags.work / "data" / "train.jsonl")
     held_out = articles(flags.data, "wikitext2_test.txt", flags.work / "data" / "held_out.jsonl")
-    common = ["--eval_data", str(held_out), "--eval_rows", str(flags.limit or 32), "--max_length", str(LENGTH)]
+    common = ["--eval_data", str(held_out), "--eval_rows", str(flags.limit or 8), "--max_length", str(LENGTH)]
     common += ["--per_device_train_batch_size", str(ROWS), "--eval_on_start", "true"]
+    common += ["--eval_steps", "0.25" if flags.rates else "0.1"]
     cells = [
         (fraction, rate, is_frozen)
         for fraction in ((0.1,) if flags.rates else FRACTIONS)

@@ -2,7 +2,7 @@
 
     python benchmarks/results/distillation.py SMOLLM2 --data DIR --work WORK [--minutes 100]
 
-The AR model answers the instruction prompts once (`decausal answers`); the last 255 are held out. Then, from the same
+The AR model answers the first instruction prompts once (`decausal answers`); the last 255 are held out. Then, from the same
 model, with blocks of 4, shift 1 and a causal context, at equal steps of equal rows:
 
     corpus      bd3lm on those answers
@@ -11,7 +11,7 @@ model, with blocks of 4, shift 1 and a causal context, at equal steps of equal r
     lossless    gated weights on the AR model's answers
 
 Each is measured, with `--limit` examples: LAMBADA and PIQA (NELBO) and WikiText-2 bits per byte, with the AR source
-beside them; what it writes after held-out prompts, and how far that is the AR model's answer; and a sweep on GSM8K.
+beside them; and what it writes after held-out prompts, and how far that is the AR model's answer.
 Training tokens are told by each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
 table, WORK/report.html the page.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from results.steps import Step, conversion, evaluation, limited, parser
+from results.steps import Step, conversion, evaluation, limited, parser, publish, run_or_print, runs_of
 from results.texts import articles, instructions
 
 from decausal.provenance import provenance
@@ -33,7 +33,9 @@ from decausal.report.figures import Figure, figures_of
 from decausal.report.records import Evaluation, read_record
 from decausal.report.sources import read_run
 
-STEPS, ROWS, LENGTH, NEW_TOKENS = 300, 8, 256, 64
+STEPS, ROWS, LENGTH, NEW_TOKENS = 100, 4, 256, 64
+NUM_ANSWERED = 1500
+"""Prompts that the AR model answers: a little more than the runs read."""
 BLOCKS = ["--block_size", "4", "--shift", "1", "--causal_context", "true"]
 ROLLOUTS = ["--rollout_prompts", str(ROWS), "--rollout_tokens", str(NEW_TOKENS)]
 METHODS: dict[str, tuple[str, list[str]]] = {
@@ -50,7 +52,7 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
     data, tasks = flags.work / "data", flags.work / "tasks"
     train, held_out = instructions(flags.data, data / "prompts.jsonl", data / "held_out.jsonl")
     wikitext, answers = articles(flags.data, "wikitext2_test.txt", data / "wikitext.jsonl"), data / "answers.jsonl"
-    asked = limited(flags, "--num_prompts", 4000) if flags.limit else []
+    asked = limited(flags, "--num_prompts", NUM_ANSWERED)
     local = str(Path(__file__).parent.parent / "local_tasks.py")
     steps = [
         Step([local, "--data", str(flags.data), "--output_dir", str(tasks)], tasks / "piqa_local.yaml"),
@@ -87,17 +89,12 @@ def measured(flags: argparse.Namespace, name: str, held_out: Path, wikitext: Pat
     model, kept = str(flags.work / name), flags.work / "evals" / name
     harness = ["eval", "harness", model, "--include_path", str(tasks)]
     return [
-        evaluation(kept / "harness.json", *harness, "--tasks", TASKS, "--with_source", *limited(flags, "--limit", 500)),
-        evaluation(kept / "nll.json", "eval", "nll", model, "--data", str(wikitext), *limited(flags, "--num_rows", 64)),
+        evaluation(kept / "harness.json", *harness, "--tasks", TASKS, "--with_source", *limited(flags, "--limit", 200)),
+        evaluation(kept / "nll.json", "eval", "nll", model, "--data", str(wikitext), *limited(flags, "--num_rows", 32)),
         evaluation(
             kept / "texts.json",
-            *("eval", "texts", model, "--data", str(held_out), *limited(flags, "--num_prompts", 255)),
+            *("eval", "texts", model, "--data", str(held_out), *limited(flags, "--num_prompts", 100)),
             *("--max_new_tokens", str(NEW_TOKENS), "--temperature", "0"),
-        ),
-        evaluation(
-            kept / "sweep.json",
-            *("sweep", model, "--include_path", str(tasks), "--tasks", "gsm8k_local", "--num_fewshot", "0"),
-            *("--apply_chat_template", *limited(flags, "--limit", 50)),
         ),
     ]
 

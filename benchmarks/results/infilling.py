@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from results.steps import Step, conversion, evaluation, limited, parser
+from results.steps import Step, conversion, evaluation, limited, parser, publish, run_or_print, runs_of
 
 from decausal.report.records import Evaluation, read_record
 

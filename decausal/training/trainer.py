@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainingArguments
 
 from decausal.data.stream import Batch, TrainingStream
-from decausal.devices import choices
 from decausal.diffusion.layout import future_order
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
@@ -261,8 +259,7 @@ class ConversionTrainer(CheckpointingTrainer):
 
     def _measured(self) -> dict[str, float]:
         def measure() -> dict[str, float]:
-            mixed = self.accelerator.autocast() if choices(self.args.device).is_mixed else nullcontext()
-            with mixed, gathered(self.model), uncompiled(self.model):
+            with self.accelerator.autocast(), gathered(self.model), uncompiled(self.model):
                 return self.measure(stock_model(self.model))
 
         return self._inside(measure)
