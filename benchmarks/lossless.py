@@ -78,7 +78,7 @@ class Question:
 
 def split(args: argparse.Namespace) -> tuple[Path, Path, list[Question]]:
     """The AR model's answers: a file to train on, one of those set aside, and these as questions."""
-    lines = args.answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line + "\n" for line in args.answers.read_text(encoding="utf-8").split("\n") if line]
     train, held_out = args.work / "train.jsonl", args.work / "held-out.jsonl"
     write_whole(train, "".join(lines[: -args.held_out]))
     write_whole(held_out, "".join(lines[-args.held_out :]))

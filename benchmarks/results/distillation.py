@@ -2,8 +2,8 @@
 
     python benchmarks/results/distillation.py SMOLLM2 --data DIR --work WORK [--minutes 100]
 
-The AR model answers the first instruction prompts once (`decausal answers`); the last 255 are held out. Then, from the same
-model, with blocks of 4, shift 1 and a causal context, at equal steps of equal rows:
+The AR model answers the first instruction prompts once (`decausal answers`); the last 255 are held out. Then, from the
+same model, with blocks of 4, shift 1 and a causal context, at equal steps of equal rows:
 
     corpus      bd3lm on those answers
     off-policy  the same rows, compared with the AR model's next-token distributions
@@ -34,8 +34,8 @@ from decausal.report.records import Evaluation, read_record
 from decausal.report.sources import read_run
 
 STEPS, ROWS, LENGTH, NEW_TOKENS = 100, 4, 256, 64
-NUM_ANSWERED = 1500
-"""Prompts that the AR model answers: a little more than the runs read."""
+NUM_ANSWERED = 600
+"""Prompts that the AR model answers."""
 BLOCKS = ["--block_size", "4", "--shift", "1", "--causal_context", "true"]
 ROLLOUTS = ["--rollout_prompts", str(ROWS), "--rollout_tokens", str(NEW_TOKENS)]
 METHODS: dict[str, tuple[str, list[str]]] = {

@@ -32,7 +32,7 @@ def articles(data: Path, name: str, output: Path) -> Path:
 
 def instructions(data: Path, train: Path, held_out: Path) -> tuple[Path, Path]:
     """Writes the conversations to train on, and the last ones, which are held out."""
-    lines = [json.loads(line) for line in opened(data, "instructions.jsonl").splitlines() if line.strip()]
+    lines = [json.loads(line) for line in opened(data, "instructions.jsonl").split("\n") if line.strip()]
     return records(train, lines[:-NUM_HELD_OUT]), records(held_out, lines[-NUM_HELD_OUT:])
 
 

@@ -107,7 +107,7 @@ def read_run(directory: Path) -> Run:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the JSON objects of a file of lines; none without a file. A last line that is cut off is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError:
         return []
     found = []

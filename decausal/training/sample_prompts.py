@@ -29,7 +29,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from error

@@ -61,7 +61,7 @@ def test_a_crossing_is_where_the_aligned_curve_meets_the_lowest_of_the_plain_one
 
 @pytest.mark.parametrize("name", ["alignment", "distillation", "infilling"])
 def test_every_conversion_of_a_result_has_settings_that_exist(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from importlib import import_module
@@ -71,7 +71,11 @@ def test_every_conversion_of_a_result_has_settings_that_exist(
     made = import_module(f"results.{name}")
     for file in ("wikitext2_valid.txt", "wikitext2_test.txt"):
         (tmp_path / file).write_text(" = A title = \n\n text \n = Another = \n\n more \n")
-    (tmp_path / "instructions.jsonl").write_text('{"messages": []}\n' * 300)
+    (tmp_path / "instructions.jsonl").write_text('{"messages": ["a\u2028b"]}\n' * 300)
+    command = ["", "tiny", "--data", str(tmp_path), "--work", str(tmp_path / "work"), "--plan"]
+    monkeypatch.setattr("sys.argv", command)
+    made.main()
+    assert "convert tiny --recipe" in capsys.readouterr().out
     flags = argparse.Namespace(model="tiny", data=tmp_path, work=tmp_path / "work", seeds=(0, 1), steps=None)
     vars(flags).update(limit=None, minutes=None, rates=None, learning_rate=1e-4)
     conversions = [step for step in made.steps_of(flags) if step.arguments[0] == "convert"]

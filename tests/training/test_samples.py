@@ -56,8 +56,8 @@ def test_a_resumed_run_keeps_its_samples_and_writes_none_twice(tmp_path, source,
 
 
 def test_prompts_are_read_line_by_line_and_as_records(tmp_path):
-    (tmp_path / "a.txt").write_text("one \n\n  two\n")
-    assert read_sample_prompts(tmp_path / "a.txt") == [SamplePrompt("one "), SamplePrompt("  two")]
+    (tmp_path / "a.txt").write_text("one \n\n  two\u2028and more\n")
+    assert read_sample_prompts(tmp_path / "a.txt") == [SamplePrompt("one "), SamplePrompt("  two\u2028and more")]
     message = {"messages": [{"role": "user", "content": "hello"}]}
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": ""}) + "\n\n" + json.dumps(message))
     assert read_sample_prompts(tmp_path / "b.jsonl") == [SamplePrompt(""), SamplePrompt("hello", chat=True)]

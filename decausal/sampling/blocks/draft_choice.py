@@ -3,7 +3,8 @@
 Texts do not depend on the choice, so it may change with every pass. A shape is rated by its tokens per second: tokens
 per pass, which follow from the acceptances, divided by the seconds of a pass. Seconds are measured, and interpolated or
 expected for other amounts of work. Passes without drafts are timed too, so that drafting stops if it does not pay off.
-It is then tried again, but so rarely that this costs almost nothing.
+It is then tried again. How often is bounded by an account of the time that drafts have cost, however wrong expectations
+are.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ _GAIN = 1.04
 """Drafting has to be faster by this factor than writing without drafts."""
 _TRIALS = 0.01
 """The share of time for trying what seems slower."""
+_CREDIT = 3.0
+"""What drafts may cost before this share has grown to it, in passes without drafts."""
+_PAUSE = 16
+"""The fewest passes between trials of drafts."""
 _PASSES = 64
 """After so many passes the choice is made again."""
 _FIRST = (2, 4, 8, 16, 32)
@@ -207,7 +212,7 @@ class DraftChoice:
         self._acceptances = Acceptances(longest)
         self._by_length: dict[int, Acceptances] = {}
         self._cases: dict[int, _Case] = {}
-        self._seconds_thinking = self._seconds_passing = 0.0
+        self._seconds_thinking = self._seconds_passing = self._seconds_lost = 0.0
 
     @classmethod
     def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool, by_masks: bool) -> DraftChoice:
@@ -232,8 +237,11 @@ class DraftChoice:
     def shape(self, num_rows: int) -> DraftShape:
         """Returns the shape for the next pass over a number of rows."""
         case = self._cases.setdefault(num_rows, _Case())
+        may_draft = self._may_draft(num_rows)
+        if case.trial.most_pending and not may_draft:
+            case.num_trials = 0
         if not case.num_trials:
-            if self._disappoints(case, num_rows):
+            if self._disappoints(case, num_rows) or not may_draft:
                 case.chosen = autoregressive()
             elif (case.num_passes % _PASSES == 0 or case.num_passes in _FIRST) and self._may_think():
                 start = time.perf_counter()
@@ -256,6 +264,10 @@ class DraftChoice:
         work = self._work(num_rows, num_queries, extent.num_drafts + 1 + extent.num_new)
         self._times.note(work, seconds)
         self._seconds_passing += seconds
+        outcomes = list(outcomes)
+        if extent.num_drafts or extent.num_masks:
+            num_tokens = 1 + sum(num_right for _, num_right in outcomes) / max(len(outcomes), 1)
+            self._seconds_lost = max(0.0, self._seconds_lost + seconds - num_tokens * self._seconds_without(num_rows))
         for num_pending, num_right in outcomes:
             if num_pending:
                 self._acceptances.note(num_pending, num_right)
@@ -308,6 +320,16 @@ class DraftChoice:
         """Returns whether the time that choosing takes is small beside that of passes: of small models it is not."""
         return self._seconds_thinking <= _THINKING * self._seconds_passing
 
+    def _may_draft(self, num_rows: int) -> bool:
+        """Returns whether drafts have not cost more time than they may. What they gained before does not count, so that
+        it is noticed soon when they get worse."""
+        credit = _CREDIT * self._seconds_without(num_rows)
+        return self._seconds_lost <= credit + _TRIALS * self._seconds_passing
+
+    def _seconds_without(self, num_rows: int) -> float:
+        """Returns the time of a pass without drafts."""
+        return self._times.seconds(self._work_of(autoregressive(), num_rows, 0))
+
     def _disappoints(self, case: _Case, num_rows: int) -> bool:
         """Returns whether the choice turns out not to pay off. This is checked more often than which shape is best."""
         if case.num_passes % _GLANCE or not case.chosen.most_pending:
@@ -329,19 +351,26 @@ class DraftChoice:
     def _begin_trial(self, case: _Case, num_rows: int) -> None:
         """Starts a few passes without drafts if some are chosen, or with the best shape if none are.
 
-        The more they cost, the later the next ones come. In the beginning, only what was never timed is tried.
+        The more those without drafts cost, the later the next ones come. Drafts are tried whenever their account
+        allows. In the beginning, only what was never timed is tried.
         """
-        is_drafting = case.chosen.most_pending > 0
-        case.trial = autoregressive() if is_drafting else self._best_that_drafts(num_rows)
-        num_trials = 4 if is_drafting else 3
-        work, usual = (self._work_of(shape, num_rows, shape.most_pending) for shape in (case.trial, case.chosen))
-        share = self.tokens_per_second(case.trial, num_rows) / self.tokens_per_second(case.chosen, num_rows)
-        lost = num_trials * max(1 - share, 0.1) * self._times.seconds(work) / self._times.seconds(usual)
-        if case.num_passes or (is_drafting and not self._times.num_known(work)):
+        if case.chosen.most_pending:
+            self._try_without(case, num_rows)
+        elif self._may_draft(num_rows):
+            case.trial = self._best_that_drafts(num_rows)
+            case.num_trials = 3 if case.num_passes else 0
+            case.next_trial = case.num_passes + _PAUSE
+
+    def _try_without(self, case: _Case, num_rows: int) -> None:
+        case.trial, num_trials = autoregressive(), 4
+        num_known = self._times.num_known(self._work_of(case.trial, num_rows, 0))
+        if case.num_passes or not num_known:
             case.num_trials = num_trials
-        wait = lost / _TRIALS
-        if is_drafting and self._times.num_known(work) < _TIMES:
-            wait = min(wait, _EARLY)  # nothing hangs on a number more than on this one
+        usual = self._times.seconds(self._work_of(case.chosen, num_rows, case.chosen.most_pending))
+        share = max(1 - 1 / self._gain(case.chosen, num_rows), 0.1)
+        lost = num_trials * share * self._seconds_without(num_rows) / usual
+        # Nothing hangs on a number more than on the time of passes without drafts.
+        wait = lost / _TRIALS if num_known >= _TIMES else min(lost / _TRIALS, _EARLY)
         case.next_trial = case.num_passes + num_trials + wait
 
 
