@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _keep_bars_out_of_files()
     warnings.formatwarning = _warning_for_users
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it warns of kernels that nothing uses
     try:
         try:
             return _dispatch(arguments)

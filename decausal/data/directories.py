@@ -31,6 +31,7 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 DOCUMENTATION = re.compile(
     r"(readme|licen[sc]e|copying|notice|citation|changelog|dataset_infos?)(\.\w+)?", re.IGNORECASE
 )
+CACHED_TABLE = re.compile(r"cache-.*\.arrow")
 CACHES = ("__pycache__",)
 
 
@@ -46,11 +47,8 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
     Raises:
         UserError: There is no such split or configuration, or nothing to read.
     """
-    if (root / SAVED_SPLITS).is_file():
-        return [SavedDataset(root / _one_of(_saved_splits(root), split, root))]
-    if (root / SAVED_STATE).is_file() and (root / DATASET_INFO).is_file():
-        _refuse_split(root, split)
-        return [SavedDataset(root)]
+    if saved := saved_sources(root, split):
+        return list[File | SavedDataset](saved)
     readable = list(documents_below(root, account))
     _refuse_none(root, readable)
     configs = _card_configs(root)
@@ -62,6 +60,24 @@ def directory_sources(root: Path, config: str | None, split: str, account: Accou
         return _of_split(readable, splits, split, root, account)
     _refuse_split(root, split)
     return _without_documentation(readable, tables, root, account)
+
+
+def saved_sources(root: Path, split: str) -> list[SavedDataset]:
+    """Returns the data set that `save_to_disk` made of this directory, or none.
+
+    Raises:
+        UserError: It has no such split.
+    """
+    if (root / SAVED_SPLITS).is_file():
+        return [SavedDataset(root / _one_of(_saved_splits(root), split, root))]
+    if not _is_saved(root):
+        return []
+    _refuse_split(root, split)
+    return [SavedDataset(root)]
+
+
+def _is_saved(root: Path) -> bool:
+    return (root / SAVED_STATE).is_file() and (root / DATASET_INFO).is_file()
 
 
 def refuse_unreadable(root: Path) -> None:
@@ -112,11 +128,22 @@ def _is_readable(file: File, root: Path, account: Account) -> bool:
     if file.path.name.endswith(JOB_SETTINGS) and Path(str(file.path).removesuffix(JOB_SETTINGS)).is_file():
         account.leave_out(_name(file, root), "a job's settings")
         return False
+    if _describes_saved(file.path):
+        account.leave_out(_name(file, root), "about a saved data set")
+        return False
     if file.format != "binary":
         return True
     is_broken = file.compression is not None and file.head == BROKEN
     account.leave_out(_name(file, root), "cannot be decompressed" if is_broken else "not text")
     return False
+
+
+def _describes_saved(path: Path) -> bool:
+    """Returns whether a file stands beside the tables of a saved data set: its descriptions, and `map`'s caches."""
+    if path.name == SAVED_SPLITS:
+        return True
+    is_beside = path.name in (SAVED_STATE, DATASET_INFO) or CACHED_TABLE.fullmatch(path.name) is not None
+    return is_beside and _is_saved(path.parent)
 
 
 def _name(file: File, root: Path) -> str:

@@ -59,6 +59,8 @@ def read_sources(sources: list[Source], reading: Reading, account: Account) -> I
                 account.sources.remove(str(source))
                 account.leave_out(source, "no column that is read")
         except UserError as error:  # an error of the file: nothing more can be read from it
+            if isinstance(source, HubDataset):  # nobody wants a run without it because the network is down
+                raise
             account.take_bad(error, reading.on_bad_record)
     if not account.num_records:
         raise UserError(_nothing_read(sources, account))

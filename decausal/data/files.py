@@ -78,6 +78,8 @@ class File:
         found = FORMATS.get(self.suffix, "text")
         if found in ("json", "jsonl"):
             return self._kind_of_json(head, found)
+        if self.is_named and self.suffix in ("", ".txt") and head.lstrip().startswith(b"{"):
+            return "jsonl" if self._begins_with_objects() else "text"
         return found
 
     def _kind_of_json(self, head: bytes, by_suffix: Format) -> Format:

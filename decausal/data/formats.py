@@ -25,6 +25,12 @@ Columns = Callable[[Sequence[str], str], Sequence[str]]
 
 PIECE_BYTES = 1 << 20
 BATCH_ROWS = 256
+NO_TEXTS = {
+    b"PK\x03\x04": "a zip archive, or a document of an office program); unpack it, or save it as text or CSV",
+    b"%PDF": "a PDF); extract its text",
+    b"\xff\xfe": "UTF-16); convert it to UTF-8",
+    b"\xfe\xff": "UTF-16); convert it to UTF-8",
+}
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -34,7 +40,7 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")
 def text_pieces(file: File) -> Iterator[dict[str, Any]]:
     """Yields the file as one record, or above `PIECE_BYTES` as records of whole lines (or parts of very long ones)."""
     if file.format == "binary":
-        raise UserError(f"{file} is not text (it holds zero bytes); leave it out")
+        raise UserError(f"{file} is not text ({_what_else(file.head)}")
     offset = 0
     pieces = _pieces(file)
     piece = next(pieces, b"")
@@ -46,6 +52,14 @@ def text_pieces(file: File) -> Iterator[dict[str, Any]]:
         yield record
         offset += len(piece)
         piece = following
+
+
+def _what_else(head: bytes) -> str:
+    if head[257:262] == b"ustar":
+        return "a tar archive); unpack it"
+    return next(
+        (told for magic, told in NO_TEXTS.items() if head.startswith(magic)), "it holds zero bytes); leave it out"
+    )
 
 
 def _pieces(file: File) -> Iterator[bytes]:
@@ -142,7 +156,7 @@ def _json_error(
         return UserError(f"{origin}: the JSON holds a number with too many digits to be read")
     line = error.lineno + lines_before
     where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
-    return UserError(f"{origin}: not JSON ({error.msg} at {where}); {expected}")
+    return UserError(f"{origin}: not JSON ({error.msg.removesuffix(' at')} at {where}); {expected}")
 
 
 def _too_long() -> str:
@@ -267,7 +281,7 @@ def _delimiter(file: File) -> str:
     if file.suffix == ".tsv":
         return "\t"
     header = file.head.split(b"\n")[0].decode("utf-8", errors="replace")
-    return max(",;\t", key=header.count)
+    return max(",;\t|", key=header.count)
 
 
 def _parquet_rows(file: File, columns: Columns) -> Iterator[Located]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
 from decausal.data.corpus import Split, stdlib_documents
-from decausal.data.directories import directory_sources, documents_below, refuse_unreadable
+from decausal.data.directories import directory_sources, documents_below, refuse_unreadable, saved_sources
 from decausal.data.files import File
 from decausal.data.reading import Account
 from decausal.data.tables import HubDataset, SavedDataset
@@ -91,11 +91,8 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
         UserError: A path is missing, there is no such task or split, or a glob or a directory holds no file that can be
             read.
     """
-    names = [data] if isinstance(data, str | Path) else list(data)
-    if not names:
-        raise UserError(f"no data given; name {ACCEPTED}")
     account = Account() if account is None else account
-    return [source for name in names for part in _parts(str(name)) for source in _find(part, split, account)]
+    return [source for name in _names(data) for source in _find(name, split, account)]
 
 
 def refuse_missing(data: Data) -> None:
@@ -107,8 +104,7 @@ def refuse_missing(data: Data) -> None:
     Raises:
         UserError: As `find_sources`.
     """
-    names = [data] if isinstance(data, str | Path) else list(data)
-    for name in [part for given in names for part in _parts(str(given))]:
+    for name in _names(data):
         if (directory := _directory(name)) is not None:
             refuse_unreadable(directory[0])
             continue
@@ -121,11 +117,23 @@ def _may_be_mistyped(source: HubDataset) -> bool:
     return ("/" in source.name and Path(source.name).parent.is_dir()) or bool(nearest(source.name, source.siblings))
 
 
+def _names(data: Data) -> list[str]:
+    given = [data] if isinstance(data, str | Path) else list(data)
+    names = [part for name in given for part in _parts(str(name))]
+    if not names:
+        raise UserError(f"no data given; name {ACCEPTED}")
+    return names
+
+
 def _parts(name: str) -> list[str]:
-    """Splits names at commas, unless a file has exactly this name."""
-    if "," not in name or Path(name).expanduser().exists():
-        return [name]
-    return [part.strip() for part in name.split(",") if part.strip()]
+    """Splits names at commas, but not inside the name of a file that exists."""
+    pieces, parts = name.split(","), list[str]()
+    while pieces:
+        joined = (",".join(pieces[:count]).strip() for count in range(len(pieces), 1, -1))
+        part = next((longest for longest in joined if Path(longest).expanduser().exists()), pieces[0].strip())
+        del pieces[: part.count(",") + 1]
+        parts += [part] if part else []
+    return parts
 
 
 def _find(name: str, split: str, account: Account) -> list[Source]:
@@ -139,7 +147,7 @@ def _find(name: str, split: str, account: Account) -> list[Source]:
     if path.exists():
         return [_named_file(path)]
     if glob.has_magic(name):
-        return _matches(str(path), account)
+        return _matches(str(path), split, account)
     if not HUB_ID.fullmatch(name) or DATA_SUFFIX.search(name) or name.startswith("."):
         hint = nearest(path.name, _siblings(path))
         raise UserError(f"no such file or directory: {name}{hint or f'; DATA is {ACCEPTED}'}")
@@ -184,17 +192,21 @@ def task_source(name: str) -> Tasks:
     return Tasks(split, names, int(parts["count"] or NUM_EXAMPLES[split]), int(parts["seed"] or 0))
 
 
-def _matches(pattern: str, account: Account) -> list[Source]:
-    found: dict[Path, File] = {}
+def _matches(pattern: str, split: str, account: Account) -> list[Source]:
+    found: dict[Path, Source] = {}
     for match in sorted(glob.glob(pattern, recursive=True)):
         path = Path(match)
-        files = documents_below(path, account) if path.is_dir() else [File(path, is_named=True)]
-        for file in files:
-            if "__pycache__" not in file.path.parts and path.exists():
-                found.setdefault(file.path, file)
+        sources = _in_match(path, split, account) if path.is_dir() else [File(path, is_named=True)]
+        for source in sources:
+            if "__pycache__" not in source.path.parts and path.exists():
+                found.setdefault(source.path, source)
     if not found:
         raise UserError(f"no file matches '{pattern}'; check the pattern, ** stands for any depth of directories")
     return list(found.values())
+
+
+def _in_match(directory: Path, split: str, account: Account) -> Iterable[File | SavedDataset]:
+    return saved_sources(directory, split) or documents_below(directory, account)
 
 
 def _siblings(path: str | Path) -> list[str]:

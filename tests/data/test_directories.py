@@ -54,6 +54,24 @@ def test_of_saved_splits_the_one_asked_for_is_read(tmp_path: Path) -> None:
         read(tmp_path / "saved", "dev")
 
 
+def test_saved_data_sets_below_a_directory_or_matched_by_a_glob_give_their_records_alone(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        datasets.Dataset.from_list([{"text": name}]).save_to_disk(tmp_path / "all" / name)
+    (tmp_path / "all" / "two" / "cache-1f.arrow").write_bytes(
+        (tmp_path / "all/two/data-00000-of-00001.arrow").read_bytes()
+    )
+    texts, account = read(tmp_path / "all")
+    assert texts == ["one", "two"]
+    assert list(account.left_out) == ["about a saved data set"]
+    assert read(f"{tmp_path}/all/*")[0] == ["one", "two"]
+
+
+def test_saved_splits_below_a_directory_are_known_by_their_names(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        datasets.Dataset.from_list([{"text": name}]).save_to_disk(tmp_path / name)
+    assert [read(tmp_path, split)[0] for split in ("train", "test")] == [["train"], ["test"]]
+
+
 def test_a_saved_data_set_that_is_damaged_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"text": "one"}]).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
@@ -172,6 +190,7 @@ def test_every_name_of_json_lines_is_known(tmp_path: Path, name: str) -> None:
         ("a.csv", 'text,id\n"one, ""two""\nand three",1\n'),
         ("b.csv", 'id;text\n1;"one, ""two""\nand three"\n'),
         ("a.tsv", 'text\tid\n"one, ""two""\nand three"\t1\n'),
+        ("c.csv", 'id|text\n1|"one, ""two""\nand three"\n'),
         ("a.csv.xz", 'text,id\n"one, ""two""\nand three",1\n'),
     ],
 )
@@ -225,6 +244,36 @@ def test_a_name_with_a_comma_is_one_name_where_it_exists(tmp_path: Path) -> None
         (tmp_path / name).write_text(name)
     assert read(str(tmp_path / "a,b.txt"))[0] == ["a,b.txt"]
     assert read(f"{tmp_path}/a.txt,{tmp_path}/b.txt")[0] == ["a.txt", "b.txt"]
+
+    (tmp_path / "c,d,e.txt").write_text("c,d,e.txt")
+    several = f"{tmp_path}/a,b.txt, {tmp_path}/c,d,e.txt,{tmp_path}/a.txt"
+    assert read(several)[0] == ["a,b.txt", "c,d,e.txt", "a.txt"]
+    with pytest.raises(UserError, match="no data given"):
+        read(" , ")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_a_named_file_of_objects_line_by_line_is_records_whatever_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(lines("one", "two"))
+    assert read(tmp_path / name)[0] == ["one", "two"]
+    assert read(tmp_path)[0] == [lines("one", "two")]
+    (tmp_path / name).write_text("{ a program }\n{ of two lines }\n")
+    assert read(tmp_path / name)[0] == ["{ a program }\n{ of two lines }\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("text".encode("utf-16"), r"\(UTF-16\); convert it to UTF-8"),
+        (b"PK\x03\x04\0", r"\(a zip archive.*\); unpack it"),
+        (b"\0" * 257 + b"ustar", r"\(a tar archive\); unpack it"),
+        (b"\x89PNG\0", r"\(it holds zero bytes\); leave it out"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_what_to_do(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match=f"a is not text {told}"):
+        read(tmp_path / "a")
 
 
 def test_the_line_names_the_first_files_and_counts_the_rest(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_a_hub_data_set_is_asked_for_its_configuration_and_split(monkeypatch: py
 def test_a_hub_data_set_that_cannot_be_had_is_refused() -> None:
     message = refusal("nobody/nothing")
     assert "cannot load data set 'nobody/nothing[train]'" in message
+    assert "on_bad_record" not in message  # a hub that cannot be reached is no bad record
     assert "no file or directory" in message
 
 
