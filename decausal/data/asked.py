@@ -84,7 +84,7 @@ class AskedPrompts:
         on_bad = partial(account.take_bad, on_bad_record=self._reading.on_bad_record)
         records = self._without_texts(read_sources(self._sources, self._reading, account), on_bad)
         at_once = min(BATCH_RECORDS, self._num_prompts or BATCH_RECORDS)  # so that hardly more are read than wanted
-        prompts = given(records, self._tokenizer, on_bad, at_once)
+        prompts = given(records, self._tokenizer, on_bad, at_once=at_once)
         return islice(self._fitting(prompts, dropped_lengths), self._num_prompts)
 
     def _fitting(self, prompts: Iterable[Prompt], dropped_lengths: list[int]) -> Iterator[Prompt]:

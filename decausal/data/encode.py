@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
+from decausal.data.answers import Tell
 from decausal.data.chat import encode_conversations
 from decausal.data.forms import Record
+from decausal.data.reading import say
+from decausal.data.workers import in_order
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " n"]
@@ -36,6 +41,11 @@ class Encoded:
     is_maskable: Flags
     origin: str
     splittable: bool
+
+
+Documents = list[Encoded] | UserError
+"""What becomes of a record: its documents, or what is wrong with it."""
+EncodeSome = Callable[[Sequence[Record], Tell], Sequence[list[Encoded]]]
 
 
 @dataclass(frozen=True)
@@ -77,42 +87,129 @@ def encode_stream(
     *,
     append_eos: bool = True,
     on_bad: Callable[[UserError], None] | None = None,
+    num_proc: int = 1,
 ) -> Iterator[Encoded]:
     """Yields each record's tokens in order, encoding a bounded number of records at a time; see `encode_batch`.
 
     `on_bad` is called with what is wrong with a record that cannot be encoded. It raises, or the record is skipped.
     """
+    encode_some = partial(encode_records, tokenizer=tokenizer, append_eos=append_eos)
+    yield from good_documents(encode_each(records, encode_some, num_proc), on_bad)
+
+
+def good_documents(
+    found: Iterable[tuple[Record, Documents]], on_bad: Callable[[UserError], None] | None
+) -> Iterator[Encoded]:
+    """Yields the documents of `encode_each`. Errors go to `on_bad`, or are raised."""
+    for _, documents in found:
+        if not isinstance(documents, UserError):
+            yield from documents
+        elif on_bad is None:
+            raise documents
+        else:
+            on_bad(documents)
+
+
+def encode_each(
+    records: Iterable[Record], encode_some: EncodeSome, num_proc: int
+) -> Iterator[tuple[Record, Documents]]:
+    """Yields each record with its documents, or with the error that says why it cannot be encoded.
+
+    Args:
+        records: Read in batches of bounded size.
+        encode_some: Encodes a batch, and calls its second argument with what the user should know.
+        num_proc: Processes that encode.
+
+    Raises:
+        UserError: The tokenizer is at fault, not a record; or a process ended early.
+    """
+    for batch, sent in in_order(partial(_encode_to_send, encode_some=encode_some), _batches(records), num_proc):
+        for line in sent.told:
+            say(line)
+        yield from zip(batch, sent.documents([record["origin"] for record in batch]), strict=True)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     num_characters = 0
     for record in records:
         batch.append(record)
-        num_characters += len(record.get("text", ""))
+        num_characters += _num_characters(record)
         if len(batch) == BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
-            yield from _encode_good(batch, tokenizer, append_eos, on_bad)
+            yield batch
             batch, num_characters = [], 0
-    yield from _encode_good(batch, tokenizer, append_eos, on_bad)
+    if batch:
+        yield batch
 
 
-def _encode_good(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    append_eos: bool,
-    on_bad: Callable[[UserError], None] | None,
-) -> list[Encoded]:
+def _num_characters(record: Record) -> int:
+    texts = [record.get(name, "") for name in ("text", "prompt", "completion")]
+    return sum(map(len, texts)) + sum(len(message["content"] or "") for message in record.get("messages", ()))
+
+
+class _Sent(NamedTuple):
+    """The documents of a batch as few large arrays, which cost little to send to another process.
+
+    Attributes:
+        ids, is_maskable: Of all documents, one after another.
+        lengths, splittable: Of each document.
+        counts: Documents of each record.
+        errors: What is wrong with bad records, by their index.
+        told: What the user should know.
+    """
+
+    ids: Ids
+    is_maskable: Flags
+    lengths: list[int]
+    splittable: list[bool]
+    counts: list[int]
+    errors: dict[int, str]
+    told: list[str]
+
+    def documents(self, origins: Sequence[str]) -> Iterator[Documents]:
+        """Yields the documents of each record, or its error."""
+        ends = np.cumsum(self.lengths).tolist()
+        pieces = zip(ends, self.lengths, self.splittable, strict=True)
+        for index, (origin, count) in enumerate(zip(origins, self.counts, strict=True)):
+            if index in self.errors:
+                yield UserError(self.errors[index])
+                continue
+            yield [
+                Encoded(self.ids[end - length : end], self.is_maskable[end - length : end], origin, splittable)
+                for end, length, splittable in islice(pieces, count)
+            ]
+
+
+def _encode_to_send(records: Sequence[Record], encode_some: EncodeSome) -> _Sent:
+    told: dict[str, None] = {}
+    found = _encode_good(records, encode_some, lambda line: told.update({line: None}))
+    errors = {index: str(each) for index, each in enumerate(found) if isinstance(each, UserError)}
+    good = [[] if isinstance(each, UserError) else each for each in found]
+    documents = [document for each in good for document in each]
+    return _Sent(
+        np.concatenate([np.empty(0, dtype=np.int32), *(document.ids for document in documents)]),
+        np.concatenate([np.empty(0, dtype=bool), *(document.is_maskable for document in documents)]),
+        [len(document.ids) for document in documents],
+        [document.splittable for document in documents],
+        [len(each) for each in good],
+        errors,
+        list(told),
+    )
+
+
+def _encode_good(records: Sequence[Record], encode_some: EncodeSome, tell: Tell) -> list[Documents]:
     """Encodes records together. If one of them fails, each half is encoded separately, down to the bad record."""
     try:
-        return encode_batch(records, tokenizer, append_eos=append_eos)
+        return list(encode_some(records, tell))
     except UserError as error:
-        if on_bad is None:
-            raise
+        plain = UserError(str(error))  # others of its kind cannot be sent to another process
         if len(records) == 1:
             if not str(error).startswith(records[0]["origin"]):
-                raise  # the tokenizer's fault, not the record's
-            on_bad(error)
-            return []
+                raise plain from None  # the tokenizer's fault, not the record's
+            return [plain]
     middle = len(records) // 2
     halves = (records[:middle], records[middle:])
-    return [document for half in halves for document in _encode_good(half, tokenizer, append_eos, on_bad)]
+    return [each for half in halves for each in _encode_good(half, encode_some, tell)]
 
 
 def encode_batch(
@@ -135,8 +232,15 @@ def encode_batch(
         UserError: A record holds nothing but special tokens, or the mask token; or the tokenizer has no EOS, or no chat
             template that fits. Names the record's origin.
     """
+    return [document for each in encode_records(records, say, tokenizer, append_eos) for document in each]
+
+
+def encode_records(
+    records: Sequence[Record], tell: Tell, tokenizer: PreTrainedTokenizerBase, append_eos: bool = True
+) -> list[list[Encoded]]:
+    """Returns the documents of each record; see `encode_batch`. `tell` is called with what the user should know."""
     special = SpecialTokens(tokenizer)
-    encoders = {"text": _encode_texts, "prompt": _encode_completions, "messages": _encode_messages}
+    encoders = {"text": _encode_texts, "prompt": _encode_completions, "messages": partial(_encode_messages, tell=tell)}
     encoded: list[list[Encoded]] = [[] for _ in records]
     for content, encoder in encoders.items():
         indices = [index for index, record in enumerate(records) if content in record]
@@ -144,10 +248,10 @@ def encode_batch(
             documents = encoder([records[index] for index in indices], special, append_eos)
             for index, made in zip(indices, documents, strict=True):
                 encoded[index] = made
-    complete = [document for made in encoded for document in made]
-    for document in complete:
-        _check(document, special)
-    return complete
+    for made in encoded:
+        for document in made:
+            _check(document, special)
+    return encoded
 
 
 def _encode_texts(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
@@ -171,8 +275,10 @@ def _encode_completions(records: Sequence[Record], special: SpecialTokens, appen
         yield [_encoded(record, special.prefix + prompt, completion + suffix, splittable=False)]
 
 
-def _encode_messages(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
-    conversations = encode_conversations(records, special.tokenizer, special.ids)
+def _encode_messages(
+    records: Sequence[Record], special: SpecialTokens, append_eos: bool, tell: Tell
+) -> Iterator[list[Encoded]]:
+    conversations = encode_conversations(records, special.tokenizer, special.ids, tell)
     for record, documents in zip(records, conversations, strict=True):
         yield [Encoded(ids, is_answer, record["origin"], splittable=False) for ids, is_answer in documents]
 

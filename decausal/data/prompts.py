@@ -8,10 +8,10 @@ answers may be missing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,8 +19,17 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from decausal.data.answers import Tell
 from decausal.data.documents import read_sources
-from decausal.data.encode import BATCH_RECORDS, Encoded, SpecialTokens, encode_stream, refuse_mask_token
+from decausal.data.encode import (
+    BATCH_RECORDS,
+    Encoded,
+    SpecialTokens,
+    encode_batch,
+    encode_each,
+    good_documents,
+    refuse_mask_token,
+)
 from decausal.data.forms import Record
 from decausal.data.messages import Message
 from decausal.data.reading import Account, Reading, say
@@ -102,7 +111,7 @@ def load_prompts(
     on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
     kept: list[Ids] = []
     dropped_lengths: list[int] = []
-    for ids in prompts_of(records, tokenizer, max_length, longest, prompt_fraction, on_bad):
+    for ids in prompts_of(records, tokenizer, max_length, longest, prompt_fraction, on_bad, reading.num_proc):
         if 1 <= len(ids) <= longest:
             kept.append(ids)
         else:
@@ -144,19 +153,36 @@ def prompts_of(
     longest: int,
     prompt_fraction: float,
     on_bad: OnBad | None = None,
+    num_proc: int = 1,
 ) -> Iterator[Ids]:
     """Yields the prompts of records, including those without room for an answer; see `load_prompts`."""
-    for kind, group in groupby(records, _kind):
-        if kind == "text":
-            for document in encode_stream(group, tokenizer, on_bad=on_bad):
-                yield from pieces(document, max_length, longest, prompt_fraction)
-            continue
-        for prompt in given(group, tokenizer, on_bad):
-            yield prompt.ids
+    some = partial(
+        _encode_prompts, tokenizer=tokenizer, max_length=max_length, longest=longest, prompt_fraction=prompt_fraction
+    )
+    for document in good_documents(encode_each(records, some, num_proc), on_bad):
+        yield document.ids
 
 
-def _kind(record: Record) -> str:
-    return next(kind for kind in ("messages", "prompt", "text") if kind in record)
+def _encode_prompts(
+    records: Sequence[Record],
+    tell: Tell,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    longest: int,
+    prompt_fraction: float,
+) -> list[list[Encoded]]:
+    """Returns the prompts of each record as documents of which nothing is trained."""
+    found: list[list[Ids]] = [[] for _ in records]
+    texts = [index for index, record in enumerate(records) if "text" in record]
+    for index, document in zip(texts, encode_batch([records[index] for index in texts], tokenizer), strict=True):
+        found[index] = list(pieces(document, max_length, longest, prompt_fraction))
+    others = [index for index, record in enumerate(records) if "text" not in record]
+    for index, prompt in zip(others, given([records[index] for index in others], tokenizer, None, tell), strict=True):
+        found[index] = [prompt.ids]
+    return [
+        [Encoded(ids, np.zeros(len(ids), dtype=bool), record["origin"], splittable=False) for ids in prompts]
+        for record, prompts in zip(records, found, strict=True)
+    ]
 
 
 def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
@@ -169,7 +195,11 @@ def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: fl
 
 
 def given(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, at_once: int = BATCH_RECORDS
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    on_bad: OnBad | None,
+    tell: Tell = say,
+    at_once: int = BATCH_RECORDS,
 ) -> Iterator[Prompt]:
     """Yields the prompts of conversations and of completions, as the model reads them before an answer.
 
@@ -177,6 +207,7 @@ def given(
         records: Records with "messages" or with "prompt".
         tokenizer: The model's tokenizer.
         on_bad: Called with the error of a record that cannot be used. None raises it.
+        tell: Called with what the user should know about the template.
         at_once: Records that are read and encoded together.
 
     Raises:
@@ -184,11 +215,11 @@ def given(
     """
     records = iter(records)
     while some := list(islice(records, at_once)):
-        yield from _given_together(some, tokenizer, on_bad)
+        yield from _given_together(some, tokenizer, on_bad, tell)
 
 
 def _given_together(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, tell: Tell
 ) -> Iterator[Prompt]:
     prefix = SpecialTokens(tokenizer).prefix
     texts: list[tuple[Record, str, list[int]]] = []
@@ -196,7 +227,7 @@ def _given_together(
         try:
             if "messages" in record:
                 record = record | {"messages": _before_answer(record["messages"])}
-                texts.append((record, _conversation_prompt(record, tokenizer), []))
+                texts.append((record, _conversation_prompt(record, tokenizer, tell), []))
             else:
                 texts.append((record, record["prompt"], prefix))
         except UserError as error:
@@ -222,11 +253,11 @@ def _before_answer(messages: list[Message]) -> list[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> str:
     refuse_without_template(tokenizer, record["origin"])
     messages, tools = record["messages"], record.get("tools", ())
     if not messages:  # an answer without a question has no prompt
         return ""
-    options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, say)}
+    options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, tell)}
     messages = readable(messages, tokenizer, record["origin"], **options)
     return render(messages, tokenizer, record["origin"], **options)

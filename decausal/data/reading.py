@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from decausal.errors import UserError
@@ -29,6 +29,7 @@ class Reading:
         on_bad_record: "error": a record that cannot be used raises. "skip": it is left out and counted.
         needs_answers: Whether a prompt without an answer is useless.
         takes_conversations: Whether there is a chat template for conversations.
+        num_proc: Processes that tokenise. They do not change what is read.
     """
 
     text_field: str = "text"
@@ -38,10 +39,16 @@ class Reading:
     on_bad_record: OnBadRecord = "error"
     needs_answers: bool = True
     takes_conversations: bool = True
+    num_proc: int = 1
 
     def __post_init__(self) -> None:
         if self.prompt_field == self.completion_field:
             raise UserError(f"--prompt_field and --completion_field both name '{self.prompt_field}'; they must differ")
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What decides which records are read, and how."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "num_proc")
 
     @property
     def maps_fields(self) -> bool:

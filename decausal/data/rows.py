@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -123,7 +123,7 @@ def load_rows(
     reading, account = reading or Reading(), Account()
     sources = find_sources(data, reading.split, account)
     subset = (data_fraction, seed) if data_fraction < 1 else None
-    options = [FORMAT_VERSION, sequence_length, astuple(reading), subset, max_rows]
+    options = [FORMAT_VERSION, sequence_length, reading.content, subset, max_rows]
     name = _fingerprint(sources, tokenizer, options)
     with _cache_errors(cache_dir):
         root = Path(cache_dir) if cache_dir else Path(HF_HOME, "decausal", "rows")
@@ -132,7 +132,7 @@ def load_rows(
             if not _is_whole(root / name):
                 records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
                 on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
-                encoded = encode_stream(records, tokenizer, on_bad=on_bad)
+                encoded = encode_stream(records, tokenizer, on_bad=on_bad, num_proc=reading.num_proc)
                 _build(root / name, encoded, account, tokenizer, sequence_length, max_rows)
     rows = PackedRows(root / name)
     rows.account.left_out = account.left_out  # of this reading: files that are not read do not change the cache's name

@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset(
     """
     eval_data eval_rows overwrite attn_implementation compile_layers save_dtype sample_prompts sample_tokens
     rollout_batch_size data text_field prompt_field completion_field dataset_split on_bad_record
-    chat_template chat_template_kwargs
+    dataset_num_proc chat_template chat_template_kwargs
     """.split()  # noqa: SIM905
 )
 """Our settings that may change. Those about data are included because the rows themselves are compared."""

@@ -28,10 +28,11 @@ class RecordSettings(Family):
     on_bad_record: Literal["error", "skip"] = setting(
         "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
     )
+    dataset_num_proc: int = setting(1, "processes that tokenise; the rows are the same with any number")
     max_length: int = setting(512, "tokens in a packed row; at most the model's context")
 
     def check(self) -> None:
-        at_least(self, max_length=2)
+        at_least(self, max_length=2, dataset_num_proc=1)
 
     @property
     def reading(self) -> Reading:
@@ -42,6 +43,7 @@ class RecordSettings(Family):
             completion_field=self.completion_field,
             split=self.dataset_split,
             on_bad_record=self.on_bad_record,
+            num_proc=self.dataset_num_proc,
         )
 
 
