@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from decausal.models.draft_head import draft_head_of
 from tests.device.steps import STEPS, batches_of, prepared, step
 from tests.families import FAMILIES
 from tests.runs import save_source
@@ -16,11 +17,12 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "
 GATED = STEPS["drafts, gated"] | {"align_weight": 0.0, "max_length": 128, "lora_r": 4}
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "with a draft head"])
+def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("step")
     save_source(root / "source", "qwen3", **SIZES)
-    return prepared(GATED, root / "source", write_answers(root / "answers.jsonl", 200), root / "out")
+    settings = GATED | ({"draft_head": True, "causal_groups": True} if request.param else {})
+    return prepared(settings, root / "source", write_answers(root / "answers.jsonl", 200), root / "out")
 
 
 def floor(trainer, batch) -> float:
@@ -36,7 +38,9 @@ def floor(trainer, batch) -> float:
     adapters = sum(2 * rank * (wide + tall) for wide, tall in layers)
     head = 2 * trainer.model.get_base_model().get_output_embeddings().weight.numel()
     # Base weights are frozen, so that their layers have one product more in the backward pass, and adapters two.
-    return clean * body + masks * (2 * body + 3 * adapters) + targets * (2 + 1) * head
+    draft_head = draft_head_of(trainer.model)
+    drafts = 0 if draft_head is None else targets * 3 * 2 * sum(weight.numel() for weight in draft_head.parameters())
+    return drafts + clean * body + masks * (2 * body + 3 * adapters) + targets * (2 + 1) * head
 
 
 def attention(trainer, batch) -> float:
