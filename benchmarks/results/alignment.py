@@ -5,7 +5,8 @@
 Runs differ in one thing each: alignment or not, share of the data (1, 10, 100 % of WikiText-2's validation articles and
 the standard library), embeddings frozen or not. All have the same steps, rows, noise and learning rate. The NELBO of
 WikiText-2's test articles is measured while they train, ten times and at the start. `--rates 3e-5,1e-4,3e-4` looks for
-the learning rate first, on a tenth of the data. WORK/alignment.md is the table, WORK/report.html the curves.
+the learning rate first, on a tenth of the data. WORK/alignment.md is the table, WORK/alignment.png and WORK/report.html
+the curves.
 
     reaches     step at which the aligned run meets the plain run's lowest NELBO, over the step of that
     operations  the same by floating-point operations (benchmarks/floors.py): an aligned step has the teacher's pass too
@@ -24,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from floors import ModelShape
+from results.figures import draw_curves
 from results.steps import Step, conversion, parser, publish, run_or_print, runs_of
 from results.texts import articles
 
@@ -46,9 +48,9 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
     common += ["--eval_steps", "0.25" if flags.rates else "0.1"]
     cells = [
         (fraction, rate, is_frozen)
+        for is_frozen in ((False,) if flags.rates else (False, True))
         for fraction in ((0.1,) if flags.rates else FRACTIONS)
         for rate in flags.rates or (flags.learning_rate,)
-        for is_frozen in ((False,) if flags.rates else (False, True))
     ]
     return [
         conversion(
@@ -128,6 +130,20 @@ def spread(values: list[float]) -> list[float]:
     return [fmean(values), *([stdev(values)] if len(values) > 1 else [])]
 
 
+def draw(flags: argparse.Namespace) -> None:
+    """Draws the curves of all runs by steps, a panel for each share of the data, embeddings trained."""
+    panels = {}
+    for fraction in FRACTIONS:
+        panels[f"{fraction:.0%} of the data"] = {
+            label: [
+                read_run(flags.work / name_of(recipe, fraction, flags.learning_rate, False, seed)).curve(MEASURE)
+                for seed in flags.seeds
+            ]
+            for label, recipe in zip(("plain", "aligned"), RECIPES, strict=True)
+        }
+    draw_curves(flags.work / "alignment.png", panels, "steps", "held-out NELBO, nats per token")
+
+
 def as_markdown(found: dict[str, Any]) -> str:
     """Returns the table."""
     lines = ["| data | rate | embeddings | plain, lowest | aligned, lowest | step | operations | seconds |"]
@@ -155,6 +171,8 @@ def main() -> None:
     if not run_or_print(steps, flags):
         return
     found = table(flags)
+    if not flags.rates:
+        draw(flags)
     name = "rates" if flags.rates else "alignment"
     publish(flags.work, name, "Alignment", found, as_markdown(found), runs_of(steps))
 

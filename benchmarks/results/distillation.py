@@ -13,7 +13,7 @@ same model, with blocks of 4, shift 1 and a causal context, at equal steps of eq
 Each is measured, with `--limit` examples: LAMBADA and PIQA (NELBO) and WikiText-2 bits per byte, with the AR source
 beside them; and what it writes after held-out prompts, and how far that is the AR model's answer.
 Training tokens are told by each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
-table, WORK/report.html the page.
+table, WORK/distillation.png what is kept by speed, WORK/report.html the page.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from results.figures import draw_points
 from results.steps import Step, conversion, evaluation, limited, parser, publish, run_or_print, runs_of
 from results.texts import articles, instructions
 
@@ -168,6 +169,10 @@ def main() -> None:
         return
     found = table(flags)
     shown = [*runs_of(steps), flags.work / "evals"]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in found["rows"]:
+        points.setdefault(row["method"], []).append((row["tokens per forward"], row["agreement"]))
+    draw_points(flags.work / "distillation.png", points, "tokens per forward", "agreement with the AR model's answers")
     publish(flags.work, "distillation", "Distillation", found, as_markdown(found), shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from decausal.config import resolve
 from decausal.report.sources import Run
 from decausal.training.settings import ConversionSettings
 from tests.benchmarks.test_verified import BENCHMARKS
+from tests.runs import save_source
 
 SCRIPT = "import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x')"
 
@@ -57,6 +59,34 @@ def test_a_crossing_is_where_the_aligned_curve_meets_the_lowest_of_the_plain_one
     found = alignment.crossing(plain, aligned, cost=1.25)
     assert found == pytest.approx({"step": 15 / 20, "seconds": 18 / 20, "operations": 1.25 * 15 / 20})
     assert alignment.crossing(plain, run([9.0, 8.0], 1.0), cost=1.25) == {}
+
+
+def test_finished_runs_become_a_table_a_figure_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from results import alignment
+
+    for file in ("wikitext2_valid.txt", "wikitext2_test.txt"):
+        (tmp_path / file).write_text(" = A title = \n\n text \n")
+    save_source(tmp_path / "source", "llama")
+    work = tmp_path / "work"
+    for fraction in alignment.FRACTIONS:
+        for is_frozen in (False, True):
+            for recipe, values in {"mdm": (9.0, 6.0, 4.0), "repr-align": (9.0, 4.0, 3.0)}.items():
+                run = work / alignment.name_of(recipe, fraction, 1e-4, is_frozen, 0)
+                run.mkdir(parents=True)
+                (run / "decausal.json").write_text("{}")
+                log = [{"step": 10 * i, "seconds": i, alignment.MEASURE: value} for i, value in enumerate(values)]
+                (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    command = ["alignment.py", str(tmp_path / "source"), "--data", str(tmp_path), "--work", str(work)]
+    monkeypatch.setattr("sys.argv", command)
+    alignment.main()
+    table = (work / "alignment.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| 10% | 0.0001 | frozen | 4.000 | 3.000 | 0.500 | " in table
+    assert (work / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    assert "mdm-data0.01-rate0.0001-seed0" in (work / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["alignment", "distillation", "infilling"])
