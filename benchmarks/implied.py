@@ -9,9 +9,10 @@ import argparse
 
 import torch
 from models import build
-from paper_steps import KINDS, META, PaperStep, decoding_pass
+from paper_steps import KINDS, META, PaperStep, block_pass
 
 from decausal.devices import BANDWIDTH, LAUNCH, LAUNCH_IN_GRAPH
+from decausal.training.planning.kernels import counted
 from decausal.training.planning.tally import Tally
 
 HEAD = (
@@ -46,13 +47,13 @@ def main() -> None:
             ratio = f"{tally.operations / step.floor():.3f}"
             label = name + (", FlexAttention" if is_flex else ", dense mask" if KINDS[name].block_size else "")
             print(line(label, tally, ratio, num_tokens, LAUNCH), flush=True)
-    model = build(args.model, META).to(torch.bfloat16)
+    model = build(args.model, META, torch.bfloat16)
     num_weights = sum(weight.numel() for weight in model.parameters())
     print(f"\nreading the weights once: {2 * num_weights / BANDWIDTH * 1e3:.2f} ms\n")
     print(HEAD.format("a pass of block decoding, 1,024 keys"))
     print("|" + "---|" * 9)
     for num_rows in (1, 32):
-        tally = decoding_pass(model, num_rows=num_rows, num_keys=1024)
+        tally = counted(block_pass(model, num_rows=num_rows, num_keys=1024))
         for label, launch in (("one by one", LAUNCH), ("as a graph", LAUNCH_IN_GRAPH)):
             print(line(f"{num_rows} row(s), {label}", tally, "", None, launch), flush=True)
 

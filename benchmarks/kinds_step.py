@@ -31,19 +31,11 @@ MFU_TARGET, ALIGNED_TARGET, TWO_VIEWS_TARGET = 0.45, 1.30, 1.18
 
 
 def steps(args: argparse.Namespace, device: torch.device) -> dict[str, PaperStep]:
-    """Returns the steps to time by name; the student has fp32 weights, as in training."""
+    """Returns the steps to time by name."""
     found = {}
     for name in args.kinds:
         is_flex = device.type == "cuda" and KINDS[name].block_size is not None
-        step = PaperStep(
-            KINDS[name],
-            args.model,
-            rows=args.rows,
-            length=args.length,
-            is_flex=is_flex,
-            device=device,
-            dtype=torch.float32,
-        )
+        step = PaperStep(KINDS[name], args.model, rows=args.rows, length=args.length, is_flex=is_flex, device=device)
         if args.compile_layers:
             compile_layers(step.student)
         found[name] = step

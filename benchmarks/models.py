@@ -38,16 +38,16 @@ DEFAULT_MODELS = {"cpu": ("embedded", "25m"), "cuda": ("qwen3-0.6b",)}
 FALLBACK = SHAPES["embedded"]
 
 
-def build(name_or_path: str, device: torch.device) -> PreTrainedModel:
-    """Returns a model of a named shape with random weights, or the one in a directory, in fp32."""
+def build(name_or_path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Returns a model of a named shape with random weights, or the one in a directory."""
     if name_or_path in SHAPES:
         shape = vars(SHAPES[name_or_path]) | {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
         config = Qwen3Config(**{name: value for name, value in shape.items() if name not in ("batch_size", "length")})
         with device:
-            return Qwen3ForCausalLM(config)
+            return Qwen3ForCausalLM._from_config(config, dtype=dtype)
     if not Path(name_or_path).is_dir():
         raise SystemExit(f"--model {name_or_path}: give a directory or one of {', '.join(SHAPES)}")
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32).to(device)
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).to(device)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, precision: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +11,29 @@ import torch
 from counting import moved
 from floors import ModelShape
 from models import build
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from train_step import RandomRows
 from transformers import PreTrainedModel
 
 from decausal.data.block_collator import BlockCollator
 from decausal.data.stream import Batch, Collator, Noising, TrainingStream
+from decausal.devices import meta_as
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.models.backbone import decoder_layers, head_of
 from decausal.models.block_cache import BlockCache, decoding
+from decausal.models.facts import ConversionFacts
 from decausal.models.row_attention import FLEX, RowAttention
+from decausal.sampling.blocks.draft_shapes import quadratic
+from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.rows import BlockRows
+from decausal.sampling.blocks.speculative_rows import Extent, SpeculativeRows
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.losses import Supervision, Weighted, weighted_loss
-from decausal.training.planning.kernels import counted, pairs_of
+from decausal.training.planning.kernels import MixedPrecision, counted, pairs_of
 from decausal.training.planning.tally import Tally
 from decausal.training.questions import Vocabulary, ask
 from decausal.training.schedule import WeightSchedule
@@ -82,7 +90,7 @@ KINDS = {
 
 
 class PaperStep:
-    """One kind of step on one kind of batch.
+    """One kind of step on one kind of batch, with fp32 weights of the student and bf16 ones of the teacher.
 
     Args:
         kind: Which.
@@ -92,7 +100,6 @@ class PaperStep:
         documents: Documents in a row.
         is_flex: Attention by FlexAttention, else by dense masks where there is one.
         device: Where models and batch are made to be.
-        dtype: Of the student's weights; the teacher's are bf16.
     """
 
     def __init__(
@@ -105,10 +112,9 @@ class PaperStep:
         documents: int = 1,
         is_flex: bool = False,
         device: torch.device = META,
-        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.kind, self.device = kind, device
-        self.student = build(model_name, device).to(dtype).train()
+        self.student = build(model_name, device).train()
         num_layers = len(decoder_layers(self.student))
         self.terms = kind.terms(num_layers)
         self.mask_token_id = self.student.config.vocab_size - 1
@@ -117,12 +123,13 @@ class PaperStep:
         )
         self.teacher = None
         if any(term.questions for term in self.terms):
-            self.teacher = Teacher(build(model_name, device).to(torch.bfloat16))
+            self.teacher = Teacher(build(model_name, device, torch.bfloat16))
         self.is_flex = is_flex
         if is_flex:
             for model in (self.student, *([] if self.teacher is None else [self.teacher.model])):
                 model.config._attn_implementation = FLEX
-        self.cpu_batch = self._batch(rows // kind.views, length, documents)
+        with unset_fake_temporarily():  # what is read depends on its numbers
+            self.cpu_batch = self._batch(rows // kind.views, length, documents)
         self.batch = moved(self.cpu_batch, device)
         self.num_clean_tokens = rows // kind.views * length
 
@@ -138,12 +145,16 @@ class PaperStep:
 
     def run(self) -> None:
         """Teacher, forward and backward."""
+        self.loss().backward()
+
+    def loss(self) -> Tensor:
+        """Teacher and forward; of the losses the gradients, too."""
         vocabulary = Vocabulary(self.student.config.vocab_size, self.mask_token_id)
         questions = [question for term in self.terms for question in term.questions]
         answers = ask(self.teacher, questions, self.batch, vocabulary)
         counts = {name: count.to(torch.float32) for name, count in self.batch["counts"].items()}
         weights: dict[Term, float] = dict.fromkeys(self.terms, 1.0)
-        weighted_loss(self.student, self.batch, self.supervision, weights, counts, answers)[0].backward()
+        return weighted_loss(self.student, self.batch, self.supervision, weights, counts, answers)[0]
 
     def rows(self) -> tuple[RowAttention, RowAttention]:
         """What the student reads and what the teacher reads, on the CPU."""
@@ -158,10 +169,21 @@ class PaperStep:
         names = ("student_document_ids", "student_position_ids", "stream_ids")
         return RowAttention(self.kind.layout, *(batch[name] for name in names)), of_teacher
 
-    def tally(self) -> Tally:
-        """What the step would have a GPU do."""
-        pairs = pairs_of(self.rows()[0], in_blocks=True) if self.is_flex else None
-        return counted(self.run, flex_pairs=pairs)
+    def tally(self, is_trained: bool = True, inside: AbstractContextManager[Any] | None = None) -> Tally:
+        """What the step would have a GPU do, with products in bf16.
+
+        Args:
+            is_trained: Whether the backward pass is made, too.
+            inside: A context for the step, such as `OneDevice`.
+        """
+        with unset_fake_temporarily():
+            pairs = pairs_of(self.rows()[0], in_blocks=True) if self.is_flex else None
+        with ExitStack() as stack:
+            if self.device == META:  # which knows no autocast
+                stack.enter_context(meta_as("cuda", torch.bfloat16))
+                stack.enter_context(MixedPrecision(torch.bfloat16))
+            stack.enter_context(inside or nullcontext())
+            return counted(self.run if is_trained else self.loss, flex_pairs=pairs)
 
     def floor(self) -> float:
         """The operations that the step cannot do without: pairs that are read, tokens that are no padding."""
@@ -182,27 +204,46 @@ class PaperStep:
         return total + (head * len(self.cpu_batch["target_index"]) if self.kind.divergence else 0.0)
 
 
-def decoding_pass(
+def block_pass(
     model: PreTrainedModel, *, num_rows: int, num_keys: int, block_size: int = 4, device: torch.device = META
-) -> Tally:
-    """A recorded pass of block decoding: every row reads its finished block and denoises the next one."""
+) -> Callable[[], None]:
+    """Returns a recorded pass of block decoding: every row reads its finished block and denoises the next one."""
     rows = BlockRows(num_rows, num_keys, block_size, model.config.vocab_size - 1, device)
     rows.grow_ends(1)
     reader = Reader(model, Layout("block", block_size), 0, BlockCache(model.config, num_rows, num_keys), rows)
-    settings = RowSettings.of([SamplerSettings(threshold=0.9)] * num_rows, torch.device("cpu"))
-    settings = moved_settings(settings, device)
+    settings = _settings(SamplerSettings(threshold=0.9), num_rows, device)
     head = head_of(model)._replace(banned=model.config.vocab_size - 1)
 
     def one_pass() -> None:
-        states = reader.predict_fixed(num_rows, block_size, num_keys)
-        keep(rows, num_rows, None, states, head, settings)
+        with decoding(model):
+            states = reader.predict_fixed(num_rows, block_size, num_keys)
+            keep(rows, num_rows, None, states, head, settings)
 
-    with decoding(model):
-        one_pass()  # takes the cache's memory
-        return counted(one_pass)
+    one_pass()  # takes the cache's memory
+    return one_pass
 
 
-def moved_settings(settings: RowSettings, device: torch.device) -> RowSettings:
-    """Settings of rows on another device."""
-    values = {name: moved(value, device) for name, value in vars(settings).items()}
-    return RowSettings(**values)
+def verified_pass(
+    model: PreTrainedModel, *, num_rows: int, num_keys: int, draft_length: int = 4, device: torch.device = META
+) -> Callable[[], None]:
+    """Returns a pass of verified decoding: every row reads its last token and drafts, and masks for the next drafts."""
+    mask_token_id, shape = model.config.vocab_size - 1, quadratic(draft_length)
+    facts = ConversionFacts(source="", layout="block", block_size=draft_length, shift=1, mask_token_id=mask_token_id)
+    tables = DraftTables([Drafting(shape)], facts.shift, False, device)
+    rows = SpeculativeRows(model, facts, tables=tables, max_rows=num_rows, num_slots=num_keys + tables.most_masks)
+    settings = _settings(SamplerSettings(speculative=True), num_rows, device)
+    extent = Extent(1, shape.most_pending, tables.most_masks, shape.longest_group, num_keys)
+
+    def one_pass() -> None:
+        with decoding(model):
+            rows.read(slice(0, num_rows), extent, settings)
+
+    one_pass()
+    return one_pass
+
+
+def _settings(settings: SamplerSettings, num_rows: int, device: torch.device) -> RowSettings:
+    """Returns the settings of rows, without the memory that a device's driver would have to give for the copy."""
+    with unset_fake_temporarily():
+        of_rows = RowSettings.of([settings] * num_rows, torch.device("cpu"))
+    return RowSettings(**{name: moved(value, device) for name, value in vars(of_rows).items()})
