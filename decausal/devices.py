@@ -47,7 +47,7 @@ class Choices:
         free_queries: Tokens of a decoding pass that take as long as it takes to begin one and to read the weights. CPU:
             on one core 16 for a model of 135M parameters in fp32, and twice as many in bf16. CUDA: from the rates.
         prompt_tokens: Most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
-        records: Passes of block models are recorded and replayed, and prompts are read in passes of their own.
+        records: Passes of block models and of verified decoding are recorded and replayed, and prompts are read apart.
         tells_memory: The memory of a run is counted before it begins, and a run that would not fit is refused.
     """
 

@@ -14,7 +14,7 @@ from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.engine import BlockEngine
-from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
+from decausal.sampling.blocks.recording import PATIENCE, CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.jobs import Ended, Engine, Job, OnStep, Progress, refuse_batch_size, run
 from decausal.sampling.settings.of_model import settings_for
@@ -30,6 +30,7 @@ def engine_for(
     max_length: int,
     is_autoregressive: bool = False,
     cuda_graphs: bool | None = None,
+    is_brief: bool = False,
     prefix_cache_tokens: int = 0,
 ) -> Engine:
     """Returns an engine for the model's layout. Jobs have the same answers as in `generate` and `infill`.
@@ -42,8 +43,10 @@ def engine_for(
         max_rows: Rows in one forward pass.
         max_length: Longest row, given and written tokens together.
         is_autoregressive: Whether a causal model writes from left to right with a cache, one token per pass.
-        cuda_graphs: Whether to record the passes of block models and replay them. Passes for the model's own settings
-            are recorded now, others when needed. None: on a GPU, if the model can be recorded.
+        cuda_graphs: Whether to record passes of block models and of verified decoding, and replay them. None: on a GPU,
+            if the model can be recorded.
+        is_brief: Whether the engine serves a few rows only: its passes are recorded when they have come a few times.
+            Else those of block models for the model's own settings are recorded now, so that no row has to wait.
         prefix_cache_tokens: Under self-speculation, tokens of shared beginnings to hold, so that they are read once. 0:
             none.
 
@@ -55,7 +58,7 @@ def engine_for(
         raise UserError(f"prefix_cache_tokens={prefix_cache_tokens} is not accepted: it must be at least 0")
     denoising: Engine
     if converted.facts.layout == "block" or is_autoregressive:
-        denoising = _block_engine(converted, max_rows, max_length, cuda_graphs)
+        denoising = _block_engine(converted, max_rows, max_length, cuda_graphs, is_brief)
     elif cuda_graphs:
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
@@ -63,7 +66,11 @@ def engine_for(
 
     def make_speculative() -> SpeculativeEngine:
         return SpeculativeEngine(
-            converted, max_rows=max_rows, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens
+            converted,
+            max_rows=max_rows,
+            max_length=max_length,
+            prefix_cache_tokens=prefix_cache_tokens,
+            record=CudaGraphs(PATIENCE) if _records(converted, cuda_graphs) else None,
         )
 
     return _BySettings(converted, denoising, make_speculative)
@@ -92,26 +99,35 @@ def write(converted: Converted, jobs: Sequence[Job], *, batch_size: int, on_step
     context, block_size = context_length(converted.model.config), converted.facts.block_size or 1
     longest = -(-max(job.row.length for job in jobs) // block_size) * block_size
     max_length = longest if context is None else min(longest, context)
-    engine = engine_for(converted, max_rows=min(batch_size, len(jobs)), max_length=max_length, cuda_graphs=False)
+    engine = engine_for(converted, max_rows=min(batch_size, len(jobs)), max_length=max_length, is_brief=True)
     ended = dict(run(engine, jobs, on_step))
     return [ended[index] for index in range(len(jobs))]
 
 
-def _block_engine(converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None) -> BlockEngine:
+def _records(converted: Converted, cuda_graphs: bool | None) -> bool:
+    return choices(converted.model.device).records if cuda_graphs is None else cuda_graphs
+
+
+def _block_engine(
+    converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None, is_brief: bool
+) -> BlockEngine:
     def make(**options: Any) -> BlockEngine:
         model, tokenizer, facts = converted
         return BlockEngine(model, facts, max_rows=max_rows, max_length=max_length, tokenizer=tokenizer, **options)
 
-    if choices(converted.model.device).records if cuda_graphs is None else cuda_graphs:
-        engine = make(record=CudaGraphs())
-        try:
-            engine.record_ahead(settings_for(converted.facts), len(end_token_ids(converted)))
-            return engine
-        except CannotRecordError as error:
-            if cuda_graphs:
-                raise UserError(f"{error}; leave cuda_graphs out") from error
-            logger.warning("%s; passes run as they are", error)
-    return make()
+    if not _records(converted, cuda_graphs):
+        return make()
+    if is_brief:
+        return make(record=CudaGraphs(PATIENCE))
+    engine = make(record=CudaGraphs())
+    try:
+        engine.record_ahead(settings_for(converted.facts), len(end_token_ids(converted)))
+        return engine
+    except CannotRecordError as error:
+        if cuda_graphs:
+            raise UserError(f"{error}; leave cuda_graphs out") from error
+        logger.warning("%s; passes run as they are", error)
+        return make()
 
 
 class _BySettings:

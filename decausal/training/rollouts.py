@@ -13,11 +13,15 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from decausal.devices import choices
+from decausal.models.backbone import stock_model
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.recording import PATIENCE, CudaGraphs, PassRecorder
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.jobs import Ended, Job, run
 from decausal.sampling.rows import Row
@@ -91,9 +95,10 @@ class Decoding:
         """
         if not tasks:
             return []
-        room = {
+        options: dict[str, Any] = {
             "max_rows": min(self.max_rows, len(tasks)),
             "max_length": max(len(task.prompt_ids) + task.num_new_tokens for task in tasks),
+            "record": _recorder(model),
         }
         jobs = [
             Job(
@@ -105,12 +110,18 @@ class Decoding:
             for task in tasks
         ]
         if self.settings.speculative:
-            verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **room)
+            verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **options)
             verified = dict(run(verifying, jobs))
             return [verified_rollout(task.prompt_ids, verified[index]) for index, task in enumerate(tasks)]
-        engine = BlockEngine(model, self.facts, **room)
+        engine = BlockEngine(model, self.facts, **options)
         ended = dict(run(engine, jobs))
         return [as_rollout(task.prompt_ids, ended[index], engine.block_size) for index, task in enumerate(tasks)]
+
+
+def _recorder(model: nn.Module) -> PassRecorder | None:
+    """Returns what records passes on a GPU, unless weights are sharded, which then do not stay at their addresses."""
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return CudaGraphs(PATIENCE) if choices(stock_model(model).device).records and not is_sharded else None
 
 
 def _without_tokenizer(model: nn.Module, facts: ConversionFacts) -> Converted:

@@ -10,12 +10,14 @@ import torch
 from transformers import TrainerCallback
 
 from decausal.config import read_recipe
+from decausal.devices import ON_CUDA
 from decausal.errors import UserError
 from decausal.sampling.model import load
 from decausal.training.rollouts import Decoding
 from tests.exact.test_resume import StopAt, StoppedError
 from tests.families import CHAT_TOKENS, NO_DROPOUT, tiny_tokenizer
 from tests.runs import T, assert_same, logged, run, save_source, weights, write_text
+from tests.sampling.tape import Tapes
 
 ON_POLICY = {
     "layout": "block",
@@ -109,6 +111,16 @@ def test_every_rollout_is_made_by_the_weights_of_the_step_that_trains_on_it(tmp_
     assert len(made) == len(trained) == 4
     assert all(map(torch.equal, made, trained))
     assert not torch.equal(made[0], made[1])
+
+
+def test_rollouts_whose_passes_are_recorded_train_the_same(tmp_path, source, text, monkeypatch):
+    run(source, text, tmp_path / "plain", **ON_POLICY)
+    tapes = Tapes()
+    monkeypatch.setattr("decausal.training.rollouts.choices", lambda _: ON_CUDA)
+    monkeypatch.setattr("decausal.training.rollouts.CudaGraphs", lambda _: tapes)
+    run(source, text, tmp_path / "recorded", **ON_POLICY)
+    assert tapes.num_replayed > tapes.num_recorded > 0
+    assert_same(weights(tmp_path / "recorded"), weights(tmp_path / "plain"))
 
 
 def test_adapters_off_are_the_teacher_that_a_second_copy_would_be(tmp_path, source, text):

@@ -48,9 +48,11 @@ class Tapes:
     Attributes:
         num_recorded: how many.
         num_replayed: how often they were run again.
+        patience: see `PassRecorder`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = 0) -> None:
+        self.patience = patience
         self.num_recorded = self.num_replayed = 0
 
     def __call__(

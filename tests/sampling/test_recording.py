@@ -12,11 +12,13 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import head_of
 from decausal.models.block_cache import BlockCache, decoding
+from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.recording import CannotRecordError, CudaGraphs
 from decausal.sampling.blocks.rows import BlockRows
+from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.engines import engine_for
 from decausal.sampling.jobs import run
 from decausal.sampling.row_settings import RowSettings
@@ -168,10 +170,13 @@ def cannot_record(*_: Any) -> Any:
     raise CannotRecordError("a pass of this model cannot be recorded: it asks for memory")
 
 
+cannot_record.patience = 0
+
+
 def test_what_cannot_be_recorded_is_the_servers_to_tell_at_its_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda: cannot_record)
+    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda *_: cannot_record)
     model = converted(layout="block", block_size=4)
     with pytest.raises(UserError, match="cannot be recorded: it asks for memory; leave cuda_graphs out"):
         engine_for(model, max_rows=1, max_length=32, cuda_graphs=True)
@@ -188,14 +193,60 @@ def test_a_request_whose_passes_cannot_be_recorded_is_answered(caplog: pytest.Lo
     assert caplog.text.count("cannot be recorded") == 1
 
 
-def test_on_a_gpu_block_models_are_recorded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_passes_are_recorded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     tapes = Tapes()
-    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda: tapes)
-    model = converted(layout="block", block_size=4)
+    monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda *_: tapes)
+    model, verified = converted(layout="block", block_size=4), SamplerSettings(speculative=True, max_new_tokens=12)
+
+    def verify(**options: Any) -> int:
+        before = tapes.num_recorded
+        in_order(engine_for(converted(), max_rows=1, max_length=32, **options), [job_of([7, 5], verified)])
+        return tapes.num_recorded - before
+
     engine_for(model, max_rows=1, max_length=32)
+    verify()
     monkeypatch.setattr("decausal.sampling.engines.choices", lambda _: ON_CUDA)
     engine_for(model, max_rows=1, max_length=32, cuda_graphs=False)
-    engine_for(converted(), max_rows=1, max_length=32)  # of a model that reads whole rows there is nothing to record
-    assert tapes.num_recorded == 0
+    engine_for(converted(), max_rows=1, max_length=32)  # passes over whole rows are not recorded
+    engine_for(model, max_rows=1, max_length=32, is_brief=True)  # nothing is yet
+    assert verify(cuda_graphs=False) == tapes.num_recorded == 0
+    assert verify() > 0
+    before = tapes.num_recorded
     engine_for(model, max_rows=1, max_length=32)
-    assert tapes.num_recorded > 0
+    assert tapes.num_recorded > before
+
+
+def test_a_few_rows_are_recorded_once_their_passes_repeat() -> None:
+    tapes = Tapes(patience=3)
+    engine = BlockEngine(sharp_model(), block_facts(1), max_rows=1, max_length=32, record=tapes)
+    plain = BlockEngine(sharp_model(), block_facts(1), max_rows=1, max_length=32)
+    found = {}
+    for length in (3, 4, 10):
+        job = job_of([7, 5], SamplerSettings(max_new_tokens=length))
+        found[length] = tapes.num_recorded, in_order(engine, [job])[0].ids == in_order(plain, [job])[0].ids
+    assert found == {3: (0, True), 4: (0, True), 10: (1, True)}
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "top_k": 5}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("draft", ["quadratic", "strided", "linear", "auto"])
+@pytest.mark.parametrize("facts", [block_facts(3), block_facts(3, shift=0)], ids=["shift 1", "shift 0"])
+def test_verified_decoding_writes_the_same_when_recorded(kind: dict[str, Any], draft: str, facts: Any) -> None:
+    """Rows come and go, prompts are read between, and what `auto` drafts changes."""
+    tapes = Tapes()
+    own = SamplerSettings(max_new_tokens=18, speculative=True, draft=draft, **kind)
+    jobs = [job_of([5, 7, 9, 11, 6][: 1 + seed % 5], own, seed) for seed in range(6)]
+    written = []
+    for record in (tapes, None):
+        model = Converted(sharp_model(), None, facts)
+        engine = SpeculativeEngine(model, max_rows=3, max_length=40, record=record)
+        written.append([(row.ids, row.reason) for row in in_order(engine, jobs)])
+    assert written[0] == written[1]
+    assert 0 < tapes.num_recorded < tapes.num_replayed
+
+
+def test_verified_decoding_of_any_drafts_makes_one_recording_for_a_number_of_rows() -> None:
+    tapes = Tapes()
+    engine = SpeculativeEngine(Converted(sharp_model(), None, block_facts(4)), max_rows=1, max_length=60, record=tapes)
+    settings = SamplerSettings(max_new_tokens=50, speculative=True, draft="quadratic")
+    in_order(engine, [job_of([7, 5, 9], settings)])
+    assert tapes.num_recorded == 1

@@ -6,7 +6,6 @@ the pass that takes the next block's first step. So n denoising steps cost n pas
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from collections import deque
@@ -25,15 +24,13 @@ from decausal.objectives.head import Head
 from decausal.sampling.blocks.active_row import ActiveRow
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
-from decausal.sampling.blocks.recording import CannotRecordError, PassRecorder, RecordedPasses
+from decausal.sampling.blocks.recording import PassRecorder, RecordedPasses
 from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.settings.of_model import refuse_for
-
-logger = logging.getLogger(__name__)
 
 GROWTH = 128
 """The fewest slots by which a cache without a given length grows."""
@@ -155,12 +152,10 @@ class BlockEngine:
         return self._take_note(told.tolist(), states)
 
     def _pass_over(self, spans: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
-        if self._recorded is not None and self._recorded.takes(spans):
-            try:
-                return self._recorded.run(spans, self._settings)
-            except CannotRecordError as error:  # with settings that were not recorded ahead
-                logger.warning("%s; passes go on as they are", error)
-                self._recorded = None
+        if self._recorded is not None:
+            found = self._recorded.run(spans, self._settings)
+            if found is not None:
+                return found
         states = self._reader.predict(spans)
         num_eligible = sum(row.num_eligible for row in self._active)
         return states, keep(self._rows, len(spans), num_eligible, states, self._head(), self._settings)

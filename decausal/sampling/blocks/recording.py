@@ -7,9 +7,11 @@ tokens that fill them are computed in vain. What differs between passes is read 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -24,9 +26,13 @@ from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
 
+logger = logging.getLogger(__name__)
+
 FEWEST_KEYS = 128
 MOST_RECORDINGS = 64
 """The most recordings at a time. Clients choose settings, so their kinds must not fill the memory."""
+PATIENCE = 4
+"""Passes of a kind that run as they are before it is recorded, where rows are few: recording costs about as much."""
 
 
 class CannotRecordError(RuntimeError):
@@ -35,7 +41,13 @@ class CannotRecordError(RuntimeError):
 
 @runtime_checkable
 class PassRecorder(Protocol):
-    """Records a function that reads and writes tensors, and returns a function that replays it on the same tensors."""
+    """Records a function that reads and writes tensors, and returns a function that replays it on the same tensors.
+
+    Attributes:
+        patience: Passes of a kind that run as they are before it is recorded.
+    """
+
+    patience: int
 
     def __call__(
         self, function: Callable[[], None], unchanged: Callable[[], AbstractContextManager[None]]
@@ -51,14 +63,18 @@ class PassRecorder(Protocol):
 class CudaGraphs:
     """Records CUDA graphs, which take their memory from one pool.
 
+    Args:
+        patience: See `PassRecorder`.
+
     Raises:
         UserError: There is no GPU.
         CannotRecordError: While recording, if the model does something that cannot be recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = 0) -> None:
         if not torch.cuda.is_available():
             raise UserError("CUDA graphs need a GPU: leave cuda_graphs out")
+        self.patience = patience
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(
@@ -79,19 +95,87 @@ class CudaGraphs:
         return graph.replay
 
 
-class _Shape(NamedTuple):
-    num_rows: int
-    width: int
-    num_keys: int
-
-
 @dataclass
 class _Recording:
     settings: RowSettings
     replay: Callable[[], None] | None = None
-    states: Float[Tensor, "b K D"] | None = None
-    told: Int[Tensor, "b told"] | None = None
+    found: Any = None
     taken: RowSettings | None = None
+
+
+class Recordings:
+    """Recorded passes over rows, by what their shape depends on. There are few, and those not used for longest go.
+
+    Args:
+        record: What records functions.
+        unchanged: See `PassRecorder`.
+    """
+
+    def __init__(self, record: PassRecorder, unchanged: Callable[[], AbstractContextManager[None]]) -> None:
+        self._record: PassRecorder | None = record
+        self._unchanged = unchanged
+        self._held: dict[Any, _Recording] = {}
+        self._num_seen: Counter[Any] = Counter()
+
+    def run(
+        self, shape: Any, num_rows: int, settings: RowSettings, one_pass: Callable[[RowSettings], Any]
+    ) -> Any | None:
+        """Returns the result of a pass, which the next one of its shape overwrites.
+
+        None: it is not to be recorded yet, or this model's passes cannot be, which is logged once.
+
+        Args:
+            shape: What the shapes of all tensors of the pass depend on, apart from the kinds of settings.
+            num_rows: Rows of the pass.
+            settings: Those of the first of them. Further ones have the last one's.
+            one_pass: The pass, without waiting for the device.
+        """
+        key = (shape, settings.kinds)
+        recording = self._held.pop(key, None)
+        if recording is None:
+            if self._record is None or self._num_seen[key] < self._record.patience:
+                self._num_seen[key] += 1
+                return None
+            try:
+                recording = self._recorded(num_rows, settings, one_pass)
+            except CannotRecordError as error:
+                logger.warning("%s; passes go on as they are", error)
+                self._record = None
+                return None
+        self._hold(key, recording)
+        if recording.taken is not settings:
+            recording.settings.take(_padded(settings, num_rows))
+            recording.taken = settings
+        recording.replay()
+        return recording.found
+
+    def add(self, shape: Any, num_rows: int, settings: RowSettings, one_pass: Callable[[RowSettings], Any]) -> None:
+        """Records a pass ahead. Raises CannotRecordError, see `CudaGraphs`."""
+        self._hold((shape, settings.kinds), self._recorded(num_rows, settings, one_pass))
+
+    def forget(self) -> None:
+        """Drops all recordings, since the memory that they write to is freed."""
+        self._held.clear()
+
+    def _hold(self, key: Any, recording: _Recording) -> None:
+        self._held[key] = recording  # at the end, so that the first one is the least recently used
+        if len(self._held) > MOST_RECORDINGS:
+            del self._held[next(iter(self._held))]
+
+    def _recorded(self, num_rows: int, settings: RowSettings, one_pass: Callable[[RowSettings], Any]) -> _Recording:
+        recording = _Recording(_padded(settings, num_rows))
+
+        def function() -> None:
+            recording.found = one_pass(recording.settings)
+
+        recording.replay = self._record(function, self._unchanged)
+        return recording
+
+
+class _Shape(NamedTuple):
+    num_rows: int
+    width: int
+    num_keys: int
 
 
 @dataclass
@@ -107,12 +191,9 @@ class RecordedPasses:
     reader: Reader
     head: Callable[[], Head]
     record: PassRecorder
-    _recordings: dict[Any, _Recording] = field(default_factory=dict)
 
-    def takes(self, spans: list[range]) -> bool:
-        """Returns whether no row reads more than two blocks, and everything that a pass writes to is allocated."""
-        is_ready = self.reader.shift == 0 or self.reader.rows.clean_state is not None
-        return is_ready and max(map(len, spans)) <= 2 * self.reader.layout.block_size
+    def __post_init__(self) -> None:
+        self._recordings = Recordings(self.record, self.reader.rows.unchanged)
 
     def record_ahead(self, settings: SamplerSettings) -> None:
         """Records passes of all shapes over rows with these settings, so that no request has to wait.
@@ -130,7 +211,32 @@ class RecordedPasses:
             reader.predict_fixed(1, max(shape.width for shape in shapes), min(shape.num_keys for shape in shapes))
         for shape in shapes[:MOST_RECORDINGS]:
             of_rows = RowSettings.of([settings] * shape.num_rows, rows.device)
-            self._recordings[shape, of_rows.kinds] = self._recorded(shape, of_rows)
+            self._recordings.add(shape, shape.num_rows, of_rows, self._pass_of(shape))
+
+    def run(
+        self, spans: list[range], settings: RowSettings
+    ) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]] | None:
+        """Runs a pass over rows 0 to b - 1 and returns the states that predict their blocks, and the result of `keep`.
+
+        Both are overwritten by the next pass. None: the pass has to be run as it is.
+        """
+        size, reader = self.reader.layout.block_size, self.reader
+        if max(map(len, spans)) > 2 * size or (reader.shift and reader.rows.clean_state is None):
+            return None  # a prompt, or not everything that a pass writes to is allocated
+        shape = self._shape(spans)
+        found = self._recordings.run(shape, shape.num_rows, settings, self._pass_of(shape))
+        return None if found is None else tuple(part[: len(spans)] for part in found)
+
+    def forget(self) -> None:
+        """Drops all recordings, since the memory that they write to is freed."""
+        self._recordings.forget()
+
+    def _pass_of(self, shape: _Shape) -> Callable[[RowSettings], Any]:
+        def one_pass(settings: RowSettings) -> Any:
+            states = self.reader.predict_fixed(*shape)
+            return states, keep(self.reader.rows, shape.num_rows, None, states, self.head(), settings)
+
+        return one_pass
 
     def _shapes(self) -> list[_Shape]:
         """Returns all shapes that can occur with this length of the cache, the largest first."""
@@ -141,47 +247,18 @@ class RecordedPasses:
         keys = sorted({min(FEWEST_KEYS << power, most_keys) for power in range(most_keys.bit_length())}, reverse=True)
         return [_Shape(*shape) for shape in product(rows, widths, keys)]
 
-    def run(self, spans: list[range], settings: RowSettings) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
-        """Runs a pass over rows 0 to b - 1 and returns the states that predict their blocks, and the result of `keep`.
-
-        Both are overwritten by the next pass.
-        """
-        shape = self._shape(spans)
-        key = (shape, settings.kinds)
-        recording = self._recordings.pop(key, None) or self._recorded(shape, settings)
-        self._recordings[key] = recording  # at the end, so that the first one is the least recently used
-        if len(self._recordings) > MOST_RECORDINGS:
-            del self._recordings[next(iter(self._recordings))]
-        if recording.taken is not settings:
-            recording.settings.take(_padded(settings, shape.num_rows))
-            recording.taken = settings
-        recording.replay()
-        return recording.states[: len(spans)], recording.told[: len(spans)]
-
-    def forget(self) -> None:
-        """Drops all recordings, since the memory that they write to is freed."""
-        self._recordings.clear()
-
     def _shape(self, spans: list[range]) -> _Shape:
         """Returns the shape: rows and keys rounded up to powers of two, and one or two blocks per row."""
         rows, cache = self.reader.rows, self.reader.cache
         width = 1 if self.reader.is_autoregressive else max(map(len, spans))
-        last = max(span.stop for span in spans)
-        num_keys = max(FEWEST_KEYS, 1 << (last - 1).bit_length())
         num_rows = 1 << (len(spans) - 1).bit_length()
-        return _Shape(min(num_rows, len(rows.start)), width, min(num_keys, cache.max_length))
+        num_keys = keys_of_recording(max(span.stop for span in spans), cache.max_length)
+        return _Shape(min(num_rows, len(rows.start)), width, num_keys)
 
-    def _recorded(self, shape: _Shape, settings: RowSettings) -> _Recording:
-        recording = _Recording(_padded(settings, shape.num_rows))
 
-        def one_pass() -> None:
-            recording.states = self.reader.predict_fixed(*shape)
-            recording.told = keep(
-                self.reader.rows, shape.num_rows, None, recording.states, self.head(), recording.settings
-            )
-
-        recording.replay = self.record(one_pass, self.reader.rows.unchanged)
-        return recording
+def keys_of_recording(num_keys: int, most: int) -> int:
+    """Returns a number of keys rounded up to one of few, at most that of a cache."""
+    return min(max(FEWEST_KEYS, 1 << (num_keys - 1).bit_length()), most)
 
 
 def _padded(settings: RowSettings, num_rows: int) -> RowSettings:

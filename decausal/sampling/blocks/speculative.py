@@ -33,6 +33,7 @@ from decausal.sampling.blocks.draft_shapes import autoregressive, linear, quadra
 from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
 from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
+from decausal.sampling.blocks.recording import PassRecorder
 from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
@@ -60,6 +61,7 @@ class SpeculativeEngine:
         max_rows: Rows in one forward pass.
         max_length: Longest row. Memory for `max_rows` of them is taken by the first pass.
         prefix_cache_tokens: Tokens of beginnings that are held for rows which share them, see `prefix_cache`.
+        record: What records repeated passes, see `BlockEngine`.
 
     Attributes:
         device: Where passes run.
@@ -68,7 +70,15 @@ class SpeculativeEngine:
         UserError: A causal layout, or a model that takes no such cache.
     """
 
-    def __init__(self, converted: Converted, *, max_rows: int, max_length: int, prefix_cache_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        converted: Converted,
+        *,
+        max_rows: int,
+        max_length: int,
+        prefix_cache_tokens: int = 0,
+        record: PassRecorder | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._facts = converted
         SamplerSettings(speculative=True).refuse_layout(self._facts.layout)
         self._max_rows, self._max_length, self._reads_causally = max_rows, max_length, converted.facts.causal_groups
@@ -77,6 +87,7 @@ class SpeculativeEngine:
         self.device = self._model.get_input_embeddings().weight.device
         self._most_read = choices(self.device).prompt_tokens
         self._rows: SpeculativeRows | None = None
+        self._record = record
         self._num_prefix_tokens = prefix_cache_tokens
         self._prefixes: PrefixCache | None = None
         self._tables: dict[tuple[Drafting, ...], DraftTables] = {}
@@ -187,7 +198,12 @@ class SpeculativeEngine:
         num_slots = self._max_length + 2 * tables.most_pending + 1 + tables.most_masks
         if self._rows is None:
             self._rows = SpeculativeRows(
-                self._model, self._facts, tables=tables, max_rows=self._max_rows, num_slots=num_slots
+                self._model,
+                self._facts,
+                tables=tables,
+                max_rows=self._max_rows,
+                num_slots=num_slots,
+                record=self._record,
             )
             if self._num_prefix_tokens >= PAGE:
                 self._prefixes = PrefixCache(self._rows.cache, self._num_prefix_tokens)
@@ -237,11 +253,10 @@ class SpeculativeEngine:
             return []
         self._choose(rows)
         choices_of_rows = {row.choice for row in rows if row.choice is not None}
-        extent, pending, start = (
-            extent_of(rows, 1, self._facts.shift),
-            [row.pending for row in rows],
-            time.perf_counter(),
-        )
+        pending, start = [row.pending for row in rows], time.perf_counter()
+        extent = extent_of(rows, 1, self._facts.shift)
+        if self._record is not None:
+            extent = self._rows.rounded(extent)
         brought, read = self._pass(rows, extent)
         seconds = time.perf_counter() - start
         for choice in choices_of_rows:

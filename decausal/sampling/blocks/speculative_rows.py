@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from decausal.models.facts import ConversionFacts
 from decausal.models.gated import without_masks
 from decausal.objectives.head import Head, logits
 from decausal.sampling.blocks.draft_tables import DraftTables, Masks
+from decausal.sampling.blocks.recording import PassRecorder, Recordings, keys_of_recording
 from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 
@@ -90,7 +91,14 @@ class SpeculativeRows:
     """
 
     def __init__(
-        self, model: Any, facts: ConversionFacts, *, tables: DraftTables, max_rows: int, num_slots: int
+        self,
+        model: Any,
+        facts: ConversionFacts,
+        *,
+        tables: DraftTables,
+        max_rows: int,
+        num_slots: int,
+        record: PassRecorder | None = None,
     ) -> None:
         self.model, self.facts, self.tables = model, facts, tables
         device = stock_model(model).get_input_embeddings().weight.device
@@ -100,6 +108,7 @@ class SpeculativeRows:
         self.ids = torch.zeros(max_rows, num_slots, dtype=torch.long, device=device)
         self._columns = torch.zeros(5, max_rows, dtype=torch.long, device=device)
         self.num_known, self.num_cached, self.num_pending, self.seeds, self.shape = self._columns
+        self._recordings = None if record is None else Recordings(record, self._unchanged)
 
     @property
     def head(self) -> Head:
@@ -116,6 +125,8 @@ class SpeculativeRows:
         if num_slots > self.cache.max_length:
             self.ids = torch.nn.functional.pad(self.ids, (0, num_slots - self.cache.max_length))
             self.cache.grow(num_slots)
+            if self._recordings is not None:
+                self._recordings.forget()
 
     def admit(self, prompt: Sequence[int], seed: int, shape: int) -> None:
         """Adds a prompt after the rows in use."""
@@ -143,6 +154,30 @@ class SpeculativeRows:
             extent: How much is read of any of them.
             settings: Of each.
         """
+        if self._recordings is not None and rows == slice(0, len(settings.temperature)) and extent.num_given == 1:
+            num_rows = len(settings.temperature)
+            found = self._recordings.run(
+                (self.tables, num_rows, extent), num_rows, settings, lambda own: self._read(rows, extent, own)
+            )
+            if found is not None:
+                return found
+        return self._read(rows, extent, settings)
+
+    def rounded(self, extent: Extent) -> Extent:
+        """Returns an extent for recorded passes over rows that have read their prompts: one of few."""
+        tables, num_keys = self.tables, keys_of_recording(extent.num_keys, self.cache.max_length)
+        longest = max(drafting.shape.longest_group for drafting in tables.draftings)
+        return Extent(1, tables.most_pending, tables.most_masks, longest, num_keys)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Undoes everything that is written inside the context, apart from the cache, where it is written again."""
+        saved = [(tensor, tensor.clone()) for tensor in (self.ids, self._columns)]
+        yield
+        for tensor, before in saved:
+            tensor.copy_(before)
+
+    def _read(self, rows: Places, extent: Extent, settings: RowSettings) -> Read:
         queries = self._queries(rows, extent)
         in_order, of_masks = self._states(rows, queries, extent)
         verify_states = self._verifying(queries, in_order, of_masks, extent)
