@@ -6,6 +6,8 @@ block that is denoised again overwrites itself. Memory is allocated once, writte
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,8 @@ class BlockCache(Cache):
     """Preallocated keys and values of `num_rows` rows of at most `max_length` tokens, and one scratch slot per row.
 
     Which rows and slots a pass reads and writes is set by `cached_forward`. Memory is allocated by the first pass, in
-    the shape, dtype and device of the model's own keys and values (they differ between families).
+    the shape, dtype and device of the model's own keys and values (they differ between families). On a CPU, slots take
+    memory once they are written.
 
     Attributes:
         num_rows: Rows that it holds.
@@ -65,26 +68,31 @@ class BlockCache(Cache):
     def move_row(self, source: int, target: int) -> None:
         """Copies a row over another one."""
         for layer in self.layers:
-            layer.move_row(source, target)
+            layer.move_row(source, target, self.access.most_keys)
 
     def swap_rows(self, one: int, other: int) -> None:
         """Has two rows change places."""
         for layer in self.layers:
-            layer.swap_rows(one, other)
+            layer.swap_rows(one, other, self.access.most_keys)
 
     def grow(self, max_length: int) -> None:
         """Makes room for rows of `max_length` tokens and keeps what is stored."""
         for layer in self.layers:
-            layer.grow(self.max_length, max_length)
+            layer.grow(max_length, self.access.most_keys)
         self.max_length, self._first_slots = max_length, None
 
 
 class _Access:
-    """What one pass reads and writes; shared by all layers of a cache."""
+    """What one pass reads and writes; shared by all layers of a cache.
+
+    Attributes:
+        most_keys: The most slots that a pass has read: none after them was ever written.
+    """
 
     rows: slice | Int[Tensor, "b"]
     flat_slots: Int[Tensor, "b*q"]
     num_keys: int = 0
+    most_keys: int = 0
 
 
 class _BlockLayer(CacheLayerMixin):
@@ -99,7 +107,7 @@ class _BlockLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros: slots without a token are hidden, but hidden values are still multiplied by zero.
         self.keys, self.values = (
-            states.new_zeros(self._cache.num_rows, self._cache.max_length + 1, states.shape[1], states.shape[3])
+            zeros(states, self._cache.num_rows, self._cache.max_length + 1, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
         )
         self._count_through()
@@ -117,23 +125,20 @@ class _BlockLayer(CacheLayerMixin):
         _write(self._value_slots, value_states, access)
         return _read(self.keys, access), _read(self.values, access)
 
-    def move_row(self, source: int, target: int) -> None:
-        if self.is_initialized:
-            self.keys[target] = self.keys[source]
-            self.values[target] = self.values[source]
-
-    def swap_rows(self, one: int, other: int) -> None:
+    def move_row(self, source: int, target: int, num_slots: int) -> None:
         if self.is_initialized:
             for held in (self.keys, self.values):
-                before = held[one].clone()
-                held[one], held[other] = held[other], before
+                held[target, :num_slots] = held[source, :num_slots]
 
-    def grow(self, old_length: int, new_length: int) -> None:
+    def swap_rows(self, one: int, other: int, num_slots: int) -> None:
         if self.is_initialized:
-            self.keys, self.values = (
-                torch.cat([held[:, :old_length], held.new_zeros(_with_slots(held, new_length + 1 - old_length))], dim=1)
-                for held in (self.keys, self.values)
-            )
+            for held in (self.keys, self.values):
+                before = held[one, :num_slots].clone()
+                held[one, :num_slots], held[other, :num_slots] = held[other, :num_slots], before
+
+    def grow(self, max_length: int, num_slots: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (_longer(held, max_length + 1, num_slots) for held in (self.keys, self.values))
             self._count_through()
 
     def get_seq_length(self) -> int:
@@ -146,8 +151,20 @@ class _BlockLayer(CacheLayerMixin):
         return self._cache.access.num_keys, 0
 
 
-def _with_slots(held: Tensor, num_slots: int) -> tuple[int, ...]:
-    return (held.shape[0], num_slots, *held.shape[2:])
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Returns zeros of the dtype and device of a tensor. On a CPU, the system gives the memory where it is first
+    written: a server's rows are mostly shorter and fewer than those for which it makes room."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    of_its_own = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), **of_its_own)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
+def _longer(held: Tensor, num_slots: int, num_kept: int) -> Tensor:
+    longer = zeros(held, held.shape[0], num_slots, *held.shape[2:])
+    longer[:, :num_kept] = held[:, :num_kept]
+    return longer
 
 
 def _write(slots: Float[Tensor, "slots H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
@@ -206,6 +223,7 @@ def cached_forward(
     else:
         access.num_keys = is_visible.shape[-1]
         attention = {"attention_mask": _as_taken(is_visible, body)}
+    access.most_keys = max(access.most_keys, access.num_keys)
     output = body(
         input_ids=input_ids,
         position_ids=position_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,6 +163,32 @@ def test_rows_can_be_moved_and_room_be_made_while_decoding() -> None:
     cache.grow(LENGTH)
     (states,) = read(model, cache, row_ids[2:], [range(2 * K, 4 * K)], layout)
     torch.testing.assert_close(states, whole[2, 2 * K : 4 * K], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_change_places() -> None:
+    model, row_ids, layout = FAMILIES["qwen3"](), ids(2), Layout("block", K)
+    whole = body_forward(model, row_ids, layout).last_hidden_state
+    cache = BlockCache(model.config, 2, LENGTH)
+    read(model, cache, row_ids, [range(0, 2 * K), range(0, 3 * K)], layout)
+    cache.swap_rows(0, 1)
+    one, other = read(model, cache, row_ids[[1, 0]], [range(3 * K, 4 * K), range(2 * K, 3 * K)], layout)
+    torch.testing.assert_close(one, whole[1, 3 * K : 4 * K], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(other, whole[0, 2 * K : 3 * K], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_slots_that_are_never_written_take_no_memory_on_a_cpu() -> None:
+    model, row_ids, layout, num_slots = FAMILIES["qwen3"](), ids(8), Layout("block", K), 2**17
+    cache = BlockCache(model.config, 8, num_slots)
+    before = psutil.Process().memory_info().rss
+    read(model, cache, row_ids, [range(0, 2 * K)] * 8, layout)
+    cache.move_row(7, 0)
+    cache.swap_rows(1, 2)
+    cache.grow(2 * num_slots)
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert held > 2**30
+    assert psutil.Process().memory_info().rss - before < held / 10
 
 
 @torch.no_grad()

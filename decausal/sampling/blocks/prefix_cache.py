@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decausal.models.block_cache import BlockCache
+from decausal.models.block_cache import BlockCache, zeros
 
 PAGE = 16
 """Tokens of a page."""
@@ -92,7 +92,7 @@ class PrefixCache:
     def _copy(self, row: int, slots: slice, place: int) -> None:
         if not self._held:
             self._held = [
-                tuple(held.new_zeros(self._num_places, PAGE, *held.shape[2:]) for held in (layer.keys, layer.values))
+                tuple(zeros(held, self._num_places, PAGE, *held.shape[2:]) for held in (layer.keys, layer.values))
                 for layer in self._cache.layers
             ]
         for layer, (keys, values) in zip(self._cache.layers, self._held, strict=True):
