@@ -117,6 +117,7 @@ def write_answers(
     max_length: int | None = None,
     prompt_fraction: float = 0.5,
     cuda_graphs: bool | None = None,
+    prefix_cache_tokens: int = 0,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> AnswersResult:
@@ -136,7 +137,7 @@ def write_answers(
         max_rows: Rows in one forward pass.
         max_length: Longest row, prompt and answer together. None: the model's context, at most 4096.
         prompt_fraction: Share of a plain text that serves as its prompt.
-        cuda_graphs: See `engine_for`.
+        cuda_graphs, prefix_cache_tokens: See `engine_for`.
         on_progress: See `OnProgress`.
         **options: `SamplerSettings` by name, without stops.
 
@@ -170,7 +171,8 @@ def write_answers(
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with continued(target, json.loads(json.dumps(facts))) as file:
-        engine = _engine(converted, max_rows, prompts.longest + settings.max_new_tokens, longest, cuda_graphs)
+        needed = min(prompts.longest + settings.max_new_tokens, longest)
+        engine = _engine(converted, max_rows, needed, cuda_graphs, prefix_cache_tokens)
         asked = _Asked(converted, prompts, settings, num_answers, first=_num_done(file))
         return _write(file, asked, engine, max_rows, truncated == "drop", on_progress)
 
@@ -185,15 +187,18 @@ def _settings(converted: Converted, options: dict[str, Any], num_answers: int, t
     return settings
 
 
-def _engine(converted: Converted, max_rows: int, needed: int, longest: int, cuda_graphs: bool | None) -> Engine:
+def _engine(
+    converted: Converted, max_rows: int, needed: int, cuda_graphs: bool | None, prefix_cache_tokens: int
+) -> Engine:
     """Returns an engine with room for these prompts and no more."""
     block_size = converted.facts.block_size or 1
     return engine_for(
         converted,
         max_rows=max_rows,
-        max_length=min(-(-needed // block_size) * block_size, longest),
+        max_length=-(-needed // block_size) * block_size,
         is_autoregressive=converted.facts.layout == "causal",
         cuda_graphs=cuda_graphs,
+        prefix_cache_tokens=prefix_cache_tokens,
     )
 
 

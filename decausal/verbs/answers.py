@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,20 @@ from decausal.verbs.flags import (
     VerbParser,
     add_reading_flags,
     add_template_flags,
-    at_least,
     given,
     given_to,
     positive,
     slow_imports,
     template_options,
 )
-from decausal.verbs.sampling import add_sampling_flags, check_model, progress_bar, sampler_options
+from decausal.verbs.sampling import (
+    ENGINE_FLAGS,
+    add_engine_flags,
+    add_sampling_flags,
+    check_model,
+    progress_bar,
+    sampler_options,
+)
 
 if TYPE_CHECKING:
     from decausal.sampling.answers import AnswersResult
@@ -47,8 +52,7 @@ def run(arguments: list[str]) -> int:
     with slow_imports():
         from decausal.sampling.answers import load_writer, write_answers
 
-    options |= given(flags, "num_prompts", "num_answers", "truncated", "max_rows", "max_length", "prompt_fraction")
-    options["cuda_graphs"] = flags.cuda_graphs
+    options |= given(flags, "num_prompts", "num_answers", "truncated", "prompt_fraction", *ENGINE_FLAGS)
     writer = load_writer(flags.model, **template)
     with progress_bar() as on_progress:
         result = write_answers(writer, flags.data, output, reading=reading, on_progress=on_progress, **options)
@@ -78,16 +82,10 @@ def _parser() -> VerbParser:
         default="keep",
         help="longer answers: keep what is written, trained without an end, or drop them (keep)",
     )
-    parser.add_argument("--max_rows", "--batch_size", type=positive, default=16, help="rows written together (16)")
-    parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
     parser.add_argument(
         "--prompt_fraction", type=float, default=0.5, help="share of a plain text that serves as its prompt (0.5)"
     )
-    parser.add_argument(
-        "--cuda_graphs",
-        action=argparse.BooleanOptionalAction,
-        help="record the passes of block models (by default on a GPU, where it can be done)",
-    )
+    add_engine_flags(parser)
     add_reading_flags(parser)
     add_sampling_flags(parser, without=STOPS)
     add_template_flags(parser)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from decausal.sampling.job_files import check_job_files
 from decausal.verbs.flags import (
     VerbParser,
     add_template_flags,
-    at_least,
     given,
-    positive,
     slow_imports,
     template_options,
 )
-from decausal.verbs.sampling import add_sampling_flags, check_model, progress_bar, sampler_options, told_of_drafts
+from decausal.verbs.sampling import (
+    ENGINE_FLAGS,
+    add_engine_flags,
+    add_sampling_flags,
+    check_model,
+    progress_bar,
+    sampler_options,
+    told_of_drafts,
+)
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
 of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
@@ -29,32 +34,19 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("answers", help="the jsonl file to write")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
-    parser.add_argument("--max_rows", "--batch_size", type=positive, help="rows written together (16)")
-    parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
-    parser.add_argument(
-        "--cuda_graphs",
-        action=argparse.BooleanOptionalAction,
-        help="record the passes of block models (by default on a GPU, where it can be done)",
-    )
-    parser.add_argument(
-        "--prefix_cache_tokens",
-        type=at_least(0),
-        help="with --speculative, tokens of shared beginnings to hold, so that they are read once (0)",
-    )
+    add_engine_flags(parser)
     parser.add_argument("--on_error", choices=("stop", "record"), help="what a bad line does (stop)")
     add_sampling_flags(parser)
     add_template_flags(parser)
     flags = parser.parse_args(arguments)
     template = template_options(flags, flags.chat)
-    own = ("max_new_tokens", "max_rows", "max_length", "on_error", "prefix_cache_tokens")
-    options = sampler_options(flags) | given(flags, *own)
+    options = sampler_options(flags) | given(flags, "max_new_tokens", "on_error", *ENGINE_FLAGS)
     check_model(flags.directory, options)
     check_job_files(flags.prompts, flags.answers)
     with slow_imports():
         from decausal.sampling.model import load
 
     model = load(flags.directory, **template)
-    options["cuda_graphs"] = flags.cuda_graphs
     with progress_bar() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)
     notes = [f"{result.num_lines} answers in {flags.answers}"]

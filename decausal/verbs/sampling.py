@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from decausal.errors import UserError
 from decausal.sampling.settings import SETTINGS
-from decausal.verbs.flags import given, positive
+from decausal.verbs.flags import at_least, given, positive
 
 if TYPE_CHECKING:
     from decausal.sampling.job_files import OnProgress
@@ -32,6 +32,25 @@ def add_sampling_flags(parser: argparse.ArgumentParser, without: Sequence[str] =
         for flag in () if name in without else setting.flags:
             names = flag.names if "dest" in flag.options else (f"--{name}", *flag.names)
             parser.add_argument(*names, **flag.options, help=flag.help)
+
+
+ENGINE_FLAGS = ("max_rows", "max_length", "cuda_graphs", "prefix_cache_tokens")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags `ENGINE_FLAGS` of verbs that write many rows."""
+    parser.add_argument("--max_rows", "--batch_size", type=positive, help="rows written together (16)")
+    parser.add_argument("--max_length", type=at_least(2), help="longest row (the model's context, at most 4096)")
+    parser.add_argument(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record the passes of block models (by default on a GPU, where it can be done)",
+    )
+    parser.add_argument(
+        "--prefix_cache_tokens",
+        type=at_least(0),
+        help="where drafts are verified, tokens of shared beginnings to hold, so that they are read once (0)",
+    )
 
 
 def sampler_options(flags: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from decausal.errors import UserError
 from decausal.models.checkpoint import Converted
 from decausal.models.embedded import embedded_model_path
 from decausal.sampling.answers import AnswersResult, load_writer, write_answers
+from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
 from tests.runs import call_in_a_copy
 from tests.sampling.tiny_models import converted
 
@@ -202,6 +204,26 @@ def test_a_verified_model_writes_what_its_weights_write_from_left_to_right(tmp_p
     assert result.num_tokens
     write_answers(causal, data, tmp_path / "causal.jsonl", **options)
     assert lines(tmp_path / "drafted.jsonl") == lines(tmp_path / "causal.jsonl")
+
+
+def test_beginnings_that_prompts_share_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafting = converted(layout="block", block_size=4, causal_context=True, causal_groups=True)
+    data = write(tmp_path / "in.jsonl", [{"prompt": "the rain in the inn " * 3 + word} for word in ("a", "b", "c")])
+    options = {"max_new_tokens": 4, "max_rows": 1}
+    loads: list[int] = []
+    load = PrefixCache.load
+
+    def count(cache: PrefixCache, ids: Sequence[int], row: int) -> int:
+        loads.append(load(cache, ids, row))
+        return loads[-1]
+
+    monkeypatch.setattr(PrefixCache, "load", count)
+    write_answers(drafting, data, tmp_path / "alone.jsonl", **options)
+    assert loads == []
+    write_answers(drafting, data, tmp_path / "shared.jsonl", prefix_cache_tokens=64, **options)
+    assert loads[0] == 0
+    assert min(loads[1:]) >= PAGE
+    assert lines(tmp_path / "shared.jsonl") == lines(tmp_path / "alone.jsonl")
 
 
 def test_a_denoising_model_answers_with_its_own_sampler(tmp_path: Path) -> None:

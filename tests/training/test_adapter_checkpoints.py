@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from starlette.testclient import TestClient
 from transformers import PreTrainedModel
 
 from decausal import load
@@ -20,6 +21,10 @@ from decausal.models.adapt import load_source
 from decausal.models.checkpoint import load_converted
 from decausal.models.examination import examine_path
 from decausal.models.names import check_converted, check_source
+from decausal.serving.app import create_app
+from decausal.serving.metrics import Metrics
+from decausal.serving.server import models_of
+from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.runs import assert_same, run, save_source, weights, write_text
 
@@ -67,6 +72,20 @@ def test_an_earlier_checkpoint_is_an_earlier_model(made: Path) -> None:
     mask_token_id = load_converted(made).facts.mask_token_id
     moved = first.get_input_embeddings().weight[mask_token_id] - final.get_input_embeddings().weight[mask_token_id]
     assert moved.abs().max() > 1e-4
+
+
+def test_it_is_served_beside_its_source(made: Path) -> None:
+    settings, metrics = ServeSettings(), Metrics()
+    models = models_of(made / "checkpoint-1", settings, metrics, with_source=True)
+    asked = {"prompt": "the rain", "max_tokens": 4, "seed": 1}
+    with TestClient(create_app(models, settings, metrics), base_url="http://localhost") as client:
+        names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+        assert names == ["checkpoint-1", "checkpoint-1-source"]
+        texts = [
+            client.post("/v1/completions", json={"model": name, **asked}).json()["choices"][0]["text"] for name in names
+        ]
+    assert texts[0] == load(made / "checkpoint-1").generate("the rain", max_new_tokens=4, seed=1).text
+    assert texts[1]
 
 
 def test_it_writes_is_examined_exported_and_trained_on(made: Path, text: Path, tmp_path: Path, capfd) -> None:
