@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from decausal.data.encode import SpecialTokens
@@ -14,7 +15,7 @@ from decausal.sampling.filling.lengths import SEARCHES, GappedText
 from decausal.sampling.filling.searching import SearchJob
 from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
-from decausal.sampling.settings import NUM_SEEDS, SamplerSettings
+from decausal.sampling.settings import ALIASES, NUM_SEEDS, SamplerSettings
 from decausal.sampling.settings.of_model import refuse_for, settings_for
 from decausal.sampling.stopping import end_token_ids, refuse_stop_token_ids
 from decausal.sampling.texts import text_ids
@@ -85,7 +86,8 @@ def chat_plan(body: ChatBody, converted: Converted, max_total_tokens: int, work:
     refuse_long_text(converted.tokenizer, text, max_total_tokens, "the conversation", "messages", work)
     ids = text_ids(converted.tokenizer, text)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    length = num_new(len(ids), wanted, settings, max_total_tokens, "the conversation")
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    length = num_new(len(ids), wanted, settings, max_total_tokens, "the conversation", ("messages", field))
     gapped = GappedText((ids, []), (length,), "the conversation", settings.seed)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     return _plan("chat", body, converted, settings, [gapped], [""], num_top, max_total_tokens)
@@ -110,7 +112,7 @@ def _plan(
         longest = text.longest(extension.max_gap or MAX_GAP, max_total_tokens)
         row = text.row(text.started(longest))
         if index % count == 0:
-            _refuse_unreadable(row, converted)
+            _refuse_unreadable(row, converted, "prompt" if kind == "text" else "messages")
         told = {
             "row": row,
             "settings": settings,
@@ -171,10 +173,15 @@ def _settings(body: CompletionBody | ChatBody, converted: Converted) -> SamplerS
         settings = defaults.updated(**options, **stop, seed=seed)
         refuse_for(converted.facts, settings)
     except UserError as error:
-        name = str(error).partition("=")[0]
-        raise bad_request(str(error), name if name.isidentifier() else None, "invalid_value") from None
+        raise bad_request(str(error), _setting_in(str(error), options), "invalid_value") from None
     accepted(lambda: refuse_stop_token_ids(settings, converted), "stop_token_ids")
     return settings
+
+
+def _setting_in(message: str, options: Iterable[str]) -> str | None:
+    """Returns which of the settings in a body an error names first."""
+    given = {ALIASES.get(name, name) for name in options}
+    return next((word for word in re.findall(r"\w+", message) if word in given), None)
 
 
 def _refuse_idle_search(extension: Extension, texts: Sequence[GappedText]) -> None:
@@ -189,7 +196,7 @@ def _refuse_idle_search(extension: Extension, texts: Sequence[GappedText]) -> No
             )
 
 
-def _refuse_unreadable(row: Row, converted: Converted) -> None:
+def _refuse_unreadable(row: Row, converted: Converted, field: str) -> None:
     layout = converted.facts.layout
     if layout != "bidirectional" and has_text_after(row):
         raise bad_request(
@@ -198,4 +205,4 @@ def _refuse_unreadable(row: Row, converted: Converted) -> None:
             "suffix",
             "unsupported_field",
         )
-    accepted(lambda: row.check(converted), "prompt")
+    accepted(lambda: row.check(converted), field)

@@ -114,8 +114,23 @@ def _text_of_parts(
     return text
 
 
-def num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_total_tokens: int, name: str) -> int:
+def num_new(
+    num_given: int,
+    wanted: int | None,
+    settings: SamplerSettings,
+    max_total_tokens: int,
+    name: str,
+    fields: tuple[str, str] = ("prompt", "max_tokens"),
+) -> int:
     """Returns how many tokens are to be written.
+
+    Args:
+        num_given: Tokens of the text.
+        wanted: How many were asked for.
+        settings: They hold the number without a wish.
+        max_total_tokens: Longest row.
+        name: The text in errors.
+        fields: Where the client wrote the text and `wanted`.
 
     Raises:
         ApiError: 400. There is no room for them.
@@ -127,7 +142,7 @@ def num_new(num_given: int, wanted: int | None, settings: SamplerSettings, max_t
         todo = f"write at most {room}, or shorten it" if room >= 1 else "shorten it"
         raise bad_request(
             f"{name} has {num_given} tokens{more}; this server takes rows of at most {max_total_tokens}: {todo}",
-            "prompt" if room < 1 else "max_tokens",
+            fields[0] if room < 1 else fields[1],
             "context_length_exceeded",
         )
     return num_new
