@@ -2,8 +2,9 @@
 
 The server runs in a process of its own. While each body is sent, other clients ask for /health and for one token all
 the time. It fails if a body is not refused, if the server's memory grows by more than --memory MiB over what it was, or
-if somebody else waits longer than --wait seconds. At last one client fills the queue with rows of 16 steps, and another
-one asks for 4 tokens: it fails if that takes longer than --turn seconds.
+if somebody else waits longer than --wait seconds, in each of --tries tries: a busy machine makes anybody wait at times.
+At last one client fills the queue with rows of 16 steps, and another one asks for 4 tokens: it fails if that takes
+longer than --turn seconds.
 
     python benchmarks/serve_hostile.py --layout bidirectional
 """
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ SIZE = 4 * 2**20 - 200
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 ONE_TOKEN = {"prompt": "a", "max_tokens": 1, "seed": 0}
 FEW = {"prompt": "a", "max_tokens": 4, "num_steps": 4, "seed": 0}
+MOST_WAITING = 850  # of the rows of one client that asks for 8 times 128
 MANY = {"prompt": "a", "max_tokens": 16, "num_steps": 16, "seed": 0, "n": 128, "stream": True}
 
 
@@ -68,6 +70,15 @@ class Cost:
     memory: float = 0.0
     health: float = 0.0
     completion: float = 0.0
+
+
+def joined(tries: Sequence[Cost]) -> Cost:
+    """The most memory that a try took, since later ones find it taken, and the shortest of the longest waits."""
+    return Cost(
+        memory=max(cost.memory for cost in tries),
+        health=min(cost.health for cost in tries),
+        completion=min(cost.completion for cost in tries),
+    )
 
 
 @contextmanager
@@ -132,14 +143,22 @@ def behind_a_full_queue(server: Server) -> tuple[int, float]:
         for _ in range(8):
             connection = stack.enter_context(socket.create_connection((host, int(port))))
             connection.sendall(f"{head}\r\n\r\n".encode() + many)
-        time.sleep(3)
-        waiting = re.search(r"^decausal_rows_waiting.* (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        num_waiting, give_up = 0, time.monotonic() + 60
+        while num_waiting < MOST_WAITING and time.monotonic() < give_up:
+            time.sleep(0.1)
+            waiting = re.search(r"^decausal_rows_waiting.* (\S+)$", client.get("/metrics").text, re.MULTILINE)
+            num_waiting = int(float(waiting.group(1))) if waiting else 0
         waits = []
         for _ in range(3):
             start = time.perf_counter()
             client.post(TEXT, json=FEW).raise_for_status()
             waits.append(time.perf_counter() - start)
-    return int(float(waiting.group(1))) if waiting else 0, max(waits)
+    return num_waiting, max(waits)
+
+
+def is_over(cost: Cost, flags: argparse.Namespace) -> bool:
+    """Whether it is more than may be."""
+    return cost.memory > flags.memory or max(cost.health, cost.completion) > flags.wait
 
 
 def main() -> int:
@@ -147,6 +166,7 @@ def main() -> int:
     add_server_arguments(parser, "bidirectional")
     parser.add_argument("--memory", type=float, default=300, help="MiB that one may cost")
     parser.add_argument("--wait", type=float, default=2, help="seconds that others may wait")
+    parser.add_argument("--tries", type=int, default=3, help="how often what was over a limit is sent (3)")
     parser.add_argument("--turn", type=float, default=10, help="seconds that a small request may wait for its turn")
     flags = parser.parse_args()
     outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv]), "costs": {}}
@@ -161,13 +181,16 @@ def main() -> int:
                 for name, (path, body) in BODIES.items()
             }
             for name, send in {**sent, "a head without end": lambda: send_head(server)}.items():
-                with watched(server) as cost:
-                    status = send()
+                tries: list[Cost] = []
+                while not tries or (len(tries) < flags.tries and is_over(joined(tries), flags)):
+                    with watched(server) as cost:
+                        status = send()
+                    tries.append(cost)
+                cost = joined(tries)
                 waits = f"/health {cost.health:.2f} s, one token {cost.completion:.2f} s"
                 console.print(f"{name:>26}  {status}  +{cost.memory:.0f} MiB, {waits}")
                 outcome["costs"][name] = {"status": status, **vars(cost)}
-                is_fine = cost.memory <= flags.memory and max(cost.health, cost.completion) <= flags.wait
-                if not (is_fine and 400 <= status < 500):
+                if is_over(cost, flags) or not 400 <= status < 500:
                     faults.append(name)
             num_waiting, seconds = behind_a_full_queue(server)
             console.print(f"behind {num_waiting} rows of another client: 4 tokens {seconds:.2f} s")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import torch
 
 from decausal.models.adapt import adapt
@@ -37,6 +38,10 @@ def converted(family: str = "qwen3", chat: bool = True, **facts: Any) -> Convert
     return Converted(model, tokenizer, conversion_facts(mask_token_id, **{"shift": 1, **facts}))
 
 
+PATIENCE = 300.0
+"""After so many seconds a test takes something for hanging. It says nothing about speed: a machine may be busy."""
+
+
 class Running:
     """A server in a thread.
 
@@ -55,14 +60,18 @@ class Running:
         """Rows that run or wait."""
         return sum(model.worker.num_rows for model in self.models)
 
-    def wait_for_rows(self, number: int, seconds: float = 10) -> None:
+    def client(self, **options: Any) -> httpx.Client:
+        """A client of it."""
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, **options)
+
+    def wait_for_rows(self, number: int, seconds: float = PATIENCE) -> None:
         """Returns once so many rows run or wait; fails where that takes longer."""
         deadline = time.monotonic() + seconds
         while self.num_rows != number:
             assert time.monotonic() < deadline, f"{self.num_rows} rows, not {number}"
             time.sleep(0.01)
 
-    def wait_until_idle(self, seconds: float = 10) -> None:
+    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
         """Returns once no row is left; fails where that takes longer."""
         self.wait_for_rows(0, seconds)
 
@@ -93,6 +102,6 @@ def running(
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", found, metrics, stop)
     finally:
         stop()
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE)
         listener.close()
         assert not thread.is_alive()

@@ -32,7 +32,7 @@ def server(model: Converted) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as found:
+    with server.client() as found:
         yield found
         answer = found.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "seed": 0})
         assert answer.status_code == 200, "the server did not survive"
@@ -298,7 +298,7 @@ def test_bytes_that_are_no_http_do_not_end_the_server(server: Running) -> None:
 
 
 def test_the_key_is_asked_for_and_compared(model: Converted) -> None:
-    with running([model], api_key="secret") as server, httpx.Client(base_url=server.url) as client:
+    with running([model], api_key="secret") as server, server.client() as client:
         body = {"prompt": "a", "max_tokens": 1}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "é"}):
             encoded = {name: value.encode("utf-8") for name, value in headers.items()}

@@ -23,7 +23,7 @@ from decausal.serving.server import models_of
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.gated_models import FACTS as GATED
-from tests.serving.running import Running, converted, running
+from tests.serving.running import PATIENCE, Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
 
@@ -73,7 +73,7 @@ def test_events_log_probabilities_and_stop_are_there_too(
     plain = generate(model, PROMPTS[2], max_new_tokens=16, **decoding)
     stop = plain.text[4:6]
     body = {"prompt": PROMPTS[2], "max_tokens": 16, "seed": 0, **decoding}
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with server.client() as client:
         found = client.post("/v1/completions", json={**body, "logprobs": 2, "stop": stop}).json()["choices"][0]
         assert found["text"] == plain.text.partition(stop)[0]
         assert found["finish_reason"] == "stop"
@@ -98,7 +98,7 @@ def test_what_block_models_cannot_do_is_an_error_even_of_a_stream(
 ) -> None:
     for stream in (False, True):
         body = {"prompt": "import", "max_tokens": 4, "stream": stream, **wrong}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
         assert answer.status_code == 400
         assert says in answer.json()["error"]["message"]
     server.wait_until_idle()
@@ -115,10 +115,12 @@ def test_a_model_that_only_drafts_is_asked_for_nothing_else(wrong: dict[str, Any
     model = converted(**GATED)
     with running([model]) as server:
         body = {"prompt": "x = [1, 2", "max_tokens": 9}
-        found = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+        found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()["choices"][0]["text"]
         assert found == generate(model, body["prompt"], max_new_tokens=9).text
         for stream in (False, True):
-            refused = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream, **wrong})
+            refused = httpx.post(
+                f"{server.url}/v1/completions", json={**body, "stream": stream, **wrong}, timeout=PATIENCE
+            )
             assert refused.status_code == 400
             assert says in refused.json()["error"]["message"]
     engine = engine_for(model, max_rows=1, max_length=32)
@@ -140,9 +142,9 @@ def test_the_source_is_served_beside_the_model_and_writes_what_it_always_wrote(t
     wanted = source.generate(**ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     with running([models[0].converted, models[1].converted], is_source=(False, True)) as server:
         body = {"model": "tiny-2", "prompt": "x = [1, 2", "max_tokens": 9}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()
         assert answer["choices"][0]["text"] == tokenizer.decode(wanted[0, ids["input_ids"].shape[1] :])
         assert answer["decausal"]["num_forwards"] == 9
-        refused = httpx.post(f"{server.url}/v1/completions", json=body | {"speculative": True})
+        refused = httpx.post(f"{server.url}/v1/completions", json=body | {"speculative": True}, timeout=PATIENCE)
         assert refused.status_code == 400
         assert "'causal' has learnt none" in refused.json()["error"]["message"]

@@ -24,9 +24,10 @@ from decausal.serving.parsing import parse
 from decausal.serving.plans import completion_plan
 from decausal.serving.reading import Work
 from decausal.serving.schema import CompletionBody
+from decausal.serving.server import KEEP_ALIVE_SECONDS
 from decausal.serving.settings import LARGE
 from tests.families import MAX_LENGTH
-from tests.serving.running import Running, converted, running
+from tests.serving.running import PATIENCE, Running, converted, running
 
 TEXT = "/v1/completions"
 SHORT = {"prompt": "a", "max_tokens": 2, "seed": 0}
@@ -46,7 +47,7 @@ def server(model: Converted) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as found:
+    with server.client() as found:
         yield found
 
 
@@ -152,10 +153,10 @@ def test_a_client_that_leaves_while_its_prompts_are_read_frees_its_places_at_onc
 ) -> None:
     goes_on = threading.Event()
     raw = json.dumps({**SHORT, "prompt": ["a"] * 20}).encode()
-    with prompts_read(monkeypatch, lambda: goes_on.wait(30)) as read:
+    with prompts_read(monkeypatch, lambda: goes_on.wait(PATIENCE)) as read:
         with connection(server) as client:
             client.sendall(head(len(raw)) + raw)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             while not read and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert server.num_rows == 20
@@ -200,7 +201,7 @@ def test_small_bodies_do_not_wait_for_large_ones_of_which_few_are_in_memory(
     try:
         for each in clients:
             threading.Thread(target=each.sendall, args=(head(len(large)) + large,), daemon=True).start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while len(whole_bodies) < reading.MAX_LARGE_BODIES and time.monotonic() < deadline:
             time.sleep(0.01)
         assert client.post(TEXT, json=SHORT).status_code == 200
@@ -216,7 +217,7 @@ def test_small_bodies_do_not_wait_for_large_ones_of_which_few_are_in_memory(
 def _slow_where_large(goes_on: threading.Event) -> Callable[..., Any]:
     def slow(raw: bytes, kind: type) -> Any:
         if len(raw) > LARGE:
-            goes_on.wait(30)
+            goes_on.wait(PATIENCE)
         return parse(raw, kind)
 
     return slow
@@ -224,7 +225,7 @@ def _slow_where_large(goes_on: threading.Event) -> Callable[..., Any]:
 
 def connection(server: Running) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
 def head(length: int, *more: str) -> bytes:
@@ -272,7 +273,7 @@ def test_who_keeps_the_server_waiting_is_left_however_often_more_comes(hasty: Ru
         client.sendall(SENT[sent])
         told = b""
         client.settimeout(0.1)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + KEEP_ALIVE_SECONDS / 2  # after which uvicorn closes what is idle
         while time.monotonic() < deadline:
             try:
                 piece = client.recv(2**16)

@@ -25,6 +25,7 @@ from decausal.sampling.model import load
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer
 from tests.runs import environment
 from tests.sampling.stand_ins import conversion_facts
+from tests.serving.running import PATIENCE
 
 ON_A_TERMINAL = """
 import os, signal, sys
@@ -49,7 +50,7 @@ class Terminal:
         self.program = subprocess.Popen(command, env=variables, start_new_session=True)
         self._theirs, self._seen = theirs, ""
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = PATIENCE) -> str:
         """Returns what is shown up to and with `text`, from where the last call ended."""
         deadline = time.monotonic() + seconds
         while text not in self._seen:
@@ -125,7 +126,7 @@ def test_a_conversation_on_a_terminal(terminal: Terminal, directory: Path) -> No
     assert terminal.say("/history").startswith("user: hi\nassistant:")
     assert "[/quit or Ctrl-D leaves]" in terminal.interrupt()
     terminal.type(END)
-    assert terminal.program.wait(timeout=60) == 0
+    assert terminal.program.wait(timeout=PATIENCE) == 0
 
 
 def shown(model: Converted, **options: float) -> str:

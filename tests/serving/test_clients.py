@@ -23,7 +23,7 @@ from decausal.sampling.generate import generate
 from decausal.serving import responses
 from decausal.serving.rendering import conversation_text
 from decausal.serving.schema import ChatBody
-from tests.serving.running import Running, converted, running
+from tests.serving.running import PATIENCE, Running, converted, running
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -42,7 +42,7 @@ def server(model: Converted) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as found:
+    with server.client() as found:
         yield found
 
 
@@ -64,7 +64,7 @@ def test_a_stop_token_ends_the_text_before_it(model: Converted, is_text: bool) -
         stop = {"stop": name}
     served = Converted(model.model, tokenizer, model.facts)
     body = {"prompt": "x = [1", "max_tokens": 16, "temperature": 2.0, "seed": 3, "logprobs": 0, **stop}
-    with running([served]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([served]) as server, server.client() as client:
         (choice,) = answered(client, TEXT, **body)["choices"]
         pieces = client.post(TEXT, json={**body, "stream": True}).text
         refused = client.post(TEXT, json={"prompt": "a", "stop_token_ids": [10**9]})
@@ -198,7 +198,7 @@ def test_head_is_answered_as_get_without_a_body(client: httpx.Client, path: str)
 
 @pytest.mark.parametrize("key", ["plain", "schlüssel", "ключ"])
 def test_the_key_may_be_of_any_script_and_its_scheme_of_any_case(model: Converted, key: str) -> None:
-    with running([model], api_key=key) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model], api_key=key) as server, server.client() as client:
 
         def status(value: bytes) -> int:
             return client.get("/v1/models", headers=[(b"Authorization", value)]).status_code
@@ -239,11 +239,11 @@ def test_errors_do_not_echo_what_is_long(client: httpx.Client, path: str, body: 
 
 
 def test_answers_may_end_while_the_server_drains_and_what_is_left_ends_with_an_error_event(model: Converted) -> None:
-    slow = {"prompt": "x", "max_tokens": 60, "num_steps": 60, "n": 8, "stream": True, "decausal": {"events": True}}
-    with running([model], drain=0.2, max_rows=1) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    slow = {"prompt": "x", "max_tokens": 60, "num_steps": 60, "n": 16, "stream": True, "decausal": {"events": True}}
+    with running([model], drain=1.0, max_rows=1) as server, server.client() as client:
         engine = server.models[0].worker._engine
         step = engine.step
-        engine.step = lambda: time.sleep(0.05) or step()
+        engine.step = lambda: time.sleep(0.02) or step()
         with client.stream("POST", TEXT, json=slow) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -260,7 +260,7 @@ def test_answers_may_end_while_the_server_drains_and_what_is_left_ends_with_an_e
 
 def test_a_stream_that_fails_ends_with_an_error_event(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "chunk", lambda *arguments: 1 / 0)
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
         answer = client.post(TEXT, json={"prompt": "x", "max_tokens": 4, "stream": True})
         server.wait_until_idle()
     error, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
@@ -277,7 +277,7 @@ def test_a_client_that_leaves_inside_of_its_body_is_no_traceback(
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + b'{"prompt": "a')
             time.sleep(0.1)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while "the client has left" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.01)

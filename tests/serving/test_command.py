@@ -19,7 +19,7 @@ import pytest
 from decausal.cli import main
 from decausal.models.checkpoint import save_converted
 from tests.runs import environment
-from tests.serving.running import converted, running
+from tests.serving.running import PATIENCE, converted, running
 
 SCRIPT = "import sys; from decausal.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -43,10 +43,10 @@ def test_the_command_tells_its_address_answers_and_ends_when_told(directory: Pat
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
             found = client.completions.create(model="tiny-diffusion", prompt="import", max_tokens=4)
         assert found.usage.completion_tokens == 4
-        assert httpx.get(f"{url}/models").status_code == 401
+        assert httpx.get(f"{url}/models", timeout=PATIENCE).status_code == 401
     finally:
         server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=60)
+        _, errors = server.communicate(timeout=PATIENCE)
     assert server.returncode in (0, 130)
     assert "Traceback" not in errors
     assert "warning" not in errors
@@ -65,7 +65,7 @@ def test_whoever_opens_the_server_to_others_without_a_key_is_warned(directory: P
         assert {host: httpx.get(url, headers={"Host": host}).status_code for host in hosts} == hosts
     finally:
         server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=60)
+        _, errors = server.communicate(timeout=PATIENCE)
     assert errors.splitlines()[0] == (
         "warning: whoever reaches 0.0.0.0 can use this server: set a key in DECAUSAL_API_KEY"
     )
@@ -107,7 +107,7 @@ class Resources(HTMLParser):
 
 
 def test_the_page_and_all_that_it_loads_come_from_the_server_itself() -> None:
-    with running([converted()]) as server, httpx.Client(base_url=server.url) as client:
+    with running([converted()]) as server, server.client() as client:
         page = client.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'self'" in page.headers["content-security-policy"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from decausal.serving.hosts import Hosts, is_public
@@ -98,7 +97,7 @@ def server() -> Iterator[Running]:
 def test_a_page_under_another_name_reads_nothing(server: Running) -> None:
     key = {"Authorization": "Bearer secret"}
     body = {"prompt": "a", "max_tokens": 1}
-    with httpx.Client(base_url=server.url, headers=key) as client:
+    with server.client(headers=key) as client:
         for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
             for path in ("/", "/metrics", "/v1/models", "/none", "/openapi.json"):
                 answer = client.get(path, headers=headers)

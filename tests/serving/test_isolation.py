@@ -16,7 +16,7 @@ from torch import Tensor
 from decausal.models.checkpoint import Converted
 from decausal.sampling.settings import ALIASES
 from tests.gated_models import FACTS as GATED
-from tests.serving.running import converted, running
+from tests.serving.running import PATIENCE, converted, running
 
 TEXT = "/v1/completions"
 COUNTS = ("num_steps", "top_k", "window", "cache_refresh", "draft_length")
@@ -65,7 +65,7 @@ def held(model: Converted) -> Iterator[threading.Event]:
     goes_on = threading.Event()
 
     def wait(*call: Any) -> None:
-        goes_on.wait(60)
+        goes_on.wait(PATIENCE)
 
     hook = model.model.base_model.register_forward_pre_hook(wait)
     try:
@@ -105,7 +105,7 @@ def long_requests(layout: str = "bidirectional") -> list[dict[str, Any]]:
 @pytest.mark.parametrize("layout", ["bidirectional", "gated"])
 def test_each_poison_value_is_refused_by_name_while_ten_rows_run_and_become_what_they_become_alone(layout: str) -> None:
     model = converted(**LAYOUTS[layout])
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+    with running([model]) as server, server.client() as client:
         ask = lambda body: client.post(TEXT, json=body).json()["choices"][0]["text"]  # noqa: E731
         alone = [ask(body) for body in long_requests(layout)]
         with held(model) as goes_on, ThreadPoolExecutor(NUM_ROWS) as pool:
@@ -137,7 +137,7 @@ def asked(client: httpx.Client, body: dict[str, Any]) -> str:
 def test_a_step_that_fails_ends_the_row_that_made_it_fail_and_no_other(layout: str) -> None:
     model = converted(**LAYOUTS[layout])
     bodies = long_requests(layout)
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
         alone = [asked(client, body) for body in bodies]
         character = next(each for each in "~@^|" if each not in "".join(alone))
         poison = model.tokenizer.convert_tokens_to_ids(character)
@@ -163,7 +163,7 @@ def test_a_step_that_fails_ends_the_row_that_made_it_fail_and_no_other(layout: s
 def test_a_step_that_fails_once_harms_nobody(layout: str) -> None:
     model = converted(**LAYOUTS[layout])
     bodies = long_requests(layout)
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
         alone = [asked(client, body) for body in bodies]
         passes: list[int] = []
 
@@ -181,7 +181,7 @@ def test_a_step_that_fails_once_harms_nobody(layout: str) -> None:
 
 
 def test_rows_that_fail_together_alone_are_written_in_smaller_batches(model: Converted) -> None:
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
         alone = [asked(client, body) for body in long_requests()]
         with failing(model, lambda ids: len(ids) > 3) as failures, ThreadPoolExecutor(NUM_ROWS) as pool:
             assert list(pool.map(lambda body: asked(client, body), long_requests())) == alone
@@ -190,7 +190,7 @@ def test_rows_that_fail_together_alone_are_written_in_smaller_batches(model: Con
 
 
 def test_an_engine_that_cannot_be_made_anew_ends_its_answers_and_is_told_by_health(model: Converted) -> None:
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
 
         def broken() -> Any:
             raise RuntimeError("no device")

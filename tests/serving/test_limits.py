@@ -29,7 +29,7 @@ def model() -> Converted:
 
 
 def test_a_full_queue_is_told_at_once_with_the_time_to_wait(model: Converted) -> None:
-    with running([model], max_rows=1, max_queue=2) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model], max_rows=1, max_queue=2) as server, server.client() as client:
         with client.stream("POST", "/v1/completions", json={**SLOW, "n": 3, "stream": True}):
             answer = client.post("/v1/completions", json=SLOW)
             assert answer.status_code == 429
@@ -66,9 +66,9 @@ def before_every_pass(model: Converted, action: Callable[[], None]) -> Iterator[
 
 def test_an_answer_that_takes_too_long_is_given_up(model: Converted) -> None:
     with (
-        before_every_pass(model, lambda: time.sleep(0.05)),
-        running([model], timeout=0.5) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
+        before_every_pass(model, lambda: time.sleep(0.2)),
+        running([model], timeout=2.0) as server,
+        server.client() as client,
     ):
         answer = client.post("/v1/completions", json=SLOW)
         assert answer.status_code == 504
@@ -90,7 +90,7 @@ def test_a_row_that_fails_alone_ends_its_answer_and_the_server_goes_on(model: Co
     def fail() -> None:
         raise RuntimeError("out of memory")
 
-    with running([model]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running([model]) as server, server.client() as client:
         with before_every_pass(model, fail):
             answer = client.post("/v1/completions", json=SLOW)
         assert answer.status_code == 500
@@ -103,7 +103,7 @@ def test_a_row_that_fails_alone_ends_its_answer_and_the_server_goes_on(model: Co
 
 
 def test_rows_are_no_longer_than_the_server_says(model: Converted) -> None:
-    with running([model], max_total_tokens=12) as server, httpx.Client(base_url=server.url) as client:
+    with running([model], max_total_tokens=12) as server, server.client() as client:
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 12
         answer = client.post("/v1/completions", json={"prompt": "import", "max_tokens": 30})
         assert "at most 12" in answer.json()["error"]["message"]
@@ -118,7 +118,7 @@ def test_an_idle_connection_is_closed_by_the_client_and_not_under_its_next_reque
 
 
 def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running([model]) as server, httpx.Client(base_url=server.url) as client:
+    with running([model]) as server, server.client() as client:
         monkeypatch.setattr(Worker, "is_alive", property(lambda self: False))
         assert client.get("/health").status_code == 503
         assert client.post("/v1/completions", json=SLOW).status_code == 503

@@ -19,7 +19,7 @@ from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.texts import text_after
-from tests.serving.running import Running, converted, running
+from tests.serving.running import PATIENCE, Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
 SETTINGS: list[dict[str, Any]] = [
@@ -44,7 +44,7 @@ def server(model: Converted) -> Iterator[Running]:
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as found:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as found:
         yield found
 
 
@@ -302,7 +302,7 @@ def test_a_client_that_leaves_frees_its_rows(server: Running, client: openai.Ope
 
     asyncio.run(leave_early())
     server.wait_until_idle()
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text
     assert 'decausal_cancelled_requests_total{endpoint="/v1/completions"} 4.0' in text
 
 
@@ -317,7 +317,7 @@ def test_models_are_listed_and_chosen_by_name(server: Running, client: openai.Op
 
 def test_metrics_count_tokens_and_rows(server: Running, client: openai.OpenAI) -> None:
     def value(name: str) -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     before = {name: value(name) for name in ("decausal_generated_tokens_total", "decausal_prompt_tokens_total")}

@@ -43,7 +43,7 @@ def slow(model: Converted) -> Iterator[None]:
 @contextmanager
 def client_at(server: Running, address: str) -> Iterator[httpx.Client]:
     transport = httpx.HTTPTransport(local_address=address)
-    with httpx.Client(base_url=server.url, timeout=60, transport=transport) as client:
+    with server.client(transport=transport) as client:
         yield client
 
 
