@@ -13,7 +13,7 @@ from importlib import import_module
 from keyword import iskeyword
 from pathlib import Path
 
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError, one_of
 
 _warning_for_developers = warnings.formatwarning
 DESCRIPTION = """\
@@ -131,7 +131,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}")
+        raise UserError(f"unknown verb '{verb}'{one_of(verb, VERBS, 'verbs')}")
     name = f"{verb}_" if iskeyword(verb) else verb
     return import_module(f"decausal.verbs.{name}").run(rest)
 

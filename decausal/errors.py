@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -22,6 +22,12 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def one_of(word: str, accepted: Sequence[str], called: str) -> str:
+    """Returns how a message about an unknown word goes on: "; did you mean 'x'? Arms: x, y", or "; arms: x, y"."""
+    hint, listed = nearest(word, accepted), ", ".join(accepted)
+    return f"{hint} {called.capitalize()}: {listed}" if hint else f"; {called}: {listed}"
 
 
 def first_line(error: Exception) -> str:

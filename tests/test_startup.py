@@ -144,7 +144,7 @@ REFUSED = [
     (["compare", "tiny", "--recipes", "mdm", "--eval", "nll", "--eval_data", "nowhere.txt"], DATA),
     (["compare", "tiny", "--recipes", "mdm", "--eval_data", "text.txt"], "--eval tasks measures exact answers"),
     (["compare", "tiny", "--recipes", "mdm,bd3lm"], "they decode in different ways"),
-    (["compare", "tiny", "--recipes", "mdm", "--reference", "bd3lm"], "there is no such arm"),
+    (["compare", "tiny", "--recipes", "mdm", "--reference", "bd3lm"], "there is no such arm; arms: mdm"),
     (["compare", "tiny", "--recipes", "mdm", "--output_dir", "full"], "no run of decausal made it"),
     (["export", "nowhere", "--format", "hf", "--output_dir", "new"], MODEL),
     *(

@@ -13,7 +13,7 @@ from decausal.compare.settings import CompareSettings
 from decausal.data.sources import refuse_missing, task_source
 from decausal.data.tasks import Example
 from decausal.data.template_file import read_template
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError, one_of
 from decausal.models.names import check_source
 from decausal.training.run_directory import RUN_FILE, refuse_taken
 
@@ -50,8 +50,9 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
     """
     names = [arm.name for arm in arms]
     if settings.reference is not None and settings.reference not in names:
-        hint = nearest(settings.reference, names)
-        raise UserError(f"--reference {settings.reference}: there is no such arm{hint} Arms: {', '.join(names)}")
+        raise UserError(
+            f"--reference {settings.reference}: there is no such arm{one_of(settings.reference, names, 'arms')}"
+        )
     runs = [arm_run(settings, arm, seed, is_bf16=is_bf16) for seed in settings.seeds for arm in arms]
     refuse_unlike_templates(runs)
     if not settings.any_facts:

@@ -81,7 +81,7 @@ class Form:
         if missing:
             raise UserError(f"{origin}: no field '{missing[0]}', which earlier records have; found {listed(row)}")
         record = self.content(self, row, origin)
-        _refuse_broken_texts(record, origin)
+        refuse_broken_texts(record, origin)
         is_cut = self.needs_answers and row.get(FINISH_REASON) == "length"
         return {"origin": origin, **record, **({"is_end": False} if is_cut else {})}
 
@@ -136,16 +136,17 @@ def _text(form: Form, row: dict[str, Any], origin: str) -> Record:
 def _pair(form: Form, row: dict[str, Any], origin: str) -> Record:
     """Returns a prompt and its completion: two texts, or two lists of messages. The second one is learned."""
     prompt, completion = form.fields
-    if not isinstance(row[prompt], list):
+    if not isinstance(row[prompt], list) and not isinstance(row.get(completion), list):
         return {"prompt": _plain_prompt(row, prompt, origin), "completion": _answer(form, row, completion, origin)}
-    given: list[Message] = [message | {"weight": 0} for message in read_messages(row[prompt], origin, prompt)]
-    if not form.needs_answers and not row.get(completion):
-        return _record_of(form, given, row, origin)
-    if not isinstance(row[completion], list):
+    is_prompt_alone = not form.needs_answers and not row.get(completion)
+    if not isinstance(row[prompt], list) or not (is_prompt_alone or isinstance(row[completion], list)):
         raise UserError(
-            f"{origin}: field '{prompt}' holds a list and '{completion}' {kind(row[completion])}; give two lists of "
-            "messages, or two strings"
+            f"{origin}: field '{prompt}' holds {kind(row[prompt])} and '{completion}' {kind(row[completion])}; give "
+            "two lists of messages, or two strings"
         )
+    given: list[Message] = [message | {"weight": 0} for message in read_messages(row[prompt], origin, prompt)]
+    if is_prompt_alone:
+        return _record_of(form, given, row, origin)
     return _record_of(form, [*given, *read_messages(row[completion], origin, completion)], row, origin)
 
 
@@ -215,15 +216,16 @@ def _with_system(messages: list[Message], system: str, origin: str) -> list[Mess
     return messages
 
 
-def _refuse_broken_texts(value: Any, origin: str) -> None:
+def refuse_broken_texts(value: Any, origin: str) -> None:
+    """Raises UserError if a text anywhere in a value is not valid Unicode."""
     if isinstance(value, str):
         refuse_broken_text(value, origin)
     elif isinstance(value, dict):
         for part in value.items():
-            _refuse_broken_texts(part, origin)
+            refuse_broken_texts(part, origin)
     elif isinstance(value, list | tuple):
         for part in value:
-            _refuse_broken_texts(part, origin)
+            refuse_broken_texts(part, origin)
 
 
 CONVERSATION = Form(None, ("messages",), _conversation, beside=BESIDE_MESSAGES)

@@ -11,7 +11,13 @@ from decausal.errors import UserError
 Message = dict[str, Any]
 
 # Roles by the names that ShareGPT and its copies use.
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+SPEAKERS = {
+    "human": "user",
+    "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    "observation": "tool",
+}
+CALLER = "function_call"  # LLaMA-Factory's speaker of a tool call, written as JSON
 # Fields that say whether a message is trained on: OpenAI and Mistral call it "weight", ms-swift "loss".
 WEIGHTS = ("weight", "train", "training", "trainable", "loss")
 NO_ANSWER = "no message has role 'assistant', so there is no answer to learn"
@@ -135,6 +141,9 @@ def _message(given: Any, where: str) -> Message:
     if "from" in found and "role" not in found:
         speaker, content = found.pop("from"), found.pop("value", None)
         found = {"role": SPEAKERS.get(speaker, speaker), "content": content, **found}
+        if speaker == CALLER:
+            call = _parsed(content)
+            found |= {"role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
     if not isinstance(found.get("role"), str):
         raise UserError(f"{where} has no string 'role'; found {', '.join(map(repr, found)) or 'nothing'}")
     calls = _tool_calls(found.pop("tool_calls", None), where)

@@ -226,8 +226,8 @@ def _given_together(
     for record in records:
         try:
             if "messages" in record:
-                record = record | {"messages": _before_answer(record["messages"])}
-                texts.append((record, _conversation_prompt(record, tokenizer, tell), []))
+                record = record | {"messages": before_answer(record["messages"])}
+                texts.append((record, conversation_prompt(record, tokenizer, tell), []))
             else:
                 texts.append((record, record["prompt"], prefix))
         except UserError as error:
@@ -249,11 +249,17 @@ def _bad(error: UserError, on_bad: OnBad | None) -> None:
     on_bad(error)
 
 
-def _before_answer(messages: list[Message]) -> list[Message]:
+def before_answer(messages: list[Message]) -> list[Message]:
+    """Returns a conversation without its last answer."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> str:
+def conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, tell: Tell = say) -> str:
+    """Returns the text that stands before an answer to a conversation; "" without messages.
+
+    Raises:
+        UserError: There is no chat template, or it refuses the conversation.
+    """
     refuse_without_template(tokenizer, record["origin"])
     messages, tools = record["messages"], record.get("tools", ())
     if not messages:  # an answer without a question has no prompt

@@ -33,7 +33,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 
-FORMAT_VERSION = 7  # raise this number whenever the same data would give other rows
+FORMAT_VERSION = 8  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CHUNK_ROWS = 256

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from decausal.errors import UserError, first_line
 from decausal.exchange.tensor_files import TensorFiles
 from decausal.models.adapt import LOADING_ERRORS
-from decausal.models.base_files import refuse_secrets
+from decausal.models.base_files import refuse_links_out, refuse_secrets
 from decausal.models.checkpoint import load_converted, save_converted, saved_dtype
 from decausal.models.directories import adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
@@ -78,25 +78,6 @@ def open_converted(directory: Path) -> ConvertedFiles:
             f"the vocabulary has {config.vocab_size} rows"
         )
     return ConvertedFiles(directory, facts, config, tokenizer, TensorFiles(directory))
-
-
-def refuse_links_out(directory: Path) -> None:
-    """Raises UserError for a link to a file elsewhere, which would be exported under the link's name.
-
-    Weights may be links, since other files are refused when they are opened. The hub's cache consists of links to the
-    blobs beside it.
-    """
-    inside = [directory.resolve()]
-    if directory.resolve().parent.name == "snapshots":
-        inside.append(directory.resolve().parent.parent / "blobs")
-    for path in directory.rglob("*"):
-        if not path.is_symlink() or path.suffix == ".safetensors":
-            continue
-        if not any(path.resolve().is_relative_to(root) for root in inside):
-            raise UserError(
-                f"{path} is a link to a file outside {directory}, which is not exported: replace it by a copy, or "
-                "remove it"
-            )
 
 
 def eos_token_ids(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from decausal.errors import UserError
 from decausal.exchange.card import CARD, ModelCard
-from decausal.exchange.converted_files import facts_to_hand_on, refuse_links_out
+from decausal.exchange.converted_files import facts_to_hand_on
 from decausal.exchange.staging import Exported, staged
-from decausal.models.base_files import copy_base, refuse_other_base, refuse_secrets
+from decausal.models.base_files import copy_base, refuse_links_out, refuse_other_base, refuse_secrets
 from decausal.models.facts import DRAFT, ConversionFacts, write_facts
 from decausal.models.gated_checkpoint import base_of
 

@@ -6,7 +6,7 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -43,9 +43,32 @@ def _single(weights: list[Path]) -> set[str]:
 
 
 def copy_base(directory: Path, target: Path) -> None:
-    """Copies a source model's files into `target`, byte for byte. Links become the files they point to."""
+    """Copies a source model's files into `target`, byte for byte. Links, see `refuse_links_out`, become files."""
     for path in base_files(directory):
         shutil.copyfile(path, target / path.name)
+
+
+def refuse_links_out(directory: Path, files: Iterable[Path] | None = None) -> None:
+    """Raises UserError for a link to a file elsewhere, which would be handed on under the link's name.
+
+    Weights may be links, since other files are refused when they are opened. The hub's cache consists of links to the
+    blobs beside it.
+
+    Args:
+        directory: A model's.
+        files: Those that are handed on; None: all.
+    """
+    inside = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        inside.append(directory.resolve().parent.parent / "blobs")
+    for path in directory.rglob("*") if files is None else files:
+        if not path.is_symlink() or path.suffix == ".safetensors":
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in inside):
+            raise UserError(
+                f"{path} is a link to a file outside {directory}, which is not handed on: replace it by a copy, or "
+                "remove it"
+            )
 
 
 def refuse_secrets(directory: Path) -> None:

@@ -14,7 +14,7 @@ from decausal.models.checkpoint import Converted
 from decausal.sampling.batch_files import Lines, count_lines, encoded, job_facts
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
-from decausal.sampling.job_files import OnProgress, check_job_files, continued
+from decausal.sampling.job_files import OnProgress, check_job_files, continued, holds_messages
 from decausal.sampling.jobs import BATCH_SIZE, Drafts, Ended, Job
 from decausal.sampling.ordered import in_order
 from decausal.sampling.settings import MOST_ROWS
@@ -151,9 +151,11 @@ def run_file(
 ) -> BatchResult:
     """Answers every line of a jsonl file with a line in another file, in the same order.
 
-    A line is {"prompt": text}, optionally with an "id" and sampler settings. The answer is {"id", "text",
-    "finish_reason", "num_tokens", "num_forwards"}, with "drafts" under self-speculation. Without an id, it has the
-    number of the line, from 0. Line i draws from `seed` + i, as in `generate`, unless it has its own seed.
+    A line is {"prompt": text}, or {"messages": [...]} that go through the chat template, with "tools" and
+    "chat_template_kwargs" where wanted; a last answer in them is not read. It may have an "id" and sampler settings.
+    The answer is {"id", "text", "finish_reason", "num_tokens", "num_forwards"}, with "drafts" under self-speculation.
+    Without an id, it has the number of the line, from 0. Line i draws from `seed` + i, as in `generate`, unless it has
+    its own seed.
 
     The same call continues a job that was killed: whole lines stay, and a torn last line is written again. A file
     OUT.settings.json beside the answers holds the settings. A run with other settings is refused.
@@ -190,7 +192,8 @@ def run_file(
     )
     num_errors = num_tokens = 0
     drafts: Drafts | None = None
-    with continued(target, job_facts(converted, defaults, chat)) as file:
+    facts = job_facts(converted, defaults, chat, has_template=chat or holds_messages(source))
+    with continued(target, facts) as file:
         num_resumed = file.num_lines
         if num_resumed > num_lines:
             raise UserError(f"{target} has {num_resumed} lines and {source} only {num_lines}: not answers to it")
@@ -202,7 +205,7 @@ def run_file(
                 if isinstance(answer, UserError) and on_error == "stop":
                     raise UserError(
                         f"{source} line {number}: {answer}; the {file.num_lines} answers before it are written: fix "
-                        "it and run again, or give on_error 'record'"
+                        "it and run again, or give --on_error record"
                     )
                 file.write(encoded(label, answer))
                 num_errors += isinstance(answer, UserError)

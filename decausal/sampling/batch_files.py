@@ -10,10 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from decausal.data.forms import Record, refuse_broken_texts
+from decausal.data.messages import read_messages, read_template_kwargs, read_tools
+from decausal.data.prompts import before_answer
 from decausal.errors import UserError, nearest, refuse_broken_text
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generation import Generation, Wanted
 from decausal.sampling.settings import ALIASES, SamplerSettings
+
+CONVERSATION = ("messages", "tools", "chat_template_kwargs")
 
 
 class Lines:
@@ -39,8 +44,10 @@ class Lines:
                 yield error
 
     def _wanted(self, fields: dict[str, Any], index: int) -> Wanted:
-        options = {name: value for name, value in fields.items() if name not in ("prompt", "id")}
+        options = {name: value for name, value in fields.items() if name not in ("prompt", "id", *CONVERSATION)}
         settings = self._defaults.updated(**{"seed": self._defaults.seed + index, **options})
+        if "messages" in fields:
+            return Wanted("", settings, conversation=_conversation(fields))
         return Wanted(fields["prompt"], settings, self._chat)
 
 
@@ -63,13 +70,35 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise UserError("this JSON cannot be read: it is nested too deeply") from None
     if not isinstance(fields, dict):
         raise UserError('a line must be an object, such as {"prompt": "def add(a, b):"}')
-    if not isinstance(fields.get("prompt"), str):
-        raise UserError(f"'prompt' must be a text, not {fields['prompt']!r}" if "prompt" in fields else "no 'prompt'")
-    refuse_broken_text(fields["prompt"], "'prompt'")
-    accepted = {"prompt", "id", *SamplerSettings.__dataclass_fields__, *ALIASES}
+    if ("prompt" in fields) == ("messages" in fields):
+        raise UserError("both 'prompt' and 'messages'; give one" if "prompt" in fields else "no 'prompt' or 'messages'")
+    accepted = {*SamplerSettings.__dataclass_fields__, *ALIASES, "id"}
+    accepted |= {"prompt"} if "prompt" in fields else set(CONVERSATION)
     for name in fields.keys() - accepted:
         raise UserError(f"unknown field '{name}'{nearest(name, accepted)}")
+    if "prompt" in fields:
+        if not isinstance(fields["prompt"], str):
+            raise UserError(f"'prompt' must be a text, not {fields['prompt']!r}")
+        refuse_broken_text(fields["prompt"], "'prompt'")
     return fields
+
+
+def _conversation(fields: dict[str, Any]) -> Record:
+    """Returns the record of a conversation, read as in training data; a last answer is left out."""
+    where = "this conversation"
+    messages = read_messages(fields["messages"], where)
+    if messages:
+        messages = before_answer(messages)
+    if not messages:
+        raise UserError("'messages' hold nothing to answer")
+    record = {
+        "origin": where,
+        "messages": messages,
+        "tools": read_tools(fields.get("tools"), where),
+        "chat_template_kwargs": read_template_kwargs(fields.get("chat_template_kwargs"), where),
+    }
+    refuse_broken_texts(record, where)
+    return record
 
 
 def encoded(label: Any, answer: Generation | UserError) -> bytes:
@@ -98,9 +127,10 @@ def count_lines(path: Path) -> int:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def job_facts(converted: Converted, settings: SamplerSettings, chat: bool) -> dict[str, Any]:
-    """Returns what decides the answers, apart from the prompts."""
-    return json.loads(json.dumps({**model_facts(converted, chat), "settings": asdict(settings), "chat": chat}))
+def job_facts(converted: Converted, settings: SamplerSettings, chat: bool, has_template: bool) -> dict[str, Any]:
+    """Returns what decides the answers, apart from the prompts. `has_template`: some go through the chat template."""
+    facts = {**model_facts(converted, has_template), "settings": asdict(settings), "chat": chat}
+    return json.loads(json.dumps(facts))
 
 
 def model_facts(converted: Converted, chat: bool) -> dict[str, Any]:

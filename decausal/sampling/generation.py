@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from decausal.data.forms import Record
+from decausal.data.prompts import conversation_prompt
 from decausal.models.checkpoint import Converted
 from decausal.sampling.jobs import Drafts, Ended, Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import text_before_stop
-from decausal.sampling.texts import prompt_ids
+from decausal.sampling.texts import prompt_ids, text_ids
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Wanted:
         settings: How it is continued. Its `seed` is the row's.
         chat: Whether it goes through the tokenizer's chat template.
         name: What error messages call it.
+        conversation: In place of the text: a record with "messages", and maybe "tools" and "chat_template_kwargs".
     """
 
     text: str
     settings: SamplerSettings
     chat: bool = False
     name: str = "the prompt"
+    conversation: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,13 @@ def continuing(converted: Converted, wanted: Wanted, ends: tuple[int, ...]) -> J
         ends: Tokens that end the answer, see `stopping.end_token_ids`.
 
     Raises:
-        UserError: As `texts.prompt_ids`.
+        UserError: As `texts.prompt_ids`, or the chat template refuses the conversation.
     """
-    ids, settings = prompt_ids(converted, wanted.text, wanted.chat), wanted.settings
+    settings = wanted.settings
+    if wanted.conversation is None:
+        ids = prompt_ids(converted, wanted.text, wanted.chat)
+    else:
+        ids = text_ids(converted.tokenizer, conversation_prompt(wanted.conversation, converted.tokenizer))
     row = Row((ids, []), (settings.max_new_tokens,), wanted.name)
     return Job(row, settings, settings.seed, ends)
 

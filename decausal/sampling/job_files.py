@@ -34,6 +34,12 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
     return source, check_target(answers)
 
 
+def holds_messages(prompts: str | Path) -> bool:
+    """Returns whether a line of a job's prompts seems to be a conversation."""
+    with Path(prompts).open("rb") as file:
+        return any(b'"messages"' in line for line in file)
+
+
 def check_target(answers: str | Path, *, makes_directory: bool = False) -> Path:
     """Returns the path of what a job writes.
 

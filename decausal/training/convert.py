@@ -19,7 +19,7 @@ from decausal.errors import UserError
 from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
-from decausal.models.base_files import base_hashes, refuse_secrets
+from decausal.models.base_files import base_files, base_hashes, refuse_links_out, refuse_secrets
 from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
@@ -222,7 +222,8 @@ def _base_facts(settings: ConversionSettings, start: Start, base: Path | None) -
     if settings.reference_base and start.commit is None:
         raise UserError(f"--reference_base needs a model of the hub, and {start.name} is none; leave it out")
     if not settings.reference_base:
-        refuse_secrets(base)  # its files are kept as they are
+        refuse_links_out(base, base_files(base))  # its files are kept as they are
+        refuse_secrets(base)
     reference = f"{start.name}@{start.commit}" if settings.reference_base else None
     return {"base": base_hashes(base), "base_reference": reference, "draft_head": settings.draft_head}
 

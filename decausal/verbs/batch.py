@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from decausal.sampling.job_files import check_job_files
+from decausal.sampling.job_files import check_job_files, holds_messages
 from decausal.verbs.flags import (
     VerbParser,
     add_template_flags,
@@ -22,9 +22,9 @@ from decausal.verbs.sampling import (
     told_of_drafts,
 )
 
-DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} in each line, with sampler settings
-of its own where wanted, and write the answers to another one in the same order. A job that was killed is continued by
-the same command."""
+DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} or {"messages": [...]} in each line,
+with sampler settings of its own where wanted, and write the answers to another one in the same order. A job that was
+killed is continued by the same command."""
 
 
 def run(arguments: list[str]) -> int:
@@ -39,10 +39,10 @@ def run(arguments: list[str]) -> int:
     add_sampling_flags(parser)
     add_template_flags(parser)
     flags = parser.parse_args(arguments)
-    template = template_options(flags, flags.chat)
+    check_job_files(flags.prompts, flags.answers)
+    template = template_options(flags, flags.chat or holds_messages(flags.prompts))
     options = sampler_options(flags) | given(flags, "max_new_tokens", "on_error", *ENGINE_FLAGS)
     check_model(flags.directory, options)
-    check_job_files(flags.prompts, flags.answers)
     with slow_imports():
         from decausal.sampling.model import load
 

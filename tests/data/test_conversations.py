@@ -308,6 +308,22 @@ def test_text_parts_tool_calls_and_tools_are_read_in_every_form(tmp_path: Path) 
         assert read(tmp_path, {"messages": CALLING, "tools": tools}) == {"messages": CALLING}
 
 
+def test_speakers_of_sharegpt_call_tools(tmp_path: Path) -> None:
+    turns = [
+        ("human", "a"),
+        ("function_call", '{"name": "w", "arguments": {"b": 1}}'),
+        ("observation", "c"),
+        ("gpt", "d"),
+    ]
+    record = read(tmp_path, {"conversations": [{"from": name, "value": value} for name, value in turns]})
+    assert record["messages"] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "w", "arguments": {"b": 1}}]},
+        {"role": "tool", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+
+
 def test_nulls_of_united_structs_are_dropped_at_every_depth(tmp_path: Path) -> None:
     other = [*CALLING[:1], CALLING[1] | {"tool_calls": [CALL | {"function": {"name": "v", "arguments": {"a": [1]}}}]}]
     tools = [{"type": "function", "function": {"name": "v", "parameters": {"a": 1}}}]
@@ -339,6 +355,8 @@ def test_lists_of_messages_may_be_prompt_and_completion_and_the_completion_is_tr
         ({"messages": TWO, "tools": "w"}, "field 'tools' holds a string"),
         (with_values([1]), "field 'chat_template_kwargs' holds a list, an object is expected"),
         ({"prompt": TWO[:1], "completion": "b"}, "'prompt' holds a list and 'completion' a string"),
+        ({"prompt": "a", "completion": TWO[1:2]}, "'prompt' holds a string and 'completion' a list; give two lists"),
+        ({"conversations": [{"from": "function_call", "value": "w()"}]}, "message 1: 'tool_calls' holds a list"),
         ({"messages": TWO[:1]}, "no answer to learn; .*--recipe opdlm"),
         ({"prompt": "a"}, "found 'prompt', and no 'completion': .*--recipe opdlm"),
     ],

@@ -108,11 +108,30 @@ def test_lines_have_ids_and_settings_of_their_own_and_empty_ones_are_passed_over
     assert result.num_tokens == sum(line["num_tokens"] for line in lines(target))
 
 
+def test_conversations_go_through_the_chat_template_without_their_last_answer(model: Converted, tmp_path: Path) -> None:
+    question = {"role": "user", "content": [{"type": "text", "text": PROMPTS[1]}]}
+    asked = [{"messages": [question]}, {"messages": [question, {"role": "assistant", "content": "no"}], "seed": 5}]
+    source, target = write(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl"
+    run_file(model, source, target, **OPTIONS)
+    wanted = as_record(0, generate(model, PROMPTS[1], chat=True, **OPTIONS))
+    assert lines(target) == [wanted, wanted | {"id": 1}]
+    model.tokenizer.chat_template += " "
+    with pytest.raises(UserError, match="was begun with chat_template"):
+        run_file(model, source, target, **OPTIONS)
+    model.tokenizer.chat_template = model.tokenizer.chat_template[:-1]
+
+
 BAD: list[tuple[Any, str]] = [
     ("{", "not JSON"),
     ("[" * 100_000, "nested|not JSON"),
     ([1], "must be an object"),
-    ({"id": 3}, "no 'prompt'"),
+    ({"id": 3}, "no 'prompt' or 'messages'"),
+    ({"prompt": "a", "messages": []}, "both 'prompt' and 'messages'"),
+    ({"messages": []}, "nothing to answer"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
+    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "surrogate pair"),
+    ({"messages": [{"role": "user"}]}, "message 1 has no content"),
+    ({"prompt": "a", "tools": []}, "unknown field 'tools'"),
     ({"prompt": 3}, "'prompt' must be a text"),
     ({"prompt": "a\ud800"}, "surrogate pair"),
     ({"prompt": "a", "promt": "b"}, "unknown field 'promt'; did you mean 'prompt'"),

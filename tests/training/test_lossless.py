@@ -114,6 +114,19 @@ def test_a_source_whose_settings_hold_a_secret_is_refused_because_they_are_kept(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer_extra.json", "chat_template.jinja", "LICENSE"])
+def test_a_link_to_a_file_elsewhere_is_refused_because_the_sources_files_are_kept(
+    tmp_path: Path, answers: Path, name: str
+) -> None:
+    source = save_source(tmp_path / "source", chat=True)
+    (tmp_path / "secret").write_text("nobody may read it")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{name} is a link to a file outside .*source, which is not handed on"):
+        run(source, answers, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("where", ["out", "out/checkpoint-2"])
 def test_what_it_writes_is_the_sources_own_text(made: Path, where: str) -> None:
     model = load(made / where)
