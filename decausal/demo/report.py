@@ -119,7 +119,7 @@ def _page(result: DemoResult, record: dict[str, Any], curves: Curves) -> str:
             _findings(result),
             _plots(curves),
             _infilling(result.gap, result.fillings),
-            _commands(result.commands()),
+            _commands(result.commands(), result.command_for_real_model()),
             _details(record),
         )
     )
@@ -236,11 +236,13 @@ def _hue(step: int, num_steps: int) -> int:
     return round(240 * (1 - step / max(num_steps - 1, 1)))
 
 
-def _commands(commands: list[str]) -> str:
+def _commands(commands: list[str], command_for_real_model: str) -> str:
     lines = "\n".join(escape(command) for command in commands)
     return f"""<h2>Go on</h2>
 <p>Both models are ready. In the directory where the demo was started:</p>
-<pre>{lines}</pre>"""
+<pre>{lines}</pre>
+<p>The same comparison from a real pretrained model, with three seeds:</p>
+<pre>{escape(command_for_real_model)}</pre>"""
 
 
 def _details(record: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from decausal.demo.settings import DemoSettings
 from decausal.evaluation.results import ArLikelihood, Ratio
 from decausal.provenance import provenance
 
+REAL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -71,6 +73,13 @@ class DemoResult:
         commands.append(f"decausal eval nll {directories[-1]} --data {shlex.quote(self.settings.eval_data)}")
         return commands
 
+    def command_for_real_model(self) -> str:
+        """Returns what compares the same two recipes, on the same data, from a pretrained model of the hub."""
+        settings = self.settings
+        data = f"--data {shlex.quote(settings.data)} --eval_data {shlex.quote(settings.eval_data)}"
+        share = f"--data_fraction {settings.data_fraction} --max_steps {settings.max_steps}"
+        return f"decausal compare {REAL_MODEL} --recipes mdm,repr-align --eval nll {data} {share} --output_dir compared"
+
     def as_dict(self) -> dict[str, Any]:
         """Returns all figures and what they depend on, as in `report.json`."""
         config = self.held_out.source.config
@@ -107,6 +116,7 @@ class DemoResult:
             "cosines": {"noise_level": COSINE_LEVEL, "positions": "targets", **self.cosines},
             "infilling": None if self.gap is None else {"gap": asdict(self.gap), "fillings": self._fillings_as_dict()},
             "commands": self.commands(),
+            "command_for_real_model": self.command_for_real_model(),
         }
 
     def _arm_as_dict(self, arm: Arm) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResu
     _tell_findings(console, result)
     _say(console, "\n[bold]Look:[/bold]", *(f"  {escape(str(path))}" for path in written), is_to_copy=True)
     _say(console, "[bold]Go on:[/bold]", *(f"  {escape(command)}" for command in result.commands()), is_to_copy=True)
+    real = f"  {escape(result.command_for_real_model())}"
+    _say(console, "[bold]The same on a real model, three seeds:[/bold]", real, is_to_copy=True)
     return result
 
 

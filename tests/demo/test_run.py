@@ -185,6 +185,18 @@ def test_the_commands_it_prints_work(finished: Finished, capsys: pytest.CaptureF
         capsys.readouterr()
 
 
+def test_the_command_for_a_real_model_is_one_that_compare_understands(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = finished.result.command_for_real_model()
+    assert command in finished.printed
+    program, verb, _, *arguments = shlex.split(command)
+    assert (program, verb) == ("decausal", "compare")
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path / "compared")
+    assert main([verb, str(tmp_path / "nowhere"), *arguments]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_a_second_demo_in_the_same_place_replaces_the_first_and_no_file_of_others(
     finished: Finished, tmp_path: Path
 ) -> None:
