@@ -31,6 +31,7 @@ def engine_for(
     is_autoregressive: bool = False,
     cuda_graphs: bool | None = None,
     is_brief: bool = False,
+    compile_layers: bool = False,
     prefix_cache_tokens: int = 0,
 ) -> Engine:
     """Returns an engine for the model's layout. Jobs have the same answers as in `generate` and `infill`.
@@ -47,18 +48,23 @@ def engine_for(
             if the model can be recorded.
         is_brief: Whether the engine serves a few rows only: its passes are recorded when they have come a few times.
             Else those of block models for the model's own settings are recorded now, so that no row has to wait.
+        compile_layers: Whether to compile the decoder layers of block models' recorded passes, which takes minutes and
+            leaves a quarter of their kernels.
         prefix_cache_tokens: Under self-speculation, tokens of shared beginnings to hold, so that they are read once. 0:
             none.
 
     Raises:
         UserError: A negative `prefix_cache_tokens`. CUDA graphs were asked for without a GPU, or for a model that reads
-            whole rows or cannot be recorded.
+            whole rows or cannot be recorded. Compiled layers without recorded passes.
     """
     if prefix_cache_tokens < 0:
         raise UserError(f"prefix_cache_tokens={prefix_cache_tokens} is not accepted: it must be at least 0")
+    in_blocks = converted.facts.layout == "block" or is_autoregressive
+    if compile_layers and not (in_blocks and _records(converted, cuda_graphs)):
+        raise UserError("compile_layers is for block models whose passes are recorded, on a GPU: leave it out")
     denoising: Engine
-    if converted.facts.layout == "block" or is_autoregressive:
-        denoising = _block_engine(converted, max_rows, max_length, cuda_graphs, is_brief)
+    if in_blocks:
+        denoising = _block_engine(converted, max_rows, max_length, cuda_graphs, is_brief, compile_layers)
     elif cuda_graphs:
         raise UserError(f"cuda_graphs are for models of layout 'block'; this one's is '{converted.facts.layout}'")
     else:
@@ -109,7 +115,12 @@ def _records(converted: Converted, cuda_graphs: bool | None) -> bool:
 
 
 def _block_engine(
-    converted: Converted, max_rows: int, max_length: int, cuda_graphs: bool | None, is_brief: bool
+    converted: Converted,
+    max_rows: int,
+    max_length: int,
+    cuda_graphs: bool | None,
+    is_brief: bool,
+    is_compiled: bool,
 ) -> BlockEngine:
     def make(**options: Any) -> BlockEngine:
         model, tokenizer, facts = converted
@@ -118,8 +129,8 @@ def _block_engine(
     if not _records(converted, cuda_graphs):
         return make()
     if is_brief:
-        return make(record=CudaGraphs(PATIENCE))
-    engine = make(record=CudaGraphs())
+        return make(record=CudaGraphs(PATIENCE), is_compiled=is_compiled)
+    engine = make(record=CudaGraphs(), is_compiled=is_compiled)
     try:
         engine.record_ahead(settings_for(converted.facts), len(end_token_ids(converted)))
         return engine

@@ -88,6 +88,7 @@ def served(
             max_length=longest,
             is_autoregressive=is_source,
             cuda_graphs=settings.cuda_graphs,
+            compile_layers=settings.compile_layers and not is_source,
             prefix_cache_tokens=settings.prefix_cache_tokens,
         )
         if converted.facts.layout != "bidirectional":

@@ -35,6 +35,11 @@ def run(arguments: list[str]) -> int:
         help="record the passes of block models (by default on a GPU, where it can be done)",
     )
     parser.add_argument(
+        "--compile_layers",
+        action=argparse.BooleanOptionalAction,
+        help="compile the layers of block models for recorded passes on a GPU: minutes at the start, fewer kernels",
+    )
+    parser.add_argument(
         "--prefix_cache_tokens",
         type=int,
         help="where drafts are verified, tokens of shared beginnings to hold, so that they are read once (0)",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
 from decausal.devices import ON_CUDA
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models.backbone import head_of
+from decausal.models.backbone import decoder_layers, head_of
 from decausal.models.block_cache import BlockCache, decoding
 from decausal.models.checkpoint import Converted
 from decausal.sampling.blocks.engine import BlockEngine
@@ -250,3 +252,43 @@ def test_verified_decoding_of_any_drafts_makes_one_recording_for_a_number_of_row
     settings = SamplerSettings(max_new_tokens=50, speculative=True, draft="quadratic")
     in_order(engine, [job_of([7, 5, 9], settings)])
     assert tapes.num_recorded == 1
+
+
+def test_recorded_passes_of_compiled_layers_write_what_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph for each layer, prompts apart; a layer that cannot be compiled runs as it is."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def fails(*_: Any) -> Any:
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks of tests would be compiled, too
+    compile_module, model = torch.nn.Module.compile, sharp_model("qwen3")
+    settings = SamplerSettings(max_new_tokens=12, threshold=0.5)
+    jobs = [job_of([5] * (1 + 5 * seed), settings, seed) for seed in range(3)]
+    written, num_graphs = [], []
+    for compiler in (None, backend, fails):
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=compiler))
+        record = None if compiler is None else Tapes()
+        engine = BlockEngine(
+            model, block_facts(4), max_rows=2, max_length=32, record=record, is_compiled=compiler is not None
+        )
+        written.append([row.ids for row in in_order(engine, jobs)])
+        num_graphs.append(len(graphs))
+    torch._dynamo.reset()
+    assert written[0] == written[1] == written[2]
+    assert num_graphs[1] == num_graphs[2] > 0 == num_graphs[0]
+    assert num_graphs[1] % model.config.num_hidden_layers == 0
+    assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
+    targets = {node.target for node in graphs[0].graph.nodes}
+    assert {"index_copy_", torch.nn.functional.scaled_dot_product_attention} <= targets, "a layer is not one graph"
+
+
+def test_compiled_layers_without_recorded_passes_are_refused() -> None:
+    for model in (converted(), converted(layout="block", block_size=4)):
+        with pytest.raises(UserError, match="compile_layers is for block models whose passes are recorded"):
+            engine_for(model, max_rows=1, max_length=32, compile_layers=True)

@@ -52,6 +52,7 @@ class BlockEngine:
         is_fused: False commits each block in a separate pass: one more pass per block, the same tokens.
         record: What records repeated passes: `CudaGraphs()` on a GPU. The weights must then stay at their addresses,
             but may change in place.
+        is_compiled: Whether the decoder layers of these passes are compiled, see `RecordedPasses`.
 
     Raises:
         UserError: A bidirectional layout, a model that does not take the cache, or no room for a block.
@@ -74,6 +75,7 @@ class BlockEngine:
         tokenizer: Any = None,
         is_fused: bool = True,
         record: PassRecorder | None = None,
+        is_compiled: bool = False,
     ) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows={max_rows} is not accepted: it must be at least 1")
@@ -95,7 +97,7 @@ class BlockEngine:
         self._next_ticket = 0
         self._recorded: RecordedPasses | None = None
         if record is not None:
-            self._recorded = RecordedPasses(self._reader, self._head, record)
+            self._recorded = RecordedPasses(self._reader, self._head, record, is_compiled)
 
     @property
     def block_size(self) -> int:

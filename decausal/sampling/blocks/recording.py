@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decausal.errors import UserError, first_line
+from decausal.models.compiled import compiled
 from decausal.objectives.head import Head
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
@@ -186,11 +187,13 @@ class RecordedPasses:
         reader: What reads the rows' spans.
         head: Returns the model's current head.
         record: What records functions.
+        is_compiled: Whether the decoder layers of these passes are compiled, which fuses most of their kernels.
     """
 
     reader: Reader
     head: Callable[[], Head]
     record: PassRecorder
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         self._recordings = Recordings(self.record, self.reader.rows.unchanged)
@@ -203,12 +206,12 @@ class RecordedPasses:
         Raises:
             CannotRecordError: See `CudaGraphs`.
         """
-        reader, rows = self.reader, self.reader.rows
+        rows = self.reader.rows
         shapes = self._shapes()
         if not shapes:
             return
         with rows.unchanged():  # allocates the memory that passes write to
-            reader.predict_fixed(1, max(shape.width for shape in shapes), min(shape.num_keys for shape in shapes))
+            self._states(_Shape(1, max(shape.width for shape in shapes), min(shape.num_keys for shape in shapes)))
         for shape in shapes[:MOST_RECORDINGS]:
             of_rows = RowSettings.of([settings] * shape.num_rows, rows.device)
             self._recordings.add(shape, shape.num_rows, of_rows, self._pass_of(shape))
@@ -233,10 +236,22 @@ class RecordedPasses:
 
     def _pass_of(self, shape: _Shape) -> Callable[[RowSettings], Any]:
         def one_pass(settings: RowSettings) -> Any:
-            states = self.reader.predict_fixed(*shape)
+            states = self._states(shape)
             return states, keep(self.reader.rows, shape.num_rows, None, states, self.head(), settings)
 
         return one_pass
+
+    def _states(self, shape: _Shape) -> Float[Tensor, "b K D"]:
+        if self.is_compiled:
+            from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+            try:
+                with compiled(self.reader.model):
+                    return self.reader.predict_fixed(*shape)
+            except TorchDynamoException as error:
+                logger.warning("decoder layers cannot be compiled: %s; they run as they are", first_line(error))
+                self.is_compiled = False
+        return self.reader.predict_fixed(*shape)
 
     def _shapes(self) -> list[_Shape]:
         """Returns all shapes that can occur with this length of the cache, the largest first."""
