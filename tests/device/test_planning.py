@@ -17,6 +17,8 @@ from decausal.config import read_recipe, resolve
 from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
+from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.settings import SamplerSettings
 from decausal.training.planning.footprint import Footprint, footprint
 from decausal.training.planning.plan import plan
 from decausal.training.planning.room import needed, refuse_what_does_not_fit, remedy
@@ -24,6 +26,8 @@ from decausal.training.planning.step import planned_step
 from decausal.training.planning.timing import Measured
 from decausal.training.settings import ConversionSettings
 from tests.runs import save_source, write_text
+from tests.sampling.block_decoding import block_facts, job_of
+from tests.sampling.denoising import in_order
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS, LENGTH = 4, 96
@@ -103,6 +107,18 @@ def test_on_a_gpu_steps_are_in_bf16_and_doubled_rows_need_no_dense_mask(source: 
     dense = planned(source, "bd3lm --attn_implementation sdpa", CUDA)
     assert of_gpu.tally.kernels["flex_attention"] > 0
     assert dense.tally.kernels["flex_attention"] == 0
+
+
+def test_keys_and_values_of_rollouts_are_those_of_the_engine(source: Path) -> None:
+    words, rows = "opdlm --rollout_batch_size", 3
+    step = planned_step(*resolved(source, f"{words} {rows}"), CPU, where=CPU)
+    engine = BlockEngine(step.student, block_facts(4, 0), max_rows=rows, max_length=LENGTH)
+    in_order(engine, [job_of([5, 7], SamplerSettings(max_new_tokens=4))])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in engine._cache.layers)
+    assert planned(source, f"{words} {rows}").rollouts == held
+    assert planned(source, "bd3lm").rollouts == 0
+    many = planned(source, f"{words} 100000")
+    assert many.parts["rollouts' keys and values"] == many.rollouts > many.activations
 
 
 @pytest.mark.parametrize("words", ["mdm", "repr-align", "lossless --lora_r 4"])

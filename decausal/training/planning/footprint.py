@@ -16,6 +16,7 @@ from decausal.data.stream import Batch
 from decausal.devices import meta_as
 from decausal.diffusion.layout import future_order
 from decausal.models.backbone import stock_model
+from decausal.models.block_cache import BlockCache, cached_forward, decoding
 from decausal.models.row_attention import FLEX
 from decausal.training.losses import student_reading, sums_of_reading, weighed
 from decausal.training.planning.kernels import GpuAttention, MixedPrecision, flex_attention_counted, pairs_of
@@ -44,6 +45,7 @@ class Footprint:
         working: What the losses or the backward pass add at the peak; gradients are part of it, unless an earlier
             micro-batch left them.
         update: What the optimizer adds while it works.
+        rollouts: Keys and values of rows that the run writes itself, between steps.
         num_tokens: Tokens that the student reads.
         tally: Operations, kernels and bytes of a micro-batch, the mean over the run.
     """
@@ -57,13 +59,14 @@ class Footprint:
     copies: int
     working: int
     update: int
+    rollouts: int
     num_tokens: int
     are_gradients_kept: bool
     tally: Tally
 
     @property
     def parts(self) -> dict[str, int]:
-        """What is held at the peak, by name: in the middle of a step or, if that is more, while weights change."""
+        """What is held at the peak, by name: in a step or, if that is more, in an update or while rows are written."""
         fixed = {"weights": self.weights, "optimizer": self.optimizer, "teacher's weights": self.teacher}
         step = {
             "gradients of earlier micro-batches": self.gradients if self.are_gradients_kept else 0,
@@ -73,7 +76,8 @@ class Footprint:
             "losses and backward pass": self.working,
         }
         update = {"gradients": self.gradients, "update of the weights": self.update}
-        return fixed | max(step, update, key=lambda parts: sum(parts.values()))
+        rollouts = {"rollouts' keys and values": self.rollouts, "weights in autocast's type": self.copies}
+        return fixed | max(step, update, rollouts, key=lambda parts: sum(parts.values()))
 
     @property
     def total(self) -> int:
@@ -99,6 +103,7 @@ def footprint(step: PlannedStep) -> Footprint:
         copies=most.copies,
         working=most.peak - most.answers - most.activations - most.copies,
         update=update,
+        rollouts=_cache_bytes(step),
         num_tokens=step.num_tokens,
         are_gradients_kept=are_gradients_kept,
         tally=_mean((count.tally, share) for count, share in counted),
@@ -175,6 +180,22 @@ def _on_meta(step: PlannedStep) -> Batch:
     if step.supervision.anneal_steps:
         batch |= {"future_order": future_order(batch["clean_ids"].shape[1], 0, META), "future_fraction": 0.5}
     return batch
+
+
+def _cache_bytes(step: PlannedStep) -> int:
+    """Returns the bytes of the keys and values of rollouts, by those of a pass over one token."""
+    if not step.rollout_slots:
+        return 0
+    model, token = stock_model(step.student), torch.zeros(1, 1, dtype=torch.long, device=META)
+    cache = BlockCache(model.base_model.config, num_rows=1, max_length=1)
+    with ExitStack() as stack:
+        stack.enter_context(meta_as(step.device, step.mixed_dtype))
+        if step.mixed_dtype is not None:
+            stack.enter_context(MixedPrecision(step.mixed_dtype))
+        stack.enter_context(decoding(model))
+        cached_forward(model, token, token, token, 1, cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return held // (cache.max_length + 1) * step.rollout_slots
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -78,7 +78,7 @@ class Plan:
     @property
     def left_out(self) -> list[str]:
         """What the hours do not hold."""
-        return ["evaluation and checkpoints"] + ["rollouts"] * self.step.has_rollouts
+        return ["evaluation and checkpoints"] + ["rollouts"] * bool(self.step.rollout_slots)
 
     def as_table(self, title: str) -> Table:
         """Returns the plan for a terminal."""

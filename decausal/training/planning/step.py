@@ -53,7 +53,7 @@ class PlannedStep:
         args: The run's arguments.
         device: Where the run will be.
         num_steps: Optimizer steps of the run; None if neither data nor settings say.
-        has_rollouts: Whether the run also decodes, which is not part of a step.
+        rollout_slots: Tokens whose keys and values the run holds while it decodes, which is not part of a step.
     """
 
     student: nn.Module
@@ -63,7 +63,7 @@ class PlannedStep:
     args: TrainingArguments
     device: torch.device
     num_steps: int | None
-    has_rollouts: bool
+    rollout_slots: int = 0
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:
@@ -163,7 +163,9 @@ def planned_step(
         settings, layout, mask_token_id, len(decoder_layers(model)), num_steps or _STEPS_UNKNOWN
     )
     batch = collator(rows)
-    return PlannedStep(student, teacher, supervision, batch, args, device, num_steps, settings.rows == "rollout")
+    # Each row has a slot more, for padding.
+    slots = settings.rollout_batch_size * (settings.max_length + 1) if settings.rows == "rollout" else 0
+    return PlannedStep(student, teacher, supervision, batch, args, device, num_steps, slots)
 
 
 def _arguments(training: dict[str, Any], device: torch.device, where: torch.device) -> dict[str, Any]:
