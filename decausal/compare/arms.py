@@ -116,6 +116,8 @@ def arm_run(settings: CompareSettings, arm: Arm, seed: int, *, is_bf16: bool) ->
     flags = [flag.replace("{seed}", str(seed)) for flag in flags]
     own = {"model_name_or_path": settings.model_name_or_path, "seed": seed}
     conversion, training = resolve(ConversionSettings, recipe | own, flags, where=f"recipe {arm.recipe}")
+    if conversion.streaming:
+        raise UserError(f"streaming of {arm.name}: a comparison packs all rows before a clock starts; leave it out")
     return ArmRun(
         arm,
         seed,

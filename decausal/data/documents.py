@@ -12,16 +12,21 @@ field "finish_reason" says, has "is_end": False too: it is trained without an en
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
 
 from decausal.data.corpus import stdlib_documents
 from decausal.data.files import File
 from decausal.data.formats import Located, kind, objects, text_pieces
 from decausal.data.forms import Form, Record, UnknownFormError, form_of
 from decausal.data.messages import Message
-from decausal.data.reading import Account, Reading
+from decausal.data.reading import Account, Place, Reading
 from decausal.data.sources import Data, Source, Stdlib, Tasks, find_sources
 from decausal.data.tables import HubDataset, SavedDataset
 from decausal.errors import UserError
+
+ROWS_PER_MARK = 256
 
 
 def read_documents(data: Data, reading: Reading | None = None) -> Iterator[Record]:
@@ -42,16 +47,26 @@ def read_documents(data: Data, reading: Reading | None = None) -> Iterator[Recor
 
 def read_sources(sources: list[Source], reading: Reading, account: Account) -> Iterator[Record]:
     """Yields the documents of sources already found, and counts them in `account`; see `read_documents`."""
-    for source in sources:
-        account.sources.append(str(source))
+    return (record for record, _ in read_from(Place(), sources, reading, account))
+
+
+def read_from(
+    place: Place, sources: Sequence[Source], reading: Reading, account: Account
+) -> Iterator[tuple[Record, Place]]:
+    """Yields the documents of sources from a place on, each with the place behind it; see `read_sources`."""
+    for index in range(place.source, len(sources)):
+        source = sources[index]
+        reader = _Reader(source, reading, account, place if index == place.source else Place())
+        if str(source) not in account.sources:
+            account.sources.append(str(source))
         try:
-            for record in _read(source, reading, account):
+            for record in reader:
                 if _is_blank(record, reading.needs_answers):
                     account.num_blank += 1
                 else:
                     account.num_records += record.get("is_start", True)
                     account.num_conversations += "messages" in record
-                    yield record
+                    yield record, reader.place(index)
         except UnknownFormError as error:
             if not (isinstance(source, File) and source.format == "csv" and not source.is_named):
                 account.take_bad(error, reading.on_bad_record)
@@ -66,7 +81,20 @@ def read_sources(sources: list[Source], reading: Reading, account: Account) -> I
         raise UserError(_nothing_read(sources, account))
 
 
-def _nothing_read(sources: list[Source], account: Account) -> str:
+def begin_with_conversations(sources: Sequence[Source], reading: Reading) -> bool:
+    """Returns whether one of the sources begins with a conversation. Of a directory's files, one is looked at."""
+    reading = replace(reading, on_bad_record="skip")
+    kinds = {(source.path.parent, source.suffix) if isinstance(source, File) else source: source for source in sources}
+    for source in kinds.values():
+        with suppress(UserError):  # reported where the source is read
+            for record, _ in read_from(Place(), [source], reading, Account()):
+                if "messages" in record:
+                    return True
+                break
+    return False
+
+
+def _nothing_read(sources: Sequence[Source], account: Account) -> str:
     where = str(sources[0]) if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
     why = "it has no documents"
     if account.num_bad:
@@ -76,16 +104,12 @@ def _nothing_read(sources: list[Source], account: Account) -> str:
     return f"no text in {where}: {why}"
 
 
-def _read(source: Source, reading: Reading, account: Account) -> Iterator[Record]:
-    if isinstance(source, HubDataset | SavedDataset):
-        return _table_records(source, reading, account)
+def _whole_records(source: File | Stdlib | Tasks) -> Iterator[Record]:
     if isinstance(source, Tasks):
         return _task_records(source)
     if isinstance(source, Stdlib):
         return ({"origin": f"{source}/{path}", "text": text} for path, text in stdlib_documents(source.split))
-    if source.format in ("text", "binary"):
-        return text_pieces(source)
-    return _Records(reading, account).of_file(source)
+    return text_pieces(source)
 
 
 def _task_records(source: Tasks) -> Iterator[Record]:
@@ -98,33 +122,63 @@ def _task_records(source: Tasks) -> Iterator[Record]:
         }
 
 
-def _table_records(source: HubDataset | SavedDataset, reading: Reading, account: Account) -> Iterator[Record]:
-    records = _Records(reading, account)
-    wanted = records.columns(source.table.column_names, f"{source}, row 1")
-    rows = source.table.select_columns(list(wanted))  # nothing else is decoded: images, audio
-    return records.of_rows((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
+class _Reader:
+    """Makes records from one source, from a place on. The first good row decides the form of all of them."""
 
+    def __init__(self, source: Source, reading: Reading, account: Account, place: Place) -> None:
+        self._source, self._reading, self._account = source, reading, account
+        self._num_read, self._fields, self._mark = place.num_read, place.fields, place.mark
+        self._form = None if place.fields is None else form_of(place.fields, str(source), reading)
 
-class _Records:
-    """Makes records from the objects of one source. The first good one decides the form of all of them."""
+    def place(self, index: int) -> Place:
+        """Returns the place behind the record that was yielded last."""
+        return Place(index, self._num_read, self._fields, self._mark, self._account.numbers)
 
-    def __init__(self, reading: Reading, account: Account) -> None:
-        self._reading, self._account = reading, account
-        self._form: Form | None = None
+    def __iter__(self) -> Iterator[Record]:
+        source = self._source
+        if isinstance(source, HubDataset) and source.is_streamed:
+            return self._of_rows(self._streamed_rows(source))
+        if isinstance(source, HubDataset | SavedDataset):
+            return self._of_rows(self._table_rows(source))
+        if isinstance(source, File) and source.format not in ("text", "binary"):
+            return self._of_rows(objects(source, self._columns, self._num_read))
+        return self._counted(_whole_records(source))
 
-    def of_file(self, file: File) -> Iterator[Record]:
-        """Yields the records of a file."""
-        return self.of_rows(objects(file, self.columns))
+    def _counted(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in islice(records, self._num_read, None):
+            self._num_read += 1
+            yield record
 
-    def columns(self, found: Sequence[str], origin: str) -> Sequence[str]:
+    def _table_rows(self, source: HubDataset | SavedDataset) -> Iterator[Located]:
+        wanted = self._columns(source.table.column_names, f"{source}, row 1")
+        rows = source.table.select_columns(list(wanted))  # nothing else is decoded: images, audio
+        rows = rows.select(range(self._num_read, len(rows)))
+        return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=self._num_read + 1))
+
+    def _streamed_rows(self, source: HubDataset) -> Iterator[Located]:
+        """Reads on where the hub's own state says, and takes such a state now and then."""
+        num_read, state = self._mark or (0, None)
+        rows = source.stream
+        if rows.column_names is not None:
+            rows = rows.select_columns(list(self._columns(rows.column_names, f"{source}, row 1")))
+        if state is not None:
+            rows.load_state_dict(state)
+        for number, row in enumerate(rows, start=num_read + 1):
+            if number > self._num_read:
+                yield f"{source}, row {number}", row
+            if number % ROWS_PER_MARK == 0:
+                self._mark = number, rows.state_dict()
+
+    def _columns(self, found: Sequence[str], origin: str) -> Sequence[str]:
         """Decides on the form of a table, whose columns are known before its rows."""
         form = self._form_of(found, origin)
         self._account.take_unread(form.unread(dict.fromkeys(found, ...)))
         return form.columns(found)
 
-    def of_rows(self, rows: Iterable[Located]) -> Iterator[Record]:
-        """Yields a record per object. Bad objects raise, or are counted and skipped."""
+    def _of_rows(self, rows: Iterable[Located]) -> Iterator[Record]:
+        """Yields a record per row. Bad rows raise, or are counted and skipped."""
         for origin, row in rows:
+            self._num_read += 1
             try:
                 record = self._record(origin, row)
             except UserError as error:
@@ -150,7 +204,7 @@ class _Records:
 
     def _form_of(self, found: Iterable[str], origin: str) -> Form:
         if self._form is None:
-            self._form = form_of(list(found), origin, self._reading)
+            self._form, self._fields = form_of(list(found), origin, self._reading), tuple(found)
             self._account.take_form(str(self._form))
         return self._form
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from decausal.data import files
@@ -101,24 +102,23 @@ def _decode(content: bytes, file: File, offset: int) -> str:
 # Objects
 
 
-def objects(file: File, columns: Columns) -> Iterator[Located]:
-    """Yields the objects of a file that holds records, whatever its format."""
+def objects(file: File, columns: Columns, start: int = 0) -> Iterator[Located]:
+    """Yields the objects of a file that holds records, whatever its format, without the first `start` of them."""
     if file.format == "parquet":
-        return _parquet_rows(file, columns)
+        return _parquet_rows(file, columns, start)
     if file.format == "arrow":
-        return _arrow_rows(file, columns)
-    if file.format == "csv":
-        return _csv_rows(file, columns)
-    return _json_array(file) if file.format == "json" else _json_lines(file)
+        return _arrow_rows(file, columns, start)
+    if file.format == "jsonl":
+        return _json_lines(file, start)
+    return islice(_csv_rows(file, columns) if file.format == "csv" else _json_array(file), start, None)
 
 
-def _json_lines(file: File) -> Iterator[Located]:
-    for number, line in _decoded_lines(file):
+def _json_lines(file: File, start: int) -> Iterator[Located]:
+    found = ((number, line) for number, line in _decoded_lines(file) if isinstance(line, UserError) or line.strip())
+    for number, line in islice(found, start, None):
         origin = f"{file}:{number}"
-        if isinstance(line, UserError):
-            yield origin, line
-        elif line.strip():
-            yield origin, parse_json(line, origin, "each line holds one JSON object")
+        is_bad = isinstance(line, UserError)
+        yield origin, line if is_bad else parse_json(line, origin, "each line holds one JSON object")
 
 
 def _decoded_lines(file: File) -> Iterator[tuple[int, str | UserError]]:
@@ -284,39 +284,44 @@ def _delimiter(file: File) -> str:
     return max(",;\t|", key=header.count)
 
 
-def _parquet_rows(file: File, columns: Columns) -> Iterator[Located]:
+def _parquet_rows(file: File, columns: Columns, start: int) -> Iterator[Located]:
     import pyarrow.parquet
 
     if file.compression:
         raise UserError(f"{file}: a parquet file inside a {file.compression} file; decompress it")
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
             wanted = list(columns(parquet.schema_arrow.names, f"{file}, row 1"))
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
+            yield from _numbered(file, parquet.iter_batches(BATCH_ROWS, columns=wanted), start)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a whole parquet file ({' '.join(str(error).split())})") from None
 
 
-def _arrow_rows(file: File, columns: Columns) -> Iterator[Located]:
+def _arrow_rows(file: File, columns: Columns, start: int) -> Iterator[Located]:
     import pyarrow
 
     if file.compression:
         raise UserError(f"{file}: an arrow file inside a {file.compression} file; decompress it")
-    number = 0
     try:
         with pyarrow.memory_map(str(file.path)) as mapped:
-            for batch in _arrow_batches(file, mapped):
-                wanted = list(columns(batch.schema.names, f"{file}, row 1"))
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    for row in batch.select(wanted).slice(start, BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield f"{file}, row {number}", row
+            batches = (
+                batch.select(list(columns(batch.schema.names, f"{file}, row 1"))).slice(first, BATCH_ROWS)
+                for batch in _arrow_batches(file, mapped)
+                for first in range(0, batch.num_rows, BATCH_ROWS)
+            )
+            yield from _numbered(file, batches, start)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a whole arrow file ({' '.join(str(error).split())})") from None
+
+
+def _numbered(file: File, batches: Iterable[pyarrow.RecordBatch], start: int) -> Iterator[Located]:
+    number = 0
+    for batch in batches:
+        num_before = min(max(start - number, 0), batch.num_rows)
+        number += num_before
+        for row in batch.slice(num_before).to_pylist():
+            number += 1
+            yield f"{file}, row {number}", row
 
 
 def _arrow_batches(file: File, mapped: pyarrow.MemoryMappedFile) -> Iterator[pyarrow.RecordBatch]:

@@ -72,18 +72,18 @@ def pack(encoded: Iterable[Encoded], sequence_length: int, pad_token_id: int) ->
     packer.counts.report_dropped(sequence_length)
 
 
-class _OpenRow:
-    """A row that is being filled."""
+class OpenRow:
+    """A row that is being filled.
 
-    def __init__(self, sequence_length: int, pad_token_id: int) -> None:
-        self.row = Row(
-            np.full(sequence_length, pad_token_id, dtype=np.int32),
-            np.full(sequence_length, PADDING_DOCUMENT, dtype=np.int32),
-            np.zeros(sequence_length, dtype=bool),
-        )
-        self.space = sequence_length
-        self.num_pieces = 0
-        self.num_started = 0
+    Args:
+        row: Its tokens so far, and padding behind them.
+        num_started: Documents whose first token it holds.
+    """
+
+    def __init__(self, row: Row, num_started: int = 0) -> None:
+        self.row, self.num_started = row, num_started
+        self.space = int((row.document_ids == PADDING_DOCUMENT).sum())
+        self.num_pieces = int(row.document_ids.max()) + 1
 
     def append(self, document: Encoded, start: int) -> int:
         """Appends as much of the document from token `start` on as fits. Returns the number of tokens."""
@@ -99,7 +99,7 @@ class _OpenRow:
         return length
 
 
-def _space(row: _OpenRow) -> int:
+def _space(row: OpenRow) -> int:
     return row.space
 
 
@@ -121,51 +121,68 @@ class Packer:
         self.sequence_length = sequence_length
         self.pad_token_id = pad_token_id
         self.counts = Counts()
+        self.stream = self._new_row()  # of splittable documents
+        self.open_rows: list[OpenRow] = []  # of others; sorted by space, the fullest first
 
     def rows(self, encoded: Iterable[Encoded]) -> Iterator[Row]:
         """Yields rows as they fill up and counts them. Rows of splittable and other documents are interleaved."""
-        stream = self._new_row()
-        open_rows: list[_OpenRow] = []  # sorted by space, the fullest first
         for document in encoded:
-            if not document.splittable:
-                yield from map(self._close, self._place(document, open_rows))
-                continue
-            start = 0
-            while start < len(document.ids):
-                start += stream.append(document, start)
-                if not stream.space:
-                    yield self._close(stream)
-                    stream = self._new_row()
-        yield from map(self._close, open_rows)
-        if stream.space < self.sequence_length:
-            yield self._close(stream)
+            yield from self.add(document)
+        yield from self.end()
 
-    def _place(self, document: Encoded, open_rows: list[_OpenRow]) -> list[_OpenRow]:
+    def add(self, document: Encoded) -> Iterator[Row]:
+        """Packs a document, and yields the rows that are filled by it."""
+        if not document.splittable:
+            yield from map(self._close, self._place(document))
+            return
+        start = 0
+        while start < len(document.ids):
+            start += self.stream.append(document, start)
+            if not self.stream.space:
+                yield self._close(self.stream)
+                self.stream = self._new_row()
+
+    def end(self) -> Iterator[Row]:
+        """Yields the rows that are not full, and begins new ones."""
+        unfinished, self.open_rows = self.open_rows, []
+        if self.stream.space < self.sequence_length:
+            unfinished.append(self.stream)
+            self.stream = self._new_row()
+        yield from map(self._close, unfinished)
+
+    def _place(self, document: Encoded) -> list[OpenRow]:
         """Puts the document into an open row, and returns the rows that are now closed."""
         length = len(document.ids)
         if length > self.sequence_length:
             self.counts.num_dropped += 1
             self.counts.longest_dropped = max(self.counts.longest_dropped, length)
             return []
-        closed: list[_OpenRow] = []
-        fullest_fitting = bisect_left(open_rows, length, key=_space)
-        if fullest_fitting < len(open_rows):
-            row = open_rows.pop(fullest_fitting)
+        closed: list[OpenRow] = []
+        fullest_fitting = bisect_left(self.open_rows, length, key=_space)
+        if fullest_fitting < len(self.open_rows):
+            row = self.open_rows.pop(fullest_fitting)
         else:
             row = self._new_row()
-            if len(open_rows) == OPEN_ROWS:
-                closed.append(open_rows.pop(0))
+            if len(self.open_rows) == OPEN_ROWS:
+                closed.append(self.open_rows.pop(0))
         row.append(document, 0)
         if row.space:
-            insort(open_rows, row, key=_space)
+            insort(self.open_rows, row, key=_space)
         else:
             closed.append(row)
         return closed
 
-    def _new_row(self) -> _OpenRow:
-        return _OpenRow(self.sequence_length, self.pad_token_id)
+    def _new_row(self) -> OpenRow:
+        length = self.sequence_length
+        return OpenRow(
+            Row(
+                np.full(length, self.pad_token_id, dtype=np.int32),
+                np.full(length, PADDING_DOCUMENT, dtype=np.int32),
+                np.zeros(length, dtype=bool),
+            )
+        )
 
-    def _close(self, row: _OpenRow) -> Row:
+    def _close(self, row: OpenRow) -> Row:
         self.counts.num_rows += 1
         self.counts.num_tokens += self.sequence_length - row.space
         self.counts.num_documents += row.num_started

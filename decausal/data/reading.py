@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from decausal.errors import UserError
 
@@ -16,6 +16,7 @@ SKIP_HINT = "; --on_bad_record skip leaves such records out"
 _SAID: set[str] = set()
 NAMED = 3  # bad records and skipped files that are named; the others are counted
 NAMED_FIELDS = 8
+NUMBERS = ("num_records", "num_conversations", "num_blank", "num_cut", "num_bad")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,24 @@ class Reading:
         return (self.prompt_field, self.completion_field) != ("prompt", "completion")
 
 
+class Place(NamedTuple):
+    """Where the reading of sources goes on.
+
+    Attributes:
+        source: Index of the source.
+        num_read: Rows of it (records, pieces of a text, documents) that were read, bad and blank ones too.
+        fields: The fields that decided how its rows are read; None: those of its first good row will.
+        mark: Where the hub has to go on, and how many rows lie before that.
+        numbers: What the account had counted.
+    """
+
+    source: int = 0
+    num_read: int = 0
+    fields: tuple[str, ...] | None = None
+    mark: tuple[int, dict[str, Any]] | None = None
+    numbers: tuple[int, ...] = (0,) * len(NUMBERS)
+
+
 @dataclass
 class Account:
     """What was read so far.
@@ -83,6 +102,16 @@ class Account:
     num_cut: int = 0
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The counts of records."""
+        return tuple(getattr(self, name) for name in NUMBERS)
+
+    @numbers.setter
+    def numbers(self, numbers: Iterable[int]) -> None:
+        for name, number in zip(NUMBERS, numbers, strict=True):
+            setattr(self, name, number)
 
     def leave_out(self, name: object, reason: str) -> None:
         """Notes a file that is not read."""

@@ -1,13 +1,12 @@
 """Packed rows on disk, built once per data, tokenizer and options, and then memory-mapped.
 
-Rows have one length, so the file holds records of a fixed size. Reading a row is one contiguous read without decoding,
-and a corpus may be larger than memory.
+A corpus may be larger than memory. One that is larger than the disk, or than one wants to wait for, is streamed: see
+`decausal.data.streamed_rows`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,6 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from rich.console import Console
@@ -30,13 +27,15 @@ from decausal.data.documents import Record, read_sources
 from decausal.data.encode import Encoded, encode_stream
 from decausal.data.packing import Counts, Packer, Row
 from decausal.data.reading import Account, Reading, say
+from decausal.data.row_file import RowFile, is_whole, write_rows
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 
 FORMAT_VERSION = 8  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
-CHUNK_ROWS = 256
+CACHE_DIR = Path(HF_HOME, "decausal", "rows")
+WATCHED_ROWS = 256  # packed between two words about it
 
 
 class PackedRows:
@@ -56,8 +55,7 @@ class PackedRows:
         self.sequence_length: int = facts["sequence_length"]
         self.counts = Counts(**facts["counts"])
         self.account = Account(**facts["account"])
-        record = _record_type(self.sequence_length)
-        self._records = np.memmap(directory / ROWS_FILE, dtype=record, mode="r", shape=(self.counts.num_rows,))
+        self._file = RowFile(directory / ROWS_FILE, self.sequence_length, self.counts.num_rows)
 
     @property
     def num_tokens(self) -> int:
@@ -71,16 +69,16 @@ class PackedRows:
     def num_dropped(self) -> int:
         return self.counts.num_dropped
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether conversations were read."""
+        return bool(self.account.num_conversations)
+
     def __len__(self) -> int:
         return self.counts.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        record = self._records[index]
-        return {
-            "clean_ids": torch.from_numpy(record["clean_ids"].astype(np.int64)),
-            "document_ids": torch.from_numpy(record["document_ids"].astype(np.int64)),
-            "is_maskable": torch.from_numpy(record["is_maskable"].copy()),
-        }
+        return self._file[index]
 
     def __reduce__(self) -> tuple[type[PackedRows], tuple[Path]]:
         return PackedRows, (self.directory,)  # a data loader's worker maps the file instead of copying it
@@ -114,19 +112,16 @@ def load_rows(
     Raises:
         UserError: The data cannot be read or encoded, an option is out of its range, or the cache cannot be written.
     """
-    if sequence_length < 2:
-        raise UserError(f"--max_length {sequence_length}: a row needs at least 2 tokens")
-    if not 0 < data_fraction <= 1:
-        raise UserError(f"--data_fraction {data_fraction}: must be above 0 and at most 1")
+    refuse_out_of_range(sequence_length, data_fraction)
     if max_rows is not None and max_rows < 1:
         raise UserError(f"max_rows {max_rows}: must be at least 1")
     reading, account = reading or Reading(), Account()
     sources = find_sources(data, reading.split, account)
     subset = (data_fraction, seed) if data_fraction < 1 else None
     options = [FORMAT_VERSION, sequence_length, reading.content, subset, max_rows]
-    name = _fingerprint(sources, tokenizer, options)
-    with _cache_errors(cache_dir):
-        root = Path(cache_dir) if cache_dir else Path(HF_HOME, "decausal", "rows")
+    name = fingerprint(sources, tokenizer, options)
+    with cache_errors(cache_dir):
+        root = Path(cache_dir) if cache_dir else CACHE_DIR
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):  # only one of several processes builds
             if not _is_whole(root / name):
@@ -147,8 +142,7 @@ def keep_fraction(records: Iterable[Record], fraction: float, seed: int) -> Iter
     nearest: tuple[float, Record] | None = None
     is_any_kept = False
     for record in records:
-        digest = sha256(f"{seed} {record['origin']}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
+        share = share_of(record, seed)
         if share < fraction or fraction == 1:
             is_any_kept = True
             yield record
@@ -156,6 +150,25 @@ def keep_fraction(records: Iterable[Record], fraction: float, seed: int) -> Iter
             nearest = share, record
     if not is_any_kept and nearest is not None:
         yield nearest[1]
+
+
+def share_of(record: Record, seed: int) -> float:
+    """Returns a number in [0, 1) from a hash of seed and origin: the record is in all fractions above it."""
+    digest = sha256(f"{seed} {record['origin']}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def refuse_out_of_range(sequence_length: int, data_fraction: float) -> None:
+    """Raises UserError if rows would be too short, or the fraction is none."""
+    if sequence_length < 2:
+        raise UserError(f"--max_length {sequence_length}: a row needs at least 2 tokens")
+    if not 0 < data_fraction <= 1:
+        raise UserError(f"--data_fraction {data_fraction}: must be above 0 and at most 1")
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns what fills a row up."""
+    return (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
 
 
 def _build(
@@ -167,15 +180,14 @@ def _build(
     max_rows: int | None,
 ) -> None:
     """Builds beside `directory` and then renames, so that a directory with this name is complete."""
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    packer = Packer(sequence_length, pad_token_id or 0)
+    packer = Packer(sequence_length, pad_token_id(tokenizer))
     unfinished = directory.with_suffix(".unfinished")
     for left_over in (unfinished, directory):  # left by a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir()
     try:
         rows = islice(packer.rows(encoded), max_rows)
-        _write(unfinished / ROWS_FILE, _watched(rows, packer.counts), sequence_length)
+        write_rows(unfinished / ROWS_FILE, _watched(rows, packer.counts), sequence_length)
         if not packer.counts.num_rows:
             packer.counts.report_dropped(sequence_length)
             account.refuse_if_all_bad()
@@ -190,18 +202,6 @@ def _build(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write(path: Path, rows: Iterator[Row], sequence_length: int) -> None:
-    record_type = _record_type(sequence_length)
-    with path.open("wb") as file:
-        while chunk := list(islice(rows, CHUNK_ROWS)):
-            records = np.empty(len(chunk), dtype=record_type)
-            for name in record_type.names or ():
-                records[name] = [getattr(row, name) for row in chunk]
-            file.write(records.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
     """Shows in a terminal how many tokens have been packed."""
     if not sys.stderr.isatty():
@@ -209,31 +209,20 @@ def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
         return
     with Console(stderr=True).status("packing") as status:
         for index, row in enumerate(rows):
-            if index % CHUNK_ROWS == 0:
+            if index % WATCHED_ROWS == 0:
                 status.update(f"packing: {counts.num_documents:,} documents, {counts.num_tokens:,} tokens")
             yield row
-
-
-def _record_type(sequence_length: int) -> np.dtype:
-    return np.dtype(
-        [
-            ("clean_ids", "<i4", (sequence_length,)),
-            ("document_ids", "<i4", (sequence_length,)),
-            ("is_maskable", "?", (sequence_length,)),
-        ]
-    )
 
 
 def _is_whole(directory: Path) -> bool:
     try:
         facts = json.loads((directory / FACTS_FILE).read_text())
-        expected = facts["counts"]["num_rows"] * _record_type(facts["sequence_length"]).itemsize
-        return (directory / ROWS_FILE).stat().st_size == expected
+        return is_whole(directory / ROWS_FILE, facts["sequence_length"], facts["counts"]["num_rows"])
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _fingerprint(sources: list[Source], tokenizer: PreTrainedTokenizerBase, options: list[object]) -> str:
+def fingerprint(sources: list[Source], tokenizer: PreTrainedTokenizerBase, options: list[object]) -> str:
     """Returns a hash of everything that decides what the rows hold."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
@@ -245,7 +234,8 @@ def _fingerprint(sources: list[Source], tokenizer: PreTrainedTokenizerBase, opti
 
 
 @contextmanager
-def _cache_errors(cache_dir: str | Path | None) -> Iterator[None]:
+def cache_errors(cache_dir: str | Path | None) -> Iterator[None]:
+    """Turns errors of writing into the cache into one line."""
     try:
         yield
     except OSError as error:

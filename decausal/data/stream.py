@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from decausal.data.counts import counted
+from decausal.data.streamed_rows import StreamedRows
 from decausal.diffusion.grouping import Grouping
 from decausal.diffusion.groups import is_first_of_group
 from decausal.diffusion.layout import block_numbers, is_packed, positions_in_documents
@@ -59,19 +60,20 @@ class Noising:
 class TrainingStream(Dataset[dict[str, Tensor]]):
     """The run's training rows in the order of training. Item p is a function of (seed, p) alone.
 
-    Rows are shuffled again in each epoch. With `noising` None they stay clean, for autoregressive training. With a
-    `Grouping` they stay clean too, and it says where groups of masks begin: `is_first` [T] and `group_length`.
+    Rows are shuffled again in each epoch, streamed ones within their windows. With `noising` None they stay clean, for
+    autoregressive training. With a `Grouping` they stay clean too, and it says where groups of masks begin: `is_first`
+    [T] and `group_length`.
     """
 
     def __init__(
-        self, rows: Rows, num_samples: int, *, seed: int, shift: int, noising: Noising | Grouping | None
+        self, rows: Rows | StreamedRows, num_samples: int, *, seed: int, shift: int, noising: Noising | Grouping | None
     ) -> None:
         self.rows = rows
         self.num_samples = num_samples
         self.seed = seed
         self.shift = shift
         self.noising = noising
-        self._epoch = -1
+        self._number = -1  # of the epoch or window that is in order
         self._order = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -79,15 +81,29 @@ class TrainingStream(Dataset[dict[str, Tensor]]):
 
     def epochs(self, position: int | float) -> float:
         """Returns how many times all rows have been read at a position of the run."""
+        if isinstance(self.rows, StreamedRows):
+            return self.rows.epochs(position)
         return position / len(self.rows)
+
+    @property
+    def sample(self) -> Rows:
+        """All rows, or those of the first window, to look at before training."""
+        return self.rows.first if isinstance(self.rows, StreamedRows) else self.rows
+
+    def close(self) -> None:
+        """Ends what prepares streamed rows in the background."""
+        if isinstance(self.rows, StreamedRows):
+            self.rows.close()
 
     def row_index(self, position: int) -> int:
         """Returns which row stands at `position` of the run."""
-        epoch, offset = divmod(position, len(self.rows))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            self._epoch = epoch
-        return int(self._order[offset])
+        is_streamed = isinstance(self.rows, StreamedRows)
+        size = self.rows.window_rows if is_streamed else len(self.rows)
+        number, offset = divmod(position, size)
+        if number != self._number:
+            self._order = np.random.default_rng([self.seed, number]).permutation(size)
+            self._number = number
+        return int(self._order[offset]) + (number * size if is_streamed else 0)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         row = self.rows[self.row_index(position)]

@@ -19,19 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a data set on the hub, downloaded to (and afterwards read from) the hub's own local cache.
+    """One split of a data set on the hub. Unless it is streamed, it is downloaded to the hub's own local cache.
 
     Attributes:
         name: "name" or "owner/name".
         config: Which of its configurations, None for the only one.
         split: Which of its splits.
         siblings: Other names that may have been meant, for errors.
+        is_streamed: Whether it is read from the hub row by row, and not downloaded.
     """
 
     name: str
     config: str | None
     split: str
     siblings: tuple[str, ...] = ()
+    is_streamed: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}:{self.config}[{self.split}]" if self.config else f"{self.name}[{self.split}]"
@@ -41,10 +43,31 @@ class HubDataset:
         """The memory-mapped table of records."""
         import datasets
 
+        with self._asking():
+            return datasets.load_dataset(self.name, self.config, split=self.split)
+
+    @property
+    def stream(self) -> datasets.IterableDataset:
+        """The records, read from the hub as they are asked for."""
+        with self._asking():
+            return self._builder.as_streaming_dataset(split=self.split)
+
+    @cached_property
+    def _builder(self) -> datasets.DatasetBuilder:
+        import datasets
+
+        with self._asking():
+            return datasets.load_dataset_builder(self.name, self.config)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Turns errors of the hub into one line, and shows no bars without a terminal."""
         self.refuse_unknown()
         with _quiet_unless_watched():
             try:
-                return datasets.load_dataset(self.name, self.config, split=self.split)
+                yield
+            except UserError:
+                raise
             except Exception as error:  # the hub, the network and each builder have their own types of errors
                 reason = " ".join(str(error).split()).partition(" Example of usage")[0][:300] or type(error).__name__
                 raise UserError(f"cannot load data set '{self}' from the hub ({reason}){self._hint(reason)}") from None
@@ -78,7 +101,7 @@ class HubDataset:
 
     def fingerprint(self) -> str:
         """Returns a string that changes when the data set does."""
-        return f"{self} {self.table._fingerprint}"
+        return f"{self} {self._builder.hash if self.is_streamed else self.table._fingerprint}"
 
 
 @dataclass(frozen=True)

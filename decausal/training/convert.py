@@ -36,7 +36,7 @@ from decausal.training.meters import TokenMeter
 from decausal.training.on_device import attend_by_flex, compiles, say_precision
 from decausal.training.planning.room import refuse_what_does_not_fit
 from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
-from decausal.training.run import training_arguments
+from decausal.training.run import rows_per_step, training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
     claimed,
@@ -44,7 +44,7 @@ from decausal.training.run_directory import (
     wants_resume,
 )
 from decausal.training.run_log import RunLog
-from decausal.training.run_rows import rows_of_run
+from decausal.training.run_rows import reading_ahead, rows_of_run
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start
@@ -114,7 +114,8 @@ def convert(
         if checkpoint is not None:
             refuse_other_rows(checkpoint, run.trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
-        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with reading_ahead(run.trainer.train_dataset, lambda: run.trainer.state.global_step * rows_per_step(args)):
+            run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         run.trainer.discard_surplus_checkpoints()  # left by a run that was killed after its last save
         model = _finish(settings, run)
     return Conversion(model, run.tokenizer, run.facts, output_dir, run.trainer.state.log_history)

@@ -27,6 +27,7 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
     check_values(training)
+    _check_length(settings, training)
     _check_output(training, overwrite=settings.overwrite)
     _check_named(settings)
 
@@ -38,7 +39,15 @@ def check_plan(settings: ConversionSettings, training: Mapping[str, Any]) -> Non
         UserError: A value is out of range, or there are no such model, data or prompts.
     """
     check_values({"output_dir": "unused"} | dict(training))
+    _check_length(settings, training)
     _check_named(settings)
+
+
+def _check_length(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
+    if settings.streaming and training.get("max_steps", -1) < 1:
+        raise UserError(
+            "--streaming true needs --max_steps: how many rows the data give is not known before they have been read"
+        )
 
 
 def _check_named(settings: ConversionSettings) -> None:

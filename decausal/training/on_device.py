@@ -68,8 +68,9 @@ def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
     """Returns whether some of the first rows hold several documents or padding."""
     if isinstance(stream, OnPolicyStream):
         return True
-    some = islice(range(len(stream.rows)), NUM_ROWS_SEEN)
-    return any(is_packed(stream.rows[index]["document_ids"][None]) for index in some)
+    rows = stream.sample
+    some = islice(range(len(rows)), NUM_ROWS_SEEN)
+    return any(is_packed(rows[index]["document_ids"][None]) for index in some)
 
 
 def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArguments) -> bool:

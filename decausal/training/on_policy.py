@@ -259,9 +259,9 @@ class OnPolicyStream(Dataset[dict[str, Any]]):
 
 
 def parts_of(stream: TrainingStream | OnPolicyStream) -> list[Any]:
-    """Returns what a run reads: packed rows, prompts, or both."""
+    """Returns what a run reads: packed rows (of streamed ones the first), prompts, or both."""
     if not isinstance(stream, OnPolicyStream):
-        return [stream.rows]
+        return [stream.sample]
     return [stream.on_policy.prompts] + ([] if stream.corpus is None else [stream.corpus.rows])
 
 

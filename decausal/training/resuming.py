@@ -62,7 +62,8 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
 def fingerprint(stream: TrainingStream | OnPolicyStream) -> str:
     """Returns a hash of a run's rows or prompts: of all if they are few, else of a sample.
 
-    The sample is spread evenly, so adding or removing a document anywhere changes it.
+    The sample is spread evenly, so adding or removing a document anywhere changes it. Of streamed rows, the first
+    window is looked at.
     """
     found = xxhash.xxh3_128()
     for part in parts_of(stream):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts, load_prompts
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, Rows, TrainingStream
+from decausal.data.streamed_rows import StreamedRows, stream_rows
 from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
@@ -61,9 +63,14 @@ def rows_of_run(
     """
     collator = collator_of(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
-        rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
-        facts = _with_ends(facts, tokenizer, bool(rows.account.num_conversations))
-        return RunRows(stream_of(settings, rows, run_length(args, len(rows)), args.seed), collator, facts)
+        if settings.streaming:
+            num_rows = args.max_steps * rows_per_step(args)
+            rows: PackedRows | StreamedRows = _streamed_rows(settings, tokenizer, args.seed, num_rows)
+        else:
+            rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+            num_rows = run_length(args, len(rows))
+        facts = _with_ends(facts, tokenizer, rows.has_conversations)
+        return RunRows(stream_of(settings, rows, num_rows, args.seed), collator, facts)
     prompts = _prompts(settings, tokenizer, args.seed)
     first_row, end_row = _course(args, settings, len(prompts))
     on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)
@@ -102,7 +109,41 @@ def corpus_rows(
     )
 
 
-def stream_of(settings: ConversionSettings, rows: Rows, num_samples: int, seed: int) -> TrainingStream:
+@contextmanager
+def reading_ahead(stream: TrainingStream | OnPolicyStream, position: Callable[[], int]) -> Iterator[None]:
+    """While inside, streamed rows are prepared in the background. At the end a line says what was read.
+
+    Args:
+        stream: The rows of a run.
+        position: Returns how many of them were trained on.
+    """
+    rows = stream.rows if isinstance(stream, TrainingStream) else None
+    if not isinstance(rows, StreamedRows):
+        yield
+        return
+    try:
+        yield
+        rows.say_read(position())
+    finally:
+        rows.close()
+
+
+def _streamed_rows(
+    settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, seed: int, num_rows: int
+) -> StreamedRows:
+    return stream_rows(
+        list(settings.data) if isinstance(settings.data, tuple) else settings.data,
+        tokenizer,
+        settings.max_length,
+        num_rows=num_rows,
+        window_rows=settings.streaming_window,
+        reading=settings.reading,
+        data_fraction=settings.data_fraction,
+        seed=seed,
+    )
+
+
+def stream_of(settings: ConversionSettings, rows: Rows | StreamedRows, num_samples: int, seed: int) -> TrainingStream:
     """Returns the training rows of a run, noised as its settings say."""
     noising = settings.grouping if settings.noise == "all" else _noising(settings)
     return TrainingStream(rows, num_samples, seed=seed, shift=settings.shift, noising=noising)

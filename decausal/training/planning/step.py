@@ -149,6 +149,7 @@ def planned_step(
     mask_token_id = give_mask_token(settings, model, tokenizer, layout)
     stream, collator, num_steps = _rows(settings, args, model, tokenizer, layout, mask_token_id, device)
     rows = [stream[place] for place in range(num_rows or args.per_device_train_batch_size)]
+    stream.close()
     if choices(device).has_flex and settings.attn_implementation in (None, FLEX):
         _attend_by_flex(model, teacher, layout.kind == "block" or reads_packed_rows(stream))
     student = student_of(settings, model, tokenizer, mask_token_id, args).train()

@@ -58,6 +58,10 @@ class DataSettings(RecordSettings):
         None, "values that the template reads, saved with it as defaults: '{\"enable_thinking\": false}'"
     )
     data_fraction: float = setting(1.0, "share of the documents to train on; the same seed chooses the same documents")
+    streaming: bool = setting(
+        False, "read data while training goes on, each pass in their order, and keep few rows on disk; needs max_steps"
+    )
+    streaming_window: int = setting(4096, "rows that are packed at a time, and shuffled among each other")
     eval_rows: int = setting(64, "rows of eval_data to measure on")
     sample_prompts: str | None = setting(
         None, "a file of prompts, one per line; at each evaluation the run shows and keeps how the model continues them"
@@ -65,5 +69,5 @@ class DataSettings(RecordSettings):
     sample_tokens: int = setting(64, "new tokens of each sample")
 
     def check(self) -> None:
-        at_least(self, eval_rows=1, sample_tokens=1)
+        at_least(self, eval_rows=1, sample_tokens=1, streaming_window=1)
         share(self, "data_fraction")

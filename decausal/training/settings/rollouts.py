@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from decausal.errors import UserError
+from decausal.training.settings.data import DataSettings
 from decausal.training.settings.field import at_least, check_step, inside_unit, setting, share
 from decausal.training.settings.noise import NoiseSettings
 
 
 @dataclass(frozen=True)
-class RolloutSettings(NoiseSettings):
+class RolloutSettings(NoiseSettings, DataSettings):
     """On-policy rows."""
 
     rows: Literal["corpus", "rollout"] = setting(
@@ -55,6 +56,11 @@ class RolloutSettings(NoiseSettings):
         check_step("warm_start_steps", self.warm_start_steps)
         if self.rows == "corpus" and self.warm_start_steps:
             raise UserError("--warm_start_steps is for --rows rollout: it says when rollouts begin")
+        if self.rows == "rollout" and self.streaming:
+            raise UserError(
+                "--streaming true is for --rows corpus: rollouts draw their prompts from all of the data, which "
+                "are read before; leave it out"
+            )
 
     def check_facts(self) -> None:
         if self.rows == "rollout" and self.layout != "block":
