@@ -176,6 +176,18 @@ def test_a_converted_model_of_the_hub_is_trained_on_at_the_commit_that_the_stage
     assert facts(out)["recipe"]["revision"] == commit
 
 
+def test_a_data_set_is_streamed_as_its_file_and_resumes(decausal, hub, home, tmp_path):
+    local = hub.root / "datasets" / "owner" / "texts" / "train.parquet"
+    flags = ["--streaming", "true", "--streaming_window", "2", "--save_steps", "2"]
+    whole = weights(convert(decausal, MODEL, local, tmp_path / "local", *flags))
+    out = convert(decausal, MODEL, "owner/texts", tmp_path / "out", *flags)
+    assert_same(weights(out), whole)
+    for file in (home / "decausal" / "rows").glob("*/*.rows"):
+        file.unlink()
+    convert(decausal, MODEL, "owner/texts", out, *flags, "--resume_from_checkpoint", str(out / "checkpoint-2"))
+    assert_same(weights(out), whole)
+
+
 def test_what_is_pushed_is_private_and_loads_by_its_id(decausal, hub, converted, logged_in, tmp_path):
     flags = ["--format", "hf", "--output_dir", tmp_path / "out", "--push_to_hub", "owner/mine", "--private"]
     ended = decausal("export", converted, *flags)

@@ -105,7 +105,7 @@ def test_what_the_tokenizer_cannot_take_is_refused_or_left_out(tmp_path: Path, r
         load_rows(path, tokenizer, 16, cache_dir=tmp_path / "cache")
     rows = load_rows(path, tokenizer, 16, cache_dir=tmp_path / "cache", reading=Reading(on_bad_record="skip"))
     expected = load_rows(tmp_path / "good.jsonl", tokenizer, 16, cache_dir=tmp_path / "cache")
-    assert np.array_equal(rows._records, expected._records)
+    assert np.array_equal(rows._file.records, expected._file.records)
     assert rows.account.num_bad == 1
     path.write_text(json.dumps({"text": text}))
     with pytest.raises(UserError, match=r"none of the records can be used \(1 bad\)"):

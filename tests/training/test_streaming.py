@@ -102,8 +102,8 @@ def test_lines_say_that_data_are_streamed_and_what_was_read(
 def test_rollouts_and_comparisons_refuse_streaming() -> None:
     with pytest.raises(UserError, match="--streaming true is for --rows corpus: rollouts draw their prompts from all"):
         ConversionSettings("tiny", layout="block", block_size=4, rows="rollout", streaming=True)
+    (arm,) = read_arms("mdm", ["mdm.streaming=true"])
     with pytest.raises(UserError, match="streaming of mdm: a comparison packs all rows before a clock starts"):
-        (arm,) = read_arms("mdm", ["mdm.streaming=true"])
         arm_run(CompareSettings(recipes="mdm"), arm, 0, is_bf16=False)
     with pytest.raises(UserError, match="--streaming_window 0: must be at least 1"):
         ConversionSettings("tiny", streaming_window=0)
