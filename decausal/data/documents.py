@@ -53,7 +53,7 @@ def read_sources(sources: list[Source], reading: Reading, account: Account) -> I
 def read_from(
     place: Place, sources: Sequence[Source], reading: Reading, account: Account
 ) -> Iterator[tuple[Record, Place]]:
-    """Yields the documents of sources from a place on, each with the place behind it; see `read_sources`."""
+    """Yields the documents of sources from a place on, each with the place after it; see `read_sources`."""
     for index in range(place.source, len(sources)):
         source = sources[index]
         reader = _Reader(source, reading, account, place if index == place.source else Place())
@@ -131,7 +131,7 @@ class _Reader:
         self._form = None if place.fields is None else form_of(place.fields, str(source), reading)
 
     def place(self, index: int) -> Place:
-        """Returns the place behind the record that was yielded last."""
+        """Returns the place after the record that was yielded last."""
         return Place(index, self._num_read, self._fields, self._mark, self._account.numbers)
 
     def __iter__(self) -> Iterator[Record]:

@@ -76,7 +76,7 @@ class OpenRow:
     """A row that is being filled.
 
     Args:
-        row: Its tokens so far, and padding behind them.
+        row: Its tokens so far, and padding after them.
         num_started: Documents whose first token it holds.
     """
 

@@ -36,7 +36,7 @@ class StreamedRows:
     Args:
         material: What the rows are made of.
         directory: Where their files are.
-        num_rows: Rows that the run needs, so that none behind them is prepared.
+        num_rows: Rows that the run needs, so that none after them is prepared.
 
     Attributes:
         window_rows: Rows of a window.
@@ -133,7 +133,7 @@ class StreamedRows:
                 continue
 
     def _enter(self, number: int) -> None:
-        """Removes a window that lies behind, and prepares the next one.
+        """Removes a window that lies before, and prepares the next one.
 
         Only who built this window prepares the next, since others would have to find its place in the data first. After
         a start nobody has built one: then the first to be here does.

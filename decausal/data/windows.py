@@ -136,7 +136,7 @@ class Windows:
             self._packer.stream, *self._packer.open_rows = unfinished
 
     def __iter__(self) -> Iterator[tuple[list[Row], State]]:
-        """Yields the rows of each window, and where the one behind it begins.
+        """Yields the rows of each window, and where the one after it begins.
 
         Raises:
             UserError: The data cannot be read or encoded, or hold no rows.
@@ -169,7 +169,7 @@ class Windows:
         yield
 
     def _documents(self) -> Iterator[tuple[Any, Place]]:
-        """Yields what becomes of each record, and the place behind it."""
+        """Yields what becomes of each record, and the place after it."""
         material, places = self._material, deque[Place]()
         self._account.numbers = self._place.numbers
 
