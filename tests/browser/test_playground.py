@@ -240,6 +240,24 @@ def test_block_models_alone_offer_to_speculate(visit: Visit, browser: Browser) -
         page.close()
 
 
+def test_what_became_of_drafts_is_told(browser: Browser) -> None:
+    from decausal.sampling.generate import generate
+
+    model = converted(layout="block", block_size=4, sampler={"speculative": True, "draft": "linear"})
+    drafts = generate(model, "x = ", max_new_tokens=9).drafts
+    with running([model]) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        expect(page.locator("#speculative")).to_be_checked(timeout=SECONDS)
+        page.locator("#text").fill("x = ")
+        page.locator("#max_tokens").fill("9")
+        page.locator("#write").click()
+        told = f"{drafts.tokens_per_pass:.2f} tokens each; drafts right: {drafts.acceptances[0]:.2f}"
+        expect(page.locator("#status")).to_contain_text(told, timeout=SECONDS)
+        expect(page.locator("#status")).to_contain_text("(linear 4)")
+        page.close()
+
+
 def test_a_key_is_asked_for_where_the_server_has_one(browser: Browser, models: list[Converted]) -> None:
     with running(models[:1], api_key="secret") as server:
         page = browser.new_page()
