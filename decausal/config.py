@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from decausal.errors import UserError, nearest
+from decausal.errors import UserError, nearest, one_of
 from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
