@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ def test_a_context_read_once_gives_each_continuation_what_it_has_alone(family: s
         assert found[index][0].log_likelihood == pytest.approx(log_likelihood, abs=1e-4)
         assert found[index][1] == is_greedy
     assert found[len(requests) - 1][1]
+
+
+def test_an_ar_source_without_a_row_for_the_mask_token_scores_requests_of_any_lengths_together() -> None:
+    whole, requests = model(layout="block", block_size=1), asked()
+    source = Converted(*whole[:2], replace(whole.facts, mask_token_id=head_of(whole.model).weight.shape[0]))
+    found = {index: score for index, score, _ in score_causally(source, requests, batch_size=16)}
+    for index, one in enumerate(requests):
+        (alone,) = (score for _, score, _ in score_causally(source, [one], batch_size=1))
+        assert found[index].log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
 
 
 def test_a_context_is_read_once_for_all_its_continuations() -> None:

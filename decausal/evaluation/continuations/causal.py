@@ -99,7 +99,7 @@ def _score(converted: Converted, trees: Sequence[Tree]) -> TokenScores:
     model, _, facts = converted
     device = device_of(model)
     length = max(len(tree.ids) for tree in trees)
-    ids = _rows([tree.ids for tree in trees], length, facts.mask_token_id).to(device)
+    ids = _rows([tree.ids for tree in trees], length, 0).to(device)  # an AR source may have no mask token
     if all(tree.is_a_line for tree in trees):  # no token of a row reads the padding after it
         states = body_forward(model, ids, CAUSAL).last_hidden_state
     else:
