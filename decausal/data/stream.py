@@ -182,9 +182,9 @@ class Targets(NamedTuple):
         view: In 0 .. K - 1.
     """
 
-    view_index: Int[Tensor, "n"]
-    token_index: Int[Tensor, "n"]
-    view: Int[Tensor, "n"]
+    view_index: Int[Tensor, " n"]
+    token_index: Int[Tensor, " n"]
+    view: Int[Tensor, " n"]
 
     @staticmethod
     def where(is_target: Bool[Tensor, "B K T"]) -> Targets:
@@ -233,7 +233,7 @@ def targets_of(items: Items, targets: Targets, weighting: Weighting, kl_mean: Kl
     }
 
 
-def _num_in_sequence(items: Items, targets: Targets, is_next: Bool[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _num_in_sequence(items: Items, targets: Targets, is_next: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
     length = items.is_masked.shape[2]
     sequence = block_numbers(items.document_ids, length).clamp(min=0).reshape(-1)[targets.token_index]
     sequence = (targets.view_index // length) * length + sequence  # at most `length` documents in a row

@@ -39,7 +39,7 @@ class Doubled:
     places: Int[Tensor, "B streams T"]
     is_block_start: Bool[Tensor, "B T"]
 
-    def place_of(self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    def place_of(self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Returns flat index into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the s-th
         view."""
         _, num_streams, length = self.places.shape
@@ -47,8 +47,8 @@ class Doubled:
         return self.places.reshape(-1)[(row * num_streams + stream) * length + column]
 
     def predicting_place(
-        self, stream: Int[Tensor, "n"] | int, token_index: Int[Tensor, "n"], shift: int
-    ) -> Int[Tensor, "n"]:
+        self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"], shift: int
+    ) -> Int[Tensor, " n"]:
         """Returns flat index into [B*S] of the state that predicts each token of a noised stream.
 
         Shift 0: the token's own state. Shift 1: the state before it in its own stream, if that belongs to its block.

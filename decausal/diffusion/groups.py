@@ -24,14 +24,14 @@ from decausal.diffusion.noise import uniforms
 
 
 def is_first_of_group(
-    document_ids: Int[Tensor, "T"],
-    is_predictable: Bool[Tensor, "T"],
+    document_ids: Int[Tensor, " T"],
+    is_predictable: Bool[Tensor, " T"],
     grouping: Grouping,
     length: int,
     *,
     position: int,
     seed: int,
-) -> Bool[Tensor, "T"]:
+) -> Bool[Tensor, " T"]:
     """Returns the places of a row at which groups begin, directly after their anchors.
 
     A group begins at a token that the model writes itself and that another one follows. Otherwise there is nothing to
@@ -80,9 +80,9 @@ class Groups(NamedTuple):
     document_ids: Int[Tensor, "B G"]
     group_ids: Int[Tensor, "B G"]
     first: Int[Tensor, "B G"]
-    target_mask: Int[Tensor, "n"]
-    target_token: Int[Tensor, "n"]
-    offset: Int[Tensor, "n"]
+    target_mask: Int[Tensor, " n"]
+    target_token: Int[Tensor, " n"]
+    offset: Int[Tensor, " n"]
     masks: Int[Tensor, "g m"]
     tokens: Int[Tensor, "g m"]
 
@@ -91,7 +91,7 @@ def groups_of(
     is_first: Bool[Tensor, "B T"],
     document_ids: Int[Tensor, "B T"],
     is_predictable: Bool[Tensor, "B T"],
-    lengths: Int[Tensor, "B"],
+    lengths: Int[Tensor, " B"],
     context_length: int | None = None,
     row_multiple: int = 1,
 ) -> Groups:
@@ -182,7 +182,7 @@ def visible_to_groups(
     return is_visible & ((query_position - key_position).abs() < window)
 
 
-def offset_weights(offset: Int[Tensor, "n"], gamma: float | None) -> Float[Tensor, "n"]:
+def offset_weights(offset: Int[Tensor, " n"], gamma: float | None) -> Float[Tensor, " n"]:
     """Returns the weight of each draft by its place k in the group: exp(-(k - 1) / gamma), or 1 without a gamma.
 
     A draft is kept only if all before it are right, so the first ones matter most.
@@ -192,6 +192,6 @@ def offset_weights(offset: Int[Tensor, "n"], gamma: float | None) -> Float[Tenso
     return torch.exp(-(offset - 1) / (math.inf if gamma is None else gamma))
 
 
-def _before(counts: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+def _before(counts: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Returns the sum of the counts before each."""
     return counts.cumsum(0) - counts

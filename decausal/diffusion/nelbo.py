@@ -31,7 +31,9 @@ TokenLogProbs = Callable[[Bool[Tensor, "P T"]], Float[Tensor, "P T"]]
 """Maps mask patterns of one row to log p(token | unmasked tokens) of each token. Only masked tokens count."""
 
 
-def nelbo_exact(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], block_size: int | None = None) -> float:
+def nelbo_exact(
+    token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, " T"], block_size: int | None = None
+) -> float:
     """NELBO in nats, by enumerating all mask patterns: 2^n of them for n maskable tokens (or for a block's n).
 
     With `block_size` K, blocks of K tokens are denoised from left to right, as a model of block layout writes. While a
@@ -53,7 +55,7 @@ def nelbo_exact(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], 
     )
 
 
-def _block_nelbo(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, "T"], start: int, end: int) -> float:
+def _block_nelbo(token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, " T"], start: int, end: int) -> float:
     places = [i for i in range(start, end) if is_maskable[i]]
     n = len(places)
     if n > MAX_ENUMERATED:
@@ -76,11 +78,11 @@ class MaskPatterns:
     NELBO."""
 
     is_masked: Bool[Tensor, "S T"]
-    weight: Float[Tensor, "S"]
+    weight: Float[Tensor, " S"]
 
 
 def draw_patterns(
-    is_maskable: Bool[Tensor, "T"], num_samples: int, *, seed: int, position: int = 0, estimator: str = "count"
+    is_maskable: Bool[Tensor, " T"], num_samples: int, *, seed: int, position: int = 0, estimator: str = "count"
 ) -> MaskPatterns:
     """Draws mask patterns whose weighted losses estimate the NELBO.
 
@@ -122,10 +124,10 @@ class UnitPatterns:
 
     is_masked: Bool[Tensor, "S T"]
     num_masked: Int[Tensor, "S T"]
-    num_maskable: Int[Tensor, "T"]
+    num_maskable: Int[Tensor, " T"]
 
 
-def draw_unit_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int = 0) -> UnitPatterns:
+def draw_unit_patterns(unit_ids: Int[Tensor, " T"], num_samples: int, *, seed: int, position: int = 0) -> UnitPatterns:
     """Draws mask patterns of a row whose units (documents or blocks) have separate NELBOs.
 
     For each unit, n/m times the summed loss of its masked tokens is an unbiased estimate of its NELBO.
@@ -149,7 +151,9 @@ def draw_unit_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: in
     return UnitPatterns(is_masked, num_masked, size[unit].masked_fill(~is_maskable, 0))
 
 
-def _rank_in_unit(keys: Float[Tensor, "S T"], unit: Int[Tensor, "T"], size: Int[Tensor, "units"]) -> Int[Tensor, "S T"]:
+def _rank_in_unit(
+    keys: Float[Tensor, "S T"], unit: Int[Tensor, " T"], size: Int[Tensor, " units"]
+) -> Int[Tensor, "S T"]:
     """Returns each token's place, from 0, in its unit by the order of their keys."""
     by_key = keys.argsort(dim=1)
     by_unit_and_key = by_key.gather(1, unit[by_key].argsort(dim=1, stable=True))
@@ -158,13 +162,13 @@ def _rank_in_unit(keys: Float[Tensor, "S T"], unit: Int[Tensor, "T"], size: Int[
 
 def nelbo_samples(
     token_log_probs: TokenLogProbs,
-    is_maskable: Bool[Tensor, "T"],
+    is_maskable: Bool[Tensor, " T"],
     num_samples: int,
     *,
     seed: int,
     position: int = 0,
     estimator: str = "count",
-) -> Float[Tensor, "S"]:
+) -> Float[Tensor, " S"]:
     """Returns unbiased estimates of a row's NELBO in nats, one per mask pattern; their mean is the Monte-Carlo NELBO.
 
     The first argument is the model as in `nelbo_exact`, which is called once with all S patterns. The others are those
@@ -175,6 +179,6 @@ def nelbo_samples(
     return -_masked_sum(token_log_probs(is_masked), is_masked) * patterns.weight.to(is_maskable.device)
 
 
-def _masked_sum(log_probs: Float[Tensor, "P T"], is_masked: Bool[Tensor, "P T"]) -> Float[Tensor, "P"]:
+def _masked_sum(log_probs: Float[Tensor, "P T"], is_masked: Bool[Tensor, "P T"]) -> Float[Tensor, " P"]:
     # where, not a product: a model's output for an unmasked token may be infinite.
     return torch.where(is_masked, log_probs.double(), 0.0).sum(dim=1)

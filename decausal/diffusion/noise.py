@@ -40,7 +40,7 @@ class Noise:
 
 def noise_levels(
     position: int, seed: int, num_levels: int, stratified: bool, epsilon: float = EPSILON
-) -> Float[Tensor, "num_levels"]:
+) -> Float[Tensor, " num_levels"]:
     """Returns noise levels t, each uniform on [0, 1] over seeds, clamped to [epsilon, 1 - epsilon].
 
     Stratified levels are a rotation by the golden ratio, ``frac(offset(seed) + position * golden + j / num_levels)``:
@@ -67,8 +67,8 @@ def noise_levels(
 
 
 def draw_noise(
-    document_ids: Int[Tensor, "T"],
-    is_maskable: Bool[Tensor, "T"],
+    document_ids: Int[Tensor, " T"],
+    is_maskable: Bool[Tensor, " T"],
     *,
     position: int,
     seed: int,
@@ -119,8 +119,8 @@ def uniforms(shape: tuple[int, ...], *, position: int, seed: int) -> Float[Tenso
 
 
 def _noisable_blocks(
-    document_ids: Int[Tensor, "T"], is_maskable: Bool[Tensor, "T"], block_size: int
-) -> Int[Tensor, "T"]:
+    document_ids: Int[Tensor, " T"], is_maskable: Bool[Tensor, " T"], block_size: int
+) -> Int[Tensor, " T"]:
     """Numbers the blocks that hold a maskable token; -1 elsewhere. The numbers have no gaps, so that levels are evenly
     spread."""
     number = block_numbers(document_ids[None], block_size)[0]
@@ -130,7 +130,7 @@ def _noisable_blocks(
     return rank[number]
 
 
-def _levels_of_tokens(group_levels: Float[Tensor, "M K"], group_ids: Int[Tensor, "T"]) -> Float[Tensor, "K T"]:
+def _levels_of_tokens(group_levels: Float[Tensor, "M K"], group_ids: Int[Tensor, " T"]) -> Float[Tensor, "K T"]:
     no_level = torch.ones(1, group_levels.shape[1])
     # The id -1 picks the last row.
     return torch.cat([group_levels, no_level])[group_ids].T

@@ -13,7 +13,7 @@ from torch import Tensor
 from decausal.errors import UserError
 
 
-def predicting_index(token_index: Int[Tensor, "n"], shift: int) -> Int[Tensor, "n"]:
+def predicting_index(token_index: Int[Tensor, " n"], shift: int) -> Int[Tensor, " n"]:
     """Returns index of the state that predicts each token.
 
     Args:

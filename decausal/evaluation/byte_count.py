@@ -23,7 +23,7 @@ class ByteCounter:
         self.tokenizer = tokenizer
         self._bytes_of_token = _bytes_of_tokens(tokenizer) if _is_byte_level(tokenizer) else None
 
-    def __call__(self, ids: Int[Tensor, "n"]) -> int:
+    def __call__(self, ids: Int[Tensor, " n"]) -> int:
         """Returns the number of bytes of tokens of one document, in their order."""
         if self._bytes_of_token is not None:
             return int(self._bytes_of_token[ids].sum())
@@ -36,7 +36,7 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return backend is not None and isinstance(backend.decoder, decoders.ByteLevel)
 
 
-def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "V"]:
+def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " V"]:
     vocabulary = tokenizer.get_vocab()
     num_bytes = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
     for token, token_id in vocabulary.items():

@@ -67,7 +67,7 @@ def _items(rows: Rows, indices: list[int], grouping: Grouping) -> Iterator[dict[
 
 def _num_right(
     model: nn.Module, facts: ConversionFacts, batch: Batch, is_first: Bool[Tensor, "B T"]
-) -> tuple[Int[Tensor, "groups"], Int[Tensor, "groups"]]:
+) -> tuple[Int[Tensor, " groups"], Int[Tensor, " groups"]]:
     """Returns how many drafts of each group are right from the first on, and how many tokens of the text it drafts."""
     on_device = send_to_device(batch, device_of(model))
     states = grouped_forward(
@@ -104,8 +104,8 @@ class _Tally:
         self,
         is_first: Bool[Tensor, "B T"],
         documents: Int[Tensor, "B T"],
-        num_right: Int[Tensor, "groups"],
-        num_targets: Int[Tensor, "groups"],
+        num_right: Int[Tensor, " groups"],
+        num_targets: Int[Tensor, " groups"],
     ) -> None:
         place = torch.arange(len(self.asked))
         self.asked += ((place <= num_right[:, None]) & (place < num_targets[:, None])).sum(0)

@@ -83,14 +83,14 @@ def layer_cosines(
     return (sums / num_states).tolist()
 
 
-def _masked_at(level: float, row: dict[str, Tensor], row_index: int, seed: int) -> Bool[Tensor, "T"]:
+def _masked_at(level: float, row: dict[str, Tensor], row_index: int, seed: int) -> Bool[Tensor, " T"]:
     is_predicted = predicted_tokens(row)
     return (uniforms(tuple(is_predicted.shape), position=row_index, seed=seed) < level) & is_predicted
 
 
 def _state_index(
     positions: AlignedPositions, is_masked: Bool[Tensor, "B T"], document_ids: Int[Tensor, "B T"], shift: int
-) -> Int[Tensor, "n"]:
+) -> Int[Tensor, " n"]:
     if positions == "targets":
         return predicting_index(is_masked.flatten().nonzero()[:, 0], shift)
     is_compared = document_ids >= 0
@@ -116,8 +116,8 @@ def _states(
 def _summed_cosines(
     student_states: tuple[Float[Tensor, "B T D"], ...],
     teacher_states: tuple[Float[Tensor, "B T D"], ...],
-    index: Int[Tensor, "n"],
-) -> Float[Tensor, "L1"]:
+    index: Int[Tensor, " n"],
+) -> Float[Tensor, " L1"]:
     """Returns the sum over the states at `index` of each layer's cosine, in fp64."""
     sums = []
     for student, teacher in zip(student_states, teacher_states, strict=True):

@@ -139,8 +139,8 @@ def _passes(
 
 
 def _masked_nll(
-    model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, "n"], num_of_row: int
-) -> Float[Tensor, "n"]:
+    model: nn.Module, head: Head, facts: ConversionFacts, batch: NoisedRow, index: Int[Tensor, " n"], num_of_row: int
+) -> Float[Tensor, " n"]:
     """Losses of a batch's masked tokens, `index` being their places in [B*T].
 
     Each `num_of_row` views are of one clean row.
@@ -305,8 +305,8 @@ def is_same_vocabulary(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTok
 class _Sizes(NamedTuple):
     """Predicted tokens of each row, and bytes of their text."""
 
-    tokens: Float[Tensor, "R"]
-    bytes: Float[Tensor, "R"]
+    tokens: Float[Tensor, " R"]
+    bytes: Float[Tensor, " R"]
 
 
 class _Totals:
@@ -319,7 +319,7 @@ class _Totals:
         self.share = torch.zeros(by_bin, dtype=torch.float64)
         self.num_masked = torch.zeros(by_bin, dtype=torch.float64)
 
-    def add(self, batch: NoisedRow, index: Int[Tensor, "n"], nll: Float[Tensor, "n"]) -> None:
+    def add(self, batch: NoisedRow, index: Int[Tensor, " n"], nll: Float[Tensor, " n"]) -> None:
         """Adds the losses of a batch's masked tokens, `index` being their places in [B*T]."""
         num_rows, num_bins = self.share.shape
         slot = batch.slot[index // batch.is_masked.shape[1]]
@@ -378,11 +378,11 @@ def _sizes(rows: Rows, indices: Sequence[int], tokenizer: PreTrainedTokenizerBas
     return _Sizes(torch.tensor(num_tokens).double(), torch.tensor(num_bytes).double())
 
 
-def _per_token_and_byte(row_nats: Float[Tensor, "R"], sizes: _Sizes) -> tuple[Ratio, Ratio]:
+def _per_token_and_byte(row_nats: Float[Tensor, " R"], sizes: _Sizes) -> tuple[Ratio, Ratio]:
     return ratio_over_rows(row_nats, sizes.tokens), ratio_over_rows(row_nats / math.log(2), sizes.bytes)
 
 
-def _sum_by(group: Int[Tensor, "n"], values: Float[Tensor, "n"], num_groups: int) -> Float[Tensor, "num_groups"]:
+def _sum_by(group: Int[Tensor, " n"], values: Float[Tensor, " n"], num_groups: int) -> Float[Tensor, " num_groups"]:
     return torch.zeros(num_groups, dtype=values.dtype).index_add_(0, group, values)
 
 

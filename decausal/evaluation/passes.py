@@ -64,7 +64,7 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def predicted_tokens(row: dict[str, Tensor]) -> Bool[Tensor, "T"]:
+def predicted_tokens(row: dict[str, Tensor]) -> Bool[Tensor, " T"]:
     """Returns which tokens of a row are measured: those that may be masked, except each document's first.
 
     An autoregressive model cannot predict a document's first token, and neither can a converted one with shift 1. It is
@@ -103,10 +103,10 @@ def token_nll(
     layout: Layout,
     input_ids: Int[Tensor, "B T"],
     document_ids: Int[Tensor, "B T"],
-    token_index: Int[Tensor, "n"],
-    token_ids: Int[Tensor, "n"],
+    token_index: Int[Tensor, " n"],
+    token_ids: Int[Tensor, " n"],
     shift: int,
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """Returns the negative log-likelihood in nats, on the CPU in fp64, of tokens given what the model reads.
 
     The head runs on the states that predict those tokens, chunk by chunk, so all logits never exist at once. Call it
@@ -131,7 +131,7 @@ def _predicting_states(
     layout: Layout,
     input_ids: Int[Tensor, "B T"],
     document_ids: Int[Tensor, "B T"],
-    token_index: Int[Tensor, "n"],
+    token_index: Int[Tensor, " n"],
     shift: int,
 ) -> Float[Tensor, "n D"]:
     """Returns the states that predict tokens, by flat index into [B*T], from one pass over whole rows."""
@@ -204,7 +204,7 @@ def _block_states(
     return output.last_hidden_state.flatten(0, 1).index_select(0, places.to(device))
 
 
-def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Returns the negative log-likelihood in nats, on the CPU in fp64, of the tokens that states predict.
 
     The head runs chunk by chunk, so all logits never exist at once.

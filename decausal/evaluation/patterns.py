@@ -52,7 +52,7 @@ def noised_rows(
             yield NoisedRow(torch.tensor(slot), clean_ids, document_ids, is_masked, weight, num_masked, num_predicted)
 
 
-def _units(document_ids: Int[Tensor, "T"], block_size: int | None) -> Int[Tensor, "T"]:
+def _units(document_ids: Int[Tensor, " T"], block_size: int | None) -> Int[Tensor, " T"]:
     """Returns the units that are denoised separately: documents, or their blocks."""
     return document_ids if block_size is None else block_numbers(document_ids[None], block_size)[0]
 
@@ -75,10 +75,10 @@ class WeightedPatterns(NamedTuple):
 
     is_masked: Bool[Tensor, "S T"]
     weight: Float[Tensor, "S T"]
-    is_exact: Bool[Tensor, "T"]
+    is_exact: Bool[Tensor, " T"]
 
 
-def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int, position: int) -> WeightedPatterns:
+def weighted_patterns(unit_ids: Int[Tensor, " T"], num_samples: int, *, seed: int, position: int) -> WeightedPatterns:
     """Draws `num_samples` patterns. Units with no more patterns than that get each of them once.
 
     A unit of n tokens has 2^n - 1 patterns that mask anything. If all units are small, there are only as many patterns
@@ -109,7 +109,7 @@ def weighted_patterns(unit_ids: Int[Tensor, "T"], num_samples: int, *, seed: int
 
 
 @cache
-def _all_patterns(n: int) -> tuple[Bool[Tensor, "P n"], Float[Tensor, "P"]]:
+def _all_patterns(n: int) -> tuple[Bool[Tensor, "P n"], Float[Tensor, " P"]]:
     """Returns all patterns that mask any of n tokens, and their weights in the NELBO (`decausal.diffusion.nelbo`)."""
     chosen = [(m, places) for m in range(1, n + 1) for places in combinations(range(n), m)]
     is_masked = torch.zeros(len(chosen), n, dtype=torch.bool)

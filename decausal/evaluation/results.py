@@ -21,7 +21,7 @@ class Ratio(NamedTuple):
     standard_error: float | None
 
 
-def ratio_over_rows(sums: Float[Tensor, "R"], counts: Float[Tensor, "R"]) -> Ratio:
+def ratio_over_rows(sums: Float[Tensor, " R"], counts: Float[Tensor, " R"]) -> Ratio:
     """Returns the mean per token over rows that hold different numbers of tokens, and its standard error with rows as
     clusters.
 
@@ -273,5 +273,5 @@ def nelbo_difference(first: Likelihood, second: Likelihood) -> Ratio:
     return ratio_over_rows(differences, _fp64(first.row_num_tokens))
 
 
-def _fp64(values: Sequence[float | int]) -> Float[Tensor, "R"]:
+def _fp64(values: Sequence[float | int]) -> Float[Tensor, " R"]:
     return torch.tensor(values, dtype=torch.float64)

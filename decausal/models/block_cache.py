@@ -89,8 +89,8 @@ class _Access:
         most_keys: The most slots that a pass has read: none after them was ever written.
     """
 
-    rows: slice | Int[Tensor, "b"]
-    flat_slots: Int[Tensor, "b*q"]
+    rows: slice | Int[Tensor, " b"]
+    flat_slots: Int[Tensor, " b*q"]
     num_keys: int = 0
     most_keys: int = 0
 
@@ -190,7 +190,7 @@ def cached_forward(
     slots: Int[Tensor, "b q"],
     is_visible: Bool[Tensor, "b q n"] | dict[str, Bool[Tensor, "b q n"]] | int,
     cache: BlockCache,
-    rows: slice | Int[Tensor, "b"] | None = None,
+    rows: slice | Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b q D"]:
     """Runs the model's body on some tokens of some rows, with the other tokens in the cache.
 

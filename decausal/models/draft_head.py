@@ -39,9 +39,9 @@ class DraftHead(nn.Module):
         tokens: The tokens that can be drafted, in order.
     """
 
-    tokens: Int[Tensor, "tokens"]
+    tokens: Int[Tensor, " tokens"]
 
-    def __init__(self, size: int, embedding_size: int, tokens: Int[Tensor, "tokens"]) -> None:
+    def __init__(self, size: int, embedding_size: int, tokens: Int[Tensor, " tokens"]) -> None:
         super().__init__()
         # Apart from the weights, since accelerate shards everything in a state dict.
         self.register_buffer("tokens", tokens, persistent=False)
@@ -65,7 +65,7 @@ class DraftHead(nn.Module):
         return mask + self.down(values * functional.silu(gate))
 
 
-def install_draft_head(model: nn.Module, tokens: Int[Tensor, "tokens"]) -> None:
+def install_draft_head(model: nn.Module, tokens: Int[Tensor, " tokens"]) -> None:
     """Gives a model a draft head that adds nothing yet and chooses from some tokens, in its type and on its device."""
     embedding, size = stock_model(model).get_input_embeddings().weight, head_of(model).weight.shape[1]
     head = DraftHead(size, embedding.shape[1], tokens).to(embedding)
@@ -86,7 +86,7 @@ class DraftVocabulary(NamedTuple):
     """
 
     head: Head
-    tokens: Int[Tensor, "tokens"] | None
+    tokens: Int[Tensor, " tokens"] | None
 
     def ids(self, chosen: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
         """Returns the ids of tokens chosen by their places in the head."""

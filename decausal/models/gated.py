@@ -69,7 +69,7 @@ class Gate:
         return (states * self.is_mask[..., None].to(states.dtype),)
 
 
-def install_gate(model: nn.Module, mask_token_id: int, row: Float[Tensor, "D"]) -> None:
+def install_gate(model: nn.Module, mask_token_id: int, row: Float[Tensor, " D"]) -> None:
     """Makes the LoRA layers of a model act only at masks, and gives masks a separate, trainable row.
 
     Args:
@@ -127,7 +127,7 @@ def gated_mask_token_id(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)
 
 
-def initial_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Float[Tensor, "D"]:
+def initial_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Float[Tensor, " D"]:
     """Returns the initial row of a gated mask token: the mean of the rows that the tokenizer uses."""
     weight = model.get_input_embeddings().weight.detach()
     used = torch.tensor(sorted(index for index in set(tokenizer.get_vocab().values()) if index < len(weight)))

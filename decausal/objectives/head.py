@@ -30,7 +30,7 @@ class Head(NamedTuple):
     """
 
     weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, "V"] | None = None
+    bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
     banned: int | None = None

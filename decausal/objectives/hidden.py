@@ -23,7 +23,7 @@ def alignment(
     student: Float[Tensor, "n D"],
     teacher: Float[Tensor, "n D"],
     distance: str,
-    weights: Float[Tensor, "n"] | None = None,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Returns the sum over rows of the distance between student and teacher, differentiable once, in `student` only.
 
@@ -49,10 +49,10 @@ def alignment(
 
 def alignment_at(
     student: Float[Tensor, "*batch D"],
-    student_index: Int[Tensor, "n"],
+    student_index: Int[Tensor, " n"],
     teacher_rows: Float[Tensor, "n D"],
     distance: str,
-    weights: Float[Tensor, "n"] | None = None,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Returns `alignment` of the student's rows at `student_index` (flat, into all of `student`), without copying them.
 

@@ -45,7 +45,7 @@ class TopK(NamedTuple):
 
     log_probs: Float[Tensor, "n k"]
     ids: Int[Tensor, "n k"]
-    log_tail: Float[Tensor, "n"]
+    log_tail: Float[Tensor, " n"]
 
 
 class States(NamedTuple):
@@ -59,7 +59,7 @@ class LogitLoss(NamedTuple):
     """The differentiable weighted sum that is trained on, and each row's divergence in nats (detached)."""
 
     loss_sum: Float[Tensor, ""]
-    divergence: Float[Tensor, "n"]
+    divergence: Float[Tensor, " n"]
 
 
 def top_k_log_probs(hidden: Float[Tensor, "n D"], head: Head, k: int, chunk_size: int | None = None) -> TopK:
@@ -90,7 +90,7 @@ def chunked_divergence(
     hidden: Float[Tensor, "n D"],
     head: Head,
     teacher: TopK | States,
-    weights: Float[Tensor, "n"],
+    weights: Float[Tensor, " n"],
     kind: str = "forward_kl",
     *,
     beta: float = 0.5,

@@ -29,14 +29,14 @@ class TokenLoss(NamedTuple):
     """The differentiable sum that is trained on, and each row's negative log-likelihood in nats (detached)."""
 
     loss_sum: Float[Tensor, ""]
-    nll: Float[Tensor, "n"]
+    nll: Float[Tensor, " n"]
 
 
 def chunked_cross_entropy(
     hidden: Float[Tensor, "n D"],
     head: Head,
-    targets: Int[Tensor, "n"],
-    weights: Float[Tensor, "n"],
+    targets: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
     papl: float = 0.0,
     chunk_size: int | None = None,
 ) -> TokenLoss:

@@ -71,7 +71,7 @@ class Vocabulary:
         for token, text in enumerate(self.texts):
             for start in range(len(text.rstrip(" \t")), len(text)):
                 self._by_end.setdefault(text[start:], []).append(token)
-        self._fitting: dict[Border, Bool[Tensor, "V"]] = {}
+        self._fitting: dict[Border, Bool[Tensor, " V"]] = {}
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
@@ -101,7 +101,7 @@ class Vocabulary:
             return False
         return bool((self._lengths[self.fitting(border)] > num_given).any())
 
-    def fitting(self, border: Border) -> Bool[Tensor, "V"]:
+    def fitting(self, border: Border) -> Bool[Tensor, " V"]:
         """Returns which tokens may stand at a border."""
         if border not in self._fitting:
             tokens = self._by_end.get(border.end, []) if border.end else range(len(self.texts))

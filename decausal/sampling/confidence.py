@@ -9,7 +9,7 @@ from torch import Tensor
 from decausal.sampling.settings.schedules import CONFIDENCES
 
 
-def confidence(logits: Float[Tensor, "n V"], token: Int[Tensor, "n"], kind: str) -> Float[Tensor, "n"]:
+def confidence(logits: Float[Tensor, "n V"], token: Int[Tensor, " n"], kind: str) -> Float[Tensor, " n"]:
     """Scores tokens under the model's own distribution, softmax(logits), whatever temperature they were drawn at.
 
     Each kind scores the given token, which may be greedy, sampled, or kept earlier. So these can be compared:
@@ -42,6 +42,6 @@ def confidence(logits: Float[Tensor, "n V"], token: Int[Tensor, "n"], kind: str)
     raise ValueError(f"confidence is one of {CONFIDENCES}, not {kind!r}")
 
 
-def entropies(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
+def entropies(logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
     """Returns the entropy of softmax(logits) in nats."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)

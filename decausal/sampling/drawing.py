@@ -11,14 +11,14 @@ from decausal.sampling.settings.drawing import NUM_SEEDS
 
 def choose(
     logits: Float[Tensor, "n V"],
-    numbers: Float[Tensor, "n"],
+    numbers: Float[Tensor, " n"],
     *,
-    temperature: float | Float[Tensor, "n"],
-    top_k: int | Int[Tensor, "n"] | None = None,
-    top_p: float | Float[Tensor, "n"] | None = None,
-    min_p: float | Float[Tensor, "n"] | None = None,
+    temperature: float | Float[Tensor, " n"],
+    top_k: int | Int[Tensor, " n"] | None = None,
+    top_p: float | Float[Tensor, " n"] | None = None,
+    min_p: float | Float[Tensor, " n"] | None = None,
     most: int | None = None,
-) -> Int[Tensor, "n"]:
+) -> Int[Tensor, " n"]:
     """Draws one token per row by inverting the cumulative distribution at `numbers`. Temperature 0 takes the likeliest.
 
     Each setting is one for all rows, or one per row. A row's token does not depend on the settings of others.
@@ -45,7 +45,7 @@ def choose(
     )
 
 
-def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # A parallel cumulative sum may be off by an ulp. The condition p > 0 excludes impossible tokens in any case.
@@ -53,7 +53,7 @@ def _drawn(logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"]) -> Int[Ten
     return torch.where(is_past.any(-1), is_past.to(torch.uint8).argmax(-1), logits.argmax(-1))
 
 
-def above(logits: Float[Tensor, "n V"], min_p: float | Float[Tensor, "n"] | None) -> Float[Tensor, "n V"]:
+def above(logits: Float[Tensor, "n V"], min_p: float | Float[Tensor, " n"] | None) -> Float[Tensor, "n V"]:
     """Sets tokens to -inf that are less probable than `min_p` times the likeliest. Source: arXiv 2407.01082."""
     if min_p is None:
         return logits
@@ -64,8 +64,8 @@ def above(logits: Float[Tensor, "n V"], min_p: float | Float[Tensor, "n"] | None
 def truncate(
     logits: Float[Tensor, "n V"],
     *,
-    top_k: int | Int[Tensor, "n"] | None = None,
-    top_p: float | Float[Tensor, "n"] | None = None,
+    top_k: int | Int[Tensor, " n"] | None = None,
+    top_p: float | Float[Tensor, " n"] | None = None,
     most: int | None = None,
 ) -> Float[Tensor, "n V"]:
     """Sets tokens to -inf outside the `top_k` most probable ones, then outside the nucleus `top_p` of the rest."""
@@ -84,7 +84,7 @@ def truncate(
     return logits
 
 
-def _only_top(logits: Float[Tensor, "n V"], k: int | Int[Tensor, "n"], most: int | None) -> Float[Tensor, "n V"]:
+def _only_top(logits: Float[Tensor, "n V"], k: int | Int[Tensor, " n"], most: int | None) -> Float[Tensor, "n V"]:
     vocab_size = logits.shape[-1]
     if not isinstance(k, Tensor):
         return (
@@ -98,8 +98,8 @@ def _only_top(logits: Float[Tensor, "n V"], k: int | Int[Tensor, "n"], most: int
 
 
 def uniform_numbers(
-    seed: Int[Tensor, "n"], step: int | Int[Tensor, "n"], position: Int[Tensor, "n"]
-) -> Float[Tensor, "n"]:
+    seed: Int[Tensor, " n"], step: int | Int[Tensor, " n"], position: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
     """Returns numbers in (0, 1), a function of (seed, step, position) only: 23 bits of a chain of hashes.
 
     So a row draws the same numbers alone and in a batch, padded or not, and whenever others finish. Seeds are taken
@@ -111,7 +111,7 @@ def uniform_numbers(
     return ((bits >> 40) & (2**23 - 1)).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 
-def _mixed(bits: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+def _mixed(bits: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Applies splitmix64's finaliser. Products of int64 wrap around, and the constants are written as signed
     numbers."""
     bits = bits + _signed(0x9E3779B97F4A7C15)
@@ -120,7 +120,7 @@ def _mixed(bits: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
     return bits ^ _shifted(bits, 31)
 
 
-def _shifted(bits: Int[Tensor, "n"], places: int) -> Int[Tensor, "n"]:
+def _shifted(bits: Int[Tensor, " n"], places: int) -> Int[Tensor, " n"]:
     """Shifts right as if unsigned, because torch's shift copies the sign."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 

@@ -49,12 +49,12 @@ class TokenSettings:
         measures: The values of `measure` that occur.
     """
 
-    temperature: Float[Tensor, "n"]
-    top_k: Int[Tensor, "n"]
-    top_p: Float[Tensor, "n"]
-    min_p: Float[Tensor, "n"]
-    measure: Int[Tensor, "n"]
-    guidance: Float[Tensor, "n"]
+    temperature: Float[Tensor, " n"]
+    top_k: Int[Tensor, " n"]
+    top_p: Float[Tensor, " n"]
+    min_p: Float[Tensor, " n"]
+    measure: Int[Tensor, " n"]
+    guidance: Float[Tensor, " n"]
     is_greedy: bool
     most_top_k: int
     is_nucleus: bool
@@ -62,14 +62,14 @@ class TokenSettings:
     is_guided: bool
     measures: tuple[int, ...]
 
-    def at(self, row: Int[Tensor, "m"]) -> TokenSettings:
+    def at(self, row: Int[Tensor, " m"]) -> TokenSettings:
         """Returns the settings of positions, given the row of each. If all rows are alike, returns itself."""
         if self.is_greedy and len(self.measures) == 1 and not self.is_guided:
             return self
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TokenSettings)}
         return TokenSettings(**{n: value[row] if isinstance(value, Tensor) else value for n, value in values.items()})
 
-    def chosen(self, logits: Float[Tensor, "n V"], numbers: Float[Tensor, "n"] | None) -> Int[Tensor, "n"]:
+    def chosen(self, logits: Float[Tensor, "n V"], numbers: Float[Tensor, " n"] | None) -> Int[Tensor, " n"]:
         """Draws a token per position. `numbers` are needed unless all are greedy."""
         if self.is_greedy or numbers is None:
             return logits.argmax(-1)
@@ -83,7 +83,7 @@ class TokenSettings:
             most=self.most_top_k,
         )
 
-    def scored(self, logits: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    def scored(self, logits: Float[Tensor, "n V"], token: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Returns the numbers by which positions are ordered: confidence, or minus the entropy in nats if that is
         bounded."""
         scores = None
@@ -112,16 +112,16 @@ class RowSettings(TokenSettings):
         orders, schedules, remasks: The values that occur.
     """
 
-    order: Int[Tensor, "n"]
-    schedule: Int[Tensor, "n"]
-    num_steps: Int[Tensor, "n"]
-    threshold: Float[Tensor, "n"]
-    entropy_bound: Float[Tensor, "n"]
-    window: Int[Tensor, "n"]
-    cache: Int[Tensor, "n"]
-    cache_refresh: Int[Tensor, "n"]
-    remask: Int[Tensor, "n"]
-    remask_rate: Float[Tensor, "n"]
+    order: Int[Tensor, " n"]
+    schedule: Int[Tensor, " n"]
+    num_steps: Int[Tensor, " n"]
+    threshold: Float[Tensor, " n"]
+    entropy_bound: Float[Tensor, " n"]
+    window: Int[Tensor, " n"]
+    cache: Int[Tensor, " n"]
+    cache_refresh: Int[Tensor, " n"]
+    remask: Int[Tensor, " n"]
+    remask_rate: Float[Tensor, " n"]
     has_windows: bool
     has_cache: bool
     orders: tuple[str, ...]
@@ -170,7 +170,7 @@ class RowSettings(TokenSettings):
             remasks=tuple(sorted({row.remask for row in rows}, key=REMASKS.index)),
         )
 
-    def rows(self, index: Int[Tensor, "m"]) -> RowSettings:
+    def rows(self, index: Int[Tensor, " m"]) -> RowSettings:
         """Returns the settings of some of the rows."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         taken = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
@@ -189,7 +189,7 @@ class RowSettings(TokenSettings):
             if isinstance(held, Tensor):
                 held.copy_(getattr(other, field.name))
 
-    def has_remask(self, *kinds: bool | str) -> Bool[Tensor, "n"]:
+    def has_remask(self, *kinds: bool | str) -> Bool[Tensor, " n"]:
         """Returns which rows remask in one of these ways."""
         found = torch.zeros_like(self.remask, dtype=torch.bool)
         for kind in kinds:

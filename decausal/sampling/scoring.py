@@ -40,8 +40,8 @@ class TokenScores(NamedTuple):
         best_log_prob: Log-probability of the model's own choice there.
     """
 
-    log_prob: Float[Tensor, "n"]
-    best_log_prob: Float[Tensor, "n"]
+    log_prob: Float[Tensor, " n"]
+    best_log_prob: Float[Tensor, " n"]
 
 
 class _Copy(NamedTuple):
@@ -112,7 +112,7 @@ def _score_copies(
     return score_states(states, denoising_head(model, facts.mask_token_id), targets.to(device))
 
 
-def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, "n"]) -> TokenScores:
+def score_states(states: Float[Tensor, "n D"], head: Head, targets: Int[Tensor, " n"]) -> TokenScores:
     """Scores the tokens that states predict. Logits exist for `STATES_PER_CHUNK` states at a time."""
     chunks = []
     for some, tokens in zip(states.split(STATES_PER_CHUNK), targets.split(STATES_PER_CHUNK), strict=True):

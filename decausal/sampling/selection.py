@@ -21,12 +21,12 @@ def propose(
     states: Float[Tensor, "n D"],
     head: Head,
     settings: TokenSettings,
-    numbers: Float[Tensor, "n"] | None,
-    kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None = None,
+    numbers: Float[Tensor, " n"] | None,
+    kept: tuple[Int[Tensor, " n"], Bool[Tensor, " n"]] | None = None,
     is_scored: bool = True,
     unguided: Float[Tensor, "n D"] | None = None,
-    only: tuple[Int[Tensor, "n"], Bool[Tensor, "S V"]] | None = None,
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
+    only: tuple[Int[Tensor, " n"], Bool[Tensor, "S V"]] | None = None,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"] | None]:
     """Returns a token for each position and its score, from the state that predicts it. Logits exist chunk by chunk.
 
     Args:
@@ -58,12 +58,12 @@ def _proposed(
     states: Float[Tensor, "n D"],
     head: Head,
     settings: TokenSettings,
-    numbers: Float[Tensor, "n"] | None,
-    kept: tuple[Int[Tensor, "n"], Bool[Tensor, "n"]] | None,
+    numbers: Float[Tensor, " n"] | None,
+    kept: tuple[Int[Tensor, " n"], Bool[Tensor, " n"]] | None,
     is_scored: bool,
     unguided: Float[Tensor, "n D"] | None,
-    only: tuple[Int[Tensor, "n"], Bool[Tensor, "S V"]] | None,
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"] | None]:
+    only: tuple[Int[Tensor, " n"], Bool[Tensor, "S V"]] | None,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"] | None]:
     values = logits(states, head)
     if unguided is not None:
         values = guided(values, logits(unguided, head), settings.guidance)
@@ -78,7 +78,7 @@ def _proposed(
 
 
 def guided(
-    values: Float[Tensor, "n V"], without: Float[Tensor, "n V"], guidance: Float[Tensor, "n"]
+    values: Float[Tensor, "n V"], without: Float[Tensor, "n V"], guidance: Float[Tensor, " n"]
 ) -> Float[Tensor, "n V"]:
     """Moves logits away from those of a row without the given text: without + (1 + w) (values - without).
 
@@ -94,8 +94,8 @@ def num_to_keep(
     is_open: Bool[Tensor, "A T"],
     is_masked: Bool[Tensor, "A T"],
     settings: RowSettings,
-    step: int | Int[Tensor, "A"],
-) -> Int[Tensor, "A"]:
+    step: int | Int[Tensor, " A"],
+) -> Int[Tensor, " A"]:
     """Returns how many of the scored positions of each row stay or become tokens in this step.
 
     Static: as many as `num_due`.
@@ -126,14 +126,14 @@ def num_to_keep(
 
 class _State(NamedTuple):
     scores: Float[Tensor, "A T"]
-    num_open: Int[Tensor, "A"]
-    num_kept: Int[Tensor, "A"]
-    counted_before: Int[Tensor, "A"]
+    num_open: Int[Tensor, " A"]
+    num_kept: Int[Tensor, " A"]
+    counted_before: Int[Tensor, " A"]
     settings: RowSettings
-    step: int | Int[Tensor, "A"]
+    step: int | Int[Tensor, " A"]
 
 
-def num_due(num_open: Int[Tensor, "A"], settings: RowSettings, step: int | Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+def num_due(num_open: Int[Tensor, " A"], settings: RowSettings, step: int | Int[Tensor, " A"]) -> Int[Tensor, " A"]:
     """Returns how many of N open positions are kept in all after step k (from 0) of the static schedule: ceil((k + 1)
     N / S).
 
@@ -160,16 +160,16 @@ def num_due(num_open: Int[Tensor, "A"], settings: RowSettings, step: int | Int[T
     return due.minimum(num_open)
 
 
-def _static(now: _State) -> Int[Tensor, "A"]:
+def _static(now: _State) -> Int[Tensor, " A"]:
     return num_due(now.num_open, now.settings, now.step) - now.counted_before
 
 
-def _above_threshold(now: _State) -> Int[Tensor, "A"]:
+def _above_threshold(now: _State) -> Int[Tensor, " A"]:
     num_sure = (now.scores >= now.settings.threshold[:, None]).sum(1)
     return torch.maximum(num_sure, now.num_kept + 1 - now.counted_before)
 
 
-def _within_entropy(now: _State) -> Int[Tensor, "A"]:
+def _within_entropy(now: _State) -> Int[Tensor, " A"]:
     entropy = -now.scores.sort(dim=1, descending=True).values
     # Summed up to the one before. A sum minus its last term may be off by an ulp, which matters for a bound of 0.
     before = entropy.cumsum(1).roll(1, dims=1)
@@ -181,7 +181,7 @@ def _within_entropy(now: _State) -> Int[Tensor, "A"]:
 _COUNTS = {"num_steps": _static, "threshold": _above_threshold, "entropy_bound": _within_entropy}
 
 
-def best(scores: Float[Tensor, "A T"], count: Int[Tensor, "A"]) -> Bool[Tensor, "A T"]:
+def best(scores: Float[Tensor, "A T"], count: Int[Tensor, " A"]) -> Bool[Tensor, "A T"]:
     """Marks the `count` highest scores of each row. Of equal scores the leftmost comes first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)

@@ -17,7 +17,7 @@ _COUNTED_ROWS = 4096
 
 def frequent_tokens(
     stream: TrainingStream | OnPolicyStream, size: int, vocabulary_size: int, always: Iterable[int] = ()
-) -> Int[Tensor, "tokens"]:
+) -> Int[Tensor, " tokens"]:
     """Returns the ids of the most frequent tokens of a run's rows or prompts, in order.
 
     Of many rows, some that are spread evenly are counted. Tokens that do not occur come last, the lowest ids first:

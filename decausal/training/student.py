@@ -56,7 +56,7 @@ def student_of(
     tokenizer: PreTrainedTokenizerBase,
     mask_token_id: int,
     args: TrainingArguments,
-    draft_tokens: Int[Tensor, "tokens"] | None = None,
+    draft_tokens: Int[Tensor, " tokens"] | None = None,
 ) -> nn.Module:
     """Returns the model as it is trained: with adapters, a gate or frozen embeddings, or as it is.
 

@@ -115,7 +115,7 @@ def _score(converted: Converted, trees: Sequence[Tree]) -> TokenScores:
     return score_states(_at(states, places.to(device)), head, targets.to(device))
 
 
-def _at(states: Float[Tensor, "B T D"], places: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
+def _at(states: Float[Tensor, "B T D"], places: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
     return states.flatten(0, 1).index_select(0, places)
 
 

@@ -73,6 +73,6 @@ def _surest(converted: Converted, rows: Sequence[Sequence[int]], masks: Sequence
     return found
 
 
-def _place(mask: Bool[Tensor, "T"], which: int) -> int:
-    places: Int[Tensor, "n"] = mask.nonzero()[:, 0]
+def _place(mask: Bool[Tensor, " T"], which: int) -> int:
+    places: Int[Tensor, " n"] = mask.nonzero()[:, 0]
     return int(places[which])

@@ -60,7 +60,7 @@ def score_by_nelbo(
             yield index, _estimate(each, loss)
 
 
-def units_of(request: Continuation, facts: ConversionFacts) -> Int[Tensor, "T"]:
+def units_of(request: Continuation, facts: ConversionFacts) -> Int[Tensor, " T"]:
     """Returns the unit with which each token is denoised: 0, 1, ... from left to right in the continuation; -1 in the
     context."""
     start, end = len(request.context), len(request.context) + len(request.tokens)

@@ -30,11 +30,11 @@ class Window(NamedTuple):
 
     is_inside: Bool[Tensor, "A T"]
     settings: RowSettings
-    step: Int[Tensor, "A"]
+    step: Int[Tensor, " A"]
 
 
 def current_window(
-    is_open: Bool[Tensor, "A T"], is_masked: Bool[Tensor, "A T"], settings: RowSettings, step: Int[Tensor, "A"]
+    is_open: Bool[Tensor, "A T"], is_masked: Bool[Tensor, "A T"], settings: RowSettings, step: Int[Tensor, " A"]
 ) -> Window:
     """Finds the window that each row is in.
 

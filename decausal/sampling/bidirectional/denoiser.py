@@ -50,9 +50,9 @@ class OpenRows:
     is_open: Bool[Tensor, "A T"]
     is_masked: Bool[Tensor, "A T"]
     document_ids: Int[Tensor, "A T"]
-    seeds: Int[Tensor, "A"]
-    steps: Int[Tensor, "A"]
-    places: Int[Tensor, "A"]
+    seeds: Int[Tensor, " A"]
+    steps: Int[Tensor, " A"]
+    places: Int[Tensor, " A"]
     settings: RowSettings
     is_whole: bool
     allowed: Allowed | None = None
@@ -74,10 +74,10 @@ class Step(NamedTuple):
     is_new: Bool[Tensor, "A T"]
     is_reopened: Bool[Tensor, "A T"] | None
     scores: Float[Tensor, "A T"]
-    index: Int[Tensor, "n"]
+    index: Int[Tensor, " n"]
     states: Float[Tensor, "n D"]
-    num_forwards: Int[Tensor, "A"]
-    num_tokens_read: Int[Tensor, "A"]
+    num_forwards: Int[Tensor, " A"]
+    num_tokens_read: Int[Tensor, " A"]
 
 
 class Denoiser:
@@ -147,8 +147,8 @@ class Denoiser:
         )
 
     def _without_given(
-        self, rows: OpenRows, reading: Reading, index: Int[Tensor, "n"], states: Float[Tensor, "n D"]
-    ) -> tuple[Float[Tensor, "n D"], Int[Tensor, "A"]]:
+        self, rows: OpenRows, reading: Reading, index: Int[Tensor, " n"], states: Float[Tensor, "n D"]
+    ) -> tuple[Float[Tensor, "n D"], Int[Tensor, " A"]]:
         """Returns the states of guided rows with everything given masked, and how many tokens that read; zeros for
         other rows."""
         is_guided = rows.settings.guidance > 0
@@ -166,7 +166,7 @@ class Denoiser:
     def _proposed(
         self,
         rows: OpenRows,
-        index: Int[Tensor, "n"],
+        index: Int[Tensor, " n"],
         states: Float[Tensor, "n D"],
         unguided: Float[Tensor, "n D"] | None,
     ) -> tuple[Int[Tensor, "A T"], Float[Tensor, "A T"]]:

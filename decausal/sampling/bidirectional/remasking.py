@@ -20,7 +20,7 @@ OPENING_STEPS = 2**40
 
 
 def opened_at_random(
-    window: Window, is_masked: Bool[Tensor, "A T"], seeds: Int[Tensor, "A"], step: Int[Tensor, "A"]
+    window: Window, is_masked: Bool[Tensor, "A T"], seeds: Int[Tensor, " A"], step: Int[Tensor, " A"]
 ) -> Bool[Tensor, "A T"]:
     """Draws the kept positions of the current windows that are opened in this step; none in rows without remasking.
 

@@ -41,13 +41,13 @@ class Reading(NamedTuple):
 
     ids: Int[Tensor, "A T"]
     document_ids: Int[Tensor, "A T"] | None
-    lengths: Int[Tensor, "A"]
-    places: Int[Tensor, "A"]
-    cache: Int[Tensor, "A"] | None
-    cache_refresh: Int[Tensor, "A"] | None
+    lengths: Int[Tensor, " A"]
+    places: Int[Tensor, " A"]
+    cache: Int[Tensor, " A"] | None
+    cache_refresh: Int[Tensor, " A"] | None
     is_inside: Bool[Tensor, "A T"]
 
-    def rows(self, index: Int[Tensor, "a"]) -> Reading:
+    def rows(self, index: Int[Tensor, " a"]) -> Reading:
         """Returns some of the rows."""
         return Reading(*(None if part is None else part[index] for part in self))
 
@@ -57,7 +57,7 @@ class _Batch(NamedTuple):
 
     rows: list[int] | None  # None: all
     states: Float[Tensor, "b q D"]
-    first: Int[Tensor, "b"] | None  # None: 0
+    first: Int[Tensor, " b"] | None  # None: 0
 
 
 class _Plan(NamedTuple):
@@ -89,7 +89,7 @@ class WindowReader:
         """Forgets what the cache holds for a place, since another row takes it."""
         self._held.pop(place, None)
 
-    def __call__(self, reading: Reading, index: Int[Tensor, "n"]) -> tuple[Float[Tensor, "n D"], Int[Tensor, "A"]]:
+    def __call__(self, reading: Reading, index: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n D"], Int[Tensor, " A"]]:
         """Returns the states that predict positions, and how many tokens of each row were read.
 
         Args:
@@ -118,7 +118,7 @@ class WindowReader:
         body = body_forward(self._model, reading.ids, self._layout, document_ids=reading.document_ids)
         return body.last_hidden_state
 
-    def _with_cache(self, reading: Reading) -> tuple[list[_Batch], Int[Tensor, "A"]]:
+    def _with_cache(self, reading: Reading) -> tuple[list[_Batch], Int[Tensor, " A"]]:
         without, whole, windows = self._planned(reading)
         num_read, batches = reading.lengths.clone(), []
         if without:
@@ -180,12 +180,12 @@ class WindowReader:
         return self._cache
 
 
-def _at(batch: _Batch, row: Int[Tensor, "n"], position: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
+def _at(batch: _Batch, row: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
     offset = position if batch.first is None else position - batch.first[row]
     return batch.states.flatten(0, 1)[row * batch.states.shape[1] + offset]
 
 
-def _as_slice(plans: list[_Plan], places: Int[Tensor, "b"]) -> slice | Int[Tensor, "b"]:
+def _as_slice(plans: list[_Plan], places: Int[Tensor, " b"]) -> slice | Int[Tensor, " b"]:
     """Returns consecutive places as a slice, which avoids a copy of their keys and values."""
     start = plans[0].place
     if [plan.place for plan in plans] == list(range(start, start + len(plans))):

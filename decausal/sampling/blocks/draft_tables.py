@@ -55,7 +55,7 @@ class Masks:
     stop: Int[Tensor, "b s"]
     start: Int[Tensor, "b j"]
     length: Int[Tensor, "b j"]
-    is_verifying: Bool[Tensor, "b"]
+    is_verifying: Bool[Tensor, " b"]
 
 
 class DraftTables:
@@ -125,21 +125,21 @@ class DraftTables:
             for each in self.draftings
         ]
 
-    def idle(self, which: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def idle(self, which: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Returns the ones without drafts that verify alike."""
         return self._idle[which]
 
-    def limit(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def limit(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Returns the pending drafts that the rows' shapes can verify."""
         return torch.minimum(pending, self._limits[which])
 
-    def in_turn(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def in_turn(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Returns the ones of this pass: rows that take turns draft nothing while others of them verify."""
         takes_turns = self._takes_turns[which].bool()
         waits = takes_turns & (pending == 0) & (takes_turns & (pending > 0)).any()
         return torch.where(waits, self._idle[which], which)
 
-    def masks(self, which: Int[Tensor, "b"], pending: Int[Tensor, "b"], num_masks: int) -> Masks:
+    def masks(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"], num_masks: int) -> Masks:
         """Returns those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
         is_real, behind, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
         start, length = self._groups[which, pending].unbind(-1)

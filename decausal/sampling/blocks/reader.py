@@ -121,7 +121,7 @@ class Reader:
         return [sorted(batch) for batch in batches]
 
     def _read_batch(
-        self, spans: list[range], index: slice | Int[Tensor, "b"], tail: int
+        self, spans: list[range], index: slice | Int[Tensor, " b"], tail: int
     ) -> Float[Tensor, "b tail D"] | None:
         width, num_keys = max(map(len, spans)), max(span.stop for span in spans)
         is_ragged = any(len(span) != width for span in spans)
@@ -131,8 +131,8 @@ class Reader:
 
     def _read_rows(
         self,
-        index: slice | Int[Tensor, "b"],
-        offsets: Int[Tensor, "q"],
+        index: slice | Int[Tensor, " b"],
+        offsets: Int[Tensor, " q"],
         tail: int,
         num_keys: int,
         *,
@@ -162,7 +162,7 @@ class Reader:
             self._remember(index, hidden[:, width - tail - 1], has_read)
         return hidden[:, width - tail :] if tail else None
 
-    def _offsets(self, first: int, end: int) -> Int[Tensor, "q"]:
+    def _offsets(self, first: int, end: int) -> Int[Tensor, " q"]:
         """Returns places relative to the first of the block."""
         if (first, end) not in self._known_offsets:
             if len(self._known_offsets) > NUM_KNOWN_OFFSETS:
@@ -171,7 +171,7 @@ class Reader:
         return self._known_offsets[first, end]
 
     def _input_ids(
-        self, index: slice | Int[Tensor, "b"], positions: Int[Tensor, "b q"], width: int, tail: int
+        self, index: slice | Int[Tensor, " b"], positions: Int[Tensor, "b q"], width: int, tail: int
     ) -> Int[Tensor, "b q"]:
         blocks = self.rows.block_ids[index]
         if width == tail:
@@ -189,7 +189,7 @@ class Reader:
         return self.shortest_window is None or first.stop <= self.shortest_window
 
     def _last_visible(
-        self, positions: Int[Tensor, "b q"], start: Int[Tensor, "b 1"], offsets: Int[Tensor, "q"], tail: int
+        self, positions: Int[Tensor, "b q"], start: Int[Tensor, "b 1"], offsets: Int[Tensor, " q"], tail: int
     ) -> Int[Tensor, "b q"]:
         size = self.layout.block_size
         if not self.layout.causal_context:
@@ -197,7 +197,7 @@ class Reader:
         return torch.where(offsets < 0, positions, start + tail - 1)
 
     def _remember(
-        self, index: slice | Int[Tensor, "b"], states: Float[Tensor, "b D"], has_read: Bool[Tensor, "b 1"] | None
+        self, index: slice | Int[Tensor, " b"], states: Float[Tensor, "b D"], has_read: Bool[Tensor, "b 1"] | None
     ) -> None:
         """Stores the state of the last finished token of each row that has read one. None: of every row."""
         rows = self.rows

@@ -155,7 +155,7 @@ class BlockRows:
         first = self._first_eligible(here, self.is_open[here])
         self.is_eligible[here] = torch.where(done[:, None], first, self.is_eligible[here])
 
-    def _first_eligible(self, here: slice | Int[Tensor, "b"], is_open: Bool[Tensor, "b K"]) -> Bool[Tensor, "b K"]:
+    def _first_eligible(self, here: slice | Int[Tensor, " b"], is_open: Bool[Tensor, "b K"]) -> Bool[Tensor, "b K"]:
         """Returns what may be kept in a block's first step: only the first token, if it is open and kept alone."""
         is_alone = self.is_first_alone[here, None] & is_open[:, :1]
         return is_open & ~(is_alone & (self.offsets > 0))

@@ -69,9 +69,9 @@ class _Queries(NamedTuple):
         masks: Which masks.
     """
 
-    given: Int[Tensor, "b"]
-    is_whole: Bool[Tensor, "b"]
-    pending: Int[Tensor, "b"]
+    given: Int[Tensor, " b"]
+    is_whole: Bool[Tensor, " b"]
+    pending: Int[Tensor, " b"]
     position: Int[Tensor, "b q"]
     is_real: Bool[Tensor, "b q"]
     masks: Masks
@@ -255,7 +255,7 @@ class SpeculativeRows:
         self,
         rows: Places,
         states: Float[Tensor, "b p D"],
-        start: Int[Tensor, "b"],
+        start: Int[Tensor, " b"],
         settings: RowSettings,
         head: Head | None = None,
     ) -> Int[Tensor, "b p"]:
@@ -272,7 +272,7 @@ class SpeculativeRows:
         row = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
         return settings.at(row).chosen(logits(states.flatten(0, 1), head or self.head), numbers).view(shape)
 
-    def _num_right(self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"]) -> Int[Tensor, "b"]:
+    def _num_right(self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"]) -> Int[Tensor, " b"]:
         """Returns how many drafts equal the model's own tokens."""
         place = torch.arange(own.shape[1] - 1, device=own.device)
         end = (self.num_cached[rows] + queries.given)[:, None]
@@ -281,7 +281,7 @@ class SpeculativeRows:
         return is_right.long().cumprod(1).sum(1)
 
     def _extend(
-        self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"], num_right: Int[Tensor, "b"]
+        self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"], num_right: Int[Tensor, " b"]
     ) -> Int[Tensor, "b told"]:
         """Adds the right drafts and the token after them to the known tokens."""
         end = self.num_cached[rows] + queries.given
@@ -300,7 +300,7 @@ class SpeculativeRows:
         queries: _Queries,
         verify_states: Float[Tensor, "b p D"],
         of_masks: Float[Tensor, "b s D"],
-        num_right: Int[Tensor, "b"],
+        num_right: Int[Tensor, " b"],
         num_new: int,
         settings: RowSettings,
     ) -> None:
@@ -325,7 +325,7 @@ class SpeculativeRows:
         rows: Places,
         states: Float[Tensor, "b n D"],
         predicting: Float[Tensor, "b D"],
-        known: Int[Tensor, "b"],
+        known: Int[Tensor, " b"],
         settings: RowSettings,
     ) -> Int[Tensor, "b n"]:
         """Returns tokens for the positions from `known` on: all at once, or one after the other by a draft head.
@@ -352,8 +352,8 @@ def _visible(
     config: PretrainedConfig,
     queries: _Queries,
     position: Int[Tensor, "b p"],
-    end: Int[Tensor, "b"],
-    base: Int[Tensor, "b"],
+    end: Int[Tensor, " b"],
+    base: Int[Tensor, " b"],
     num_keys: int,
 ) -> Bool[Tensor, "b p n"] | dict[str, Bool[Tensor, "b p n"]]:
     """Returns which slots each query reads, by layer type if layers have sliding windows.
