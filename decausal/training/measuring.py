@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from decausal.data.reading import say
 from decausal.data.rows import PackedRows
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
@@ -59,6 +60,7 @@ def measurement(
     """
     output_dir = Path(args.output_dir)
     if measure is None and settings.eval_data is not None:
+        _say_overlap(settings)
         held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
         measure = _on_rows(held_out, settings, tokenizer, facts)
         if settings.noise == "all" and args.process_index == 0:
@@ -70,6 +72,16 @@ def measurement(
         samples.refuse_unusable(model)
         measure = _with_samples(measure, samples, step)
     return measure
+
+
+def _say_overlap(settings: ConversionSettings) -> None:
+    """Says that data are both trained on and measured on, as the same directory of splits would be."""
+
+    def names(data: str | tuple[str, ...] | None) -> set[str]:
+        return set(data.split(",") if isinstance(data, str) else data or ())
+
+    if both := sorted(names(settings.data) & names(settings.eval_data)):
+        say(f"--eval_data {', '.join(both)}: trained on too, so its figures say little about new text")
 
 
 def _on_rows(

@@ -238,8 +238,9 @@ def test_layers_that_the_model_has_not_are_refused(choice):
 # Data and measuring
 
 
-def test_held_out_data_are_measured_as_often_as_asked_and_at_the_end(tmp_path, source, text):
+def test_held_out_data_are_measured_as_often_as_asked_and_at_the_end(tmp_path, source, text, capsys):
     conversion = run(source, text, tmp_path / "out", max_steps=5, eval_data=str(text), eval_rows=2, eval_steps=2)
+    assert f"--eval_data {text}: trained on too" in capsys.readouterr().err
     measured = [entry["step"] for entry in conversion.history if "eval_nelbo_per_token" in entry]
     assert measured == [2, 4, 5]
     assert all(entry["eval_masked_cross_entropy"] > 0 for entry in conversion.history if "eval_bits_per_byte" in entry)
