@@ -17,8 +17,9 @@ from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, linear, quadratic, strided
 from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.engine import BlockEngine
+from decausal.sampling.blocks.extent import Extent
 from decausal.sampling.blocks.speculative import SpeculativeEngine
-from decausal.sampling.blocks.speculative_rows import Extent, SpeculativeRows
+from decausal.sampling.blocks.speculative_rows import SpeculativeRows
 from decausal.sampling.jobs import Job, run
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row

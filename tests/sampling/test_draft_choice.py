@@ -9,7 +9,7 @@ import pytest
 
 from decausal.sampling.blocks.draft_choice import Acceptances, DraftChoice, PassTimes
 from decausal.sampling.blocks.draft_shapes import DraftShape, autoregressive, tokens_per_pass
-from decausal.sampling.blocks.speculative_rows import Extent
+from decausal.sampling.blocks.extent import Extent
 
 
 def choice_of(longest: int = 8, reads_causally: bool = True, num_free: float = 16.0) -> DraftChoice:

@@ -32,7 +32,7 @@ from decausal.sampling.blocks.draft_shapes import (
     tokens_per_pass,
 )
 from decausal.sampling.blocks.draft_tables import Drafting
-from decausal.sampling.blocks.speculative_rows import Extent
+from decausal.sampling.blocks.extent import Extent
 
 _EXPECTED, _WEIGHT = 0.5, 4.0
 """The assumed acceptance before any measurement, and the number of drafts for which it counts."""

@@ -11,7 +11,7 @@ from typing import Any
 from decausal.sampling.blocks.draft_choice import DraftChoice
 from decausal.sampling.blocks.draft_shapes import DraftShape
 from decausal.sampling.blocks.draft_tables import Drafting
-from decausal.sampling.blocks.speculative_rows import Extent
+from decausal.sampling.blocks.extent import Extent
 from decausal.sampling.jobs import Drafts, Ended, Job, Progress, TokenLogProbs
 from decausal.sampling.stopping import tokens_to_stop
 

@@ -24,7 +24,8 @@ from decausal.objectives.head import Head
 from decausal.sampling.blocks.active_row import ActiveRow
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
-from decausal.sampling.blocks.recording import PassRecorder, RecordedPasses
+from decausal.sampling.blocks.recorded_passes import RecordedPasses
+from decausal.sampling.blocks.recording import PassRecorder
 from decausal.sampling.blocks.rows import BlockRows, NewRow
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings

@@ -32,9 +32,10 @@ from decausal.sampling.blocks.draft_choice import DraftChoice
 from decausal.sampling.blocks.draft_shapes import autoregressive, linear, quadratic, strided
 from decausal.sampling.blocks.draft_tables import Drafting, DraftTables
 from decausal.sampling.blocks.drafting_row import DraftingRow, extent_of
+from decausal.sampling.blocks.extent import Extent
 from decausal.sampling.blocks.prefix_cache import PAGE, PrefixCache
 from decausal.sampling.blocks.recording import PassRecorder
-from decausal.sampling.blocks.speculative_rows import Extent, Places, Read, SpeculativeRows
+from decausal.sampling.blocks.speculative_rows import Places, Read, SpeculativeRows
 from decausal.sampling.jobs import Job, Progress, TokenLogProbs
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.rows import Row

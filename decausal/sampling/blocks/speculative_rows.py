@@ -19,30 +19,12 @@ from decausal.models.facts import ConversionFacts
 from decausal.models.gated import without_masks
 from decausal.objectives.head import Head, logits
 from decausal.sampling.blocks.draft_tables import DraftTables, Masks
+from decausal.sampling.blocks.extent import Extent
 from decausal.sampling.blocks.recording import PassRecorder, Recordings, keys_of_recording
 from decausal.sampling.drawing import uniform_numbers
 from decausal.sampling.row_settings import RowSettings
 
 Places = slice | Int[Tensor, "b"]
-
-
-class Extent(NamedTuple):
-    """The most that a pass reads of any of its rows. The host knows it, so that no tensor's shape depends on a number
-    on the device.
-
-    Attributes:
-        num_given: Known tokens that are not in the cache yet: 1 if only the last one is missing.
-        num_drafts: Pending drafts.
-        num_masks: Masks, of all groups.
-        num_new: Tokens that are drafted.
-        num_keys: Slots in use.
-    """
-
-    num_given: int
-    num_drafts: int
-    num_masks: int
-    num_new: int
-    num_keys: int
 
 
 class Read(NamedTuple):
