@@ -182,6 +182,7 @@ def causal(model: Any, converted: Converted) -> Converted:
         causal_groups=False,
         shift=1,
         weights="shared",
+        draft_head=False,
         sampler={},
     )
     return Converted(model.eval(), converted.tokenizer, facts)

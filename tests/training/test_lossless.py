@@ -17,6 +17,7 @@ from decausal.config import read_recipe
 from decausal.data.rows import load_rows
 from decausal.errors import UserError
 from decausal.evaluation.drafts import evaluate_drafts
+from decausal.evaluation.texts import evaluate_texts
 from decausal.exchange.plain import export_plain
 from decausal.exchange.sdar import export_sdar
 from decausal.models.adapt import load_source
@@ -95,6 +96,11 @@ def test_the_sources_files_are_in_the_directory_byte_for_byte(made: Path) -> Non
 def test_plain_transformers_loads_the_source_from_it(made: Path) -> None:
     found = AutoModelForCausalLM.from_pretrained(made / "out").state_dict()
     assert_same(found, AutoModelForCausalLM.from_pretrained(made / "source").state_dict())
+
+
+def test_all_texts_are_those_of_the_source_beside_it(made: Path, answers: Path) -> None:
+    found = evaluate_texts(made / "out", answers, num_prompts=4, max_new_tokens=6, temperature=0.0)
+    assert (found.agreement, found.same_texts) == (1.0, 1.0)
 
 
 def test_the_draft_is_a_peft_adapter_and_disabled_it_is_the_source(made: Path) -> None:
