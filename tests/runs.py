@@ -33,6 +33,18 @@ from decausal.training.terms import AlignmentTerm, TokenTerm
 from decausal.training.trainer import ConversionTrainer
 from tests.families import FAMILIES, MAX_LENGTH, VOCAB_SIZE, tiny_tokenizer
 
+GATED: dict[str, Any] = {
+    "layout": "block",
+    "block_size": 3,
+    "causal_context": True,
+    "shift": 1,
+    "weights": "gated",
+    "noise": "all",
+    "token_weight": 0.0,
+    "kl_weight": 1.0,
+    "save_dtype": "source",
+}
+"""Drafts by masks that gated weights read, trained on the AR model's distributions."""
 BIDIRECTIONAL = Layout("bidirectional")
 ROOT = Path(__file__).parent.parent
 T = 24

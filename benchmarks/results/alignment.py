@@ -37,6 +37,7 @@ from decausal.reporting import share_of_the_way
 MEASURE = "eval_nelbo_per_token"
 ROWS, LENGTH, STEPS = 4, 256, 120
 FRACTIONS = (0.01, 0.1, 1.0)
+RECIPES = ("mdm", "repr-align")
 
 
 def steps_of(flags: argparse.Namespace) -> list[Step]:
@@ -46,12 +47,6 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
     common = ["--eval_data", str(held_out), "--eval_rows", str(flags.limit or 8), "--max_length", str(LENGTH)]
     common += ["--per_device_train_batch_size", str(ROWS), "--eval_on_start", "true"]
     common += ["--eval_steps", "0.25" if flags.rates else "0.1"]
-    cells = [
-        (fraction, rate, is_frozen)
-        for is_frozen in ((False,) if flags.rates else (False, True))
-        for fraction in ((0.1,) if flags.rates else FRACTIONS)
-        for rate in flags.rates or (flags.learning_rate,)
-    ]
     return [
         conversion(
             flags.model,
@@ -66,8 +61,18 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
             save_steps=max(1, (flags.steps or STEPS) // 10),
         )
         for seed in flags.seeds
-        for fraction, rate, is_frozen in cells
-        for recipe in ("mdm", "repr-align")
+        for fraction, rate, is_frozen in cells(flags)
+        for recipe in RECIPES
+    ]
+
+
+def cells(flags: argparse.Namespace) -> list[tuple[float, float, bool]]:
+    """Returns (share of the data, learning rate, whether embeddings are frozen) of all pairs of runs."""
+    return [
+        (fraction, rate, is_frozen)
+        for is_frozen in ((False,) if flags.rates else (False, True))
+        for fraction in ((0.1,) if flags.rates else FRACTIONS)
+        for rate in flags.rates or (flags.learning_rate,)
     ]
 
 
@@ -97,27 +102,22 @@ def table(flags: argparse.Namespace) -> dict[str, Any]:
     shape = ModelShape.of(load_source(flags.model)[0])
     cost = shape.aligned_step(LENGTH, 0.5, 1) / shape.plain_step(LENGTH, 0.5)
     rows = []
-    for rate in flags.rates or (flags.learning_rate,):
-        for fraction in (0.1,) if flags.rates else FRACTIONS:
-            for is_frozen in (False,) if flags.rates else (False, True):
-                pairs = [
-                    [read_run(flags.work / name_of(recipe, fraction, rate, is_frozen, seed)) for recipe in RECIPES]
-                    for seed in flags.seeds
-                ]
-                crossings = [crossing(plain, aligned, cost) for plain, aligned in pairs]
-                rows.append(
-                    {"data": fraction, "rate": rate, "frozen": is_frozen}
-                    | {f"lowest {recipe}": spread([low(pair[i]) for pair in pairs]) for i, recipe in enumerate(RECIPES)}
-                    | {
-                        by: spread([each[by] for each in crossings]) if all(by in each for each in crossings) else None
-                        for by in ("step", "operations", "seconds")
-                    }
-                )
+    for fraction, rate, is_frozen in cells(flags):
+        pairs = [
+            [read_run(flags.work / name_of(recipe, fraction, rate, is_frozen, seed)) for recipe in RECIPES]
+            for seed in flags.seeds
+        ]
+        crossings = [crossing(plain, aligned, cost) for plain, aligned in pairs]
+        rows.append(
+            {"data": fraction, "rate": rate, "frozen": is_frozen}
+            | {f"lowest {recipe}": spread([low(pair[i]) for pair in pairs]) for i, recipe in enumerate(RECIPES)}
+            | {
+                by: spread([each[by] for each in crossings]) if all(by in each for each in crossings) else None
+                for by in ("step", "operations", "seconds")
+            }
+        )
     command = " ".join(["python", *sys.argv])
     return provenance() | {"command": command, "seeds": flags.seeds, "operations of a step": cost, "rows": rows}
-
-
-RECIPES = ("mdm", "repr-align")
 
 
 def low(run: Run) -> float:

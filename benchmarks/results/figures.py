@@ -7,10 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from decausal.compare.plots import COLOURS
 from decausal.reporting import LIGHT, style
-
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-COLOURS = (BLUE, ORANGE, GREEN, PINK)
 
 Curve = Sequence[tuple[float, float]]
 

@@ -125,7 +125,7 @@ class Measure(ABC):
         """Measures a run's student before any training, once for all arms that read alike."""
         facts = self.facts(run)
         if facts.is_gated:  # before any training its masks are read by the source's weights, as shared ones are
-            facts = replace(facts, weights="shared", draft_head=False, mask_token_id=self._mask_token_id)
+            facts = replace(facts.shared(), mask_token_id=self._mask_token_id)
         key = (facts.attention, facts.shift)
         if key not in self._start_scores:
             self._start_scores[key] = self._scores(self._start, facts, run, self.thresholds)

@@ -92,7 +92,7 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
             read.
     """
     account = Account() if account is None else account
-    return [source for name in _names(data) for source in _find(name, split, account)]
+    return [source for name in names_of(data) for source in _find(name, split, account)]
 
 
 def refuse_missing(data: Data) -> None:
@@ -104,7 +104,7 @@ def refuse_missing(data: Data) -> None:
     Raises:
         UserError: As `find_sources`.
     """
-    for name in _names(data):
+    for name in names_of(data):
         if (directory := _directory(name)) is not None:
             refuse_unreadable(directory[0])
             continue
@@ -117,7 +117,8 @@ def _may_be_mistyped(source: HubDataset) -> bool:
     return ("/" in source.name and Path(source.name).parent.is_dir()) or bool(nearest(source.name, source.siblings))
 
 
-def _names(data: Data) -> list[str]:
+def names_of(data: Data) -> list[str]:
+    """Returns the single names that data consist of. Raises UserError if there are none."""
     given = [data] if isinstance(data, str | Path) else list(data)
     names = [part for name in given for part in _parts(str(name))]
     if not names:

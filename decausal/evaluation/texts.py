@@ -175,14 +175,12 @@ def _source(converted: Converted) -> tuple[Converted | None, str | None]:
 def causal(model: Any, converted: Converted) -> Converted:
     """Returns an AR source as a model that writes from left to right, with the converted model's tokens."""
     facts = replace(
-        converted.facts,
+        converted.facts.shared(),
         layout="causal",
         block_size=None,
         causal_context=False,
         causal_groups=False,
         shift=1,
-        weights="shared",
-        draft_head=False,
         sampler={},
     )
     return Converted(model.eval(), converted.tokenizer, facts)

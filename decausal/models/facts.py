@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class ConversionFacts:
     def is_gated(self) -> bool:
         """Whether the source's own weights read everything except masks."""
         return self.weights == "gated"
+
+    def shared(self) -> ConversionFacts:
+        """Returns the facts of a model whose own weights read masks too: no adapters for them, and no draft head."""
+        return replace(self, weights="shared", draft_head=False)
 
     @property
     def only_drafts(self) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from decausal.data.reading import say
 from decausal.data.rows import PackedRows
+from decausal.data.sources import names_of
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.facts import ConversionFacts
@@ -76,11 +77,8 @@ def measurement(
 
 def _say_overlap(settings: ConversionSettings) -> None:
     """Says that data are both trained on and measured on, as the same directory of splits would be."""
-
-    def names(data: str | tuple[str, ...] | None) -> set[str]:
-        return set(data.split(",") if isinstance(data, str) else data or ())
-
-    if both := sorted(names(settings.data) & names(settings.eval_data)):
+    named = [names_of(data) for data in (settings.data, settings.eval_data) if data]
+    if len(named) == 2 and (both := sorted(set(named[0]) & set(named[1]))):
         say(f"--eval_data {', '.join(both)}: trained on too, so its figures say little about new text")
 
 

@@ -15,27 +15,14 @@ import torch
 
 from decausal.models.facts import DRAFT, FACTS_FILE
 from tests.faults import Fault, faults_of, put_back, state_of
-from tests.runs import run, save_source, write_text
+from tests.runs import GATED, run, save_source, write_text
 
-GATED: dict[str, Any] = {
-    "layout": "block",
-    "block_size": 3,
-    "causal_context": True,
-    "shift": 1,
-    "weights": "gated",
-    "noise": "all",
-    "token_weight": 0.0,
-    "kl_weight": 1.0,
-    "lora_r": 2,
-    "max_steps": 1,
-    "save_steps": 1,
-    "save_dtype": "source",
-}
+SETTINGS: dict[str, Any] = GATED | {"lora_r": 2, "max_steps": 1, "save_steps": 1}
 LAST_SAVE = ("config.json", "model.safetensors", f"{DRAFT}/adapter_model.safetensors", FACTS_FILE)
 
 
 def train(root: Path, output_dir: Path, **options: Any) -> None:
-    run(root / "model", root / "text.jsonl", output_dir, **GATED | options)
+    run(root / "model", root / "text.jsonl", output_dir, **SETTINGS | options)
 
 
 @pytest.fixture(scope="module")

@@ -27,23 +27,9 @@ from decausal.models.draft_head import draft_vocabulary
 from decausal.models.examination import examine_path
 from decausal.training.settings import ConversionSettings
 from decausal.training.step_records import read_records
-from tests.runs import T, assert_same, kept_from_others, run, save_source, weights
+from tests.runs import GATED, T, assert_same, kept_from_others, run, save_source, weights
 
-SETTINGS = {
-    "layout": "block",
-    "block_size": 3,
-    "causal_context": True,
-    "shift": 1,
-    "weights": "gated",
-    "noise": "all",
-    "anchors": "all",
-    "token_weight": 0.0,
-    "kl_weight": 1.0,
-    "kl_mean": "token",
-    "lora_r": 4,
-    "learning_rate": 3e-2,
-    "save_dtype": "source",
-}
+SETTINGS = GATED | {"anchors": "all", "kl_mean": "token", "lora_r": 4, "learning_rate": 3e-2}
 
 
 def write_answers(path: Path, number: int = 12) -> Path:
