@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import hangs
+
 
 class Ended(NamedTuple):
     """How a command line ended."""
@@ -50,9 +52,12 @@ class CommandLine:
 
 
 def _serve() -> None:
+    standard_error = os.dup(2)
     with os.fdopen(os.dup(1), "w") as answers:
         for line in sys.stdin:
-            print(json.dumps(_ended(json.loads(line))), file=answers, flush=True)
+            with hangs.ended(standard_error):
+                ended = _ended(json.loads(line))
+            print(json.dumps(ended), file=answers, flush=True)
 
 
 def _ended(arguments: list[str]) -> Ended:

@@ -5,6 +5,7 @@
 import gc
 import os
 import tempfile
+import threading
 
 _HOME = tempfile.TemporaryDirectory(prefix="decausal-tests-")  # nothing is cached in the user's home
 os.environ["HF_HOME"] = _HOME.name
@@ -13,7 +14,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of as many workers as cores would wait for each other
 
-from tests import shape_checks
+from tests import hangs, shape_checks
 
 shape_checks.install()
 
@@ -21,6 +22,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with copies of this process: one killed with it would stop all
+
+
+def pytest_configure() -> None:
+    hangs.end_copies()
 
 
 @pytest.fixture(autouse=True)

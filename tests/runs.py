@@ -32,6 +32,7 @@ from decausal.training.teacher import Teacher
 from decausal.training.terms import AlignmentTerm, TokenTerm
 from decausal.training.trainer import ConversionTrainer
 from tests.families import FAMILIES, MAX_LENGTH, VOCAB_SIZE, tiny_tokenizer
+from tests.hangs import PATIENCE
 
 GATED: dict[str, Any] = {
     "layout": "block",
@@ -146,7 +147,7 @@ def run_python(*arguments: object) -> subprocess.CompletedProcess[str]:
         cwd=os.environ["HF_HOME"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

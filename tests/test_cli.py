@@ -14,6 +14,7 @@ import yaml
 from decausal.cli import VERBS, main
 from decausal.training.run import argument_errors
 from decausal.training.settings import ConversionSettings
+from tests.hangs import PATIENCE
 from tests.runs import call, environment, save_source, write_text
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate")
@@ -47,7 +48,7 @@ def test_a_reader_that_leaves_early_is_not_complained_of(arguments):
     command = [sys.executable, "-c", script, *arguments]
     writing = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writing.stdout.close()
-    _, errors = writing.communicate(timeout=60)
+    _, errors = writing.communicate(timeout=PATIENCE)
     assert errors == b""
 
 

@@ -24,6 +24,7 @@ from decausal.data.reading import Reading
 from decausal.data.rows import PackedRows, keep_fraction, load_rows
 from decausal.errors import UserError
 from tests.families import tiny_tokenizer
+from tests.hangs import PATIENCE
 
 LENGTH = 16
 
@@ -186,7 +187,7 @@ def test_processes_that_ask_at_once_get_the_same_rows_of_one_build(corpus: Path)
     processes = [context.Process(target=lambda: queue.put(all_ids(load(corpus)))) for _ in range(3)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=60) for _ in processes]
+    results = [queue.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
         process.join()
     assert results[0] == results[1] == results[2] == all_ids(load(corpus))

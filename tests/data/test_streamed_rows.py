@@ -26,6 +26,7 @@ from decausal.data.stream import Noising, TrainingStream
 from decausal.data.streamed_rows import KEPT_WINDOWS, StreamedRows, stream_rows
 from decausal.errors import UserError
 from tests.families import tiny_tokenizer
+from tests.hangs import PATIENCE
 
 LENGTH, WINDOW = 64, 4
 MANY = 10_000  # rows of a run
@@ -264,9 +265,9 @@ def test_processes_share_windows(tmp_path: Path, stream: Any) -> None:
     processes = [context.Process(target=_read, args=(rows, indices, queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [queue.get(timeout=120) for _ in processes]
+    found = [queue.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join()
     assert found == [expected] * 3
 
 

@@ -15,6 +15,7 @@ from decausal.errors import UserError
 from decausal.models.backbone import body_forward
 from decausal.models.flex import use_flex_attention
 from tests.families import FAMILIES
+from tests.hangs import PATIENCE
 from tests.runs import ROOT, environment
 
 # In a process without type checking, which Dynamo cannot trace, and without the compiler behind Dynamo, for its time.
@@ -107,7 +108,7 @@ def gradients(model: PreTrainedModel, implementation: str) -> list[torch.Tensor]
 
 def test_flex_attention_gives_the_numbers_of_dense_masks_and_compiles_nothing_anew_for_new_rows():
     result = subprocess.run(
-        [sys.executable, "-c", ON_CPU], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", ON_CPU], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.stdout == "equal\n", result.stderr
 

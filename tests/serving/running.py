@@ -22,6 +22,7 @@ from decausal.serving.server import DrainingServer
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.gated_models import gated
+from tests.hangs import PATIENCE
 from tests.sampling.stand_ins import conversion_facts
 
 
@@ -36,10 +37,6 @@ def converted(family: str = "qwen3", chat: bool = True, **facts: Any) -> Convert
         mask_token_id = adapt(model, tokenizer)
     model.get_output_embeddings().weight.data *= 4
     return Converted(model, tokenizer, conversion_facts(mask_token_id, **{"shift": 1, **facts}))
-
-
-PATIENCE = 300.0
-"""After so many seconds a test takes something for hanging. It says nothing about speed: a machine may be busy."""
 
 
 class Running:

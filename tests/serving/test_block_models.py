@@ -23,7 +23,8 @@ from decausal.serving.server import models_of
 from decausal.serving.settings import ServeSettings
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.gated_models import FACTS as GATED
-from tests.serving.running import PATIENCE, Running, converted, running
+from tests.hangs import PATIENCE
+from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
 

@@ -27,7 +27,8 @@ from decausal.serving.schema import CompletionBody
 from decausal.serving.server import KEEP_ALIVE_SECONDS
 from decausal.serving.settings import LARGE
 from tests.families import MAX_LENGTH
-from tests.serving.running import PATIENCE, Running, converted, running
+from tests.hangs import PATIENCE
+from tests.serving.running import Running, converted, running
 
 TEXT = "/v1/completions"
 SHORT = {"prompt": "a", "max_tokens": 2, "seed": 0}

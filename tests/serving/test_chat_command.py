@@ -23,9 +23,9 @@ from decausal.models.checkpoint import Converted, save_converted
 from decausal.sampling.generate import generate
 from decausal.sampling.model import load
 from tests.families import EOS_ID, FAMILIES, tiny_tokenizer
+from tests.hangs import PATIENCE
 from tests.runs import environment
 from tests.sampling.stand_ins import conversion_facts
-from tests.serving.running import PATIENCE
 
 ON_A_TERMINAL = """
 import os, signal, sys

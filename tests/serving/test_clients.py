@@ -23,7 +23,8 @@ from decausal.sampling.generate import generate
 from decausal.serving import responses
 from decausal.serving.rendering import conversation_text
 from decausal.serving.schema import ChatBody
-from tests.serving.running import PATIENCE, Running, converted, running
+from tests.hangs import PATIENCE
+from tests.serving.running import Running, converted, running
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -18,8 +18,9 @@ import pytest
 
 from decausal.cli import main
 from decausal.models.checkpoint import save_converted
+from tests.hangs import PATIENCE
 from tests.runs import environment
-from tests.serving.running import PATIENCE, converted, running
+from tests.serving.running import converted, running
 
 SCRIPT = "import sys; from decausal.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from decausal.models.checkpoint import Converted
 from decausal.sampling.settings import ALIASES
 from tests.gated_models import FACTS as GATED
-from tests.serving.running import PATIENCE, converted, running
+from tests.hangs import PATIENCE
+from tests.serving.running import converted, running
 
 TEXT = "/v1/completions"
 COUNTS = ("num_steps", "top_k", "window", "cache_refresh", "draft_length")

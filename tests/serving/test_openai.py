@@ -19,7 +19,8 @@ from decausal.sampling.jobs import Job
 from decausal.sampling.rows import Row
 from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.texts import text_after
-from tests.serving.running import PATIENCE, Running, converted, running
+from tests.hangs import PATIENCE
+from tests.serving.running import Running, converted, running
 
 PROMPTS = ["def area(width, height):", "import", "x = [1, 2", "for i in"]
 SETTINGS: list[dict[str, Any]] = [
@@ -296,6 +297,7 @@ def test_a_client_that_leaves_frees_its_rows(server: Running, client: openai.Ope
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other:
             task = asyncio.create_task(other.completions.create(model="tiny", prompt="import", n=16, **slow))
             while not server.num_rows:
+                assert not task.done()
                 await asyncio.sleep(0.005)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
