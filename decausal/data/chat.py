@@ -17,6 +17,8 @@ from decausal.errors import UserError
 Ids = Int32[np.ndarray, " n"]
 SpecialIds = Int32[np.ndarray, " special"]
 Tokens = tuple[Ids, Bool[np.ndarray, " n"]]  # ids, and which of them are the assistant's
+Characters = Int[np.ndarray, "n 2"]  # the first character of each token, and the one after its last
+Located = tuple[Ids, Characters]
 
 # Every way to end a turn: templates may end a tool call and the last turn differently.
 TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
@@ -119,16 +121,30 @@ class _Encoder:
         if not documents:
             return []
         texts = [document.text for document in documents]
-        batch = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens: list[Tokens] = []
-        for document, token_ids, offsets in zip(documents, batch["input_ids"], batch["offset_mapping"], strict=True):
-            ids = np.array(token_ids, dtype=np.int32)
-            characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        for document, (ids, characters) in zip(documents, self._located(texts), strict=True):
+            if borders := _borders_inside_tokens(document, characters):
+                ids, characters = self._in_pieces(document.text, borders)
             is_answer = np.zeros(len(ids), dtype=bool)
             for span in document.answers:
                 is_answer |= _tokens_within(span, characters)
             tokens.append((ids, is_answer))
         return tokens
+
+    def _located(self, texts: Sequence[str]) -> list[Located]:
+        """Returns the tokens of texts, and where each token stands."""
+        batch = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            (np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2))
+            for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        ]
+
+    def _in_pieces(self, text: str, borders: Sequence[int]) -> Located:
+        """Returns the tokens of the pieces between some borders, so that none stands on both sides of one."""
+        starts = [0, *borders]
+        pieces = self._located([text[start:stop] for start, stop in zip(starts, [*borders, len(text)], strict=True)])
+        moved = [characters + start for start, (_, characters) in zip(starts, pieces, strict=True)]
+        return np.concatenate([ids for ids, _ in pieces]), np.concatenate(moved)
 
     def _marked_by_template(self, record: Record) -> Tokens:
         messages, origin = record["messages"], record["origin"]
@@ -224,7 +240,16 @@ def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
     return [(int(first), int(stop)) for first, stop in bounds.reshape(-1, 2)]
 
 
-def _tokens_within(span: Span, characters: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, " n"]:
+def _borders_inside_tokens(document: Document, characters: Characters) -> list[int]:
+    """Returns the beginnings of answers at which no token begins, because one joins a prompt's end to its answer.
+
+    The model will be given the prompt alone, and has to write all of the answer after it.
+    """
+    first, last = characters[:, 0], characters[:, 1]
+    return [start for start, _ in document.answers if ((first < start) & (start < last)).any()]
+
+
+def _tokens_within(span: Span, characters: Characters) -> Bool[np.ndarray, " n"]:
     """Returns which tokens hold a character of the span.
 
     A token of spaces can have an empty range of characters at

@@ -173,6 +173,18 @@ def test_every_answer_begins_just_behind_the_prompt_that_the_model_will_be_given
         assert {re.sub("[⟦⟧]", "", before) for before in befores} <= prompts
 
 
+def test_no_token_joins_a_prompt_to_its_answer() -> None:
+    tokenizer = tokenizer_like("qwen2.5")
+    tokenizer.add_tokens(["\n\n", "\n  "])
+    messages = turns("one", "\n\ntwo", "three", "  four", "five", "six")
+    [document] = encode_batch([{"origin": "a:1", "messages": messages}], tokenizer)
+
+    prompt = tokenizer(render(messages[:1], tokenizer, "a:1", add_generation_prompt=True))["input_ids"]
+    assert document.ids[: len(prompt)].tolist() == prompt
+    answers = re.findall("⟦(.*?)⟧", marked(document, tokenizer), re.DOTALL)
+    assert answers == ["\n\ntwo<|im_end|>", "  four<|im_end|>", "six<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("name", "ends"),
     [
