@@ -12,6 +12,7 @@ from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
 from decausal.reporting import share_of_the_way
+from decausal.wording import counted
 
 SHARES = (0.5, 0.8, 0.9, 0.97)
 """Shares of the AR model's accuracy that serve as milestones."""
@@ -253,7 +254,7 @@ def _paired_error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
 
 
 def _counted(seeds: Sequence[int]) -> str:
-    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    return counted(len(seeds), "seed")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from decausal.data.template_file import read_template
 from decausal.errors import UserError, one_of
 from decausal.models.names import check_source
 from decausal.training.run_directory import RUN_FILE, refuse_taken
+from decausal.wording import counted
 
 MARK = {"verb": "compare"}
 
@@ -86,7 +87,8 @@ def held_out_problems(settings: CompareSettings) -> list[Example]:
     problems = list(task_source(name).examples())
     if len(problems) < most:
         raise UserError(
-            f"--eval_data {name} has {len(problems)} examples, {most} are to be measured; raise its count, such as "
+            f"--eval_data {name} has {counted(len(problems), 'example')}, "
+            f"{most} are to be measured; raise its count, such as "
             f"tasks-heldout:{most}, or lower --eval_prompts and --final_prompts"
         )
     return problems

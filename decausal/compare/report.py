@@ -186,8 +186,9 @@ training, mean ± deviation over seeds; in brackets tokens per forward pass.
 
 {found}
 
-`{comparison.command}`, commit {facts["commit"]}, {facts["date"]}, {hardware["processor"]}, {hardware["cores"]} cores,
-torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}. All figures: `{REPORT_FIGURES}`.
+`{comparison.command}`, commit {facts["commit"]}, {facts["date"]}, {hardware["processor"]},
+{counted(hardware["cores"], "core")}, torch {facts["versions"]["torch"]},
+transformers {facts["versions"]["transformers"]}. All figures: `{REPORT_FIGURES}`.
 """
 
 

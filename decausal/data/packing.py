@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int32
 
 from decausal.data.encode import Encoded
 from decausal.errors import UserError
+from decausal.wording import counted
 
 PADDING_DOCUMENT = -1
 OPEN_ROWS = 64
@@ -54,11 +55,12 @@ class Counts:
         """Warns about documents that were left out. Raises UserError if no others are left."""
         if not self.num_dropped:
             return
-        remedy = f"the longest has {self.longest_dropped} tokens; raise --max_length"
+        remedy = f"the longest has {counted(self.longest_dropped, 'token')}; raise --max_length"
+        row = f"a row of {counted(sequence_length, 'token')}"
         if not self.num_rows:
-            raise UserError(f"every document is longer than a row of {sequence_length} tokens: {remedy}")
-        dropped = "1 document" if self.num_dropped == 1 else f"{self.num_dropped} documents"
-        warnings.warn(f"left out {dropped} longer than a row of {sequence_length} tokens: {remedy}", stacklevel=3)
+            raise UserError(f"every document is longer than {row}: {remedy}")
+        dropped = counted(self.num_dropped, "document")
+        warnings.warn(f"left out {dropped} longer than {row}: {remedy}", stacklevel=3)
 
 
 def pack(encoded: Iterable[Encoded], sequence_length: int, pad_token_id: int) -> Iterator[Row]:

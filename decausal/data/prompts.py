@@ -37,6 +37,7 @@ from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
 from decausal.data.template import readable, refuse_without_template, render, template_values
 from decausal.errors import UserError
+from decausal.wording import counted
 
 Ids = Int32[np.ndarray, " _"]
 OnBad = Callable[[UserError], None]
@@ -139,11 +140,12 @@ def report_dropped(num_kept: int, dropped_lengths: list[int], room: str) -> None
     num_empty = dropped_lengths.count(0)
     why = (
         f"{num_empty} without a token, {len(dropped_lengths) - num_empty} longer than {room}; the longest has "
-        f"{max(dropped_lengths)} tokens"
+        f"{counted(max(dropped_lengths), 'token')}"
     )
     if not num_kept:
         raise UserError(f"no prompt leaves room for an answer: {why}; raise --max_length or give other data")
-    warnings.warn(f"left out {len(dropped_lengths)} of {num_kept + len(dropped_lengths)} prompts: {why}", stacklevel=3)
+    prompts = counted(num_kept + len(dropped_lengths), "prompt")
+    warnings.warn(f"left out {len(dropped_lengths):,} of {prompts}: {why}", stacklevel=3)
 
 
 def prompts_of(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from decausal.errors import UserError
+from decausal.wording import counted
 
 OnBadRecord = Literal["error", "skip"]
 ON_BAD_RECORD: tuple[OnBadRecord, ...] = ("error", "skip")
@@ -147,7 +148,7 @@ class Account:
     def line(self, num_tokens: int) -> str:
         """Returns one line that says what was read, and what was skipped and why."""
         where = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources):,} sources"
-        read = f"read {where}: {_counted(self.num_records, 'record')}, {_counted(num_tokens, 'token')}"
+        read = f"read {where}: {counted(self.num_records, 'record')}, {counted(num_tokens, 'token')}"
         if self.forms:
             read += f", as {' and '.join(self.forms)}"
         if self.unread:
@@ -158,9 +159,9 @@ class Account:
     def _skipped(self) -> list[str]:
         parts = [f"skipped {_some(names)} ({reason})" for reason, names in self.left_out.items()]
         if self.num_blank:
-            parts.append(f"skipped {_counted(self.num_blank, 'empty record')}")
+            parts.append(f"skipped {counted(self.num_blank, 'empty record')}")
         if self.num_bad:
-            parts.append(f"skipped {_counted(self.num_bad, 'bad record')}: {_some(self.bad, self.num_bad, ' | ')}")
+            parts.append(f"skipped {counted(self.num_bad, 'bad record')}: {_some(self.bad, self.num_bad, ' | ')}")
         return parts
 
 
@@ -169,10 +170,6 @@ def say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0" and line not in _SAID:
         _SAID.add(line)
         print(f"decausal: {line}", file=sys.stderr)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _some(names: list[str], number: int | None = None, separator: str = ", ", shown: int = NAMED) -> str:

@@ -30,6 +30,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.row_file import RowFile, is_whole, write_rows
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
+from decausal.wording import counted
 
 FORMAT_VERSION = 8  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
@@ -210,7 +211,9 @@ def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
     with Console(stderr=True).status("packing") as status:
         for index, row in enumerate(rows):
             if index % WATCHED_ROWS == 0:
-                status.update(f"packing: {counts.num_documents:,} documents, {counts.num_tokens:,} tokens")
+                status.update(
+                    f"packing: {counted(counts.num_documents, 'document')}, {counted(counts.num_tokens, 'token')}"
+                )
             yield row
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
+from decausal.wording import counted
+
 
 class Ratio(NamedTuple):
     """A mean per token or byte. None if there is nothing to divide by, and without standard error for fewer than two
@@ -127,8 +129,9 @@ class Likelihood:
 
     def as_table(self) -> Table:
         """Returns the figures as a table for the terminal."""
-        rows, tokens = f"{self.num_rows:,} rows", f"{self.num_tokens:,} tokens"
-        table = Table(title=f"Likelihood of {tokens} in {rows}, {self.samples_per_row} mask patterns per row")
+        rows, tokens = counted(self.num_rows, "row"), counted(self.num_tokens, "token")
+        patterns = counted(self.samples_per_row, "mask pattern")
+        table = Table(title=f"Likelihood of {tokens} in {rows}, {patterns} per row")
         table.add_column("measure")
         table.add_column("value", justify="right")
         table.add_column("± s.e.", justify="right")
@@ -153,7 +156,9 @@ class Likelihood:
         lines.append(("masked cross-entropy", *cross_entropy, "nats per masked token"))
         for noise_bin in self.bins:
             name = f"  {noise_bin.low:.0%} to {noise_bin.high:.0%} masked"
-            lines.append((name, noise_bin.cross_entropy, noise_bin.standard_error, f"{noise_bin.num_tokens:,} tokens"))
+            lines.append(
+                (name, noise_bin.cross_entropy, noise_bin.standard_error, counted(noise_bin.num_tokens, "token"))
+            )
         return lines
 
 
@@ -203,7 +208,8 @@ class DraftedLikelihood:
     def as_table(self) -> Table:
         """Returns the figures as a table for the terminal."""
         own = self.likelihood
-        table = Table(title=f"Likelihood of {own.num_tokens:,} tokens in {own.num_rows:,} rows, read causally")
+        rows, tokens = counted(own.num_rows, "row"), counted(own.num_tokens, "token")
+        table = Table(title=f"Likelihood of {tokens} in {rows}, read causally")
         table.add_column("measure")
         table.add_column("value", justify="right")
         table.add_column("± s.e.", justify="right")

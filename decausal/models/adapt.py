@@ -28,6 +28,7 @@ from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
 from decausal.models.quantized import dequantizing, plain
 from decausal.privacy import drop_secrets
+from decausal.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,8 @@ def load_weights(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"{path} is not a causal language model: its weights lack {missing[0]} ({len(missing)} tensors missing); "
+            f"{path} is not a causal language model: its weights lack {missing[0]} "
+            f"({counted(len(missing), 'tensor')} missing); "
             "give a checkpoint with its output head"
         )
     if getattr(model, "is_quantized", False):

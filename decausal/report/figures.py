@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from decausal.report.records import Evaluation
+from decausal.wording import counted
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def _nll(evaluation: Evaluation, number: int) -> Iterator[Figure]:
         yield from _drafted(evaluation, number)
         return
     data = _data(evaluation)
-    made_of = f"NELBO, {found['samples_per_row']} masks in each of {found['num_rows']} rows"
+    masks, rows = counted(found["samples_per_row"], "mask"), counted(found["num_rows"], "row")
+    made_of = f"NELBO, {masks} in each of {rows}"
     for unit, value, error, source in (
         ("bits per byte", "bits_per_byte", "bits_per_byte_standard_error", "ar_bits_per_byte"),
         ("nats per token", "nelbo_per_token", "nelbo_standard_error", "ar_nll_per_token"),
@@ -86,7 +88,7 @@ def _drafted(evaluation: Evaluation, number: int) -> Iterator[Figure]:
     own, source = found["likelihood"], found.get("source") or {}
     ar = source.get("bits_per_byte")
     kept = None if ar is None else 100 * ar / own["bits_per_byte"]
-    made_of = f"exact, read causally, {own['num_rows']} rows"
+    made_of = f"exact, read causally, {counted(own['num_rows'], 'row')}"
     yield Figure(
         evaluation.name,
         f"{data}, bits per byte",
@@ -105,7 +107,7 @@ def _drafted(evaluation: Evaluation, number: int) -> Iterator[Figure]:
 
 def _tasks(evaluation: Evaluation, number: int) -> Iterator[Figure]:
     found = evaluation.figures
-    made_of = f"{found['num_examples']} examples"
+    made_of = counted(found["num_examples"], "example")
     for name, scores in found["tasks"].items():
         yield Figure(
             evaluation.name, name, scores["accuracy"], scores["standard_error"], made_of=made_of, number=number
@@ -128,7 +130,7 @@ def _harness(evaluation: Evaluation, number: int) -> Iterator[Figure]:
             score["source_standard_error"],
             score["retention"],
             score["retention_standard_error"],
-            f"{found['settings']['made_of'][score['task']]}, {score['num_examples']} examples",
+            f"{found['settings']['made_of'][score['task']]}, {counted(score['num_examples'], 'example')}",
             number,
         )
     if found.get("speed"):

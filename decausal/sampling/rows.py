@@ -11,6 +11,7 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.borders import Border
+from decausal.wording import counted
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Row:
             return
         given = sum(map(len, self.given))
         if given > context:
-            raise UserError(f"{self.name} has {given} tokens, the model's context {context}: shorten it")
+            raise UserError(f"{self.name} has {counted(given, 'token')}, the model's context {context}: shorten it")
         raise UserError(
-            f"{self.name} has {given} tokens and {self.length - given} are to be written: {self.length} exceed the "
-            f"model's context of {context}; write at most {context - given}, or shorten it"
+            f"{self.name} has {counted(given, 'token')} and {self.length - given} are to be written: "
+            f"{self.length} exceed the model's context of {context}; write at most {context - given}, or shorten it"
         )

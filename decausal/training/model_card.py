@@ -14,6 +14,7 @@ from decausal.evaluation.tasks import TaskScores
 from decausal.privacy import without_paths, without_secrets
 from decausal.provenance import provenance
 from decausal.training.settings.pretraining import PretrainSettings
+from decausal.wording import counted
 
 
 def model_card(
@@ -46,7 +47,7 @@ pipeline_tag: text-generation
 
 # A small autoregressive model, made by decausal
 
-{num_parameters:,} parameters: {settings.num_hidden_layers} layers of width {settings.hidden_size},
+{num_parameters:,} parameters: {counted(settings.num_hidden_layers, "layer")} of width {settings.hidden_size},
 {_vocabulary(settings)}, a context of {settings.context} tokens. Stock Qwen3
 architecture, bfloat16 weights. Trained on `{without_paths(settings.data)}`. It exists to be converted
 into a diffusion model, in demonstrations and tests.
@@ -61,7 +62,7 @@ into a diffusion model, in demonstrations and tests.
 {command}
 ```
 
-{num_tokens:,} tokens in {num_steps} steps, padding included. The same command makes it again.
+{counted(num_tokens, "token")} in {counted(num_steps, "step")}, padding included. The same command makes it again.
 
 ```yaml
 {made_with}```

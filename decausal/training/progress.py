@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from decausal.data.reading import say
 from decausal.training.meters import TokenMeter
+from decausal.wording import counted
 
 
 class Pace:
@@ -111,7 +112,8 @@ class _Shown(TrainerCallback):
         if not state.is_world_process_zero or not logs.keys() - {"epoch"}:
             return
         if "train_runtime" in logs:
-            self.show(f"trained {state.global_step - self.pace.first_step} steps in {duration(logs['train_runtime'])}")
+            steps = counted(state.global_step - self.pace.first_step, "step")
+            self.show(f"trained {steps} in {duration(logs['train_runtime'])}")
             return
         if "loss" in logs:
             left = duration(self.pace.seconds_left(state.global_step, state.max_steps))

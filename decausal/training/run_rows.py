@@ -30,6 +30,7 @@ from decausal.training.rollouts import Decoding
 from decausal.training.run import rows_per_step, run_length
 from decausal.training.schedule import steps
 from decausal.training.settings import ConversionSettings
+from decausal.wording import counted
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def _course(args: TrainingArguments, settings: ConversionSettings, num_prompts: 
     warm = steps(share, args.max_steps) or 0
     if warm >= args.max_steps:
         raise UserError(
-            f"--warm_start_steps {share}: all {args.max_steps} steps of the run are warm start; raise --max_steps, or "
+            f"--warm_start_steps {share}: the whole run of {counted(args.max_steps, 'step')} is "
+            f"warm start; raise --max_steps, or "
             "give --rows corpus"
         )
     return warm * rows_per_step(args), args.max_steps * rows_per_step(args)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
+from decausal.wording import counted
 
 MAX_PROMPTS = 32
 
@@ -39,7 +40,8 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
         raise UserError(f"--sample_prompts {path}: it holds no prompt; write one per line")
     if len(prompts) > MAX_PROMPTS:
         raise UserError(
-            f"--sample_prompts {path}: it holds {len(prompts)} prompts, and each is continued at each evaluation; give "
+            f"--sample_prompts {path}: it holds {counted(len(prompts), 'prompt')}, "
+            f"and each is continued at each evaluation; give "
             f"at most {MAX_PROMPTS}, and more to decausal batch"
         )
     return prompts

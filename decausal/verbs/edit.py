@@ -9,7 +9,15 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser, at_least, given, positive, slow_imports, text_from
-from decausal.verbs.sampling import add_sampler_flags, check_model, check_recording, sampler_options, watching
+from decausal.verbs.sampling import (
+    add_sampler_flags,
+    check_model,
+    check_recording,
+    sampler_options,
+    told_of_passes,
+    watching,
+)
+from decausal.wording import counted
 
 
 def run(arguments: list[str]) -> int:
@@ -75,5 +83,5 @@ def _print(edit: Any, flags: argparse.Namespace) -> None:
         console.print(coloured_diff(edit.before, edit.changes), soft_wrap=True)
     else:
         print(word_diff(edit.before, edit.changes))
-    note = f"[{edit.num_rewritten} tokens rewritten, {len(edit.changes)} changes, {edit.num_forwards} forward passes]"
-    print(note, file=sys.stderr)
+    note = f"{counted(edit.num_rewritten, 'token')} rewritten, {counted(len(edit.changes), 'change')}"
+    print(f"[{told_of_passes(note, edit.num_forwards)}]", file=sys.stderr)

@@ -14,6 +14,7 @@ from decausal.verbs.sampling import (
     check_recording,
     print_generations,
     sampler_options,
+    told_of_passes,
     watching,
 )
 
@@ -67,4 +68,5 @@ def _print(filling: Any, as_json: bool) -> None:
         return
     print(filling.full_text)
     lengths = " + ".join(map(str, filling.lengths))
-    print(f"[{lengths} tokens in {filling.num_forwards} forward passes]", file=sys.stderr)
+    written = f"{lengths} token{'' if filling.lengths == [1] else 's'}"
+    print(f"[{told_of_passes(written, filling.num_forwards)}]", file=sys.stderr)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser
+from decausal.wording import counted
 
 DESCRIPTION = """One page over runs, evaluations and conversions: scores beside the AR source's, quality against speed,
 training curves, texts, and how each figure was made. Beside it the same as JSON."""
@@ -25,5 +26,6 @@ def run(arguments: list[str]) -> int:
 
     found = find(flags.paths)
     paths = write_report(found, output, flags.title)
-    print(f"{len(found.runs)} runs and {len(found.evaluations)} evaluations in {paths[0]} and {paths[1]}")
+    held = f"{counted(len(found.runs), 'run')} and {counted(len(found.evaluations), 'evaluation')}"
+    print(f"{held} in {paths[0]} and {paths[1]}")
     return 0

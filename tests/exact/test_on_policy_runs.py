@@ -179,7 +179,7 @@ def refused(tmp_path, source, data, **options) -> str:
     [
         ({"layout": "bidirectional", "block_size": None}, "--rows rollout needs --layout block"),
         ({"rollout_prompts": 3}, "--rollout_prompts 3 is not a multiple of the 2 rows of an optimizer step"),
-        ({"warm_start_steps": 4}, "--warm_start_steps 4: all 4 steps of the run are warm start"),
+        ({"warm_start_steps": 4}, "--warm_start_steps 4: the whole run of 4 steps is warm start"),
         ({"kl_top_k": 269}, "--kl_top_k 269: the vocabulary has 268 tokens"),
         ({"kl_tail_bucket": True}, "--kl_tail_bucket needs --kl_top_k"),
         ({"jsd_beta": 1.0}, "--jsd_beta 1.0: must lie between 0 and 1"),

@@ -108,7 +108,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": "a", "stop": ["x"] * 17}, 400, "stop", "at most 16"),
     (TEXT, {"prompt": "a", "stop": "x" * 1025}, 400, "stop", "at most 1024 characters"),
     (TEXT, {"prompt": ["a"] * 60_000, "n": 128}, 400, "prompt", "at most 16384 prompts"),
-    (TEXT, {"prompt": ["a"] * 1000, "n": 128}, 400, "n", "128000 answers at once"),
+    (TEXT, {"prompt": ["a"] * 1000, "n": 128}, 400, "n", "128,000 answers at once"),
     (TEXT, {"prompt": [[1]] * 60_000}, 400, "prompt", "at most 16384 prompts"),
     (TEXT, {"prompt": [1] * 60_000}, 400, "prompt", "has 60000 tokens"),
     (TEXT, {"prompt": "a", "suffix": "b c" * 5000}, 400, "suffix", f"has more than {MAX_LENGTH} tokens"),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from decausal.evaluation.results import Ratio, ratio_over_rows
 from decausal.report.texts import text_figures
+from decausal.wording import counted
 
 Sample = dict[str, Any]
 
@@ -273,7 +274,8 @@ def _number(value: float | None) -> str:
 def _looks(texts: dict[str, Any]) -> str:
     distinct = "/".join(_number(share) for share in texts["distinct"])
     return (
-        f"{texts['num_texts']} texts of {texts['length']:.1f} tokens, repetition {_number(texts['repetition'])}, "
+        f"{counted(texts['num_texts'], 'text')} of {texts['length']:.1f} tokens, "
+        f"repetition {_number(texts['repetition'])}, "
         f"distinct 1/2/3-grams {distinct}, entropy {_number(texts['entropy'])} nats"
     )
 
