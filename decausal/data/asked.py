@@ -81,7 +81,7 @@ class AskedPrompts:
         return self._read(Account(), [])
 
     def _read(self, account: Account, dropped_lengths: list[int]) -> Iterator[Prompt]:
-        on_bad = partial(account.take_bad, on_bad_record=self._reading.on_bad_record)
+        on_bad = partial(account.take_unencodable, on_bad_record=self._reading.on_bad_record)
         records = self._without_texts(read_sources(self._sources, self._reading, account), on_bad)
         at_once = min(BATCH_RECORDS, self._num_prompts or BATCH_RECORDS)  # so that hardly more are read than wanted
         prompts = given(records, self._tokenizer, on_bad, at_once=at_once)

@@ -109,7 +109,7 @@ def load_prompts(
     reading, account = replace(reading or Reading(), needs_answers=False), Account()
     sources = find_sources(data, reading.split, account)
     records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
-    on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
+    on_bad = partial(account.take_unencodable, on_bad_record=reading.on_bad_record)
     kept: list[Ids] = []
     dropped_lengths: list[int] = []
     for ids in prompts_of(records, tokenizer, max_length, longest, prompt_fraction, on_bad, reading.num_proc):

@@ -82,7 +82,7 @@ class Account:
 
     Attributes:
         sources: The sources that held records.
-        num_records: Documents read, without blank and bad ones.
+        num_records: Documents read, without blank ones and those that are bad as they stand.
         num_conversations: How many of them are conversations.
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
         unread: Names of fields that records have and that were not read.
@@ -90,6 +90,7 @@ class Account:
         num_blank: Records without a text or an answer.
         num_cut: Records whose answer was cut off, so that it is trained on without an end.
         num_bad: Records that could not be used.
+        num_unencodable: How many of those had been read, and could not be encoded.
         bad: What was wrong with the first of them.
     """
 
@@ -102,6 +103,7 @@ class Account:
     num_blank: int = 0
     num_cut: int = 0
     num_bad: int = 0
+    num_unencodable: int = 0
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -140,6 +142,11 @@ class Account:
         if len(self.bad) < NAMED:
             self.bad.append(str(error))
 
+    def take_unencodable(self, error: UserError, on_bad_record: OnBadRecord) -> None:
+        """The same for a record that has been counted as read."""
+        self.take_bad(error, on_bad_record)
+        self.num_unencodable += 1
+
     def refuse_if_all_bad(self) -> None:
         """Raises UserError if all records were bad."""
         if self.num_bad:
@@ -148,7 +155,8 @@ class Account:
     def line(self, num_tokens: int) -> str:
         """Returns one line that says what was read, and what was skipped and why."""
         where = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources):,} sources"
-        read = f"read {where}: {counted(self.num_records, 'record')}, {counted(num_tokens, 'token')}"
+        records = counted(self.num_records - self.num_unencodable, "record")
+        read = f"read {where}: {records}, {counted(num_tokens, 'token')}"
         if self.forms:
             read += f", as {' and '.join(self.forms)}"
         if self.unread:

@@ -127,7 +127,7 @@ def load_rows(
         with FileLock(root / f"{name}.lock"):  # only one of several processes builds
             if not _is_whole(root / name):
                 records = keep_fraction(read_sources(sources, reading, account), data_fraction, seed)
-                on_bad = partial(account.take_bad, on_bad_record=reading.on_bad_record)
+                on_bad = partial(account.take_unencodable, on_bad_record=reading.on_bad_record)
                 encoded = encode_stream(records, tokenizer, on_bad=on_bad, num_proc=reading.num_proc)
                 _build(root / name, encoded, account, tokenizer, sequence_length, max_rows)
     rows = PackedRows(root / name)

@@ -106,6 +106,7 @@ class State:
         account.take_unread(self.unread)
         account.numbers = self.place.numbers
         account.num_bad += self.num_unencodable
+        account.num_unencodable = self.num_unencodable
         return account
 
 

@@ -207,8 +207,8 @@ def run_file(
                 label, number = lines.labels.pop(file.num_lines)
                 if isinstance(answer, UserError) and on_error == "stop":
                     raise UserError(
-                        f"{source} line {number}: {answer}; {counted(file.num_lines, 'answer')} before it written: fix "
-                        "it and run again, or give --on_error record"
+                        f"{source} line {number}: {answer}; written before it: {counted(file.num_lines, 'answer')}; "
+                        "fix it and run again, or give --on_error record"
                     )
                 file.write(encoded(label, answer))
                 num_errors += isinstance(answer, UserError)
