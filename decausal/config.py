@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from decausal.errors import UserError, nearest, one_of
+from decausal.files import read_given
 from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
@@ -41,8 +42,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     """
     if name_or_path.endswith((".yaml", ".yml")):
         try:
-            with open(name_or_path, encoding="utf-8") as file:
-                text = file.read()
+            text = read_given(name_or_path)
         except OSError as error:
             raise UserError(f"recipe {name_or_path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

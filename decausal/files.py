@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -18,8 +21,32 @@ RUN_PAGE = "report.html"
 """Files of a run's directory."""
 JOB_SETTINGS = ".settings.json"
 """Suffix, after the name of a file that a job writes, of the file with the job's settings."""
+MOST_GIVEN_BYTES = 2**26
 _PIECE = 2**22
 _PARTIAL = re.compile(r".+\.tmp\d+")
+
+
+def read_bounded(file: BinaryIO) -> bytes:
+    """Reads a file to its end, if that comes within `MOST_GIVEN_BYTES`: a device may never end.
+
+    Raises:
+        OSError: As `read`, and EFBIG for a longer file.
+    """
+    content = file.read(MOST_GIVEN_BYTES + 1)
+    if len(content) > MOST_GIVEN_BYTES:
+        raise OSError(errno.EFBIG, f"it is longer than {MOST_GIVEN_BYTES >> 20} MiB")
+    return content
+
+
+def read_given(path: str | Path) -> str:
+    """Returns the text of a file that a user names, with line feeds as line ends.
+
+    Raises:
+        OSError: As `open` and `read_bounded`.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    with Path(path).expanduser().open("rb") as file:
+        return io.StringIO(read_bounded(file).decode("utf-8"), newline=None).read()
 
 
 def is_partial(path: Path) -> bool:

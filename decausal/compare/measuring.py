@@ -215,7 +215,7 @@ class LikelihoodMeasure(Measure):
             raise UserError(
                 "--eval nll: masks of this recipe draft and do not denoise, so there is no NELBO; --eval tasks"
             )
-        self._max_length, self._reading = run.conversion.max_length, run.conversion.reading
+        self._max_length, self._reading = run.conversion.max_length, run.conversion.eval_reading
         _ = self.rows
 
     @property

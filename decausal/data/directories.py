@@ -108,7 +108,8 @@ def _saved_splits(root: Path) -> list[str]:
 
 def _one_of(splits: list[str], split: str, root: Path) -> str:
     if split not in splits:
-        raise UserError(f"{root} has no split '{split}'; give --dataset_split {' or '.join(splits)}")
+        choice = f"--dataset_split {' or '.join(splits)} (--eval_split for --eval_data)"
+        raise UserError(f"{root} has no split '{split}'; give {choice}")
     return split
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from decausal.errors import UserError
+from decausal.files import read_given
 
 
 def read_template(template: str | Path) -> str:
@@ -18,7 +19,7 @@ def read_template(template: str | Path) -> str:
     if "{{" in given or "{%" in given:
         return given
     try:
-        text = Path(given).expanduser().read_text(encoding="utf-8")
+        text = read_given(given)
     except OSError as error:
         raise UserError(f"--chat_template {given}: {error.strerror}; give a file with a Jinja template") from None
     except UnicodeDecodeError:

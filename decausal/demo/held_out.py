@@ -116,7 +116,7 @@ def prepare(
         shift=conversion.shift,
         mask_token_id=adapt(start, tokenizer, mask_token=conversion.mask_token),
     )
-    rows = load_rows(eval_data, tokenizer, conversion.max_length, reading=conversion.reading)
+    rows = load_rows(eval_data, tokenizer, conversion.max_length, reading=conversion.eval_reading)
     device = best_device()
     return HeldOut(
         rows=rows,

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from decausal.data.formats import kind
 from decausal.data.forms import Record, refuse_broken_texts
 from decausal.data.messages import read_messages, read_template_kwargs, read_tools
 from decausal.data.prompts import before_answer
@@ -78,7 +79,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise UserError(f"unknown field '{name}'{nearest(name, accepted)}")
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str):
-            raise UserError(f"'prompt' must be a text, not {fields['prompt']!r}")
+            raise UserError(f"'prompt' must be a text, and is {kind(fields['prompt'])}")
         refuse_broken_text(fields["prompt"], "'prompt'")
     return fields
 

@@ -24,9 +24,11 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
     """Returns the paths of a job's prompts and answers.
 
     Raises:
-        UserError: The prompts cannot be read, or as `check_target`.
+        UserError: The prompts cannot be read, are no file that can be read twice, or as `check_target`.
     """
     source = Path(prompts)
+    if source.exists() and not (source.is_file() or source.is_dir()):  # a device never ends, a pipe is read only once
+        raise UserError(f"{source} is not a regular file; write its content to a file, and name that")
     try:
         source.open("rb").close()
     except OSError as error:

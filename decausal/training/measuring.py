@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from decausal.data.reading import say
 from decausal.data.rows import PackedRows
-from decausal.data.sources import names_of
+from decausal.data.sources import find_sources, names_of
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.facts import ConversionFacts
@@ -62,7 +62,7 @@ def measurement(
     output_dir = Path(args.output_dir)
     if measure is None and settings.eval_data is not None:
         _say_overlap(settings)
-        held_out = corpus_rows(settings, settings.eval_data, tokenizer, args.seed, 1.0)
+        held_out = corpus_rows(settings, settings.eval_data, settings.eval_reading, tokenizer, args.seed, 1.0)
         measure = _on_rows(held_out, settings, tokenizer, facts)
         if settings.noise == "all" and args.process_index == 0:
             measure = _with_draft_figure(measure, output_dir, meter, step)
@@ -78,7 +78,11 @@ def measurement(
 def _say_overlap(settings: ConversionSettings) -> None:
     """Says that data are both trained on and measured on, as the same directory of splits would be."""
     named = [names_of(data) for data in (settings.data, settings.eval_data) if data]
-    if len(named) == 2 and (both := sorted(set(named[0]) & set(named[1]))):
+    both = sorted(set(named[0]) & set(named[1])) if len(named) == 2 else []
+    splits = settings.reading.split, settings.eval_reading.split
+    if splits[0] != splits[1]:
+        both = [name for name in both if set(find_sources(name, splits[0])) & set(find_sources(name, splits[1]))]
+    if both:
         say(f"--eval_data {', '.join(both)}: trained on too, so its figures say little about new text")
 
 

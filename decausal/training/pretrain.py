@@ -102,7 +102,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
 def _heldout_rows(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PackedRows | None:
     if settings.eval_data is None:
         return None
-    return load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.reading)
+    return load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.eval_reading)
 
 
 def _measure(

@@ -27,7 +27,7 @@ from decausal.wording import counted
 
 MAY_CHANGE = frozenset(
     """
-    eval_data eval_rows overwrite attn_implementation compile_layers save_dtype sample_prompts sample_tokens
+    eval_data eval_split eval_rows overwrite attn_implementation compile_layers save_dtype sample_prompts sample_tokens
     rollout_batch_size data text_field prompt_field completion_field dataset_split on_bad_record
     dataset_num_proc chat_template chat_template_kwargs
     """.split()  # noqa: SIM905
@@ -126,7 +126,16 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def _refuse_difference(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if name in before and before[name] != value:
-            raise UserError(f"--{name} {value}: {checkpoint} was trained with {before[name]}; {_REMEDY}")
+            raise UserError(
+                f"--{name} {_shown(value)}: {checkpoint} was trained with {_shown(before[name])}; {_REMEDY}"
+            )
+
+
+def _shown(value: Any) -> str:
+    """Returns a setting's value as a user writes it."""
+    if value is None:
+        return "unset"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read_run_file(path: Path) -> Mapping[str, Any]:

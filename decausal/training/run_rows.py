@@ -15,6 +15,7 @@ from decausal.data.chat import answer_end_ids
 from decausal.data.encode import SpecialTokens
 from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts, load_prompts
+from decausal.data.reading import Reading
 from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, Rows, TrainingStream
 from decausal.data.streamed_rows import StreamedRows, stream_rows
@@ -68,7 +69,7 @@ def rows_of_run(
             num_rows = args.max_steps * rows_per_step(args)
             rows: PackedRows | StreamedRows = _streamed_rows(settings, tokenizer, args.seed, num_rows)
         else:
-            rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+            rows = corpus_rows(settings, settings.data, settings.reading, tokenizer, args.seed, settings.data_fraction)
             num_rows = run_length(args, len(rows))
         facts = _with_ends(facts, tokenizer, rows.has_conversations)
         return RunRows(stream_of(settings, rows, num_rows, args.seed), collator, facts)
@@ -77,7 +78,7 @@ def rows_of_run(
     on_policy = _on_policy_rows(settings, args, prompts, collator, first_row, end_row)
     corpus = None
     if first_row:
-        rows = corpus_rows(settings, settings.data, tokenizer, args.seed, settings.data_fraction)
+        rows = corpus_rows(settings, settings.data, settings.reading, tokenizer, args.seed, settings.data_fraction)
         corpus = stream_of(settings, rows, first_row, args.seed)
     facts = _with_ends(facts, tokenizer, prompts.has_conversations)
     decoding = _decoding(settings, model, tokenizer, facts)
@@ -95,16 +96,17 @@ def _with_ends(facts: ConversionFacts, tokenizer: PreTrainedTokenizerBase, has_c
 def corpus_rows(
     settings: ConversionSettings,
     data: str | tuple[str, ...] | None,
+    reading: Reading,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     fraction: float,
 ) -> PackedRows:
-    """Returns packed rows of `data`, read according to the settings; see `decausal.data.rows.load_rows`."""
+    """Returns packed rows of `data`, as long as the settings say; see `decausal.data.rows.load_rows`."""
     return load_rows(
         list(data) if isinstance(data, tuple) else data,
         tokenizer,
         settings.max_length,
-        reading=settings.reading,
+        reading=reading,
         data_fraction=fraction,
         seed=seed,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
+from decausal.files import read_given
 from decausal.wording import counted
 
 MAX_PROMPTS = 32
@@ -30,7 +31,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_given(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from error

@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from decausal.data.reading import ON_BAD_RECORD
 from decausal.errors import UserError
+from decausal.files import read_bounded
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer"
 
@@ -132,8 +133,8 @@ def text_from(file: str | None, verb: str) -> str:
         UserError: It cannot be read, or is not UTF-8.
     """
     try:
-        data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
-        return data.decode("utf-8")
+        with nullcontext(sys.stdin.buffer) if file is None else Path(file).open("rb") as given:
+            return read_bounded(given).decode("utf-8")
     except OSError as error:
         raise UserError(f"{verb}: cannot read {file or 'standard input'}: {error.strerror}") from None
     except UnicodeDecodeError as error:

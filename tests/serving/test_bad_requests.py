@@ -110,7 +110,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"prompt": ["a"] * 60_000, "n": 128}, 400, "prompt", "at most 16384 prompts"),
     (TEXT, {"prompt": ["a"] * 1000, "n": 128}, 400, "n", "128,000 answers at once"),
     (TEXT, {"prompt": [[1]] * 60_000}, 400, "prompt", "at most 16384 prompts"),
-    (TEXT, {"prompt": [1] * 60_000}, 400, "prompt", "has 60000 tokens"),
+    (TEXT, {"prompt": [1] * 60_000}, 400, "prompt", "has 60,000 tokens"),
     (TEXT, {"prompt": "a", "suffix": "b c" * 5000}, 400, "suffix", f"has more than {MAX_LENGTH} tokens"),
     (TEXT, {"decausal": {"parts": ["a", 1] * 257}}, 400, "decausal.parts", "at most 256"),
     (TEXT, {"decausal": {"parts": ["a"] * 20_000 + [1]}}, 400, "prompt", f"has more than {MAX_LENGTH} tokens"),

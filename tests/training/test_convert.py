@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,6 +245,23 @@ def test_held_out_data_are_measured_as_often_as_asked_and_at_the_end(tmp_path, s
     measured = [entry["step"] for entry in conversion.history if "eval_nelbo_per_token" in entry]
     assert measured == [2, 4, 5]
     assert all(entry["eval_masked_cross_entropy"] > 0 for entry in conversion.history if "eval_bits_per_byte" in entry)
+
+
+def test_held_out_data_may_be_another_split_of_the_same_data(tmp_path, source, text, capsys):
+    for name, lines in (("train", slice(4, None)), ("test", slice(4))):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        content = text.read_text().splitlines(keepends=True)[lines]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(content))
+    data = str(tmp_path / "data")
+    measured = {"eval_data": data, "eval_split": "test", "eval_rows": 2}
+    conversion = run(source, data, tmp_path / "out", **measured)
+    told = capsys.readouterr().err
+    assert "trained on too" not in told
+    assert re.search(r"read .*test\.jsonl: 4 records", told)
+    assert any("eval_nelbo_per_token" in entry for entry in conversion.history)
+
+    run(source, f"{data}/test.jsonl", tmp_path / "same", **measured | {"eval_data": f"{data}/test.jsonl"})
+    assert "trained on too" in capsys.readouterr().err
 
 
 def test_measuring_changes_nothing_in_training(tmp_path, source, text):

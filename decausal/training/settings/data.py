@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from decausal.data.reading import Reading
@@ -25,6 +25,7 @@ class RecordSettings(Family):
     prompt_field: str = setting("prompt", "the field of a record that holds its prompt; used with completion_field")
     completion_field: str = setting("completion", "the field of a record that holds the answer to its prompt")
     dataset_split: str = setting("train", "the split of a hub data set, or of a directory that has splits")
+    eval_split: str | None = setting(None, "the split of eval_data, where that has splits; unset: dataset_split")
     on_bad_record: Literal["error", "skip"] = setting(
         "error", "a record that cannot be used ends the run (error), or is counted and left out (skip)"
     )
@@ -45,6 +46,11 @@ class RecordSettings(Family):
             on_bad_record=self.on_bad_record,
             num_proc=self.dataset_num_proc,
         )
+
+    @property
+    def eval_reading(self) -> Reading:
+        """How records of `eval_data` are read."""
+        return replace(self.reading, split=self.eval_split or self.dataset_split)
 
 
 @dataclass(frozen=True)
