@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from decausal.errors import UserError, nearest, one_of
-from decausal.files import read_given
+from decausal.files import parsed_yaml, read_given
 from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
@@ -53,7 +53,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         told = one_of(name_or_path, recipe_names(), "accepted")
         raise UserError(f"unknown recipe '{name_or_path}'{told}, or a path to a .yaml file")
     try:
-        recipe = yaml.safe_load(text)
+        recipe = parsed_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name_or_path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
@@ -202,7 +202,7 @@ def _as(value: Any, option: Any) -> Any:
     if origin is tuple:
         return _as_tuple(value, get_args(option)[0])
     if option is dict or origin is dict or option is list or origin is list:
-        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        parsed = parsed_yaml(value) if isinstance(value, str) else value
         if (origin or option) is list and isinstance(parsed, str) and "," in parsed:
             parsed = [part.strip() for part in parsed.split(",")]
         if not isinstance(parsed, origin or option):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -47,6 +48,42 @@ def read_given(path: str | Path) -> str:
     """
     with Path(path).expanduser().open("rb") as file:
         return io.StringIO(read_bounded(file).decode("utf-8"), newline=None).read()
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Returns what a JSON text holds, whoever wrote it.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or holds a number that is too long: JSONDecodeError where only
+            the first is true.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise json_error(error) from None
+
+
+def json_error(error: ValueError | RecursionError) -> ValueError:
+    """Returns what Python's reader of JSON raised as an error that says what is wrong with the text."""
+    if isinstance(error, RecursionError):
+        return ValueError("the JSON is nested too deeply to be read")
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return error
+    return ValueError("the JSON holds a number with too many digits to be read")  # Python limits those of an integer
+
+
+def parsed_yaml(text: str) -> Any:
+    """Returns what a YAML text holds, whoever wrote it.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, or is nested too deeply.
+    """
+    import yaml  # slow to import, and most readers of files do without
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply to be read") from None
 
 
 def is_partial(path: Path) -> bool:

@@ -15,6 +15,7 @@ from decausal.config import read_recipe
 from decausal.data.template_file import read_template
 from decausal.errors import UserError
 from decausal.files import read_given
+from decausal.models.directories import read_table
 from decausal.sampling.job_files import check_job_files
 from decausal.training.sample_prompts import read_sample_prompts
 from decausal.verbs.flags import text_from
@@ -40,6 +41,13 @@ def test_standard_input_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless))
         with pytest.raises(UserError, match="edit: cannot read standard input: it is longer than 64 MiB"):
             text_from(None, "edit")
+
+
+@pytest.mark.parametrize("read", [lambda name: read_table(Path(name)), read_recipe])
+def test_what_is_nested_too_deeply_is_refused(read: Callable[[str], object], tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("[" * 10_000)
+    with pytest.raises(UserError, match="nested too deeply to be read"):
+        read(str(tmp_path / "deep.yaml"))
 
 
 def test_a_pipe_is_read_where_once_is_enough_and_refused_as_the_prompts_of_a_job(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from decausal.data.sources import refuse_missing, task_source
 from decausal.data.tasks import Example
 from decausal.data.template_file import read_template
 from decausal.errors import UserError, one_of
+from decausal.files import parsed_yaml
 from decausal.models.names import check_source
 from decausal.training.run_directory import RUN_FILE, refuse_taken
 from decausal.wording import counted
@@ -64,7 +65,7 @@ def all_runs(settings: CompareSettings, arms: Sequence[Arm], *, is_bf16: bool) -
 def refuse_other_verb(output_dir: Path) -> None:
     """Raises UserError if the directory holds a run of another verb."""
     try:
-        recorded: Any = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        recorded: Any = parsed_yaml((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return  # a directory that no run of ours made is refused when it is claimed
     if not (isinstance(recorded, dict) and MARK.items() <= recorded.items()):

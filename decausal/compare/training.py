@@ -21,6 +21,7 @@ from decausal.compare.measuring import Measure
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
 from decausal.compare.settings import Schedule
 from decausal.errors import UserError
+from decausal.files import parsed_yaml
 from decausal.models.checkpoint import load_converted
 from decausal.models.facts import FACTS_FILE
 from decausal.training.convert import convert
@@ -198,7 +199,7 @@ def _final_scores(planned: Planned, measure: Measure, model: PreTrainedModel | N
 
 def _recorded(directory: Path) -> dict[str, Any] | None:
     try:
-        recorded = yaml.safe_load((directory / RUN_FILE).read_text(encoding="utf-8"))
+        recorded = parsed_yaml((directory / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return recorded if isinstance(recorded, dict) else None

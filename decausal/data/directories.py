@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from decausal.data.files import BROKEN, File
 from decausal.data.reading import Account
 from decausal.data.tables import SavedDataset
 from decausal.errors import UserError, nearest
-from decausal.files import JOB_SETTINGS
+from decausal.files import JOB_SETTINGS, parsed_json, parsed_yaml
 
 if TYPE_CHECKING:
     from datasets.utils.metadata import MetadataConfigs
@@ -101,7 +100,7 @@ def documents_below(root: Path, account: Account) -> Iterator[File]:
 
 def _saved_splits(root: Path) -> list[str]:
     try:
-        return list(json.loads((root / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
+        return list(parsed_json((root / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{root / SAVED_SPLITS} does not list the splits; save the data set again") from None
 
@@ -158,7 +157,7 @@ def _card_configs(root: Path) -> MetadataConfigs | dict[str, Any]:
     """Returns the configurations that the card names, by the rules of `datasets`; empty without a card."""
     try:
         card = FRONT_MATTER.match((root / CARD).read_text(encoding="utf-8"))
-        facts = yaml.safe_load(card.group(1)) if card else None
+        facts = parsed_yaml(card.group(1)) if card else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     if not isinstance(facts, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from decausal.errors import UserError
+from decausal.files import parsed_json
 
 Format = Literal["text", "binary", "jsonl", "json", "csv", "parquet", "arrow"]
 
@@ -95,9 +95,9 @@ class File:
         lines = (line.strip() for line in self.lines(MAX_RECORD_BYTES))
         some = islice((line for line in lines if line), 2)
         try:
-            record = json.loads(next(some, b""))
+            record = parsed_json(next(some, b""))
             second = next(some, b"")
-        except (ValueError, RecursionError, UserError):
+        except (ValueError, UserError):
             return False
         return isinstance(record, dict) and second.startswith(b"{")
 

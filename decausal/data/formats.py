@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from decausal.data import files
 from decausal.data.files import ARROW_STREAM, File
 from decausal.errors import UserError
+from decausal.files import json_error, parsed_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -142,18 +143,14 @@ def _decoded_lines(file: File) -> Iterator[tuple[int, str | UserError]]:
 def parse_json(text: str, origin: str, expected: str) -> Any:
     """Returns what a JSON text holds, or the error that says why it cannot be read."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parsed_json(text)
+    except ValueError as error:
         return _json_error(error, text, origin, expected)
 
 
-def _json_error(
-    error: ValueError | RecursionError, text: str, origin: str, expected: str, lines_before: int = 0
-) -> UserError:
-    if isinstance(error, RecursionError):
-        return UserError(f"{origin}: the JSON is nested too deeply to be read")
-    if not isinstance(error, json.JSONDecodeError):  # Python limits the digits of an integer
-        return UserError(f"{origin}: the JSON holds a number with too many digits to be read")
+def _json_error(error: ValueError, text: str, origin: str, expected: str, lines_before: int = 0) -> UserError:
+    if not isinstance(error, json.JSONDecodeError):
+        return UserError(f"{origin}: {error}")
     line = error.lineno + lines_before
     where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
     return UserError(f"{origin}: not JSON ({error.msg.removesuffix(' at')} at {where}); {expected}")
@@ -219,7 +216,7 @@ class _ArrayReader:
                 raise self._error(error) from None
 
     def _error(self, error: ValueError | RecursionError) -> UserError:
-        return _json_error(error, self._text, str(self.file), self.expected, self._lines_before)
+        return _json_error(json_error(error), self._text, str(self.file), self.expected, self._lines_before)
 
     def _next_mark(self) -> str:
         """Moves to the next character that is not a space and returns it; "" at the end."""

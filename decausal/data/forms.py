@@ -54,8 +54,9 @@ class Form:
     needs_answers: bool = True
 
     def __str__(self) -> str:
-        listed = ", ".join(f"'{field}'" for field in (*self.fields[:-1], *self.optional, self.fields[-1]))
-        return f"{self.name} ({listed})" if self.name else listed
+        *first, last = self.fields
+        names = [*first, *self.optional, *([] if first and not self.needs_answers else [last])]
+        return f"{self.name} ({listed(names)})" if self.name else listed(names)
 
     def fits(self, found: Collection[str]) -> bool:
         """Returns whether a row with these fields has this form."""
@@ -100,18 +101,28 @@ def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
     for form in chosen:
         if form.fits(found):
             return replace(form, needs_answers=reading.needs_answers)
+    asking = None if reading.maps_fields else _asking(found)
+    if asking is not None and not reading.needs_answers:
+        return replace(asking, needs_answers=False)
     if reading.maps_fields:
         raise UnknownFormError(
             f"{origin}: found {listed(found)}, but --prompt_field and --completion_field ask for "
             f"'{reading.prompt_field}' and '{reading.completion_field}'"
         )
-    if reading.needs_answers and reading.prompt_field in found:
-        raise UnknownFormError(f"{origin}: found {listed(found)}, and no '{reading.completion_field}': {TO_ANSWER}")
+    missing = reading.completion_field if reading.prompt_field in found else asking and asking.fields[-1]
+    if reading.needs_answers and missing:
+        raise UnknownFormError(f"{origin}: found {listed(found)}, and no '{missing}': {TO_ANSWER}")
     hint = "; name the fields: --text_field NAME, or --prompt_field NAME --completion_field NAME" if found else ""
     raise UnknownFormError(
         f"{origin}: found {listed(found)}, but a record has '{reading.text_field}', or 'messages', "
         f"or 'prompt' and 'completion'{hint}"
     )
+
+
+def _asking(found: Collection[str]) -> Form | None:
+    """Returns the known form that rows with these fields would have with an answer; the one that reads most of them."""
+    forms = [form for form in KNOWN if form.content is _question and all(field in found for field in form.fields[:-1])]
+    return max(forms, key=lambda form: len(form.columns(found)), default=None)
 
 
 def listed(fields: Iterable[str]) -> str:

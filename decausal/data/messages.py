@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from decausal.data.formats import kind
 from decausal.errors import UserError
+from decausal.files import parsed_json
 
 Message = dict[str, Any]
 
@@ -126,8 +126,8 @@ def parsed_arguments(given: Any) -> dict[str, Any]:
         ValueError: They are not an object. The message says why.
     """
     try:
-        found = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError) as error:
+        found = parsed_json(given) if isinstance(given, str) else given
+    except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError("must be an object, written as JSON")
@@ -192,7 +192,7 @@ def _parsed(value: Any) -> Any:
     """Returns lists that a table's column holds as JSON; any other value unchanged."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parsed_json(value)
+        except ValueError:
             return value
     return value

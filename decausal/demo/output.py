@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import LOG_FILE, RUN_FILE, RUN_PAGE
+from decausal.files import LOG_FILE, RUN_FILE, RUN_PAGE, parsed_yaml
 
 ARM_NAMES = ("plain", "aligned")
 REPORT_PAGE, REPORT_FIGURES, REPORT_PICTURE = "report.html", "report.json", "report.png"
@@ -48,7 +48,7 @@ def _in_the_way(path: Path) -> UserError:
 
 def _is_of_a_demo(run_file: Path) -> bool:
     try:
-        settings = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+        settings = parsed_yaml(run_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and MARK.items() <= settings.items()

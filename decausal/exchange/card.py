@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from decausal.errors import UserError
+from decausal.files import parsed_json
 from decausal.models.facts import ConversionFacts
 from decausal.privacy import is_public_name, without_paths
 from decausal.sampling.settings.of_model import settings_for
@@ -93,7 +93,7 @@ def read_evaluation(path: str | Path) -> tuple[tuple[str, str], ...]:
         UserError: There is no such file, or it does not hold figures.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parsed_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"evaluation {path}: {error.strerror}") from error
     except ValueError as error:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decausal.errors import UserError, first_line
+from decausal.files import parsed_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -88,7 +89,7 @@ class TensorFiles:
 
     def _read_index(self, index: Path) -> dict[str, Path]:
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = parsed_json(index.read_text(encoding="utf-8"))["weight_map"]
             found = {name: self.directory / Path(file).name for name, file in names.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} cannot be read: {first_line(error)}") from error

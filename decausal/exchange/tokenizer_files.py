@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from decausal.errors import UserError, first_line
+from decausal.files import parsed_json
 from decausal.models.adapt import LOADING_ERRORS, forget_secrets
 
 _SETTINGS = "tokenizer_config.json"
@@ -79,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: It does not exist, or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parsed_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

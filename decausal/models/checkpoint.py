@@ -231,10 +231,12 @@ def _refuse_disagreement(
     path: Path, facts: ConversionFacts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     num_rows = model.get_input_embeddings().weight.shape[0]
-    if not 0 <= facts.mask_token_id < num_rows:
-        raise UserError(
-            f"{path}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, the weights have {num_rows} embedding rows"
-        )
+    for name, token_id in [
+        ("mask_token_id", facts.mask_token_id),
+        *(("end_token_ids", end) for end in facts.end_token_ids),
+    ]:
+        if not 0 <= token_id < num_rows:
+            raise UserError(f"{path}: {FACTS_FILE} has {name} {token_id}, the weights have {num_rows} embedding rows")
     if tokenizer.mask_token_id != facts.mask_token_id:
         raise UserError(
             f"{path}: {FACTS_FILE} has mask_token_id {facts.mask_token_id}, "

@@ -3,13 +3,13 @@ imported."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from decausal.errors import UserError, first_line
+from decausal.files import parsed_json
 from decausal.models.facts import DRAFT, FACTS_FILE, read_facts
 
 ADAPTER_FILE = "adapter_config.json"
@@ -190,7 +190,7 @@ def _refuse_cut_off(path: Path) -> None:
             if path.suffix != ".safetensors":
                 return
             length = int.from_bytes(start, "little")
-            header = json.loads(file.read(length)) if 8 + length <= size else None
+            header = parsed_json(file.read(length)) if 8 + length <= size else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -215,7 +215,7 @@ def read_table(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}; fetch it again") from error
     if not isinstance(found, dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from decausal.diffusion.layout_kinds import Layout
 from decausal.errors import UserError, nearest
-from decausal.files import FACTS_FILE, write_whole
+from decausal.files import FACTS_FILE, parsed_json, write_whole
 from decausal.privacy import without_secrets
 
 DRAFT = "draft"
@@ -128,7 +128,7 @@ def read_facts(directory: str | Path) -> ConversionFacts:
     if not path.exists():
         raise UserError(not_converted(str(path.parent)))
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; convert the model again") from error
     return _checked_facts(record, path)
@@ -196,7 +196,7 @@ def _checked_facts(record: object, path: Path) -> ConversionFacts:
     for name, value in record.items():
         accepts, described = _TYPES[name]
         if not accepts(value):
-            shown = repr(value)
+            shown = json.dumps(value)
             raise UserError(f"{path} has {name} {shown if len(shown) < 80 else '...'}; expected {described}")
     try:
         return ConversionFacts(**without_secrets(record))  # earlier versions recorded them

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.files import write_whole
+from decausal.files import parsed_json, write_whole
 from decausal.privacy import without_secrets
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def read_record(path: Path) -> Evaluation | None:
             head = file.read(200)
             if MARK.encode() not in head or path.stat().st_size > _MOST_BYTES:
                 return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return evaluation_of(values, path)

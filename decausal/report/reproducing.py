@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
+from decausal.files import parsed_json
 from decausal.report.records import Evaluation, evaluation_of, read_record
 from decausal.report.sources import REPORT
 
@@ -67,7 +68,7 @@ def recorded(path: Path) -> list[Evaluation]:
     if record is not None:
         return [record]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict) or REPORT not in values:

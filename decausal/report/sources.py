@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import FACTS_FILE, LOG_FILE, RUN_FILE, SAMPLES_FILE
+from decausal.files import FACTS_FILE, LOG_FILE, RUN_FILE, SAMPLES_FILE, parsed_json, parsed_yaml
 from decausal.privacy import without_secrets
 from decausal.report.records import Evaluation, evaluation_of, read_record
 
@@ -113,7 +112,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            found.append(parsed_json(line))
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}, is damaged; remove the line") from error
@@ -171,14 +170,14 @@ def _samples(directory: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parsed_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return values if isinstance(values, dict) else {}

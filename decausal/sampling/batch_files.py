@@ -15,6 +15,7 @@ from decausal.data.forms import Record, refuse_broken_texts
 from decausal.data.messages import read_messages, read_template_kwargs, read_tools
 from decausal.data.prompts import before_answer
 from decausal.errors import UserError, nearest, refuse_broken_text
+from decausal.files import parsed_json
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generation import Generation, Wanted
 from decausal.sampling.settings import ALIASES, SamplerSettings
@@ -64,11 +65,9 @@ def _numbered(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        fields = parsed_json(line)
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"this is not JSON: {error}") from None
-    except RecursionError:
-        raise UserError("this JSON cannot be read: it is nested too deeply") from None
     if not isinstance(fields, dict):
         raise UserError('a line must be an object, such as {"prompt": "def add(a, b):"}')
     if ("prompt" in fields) == ("messages" in fields):

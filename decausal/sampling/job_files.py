@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from decausal.errors import UserError
-from decausal.files import JOB_SETTINGS
+from decausal.files import JOB_SETTINGS, parsed_json
 
 OnProgress = Callable[[int, int], None]
 """Called with the lines that are written, and all lines."""
@@ -75,7 +75,7 @@ def recorded_settings(answers: Path) -> dict[str, Any]:
     """
     record = settings_path(answers)
     try:
-        found = json.loads(record.read_text())
+        found = parsed_json(record.read_text())
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from decausal.data.stream import TrainingStream
 from decausal.errors import UserError
+from decausal.files import parsed_yaml
 from decausal.privacy import without_secrets
 from decausal.training.on_policy import OnPolicyStream, parts_of
 from decausal.training.run import rows_per_step
@@ -142,7 +143,7 @@ def _read_run_file(path: Path) -> Mapping[str, Any]:
     if not path.exists():  # the checkpoint was copied elsewhere
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parsed_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}; remove it to continue") from error
     if not isinstance(values, dict):

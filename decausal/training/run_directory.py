@@ -18,7 +18,16 @@ import xxhash
 import yaml
 
 from decausal.errors import UserError
-from decausal.files import LOG_FILE, RUN_FILE, RUN_PAGE, content_hash, follow_umask, is_partial, write_whole
+from decausal.files import (
+    LOG_FILE,
+    RUN_FILE,
+    RUN_PAGE,
+    content_hash,
+    follow_umask,
+    is_partial,
+    parsed_json,
+    write_whole,
+)
 from decausal.models.facts import FACTS_FILE
 from decausal.privacy import without_secrets
 
@@ -226,7 +235,7 @@ def _incomplete(checkpoint: Path) -> str | None:
 
 
 def _read_seal(checkpoint: Path) -> dict[str, Any]:
-    record = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    record = parsed_json((checkpoint / SEAL).read_text(encoding="utf-8"))
     saved = record.pop("hash", None)
     if saved is not None and saved != _hash_of_record(record):
         raise ValueError("it does not hold what was saved")

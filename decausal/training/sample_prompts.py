@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from decausal.errors import UserError
-from decausal.files import read_given
+from decausal.files import parsed_json, read_given
 from decausal.wording import counted
 
 MAX_PROMPTS = 32
@@ -53,7 +52,7 @@ def _records(path: Path, lines: Sequence[str]) -> Iterator[SamplePrompt]:
         if not line.strip():
             continue
         try:
-            yield _parsed(json.loads(line))
+            yield _parsed(parsed_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f'--sample_prompts {path}: line {number} is neither {{"prompt": text}} nor '

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 from decausal.data.reading import ON_BAD_RECORD
 from decausal.errors import UserError
-from decausal.files import read_bounded
+from decausal.files import parsed_json, read_bounded
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer"
 
@@ -118,8 +117,8 @@ def template_options(flags: argparse.Namespace, chat: bool = True) -> dict[str, 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parsed_json(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError('not an object, such as {"enable_thinking": false}')

@@ -22,7 +22,7 @@ MESSAGES = [
 ]
 
 
-def read(tmp_path: Path, *rows: dict[str, Any], **options: str) -> tuple[list[dict[str, Any]], str]:
+def read(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> tuple[list[dict[str, Any]], str]:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     account = Account()
@@ -76,6 +76,29 @@ def test_well_known_forms_are_told_by_their_fields(
 
 
 SCENE = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "form", "missing"),
+    [
+        ({"prompt": "one?"}, "one?", "'prompt'", "completion"),
+        ({"prompt": "one?", "completion": ""}, "one?", "'prompt'", None),
+        ({"instruction": "Add.", "input": "1 2"}, "Add.\n\n1 2\n", "Alpaca ('instruction', 'input')", "output"),
+        ({"instruction": "Add."}, "Add.\n", "Alpaca ('instruction', 'input')", "output"),
+        ({"instruction": "Add.", "context": "1 2"}, "Add.\n\n1 2\n", "Dolly ('instruction', 'context')", "response"),
+        ({"question": "1+1?"}, "1+1?\n", "question and answer ('question')", "answer"),
+        ({"problem": "1+1?"}, "1+1?\n", "question and answer ('problem')", "solution"),
+    ],
+)
+def test_prompts_of_well_known_forms_may_lack_their_answers_where_none_is_needed(
+    row: dict[str, str], prompt: str, form: str, missing: str | None, tmp_path: Path
+) -> None:
+    records, told = read(tmp_path, row, needs_answers=False)
+    assert records == [{"prompt": prompt, "completion": ""}]
+    assert told.partition(";")[0] == form
+    if missing is not None:
+        with pytest.raises(UserError, match=f"and no '{missing}': a prompt without an answer is for recipes"):
+            read(tmp_path, row)
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])

@@ -82,6 +82,8 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
         ("[1, 2]", "holds no table of facts"),
         ("{}", "lacks 'schema_version'"),
         ('{"schema_version": 2}', "has schema 2, this decausal reads up to 1"),
+        ("[" * 100_000, "cannot be read: the JSON is nested too deeply"),
+        ('{"shift": ' + "9" * 5000 + "}", "cannot be read: the JSON holds a number with too many digits"),
     ],
 )
 def test_broken_facts_are_refused(text: str, reason: str, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_broken_facts_are_refused(text: str, reason: str, tmp_path: Path) -> Non
         ({"shfit": 1}, "holds 'shfit', which is not a fact of a conversion; did you mean 'shift'?"),
         ({"shift": None}, "lacks 'shift'"),
         ({"shift": 2}, "shift is 2; accepted: 0, 1"),
-        ({"shift": "one"}, "has shift 'one'; expected a whole number"),
+        ({"shift": "one"}, 'has shift "one"; expected a whole number'),
         ({"layout": "diagonal"}, "layout 'diagonal' is not known"),
         ({"block_size": None}, "layout 'block' has block_size None"),
         ({"noise_schedule": "cosine"}, "noise_schedule is 'cosine'"),
@@ -113,6 +115,12 @@ def test_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     write_facts(tmp_path, some_facts(layout="bidirectional", block_size=None, mask_token_id=300))
     assert "has mask_token_id 300, the weights have 269 embedding rows" in refused(tmp_path)
+
+
+def test_ends_of_answers_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_facts(tmp_path, some_facts(layout="bidirectional", block_size=None, end_token_ids=[1, 300]))
+    assert "has end_token_ids 300, the weights have 269 embedding rows" in refused(tmp_path)
 
 
 def test_mask_token_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
