@@ -37,7 +37,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, PaperStep
         is_flex = device.type == "cuda" and KINDS[name].block_size is not None
         step = PaperStep(KINDS[name], args.model, rows=args.rows, length=args.length, is_flex=is_flex, device=device)
         if args.compile_layers:
-            compile_layers(step.student)
+            compile_layers(step.student, *([] if step.teacher is None else [step.teacher.model]))
         found[name] = step
     return found
 

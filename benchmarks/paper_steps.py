@@ -22,6 +22,7 @@ from decausal.devices import meta_as
 from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.models.backbone import decoder_layers, head_of
 from decausal.models.block_cache import BlockCache, decoding
+from decausal.models.compiled import by_lengths
 from decausal.models.facts import ConversionFacts
 from decausal.models.row_attention import FLEX, RowAttention
 from decausal.sampling.blocks.draft_shapes import quadratic
@@ -205,21 +206,36 @@ class PaperStep:
 
 
 def block_pass(
-    model: PreTrainedModel, *, num_rows: int, num_keys: int, block_size: int = 4, device: torch.device = META
+    model: PreTrainedModel,
+    *,
+    num_rows: int,
+    num_keys: int,
+    block_size: int = 4,
+    device: torch.device = META,
+    is_flex: bool = False,
 ) -> Callable[[], None]:
-    """Returns a recorded pass of block decoding: every row reads its finished block and denoises the next one."""
+    """Returns a recorded pass of block decoding: every row reads its finished block and denoises the next one.
+
+    Args:
+        model: The model.
+        num_rows: Rows of the pass.
+        num_keys: Slots of the cache that it may read.
+        block_size: Of the layout.
+        device: Where the model is.
+        is_flex: Attention by FlexAttention, as where layers are compiled.
+    """
     rows = BlockRows(num_rows, num_keys, block_size, model.config.vocab_size - 1, device)
     rows.grow_ends(1)
     reader = Reader(model, Layout("block", block_size), 0, BlockCache(model.config, num_rows, num_keys), rows)
     settings = _settings(SamplerSettings(threshold=0.9), num_rows, device)
     head = head_of(model)._replace(banned=model.config.vocab_size - 1)
 
-    def one_pass() -> None:
-        with decoding(model):
+    def one_pass(is_flex: bool = is_flex) -> None:
+        with decoding(model), by_lengths(model) if is_flex else nullcontext():
             states = reader.predict_fixed(num_rows, block_size, num_keys)
             keep(rows, num_rows, None, states, head, settings)
 
-    one_pass()  # takes the cache's memory
+    one_pass(is_flex=False)  # takes the cache's memory
     return one_pass
 
 

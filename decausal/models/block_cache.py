@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -25,6 +26,7 @@ from decausal.models.architecture import sliding_windows
 from decausal.models.attention_plans import without_plans
 from decausal.models.backbone import HONOURS_IS_CAUSAL, as_the_attention_takes_it, body_forward, stock_model
 from decausal.models.rounding import CLOSE, Judge, Resolution, StatesNotFiniteError, distance
+from decausal.models.visible_slots import VisibleSlots, visible_by_layer
 
 _PROBED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -110,19 +112,14 @@ class _BlockLayer(CacheLayerMixin):
             zeros(states, self._cache.num_rows, self._cache.max_length + 1, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
         )
-        self._count_through()
         self.is_initialized = True
-
-    def _count_through(self) -> None:
-        """Makes the views to which every pass writes, with the slots of all rows on one axis."""
-        self._key_slots, self._value_slots = self.keys.flatten(0, 1), self.values.flatten(0, 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         access = self._cache.access
-        _write(self._key_slots, key_states, access)
-        _write(self._value_slots, value_states, access)
+        _write(self.keys, key_states, access)
+        _write(self.values, value_states, access)
         return _read(self.keys, access), _read(self.values, access)
 
     def move_row(self, source: int, target: int, num_slots: int) -> None:
@@ -139,7 +136,6 @@ class _BlockLayer(CacheLayerMixin):
     def grow(self, max_length: int, num_slots: int) -> None:
         if self.is_initialized:
             self.keys, self.values = (_longer(held, max_length + 1, num_slots) for held in (self.keys, self.values))
-            self._count_through()
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given
@@ -167,8 +163,12 @@ def _longer(held: Tensor, num_slots: int, num_kept: int) -> Tensor:
     return longer
 
 
-def _write(slots: Float[Tensor, "slots H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
-    """Writes the states of a pass into the slots."""
+def _write(held: Float[Tensor, "B S H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
+    """Writes the states of a pass into the slots, those of all rows on one axis.
+
+    The view is made anew each time: the compiler would copy the whole memory if it were given two views of it.
+    """
+    slots = held.view(-1, *held.shape[2:])
     by_token = states if states.shape[2] == 1 else states.transpose(1, 2)
     slots.index_copy_(0, access.flat_slots, by_token.reshape(-1, *slots.shape[1:]).to(slots.dtype))
 
@@ -188,7 +188,7 @@ def cached_forward(
     input_ids: Int[Tensor, "b q"],
     position_ids: Int[Tensor, "b q"],
     slots: Int[Tensor, "b q"],
-    is_visible: Bool[Tensor, "b q n"] | dict[str, Bool[Tensor, "b q n"]] | int,
+    is_visible: VisibleSlots | dict[str, VisibleSlots] | int,
     cache: BlockCache,
     rows: slice | Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b q D"]:
@@ -233,32 +233,6 @@ def cached_forward(
         **attention,
     )
     return output.last_hidden_state
-
-
-def visible_by_layer(
-    config: PretrainedConfig,
-    position_ids: Int[Tensor, "b q"],
-    last_visible: Int[Tensor, "b q"],
-    num_keys: int,
-) -> Bool[Tensor, "b q n"] | dict[str, Bool[Tensor, "b q n"]]:
-    """Returns which slots each query reads: all up to `last_visible`, within the window in sliding-window layers.
-
-    This is enough for block layouts. A token of an open block reads up to the end of its block. A finished token reads
-    up to the end of its block, or up to itself under `causal_context`.
-    """
-    key = torch.arange(num_keys, device=position_ids.device)
-    in_order = key <= last_visible[..., None]
-    windows = {
-        kind: window if window is not None and window < num_keys else None
-        for kind, window in sliding_windows(config).items()
-    }
-    by_window = {
-        window: in_order if window is None else in_order & ((position_ids[..., None] - key).abs() < window)
-        for window in set(windows.values())
-    }
-    if len(by_window) == 1:
-        return next(iter(by_window.values()))
-    return {kind: by_window[window] for kind, window in windows.items()}
 
 
 @contextmanager
@@ -342,8 +316,10 @@ def _unmasked(body: nn.Module, input_ids: Int[Tensor, "b q"], num_keys: int) -> 
     return {"attention_mask": _as_taken(everything, body)}
 
 
-def _as_taken(is_visible: Bool[Tensor, "b q n"], body: nn.Module) -> Tensor:
-    """Returns the dense mask that the attention takes, whatever the device."""
+def _as_taken(is_visible: VisibleSlots, body: nn.Module) -> Tensor | BlockMask:
+    """Returns the mask in the form that the attention takes, whatever the device."""
+    if isinstance(is_visible, BlockMask):
+        return is_visible
     if body.config._attn_implementation == "sdpa" and is_visible.device.type == "cpu":
         return is_visible[:, None]
     return as_the_attention_takes_it(is_visible[:, None], body)

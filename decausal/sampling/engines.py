@@ -12,6 +12,7 @@ from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
+from decausal.models.merged import merge_projections
 from decausal.sampling.bidirectional.row_engine import RowEngine
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import PATIENCE, CannotRecordError, CudaGraphs
@@ -128,6 +129,8 @@ def _block_engine(
 
     if not _records(converted, cuda_graphs):
         return make()
+    if is_compiled:
+        merge_projections(converted.model)
     if is_brief:
         return make(record=CudaGraphs(PATIENCE), is_compiled=is_compiled)
     engine = make(record=CudaGraphs(), is_compiled=is_compiled)

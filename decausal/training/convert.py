@@ -165,7 +165,7 @@ def _prepare(
     if args.device.type == "cpu":
         keep_freed_memory()
     if compiles(settings, model, args):
-        compile_layers(model)
+        compile_layers(model, *([] if teacher is None else [teacher.model]))
     draft_tokens = None
     if settings.draft_head:
         size = len(model.get_output_embeddings().weight)

@@ -76,12 +76,11 @@ def reads_packed_rows(stream: TrainingStream | OnPolicyStream) -> bool:
 def compiles(settings: ConversionSettings, model: nn.Module, args: TrainingArguments) -> bool:
     """Returns whether the decoder layers are compiled: as set, or if the run is long enough to repay it.
 
-    Adapters are compiled only on request, since the teacher's hooks would cause recompilation. So are sharded and
-    checkpointed layers, for which the gain is not known yet.
+    Sharded and checkpointed layers are compiled only on request, since the gain is not known yet.
     """
     if settings.compile_layers is not None:
         return settings.compile_layers
-    if settings.lora_r or args.gradient_checkpointing or args.fsdp or args.deepspeed:
+    if args.gradient_checkpointing or args.fsdp or args.deepspeed:
         return False
     operations = step_operations(settings, model, args) * args.max_steps
     is_compiled = repays_compilation(args.device, operations)

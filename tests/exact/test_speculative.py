@@ -16,9 +16,10 @@ from transformers import GenerationConfig
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward, head_of, logits
-from decausal.models.block_cache import BlockCache, cached_forward, decoding, visible_by_layer
+from decausal.models.block_cache import BlockCache, cached_forward, decoding
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
+from decausal.models.visible_slots import visible_by_layer
 from decausal.objectives import head as output_head
 from decausal.sampling.blocks import speculative_rows
 from decausal.sampling.blocks.engine import BlockEngine

@@ -16,13 +16,8 @@ from transformers import PreTrainedModel
 from decausal.diffusion.layout import Layout, visible
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward
-from decausal.models.block_cache import (
-    BlockCache,
-    cached_forward,
-    decoding,
-    refuse_uncacheable,
-    visible_by_layer,
-)
+from decausal.models.block_cache import BlockCache, cached_forward, decoding, refuse_uncacheable
+from decausal.models.visible_slots import visible_by_layer
 from tests.families import FAMILIES, OTHER_FAMILIES, SLIDING_WINDOW, UNUSABLE_FAMILIES
 
 K = 4

@@ -13,7 +13,9 @@ from decausal.diffusion.doubled import double
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.backbone import body_forward
+from decausal.models.block_cache import BlockCache, cached_forward
 from decausal.models.flex import use_flex_attention
+from decausal.models.visible_slots import visible_by_layer
 from tests.families import FAMILIES
 from tests.hangs import PATIENCE
 from tests.runs import ROOT, environment
@@ -24,7 +26,7 @@ import torch, transformers.integrations.flex_attention as integration
 from decausal.diffusion.layout import Layout, future_order
 from decausal.models.backbone import body_forward
 from tests.families import FAMILIES
-from tests.models.test_flex_attention import doubled_rows, gradients, real_states
+from tests.models.test_flex_attention import decoded_states, doubled_rows, gradients, real_states
 
 compiled = torch.compile(integration.flex_attention, backend="eager")
 integration.WrappedFlexAttention.__init__ = lambda self, training: None
@@ -45,6 +47,11 @@ for family in ("qwen3", "gemma3"):  # no window, one in half the layers
     for length, seed in ((20, 5), (26, 6), (31, 7)):  # one program serves every length
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_equal(lambda kind: real_states(model, kind, layout, length, seed))
+
+for family in ("qwen3", "mistral", "gemma3"):
+    model = FAMILIES[family]()
+    for layout in (Layout("block", 4), Layout("block", 3, causal_context=True)):
+        assert_equal(lambda kind: decoded_states(model, kind, layout))
 
 model, ids = FAMILIES["qwen3"](), torch.arange(12)[None]
 for future in (None, (future_order(12, 0), 0.5)):
@@ -72,6 +79,22 @@ def doubled_rows(length: int, seed: int):
     document_ids[1, -3:] = -1
     is_masked = torch.rand(2, 2, length, generator=generator) < 0.5
     return double(clean_ids, document_ids, is_masked, is_masked, 250, block_size=4)
+
+
+def decoded_states(model, implementation: str, layout: Layout) -> torch.Tensor:
+    """States of the last two blocks of rows of different lengths, which read a cache of several blocks of a mask."""
+    ids, size = torch.arange(2 * 300).view(2, 300) % 200, layout.block_size
+    prompt, cache = torch.arange(300).expand(2, -1), BlockCache(model.config, 2, 300)
+    last = torch.tensor([[20 * size], [70 * size]]) + torch.arange(-size, size)
+    with torch.no_grad():
+        model.config._attn_implementation = "sdpa"
+        cached_forward(model, ids, prompt, prompt, visible_by_layer(model.config, prompt, prompt, 300), cache)
+        model.config._attn_implementation = implementation
+        seen = (last // size + 1) * size - 1
+        if layout.causal_context:
+            seen = torch.where(torch.arange(2 * size) < size, last, seen)
+        is_visible = visible_by_layer(model.config, last, seen, 300)
+        return cached_forward(model, ids.gather(1, last), last, last, is_visible, cache)
 
 
 def real_states(model, implementation: str, layout: Layout, length: int, seed: int) -> torch.Tensor:

@@ -136,7 +136,7 @@ def test_the_optimizer_is_fused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "is_compiled"),
-    [({}, True), ({"max_steps": 2}, False), ({"lora_r": 4}, False), ({"compile_layers": False}, False)],
+    [({}, True), ({"max_steps": 2}, False), ({"lora_r": 4}, True), ({"compile_layers": False}, False)],
 )
 def test_layers_of_long_runs_are_compiled(changes: dict[str, Any], is_compiled: bool, tmp_path: Path) -> None:
     given = {"max_steps": 10**12, **changes}

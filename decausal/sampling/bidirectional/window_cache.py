@@ -21,7 +21,8 @@ from decausal.diffusion.layout import Layout
 from decausal.diffusion.shift import predicting_index
 from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import body_forward, stock_model
-from decausal.models.block_cache import BlockCache, cached_forward, decoding, refuse_uncacheable, visible_by_layer
+from decausal.models.block_cache import BlockCache, cached_forward, decoding, refuse_uncacheable
+from decausal.models.visible_slots import visible_by_layer
 from decausal.sampling.settings import CACHES
 
 _PREFIX = CACHES.index("prefix")

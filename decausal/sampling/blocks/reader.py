@@ -19,7 +19,8 @@ from decausal.devices import free_operations
 from decausal.diffusion.layout import Layout
 from decausal.models.architecture import sliding_windows
 from decausal.models.backbone import stock_model
-from decausal.models.block_cache import BlockCache, cached_forward, visible_by_layer
+from decausal.models.block_cache import BlockCache, cached_forward
+from decausal.models.visible_slots import visible_by_layer
 from decausal.sampling.blocks.rows import BlockRows
 
 NUM_KNOWN_OFFSETS = 64

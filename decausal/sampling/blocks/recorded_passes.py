@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -11,16 +10,13 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decausal.errors import first_line
-from decausal.models.compiled import compiled
+from decausal.models.compiled import CompiledPasses
 from decausal.objectives.head import Head
 from decausal.sampling.blocks.keeping import keep
 from decausal.sampling.blocks.reader import Reader
 from decausal.sampling.blocks.recording import FEWEST_KEYS, PassRecorder, Recordings, keys_of_recording
 from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.settings import SamplerSettings
-
-logger = logging.getLogger(__name__)
 
 
 class _Shape(NamedTuple):
@@ -47,6 +43,7 @@ class RecordedPasses:
 
     def __post_init__(self) -> None:
         self._recordings = Recordings(self.record, self.reader.rows.unchanged)
+        self._compiled = CompiledPasses(self.reader.model, has_lengths=True) if self.is_compiled else None
 
     def record_ahead(self, settings: SamplerSettings) -> None:
         """Records passes of all shapes over rows with these settings, so that no request has to wait.
@@ -92,16 +89,10 @@ class RecordedPasses:
         return one_pass
 
     def _states(self, shape: _Shape) -> Float[Tensor, "b K D"]:
-        if self.is_compiled:
-            from torch._dynamo.exc import TorchDynamoException  # a second of imports
+        def states() -> Float[Tensor, "b K D"]:
+            return self.reader.predict_fixed(*shape)
 
-            try:
-                with compiled(self.reader.model):
-                    return self.reader.predict_fixed(*shape)
-            except TorchDynamoException as error:
-                logger.warning("decoder layers cannot be compiled: %s; they run as they are", first_line(error))
-                self.is_compiled = False
-        return self.reader.predict_fixed(*shape)
+        return states() if self._compiled is None else self._compiled.run(states)
 
     def _shapes(self) -> list[_Shape]:
         """Returns all shapes that can occur with this length of the cache, the largest first."""

@@ -206,7 +206,7 @@ def _mean(tallies: Iterable[tuple[Tally, float]]) -> Tally:
     """Returns the mean of tallies by their share of the run."""
     mean = Tally()
     for tally, share in tallies:
-        for name in ("matrix_operations", "attention_operations", "num_bytes", "matrix_bytes"):
+        for name in ("matrix_operations", "attention_operations", "num_bytes", "matrix_bytes", "attention_bytes"):
             setattr(mean, name, getattr(mean, name) + share * getattr(tally, name))
         mean.kernels.update({name: round(share * count) for name, count in tally.kernels.items()})
         mean.peak_bytes = max(mean.peak_bytes, tally.peak_bytes)

@@ -120,6 +120,7 @@ class _Flex(torch.autograd.Function):
         context.save_for_backward(query, key, value, output, log_sums)
         context.tally, context.operations = tally, operations
         tally.attention_operations += operations
+        tally.attention_bytes += sum(part.nbytes for part in (query, key, value, output))
         tally.kernels["flex_attention"] += 1
         return output
 
@@ -127,6 +128,7 @@ class _Flex(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = context.saved_tensors
         context.tally.attention_operations += 2 * context.operations
+        context.tally.attention_bytes += 2 * sum(part.nbytes for part in context.saved_tensors)
         context.tally.kernels["flex_attention_backward"] += 2
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 

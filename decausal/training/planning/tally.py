@@ -21,6 +21,9 @@ _NO_KERNEL = frozenset(
 )
 _COUNTED_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 _OF_ATTENTION = "attention"
+_FLASH = "_scaled_dot_product_flash"
+_READ_BY_INDEX = frozenset({"embedding", "gather", "index", "index_select"})
+_WRITE_BY_INDEX = frozenset({"index_add_", "index_copy_", "index_put_", "scatter_"})
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Tally:
         attention_operations: Of attention, computed pairs, forward once and backward twice, as floors count them.
         num_bytes: Read and written by kernels other than these two.
         matrix_bytes: The same of matrix products.
+        attention_bytes: The same of attention.
         kernels: By name; views are none.
         peak_bytes: Most that was held at a time of what was made meanwhile.
     """
@@ -40,6 +44,7 @@ class Tally:
     attention_operations: float = 0.0
     num_bytes: float = 0.0
     matrix_bytes: float = 0.0
+    attention_bytes: float = 0.0
     kernels: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
 
@@ -51,12 +56,12 @@ class Tally:
     def seconds(self, launch: float = LAUNCH, gpu: Gpu = GPUS["h200"]) -> dict[str, float]:
         """Returns the time that this implies on a GPU.
 
-        Matrices take what their operations or their bytes take, whichever is longer; all kernels but matrix products
-        and attention take what their bytes take. The host's launches run beside them, and the slower of both counts.
+        Matrices and attention take what their operations or their bytes take, whichever is longer; all other kernels
+        take what their bytes take. The host's launches run beside them, and the slower of both counts.
         """
         parts = {
             "matrices": max(self.matrix_operations / gpu.matrix_rate, self.matrix_bytes / gpu.bandwidth),
-            "attention": self.attention_operations / gpu.matrix_rate,
+            "attention": max(self.attention_operations / gpu.matrix_rate, self.attention_bytes / gpu.bandwidth),
             "elementwise": self.num_bytes / gpu.bandwidth,
             "launches": self.kernels.total() * launch,
         }
@@ -92,15 +97,18 @@ class Counting(TorchDispatchMode):
     def _add(self, function: Any, name: str, args: Any, kwargs: Any, found: Any, given: Any, made: Any) -> None:
         tally = self.tally
         tally.kernels[name] += 1
-        moved = sum(_nbytes(tensor) for tensor in (*given, *made))
+        moved = _moved(name, given, made)
         packet = _COUNTED_AS.get(function.overloadpacket, function.overloadpacket)
         if packet not in flop_registry:
             tally.num_bytes += moved
             return
         operations = flop_registry[packet](*args, **kwargs, out_val=found)
         if _OF_ATTENTION in name:
-            # The registry counts that backward kernels compute the scores again; floors do not.
-            tally.attention_operations += operations * (0.8 if name.endswith("backward") else 1.0)
+            # The registry counts that backward kernels compute the scores again, which floors do not, and all pairs
+            # under a causal mask, of which FlashAttention computes half.
+            half = 0.5 if name.startswith(_FLASH) and _is_causal(function, args, kwargs) else 1.0
+            tally.attention_operations += operations * half * (0.8 if name.endswith("backward") else 1.0)
+            tally.attention_bytes += moved
         else:
             tally.matrix_operations += operations
             tally.matrix_bytes += moved
@@ -121,6 +129,20 @@ class Counting(TorchDispatchMode):
 def tensors_of(tree: Any) -> list[Tensor]:
     """Returns all tensors in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """Returns the bytes that a kernel reads and writes. Of what it has an index into, only what the index picks."""
+    if name in _READ_BY_INDEX:
+        given = [*given[1:], *made]
+    elif name in _WRITE_BY_INDEX:
+        given = made = given[1:]
+    return sum(map(_nbytes, (*given, *made)))
+
+
+def _is_causal(function: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    names = [argument.name for argument in function._schema.arguments]
+    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("is_causal"))
 
 
 def _nbytes(tensor: Tensor) -> int:
