@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,15 +88,9 @@ def body_forward(
             position_ids = positions_in_documents(document_ids)
         masks = _masks(body, RowAttention(layout, document_ids, position_ids, stream_ids, future))
         attention = {"attention_mask": masks, "position_ids": position_ids, "past_key_values": cache}
-    with few_plans(body, tuple(input_ids.shape)):
-        output = body(
-            input_ids=input_ids,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **attention,
-        )
-    return _states(output, body.config)
+    with few_plans(body, tuple(input_ids.shape)), _inputs_of_layers(model, output_hidden_states) as inputs:
+        output = body(input_ids=input_ids, use_cache=False, return_dict=True, **attention)
+    return _states(output, inputs, body.config)
 
 
 def masked_forward(
@@ -126,24 +121,45 @@ def masked_forward(
     masks: Any = {kind: by_window[window] for kind, window in windows.items()}
     if len(by_window) == 1:
         (masks,) = by_window.values()
-    output = body(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=masks,
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=output_hidden_states,
-        return_dict=True,
-    )
-    return _states(output, body.config)
+    with _inputs_of_layers(model, output_hidden_states) as inputs:
+        output = body(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+    return _states(output, inputs, body.config)
 
 
-def _states(output: ModelOutput, config: PretrainedConfig) -> BaseModelOutput:
-    """Returns a body's states: the last, and those of all layers if it gave them."""
-    hidden_states = None
-    if output.hidden_states is not None:
-        hidden_states = _checked_states(output.hidden_states, output.last_hidden_state, config)
-    return BaseModelOutput(last_hidden_state=output.last_hidden_state, hidden_states=hidden_states)
+@contextmanager
+def _inputs_of_layers(model: nn.Module, are_wanted: bool) -> Iterator[list[Tensor] | None]:
+    """Collects the states that each layer reads.
+
+    transformers would, too, by hooks that it never removes. Those on attention split each compiled layer in three.
+    """
+    if not are_wanted:
+        yield None
+        return
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _states(output: ModelOutput, inputs: list[Tensor] | None, config: PretrainedConfig) -> BaseModelOutput:
+    """Returns a body's states: the last, and what layers read if that was collected."""
+    last = output.last_hidden_state
+    hidden_states = None if inputs is None else _checked_states((*inputs, last), config)
+    return BaseModelOutput(last_hidden_state=last, hidden_states=hidden_states)
 
 
 class _NoCache:
@@ -239,14 +255,14 @@ def _added(is_visible: Bool[Tensor, "B 1 q n"], dtype: torch.dtype, hidden: floa
     return torch.where(is_visible, zero, torch.full_like(zero, hidden))
 
 
-def _checked_states(states: tuple[Tensor, ...], last: Tensor, config: PretrainedConfig) -> tuple[Tensor, ...]:
+def _checked_states(states: tuple[Tensor, ...], config: PretrainedConfig) -> tuple[Tensor, ...]:
     expected = config.num_hidden_layers + 1
     if len(states) != expected:
         raise UserError(
             f"model type '{config.model_type}' returns {len(states)} hidden states; expected {expected}: "
             "the embedding output, then one per layer"
         )
-    return (*states[:-1], last)
+    return states
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

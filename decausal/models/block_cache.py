@@ -166,7 +166,7 @@ def _longer(held: Tensor, num_slots: int, num_kept: int) -> Tensor:
 def _write(held: Float[Tensor, "B S H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
     """Writes the states of a pass into the slots, those of all rows on one axis.
 
-    The view is made anew each time: the compiler would copy the whole memory if it were given two views of it.
+    Each pass makes its own view: given two views of one memory, the compiler would copy all of it.
     """
     slots = held.view(-1, *held.shape[2:])
     by_token = states if states.shape[2] == 1 else states.transpose(1, 2)

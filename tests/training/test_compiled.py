@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models.compiled import uncompiled
+from decausal.models.backbone import body_forward
+from decausal.models.compiled import compile_layers, uncompiled
 from decausal.training.run import training_arguments
 from tests.exact.test_on_policy_runs import ON_POLICY
+from tests.families import FAMILIES
 from tests.runs import run, save_source, write_text
 
 MOST_PROGRAMS = 3
@@ -75,6 +78,14 @@ def test_layers_stay_compiled_in_every_step_and_few_programs_serve(tmp_path: Pat
     assert len(set(calls)) == 1, "a measurement or a rollout ran compiled layers"
     programs = [number for name, number in counts.items() if name.startswith("graph")]
     assert 0 < max(programs) <= MOST_PROGRAMS * (1 + ("aligned" in kind or kind == "rollouts"))
+
+
+def test_a_layer_is_one_program_also_after_all_states_were_asked_for(counts: Counter[str]):
+    model, ids = FAMILIES["qwen3"](), torch.arange(12)[None]
+    compile_layers(model)
+    for asks in (True, False):
+        body_forward(model, ids, Layout("bidirectional"), output_hidden_states=asks)
+    assert counts["calls"] == 2 * model.config.num_hidden_layers
 
 
 def test_inside_uncompiled_layers_run_as_written(counts: Counter[str]):
