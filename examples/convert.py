@@ -8,7 +8,7 @@ The defaults are the embedded model and Python's own library. 200 steps take som
 import sys
 
 import decausal
-from decausal.evaluation.likelihood import evaluate_checkpoint
+from decausal.evaluation.checkpoint import evaluate_checkpoint
 
 
 def main(model: str = "tiny", data: str = "stdlib", output_dir: str = "converted", max_steps: int = 200) -> None:

@@ -9,31 +9,19 @@ is written block by block, so its NELBO is the sum over its blocks, each with cl
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from decausal.data.reading import Reading
-from decausal.data.rows import load_rows
-from decausal.data.sources import Data
 from decausal.data.stream import Rows
-from decausal.data.template import set_template
-from decausal.devices import best_device
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.evaluation.byte_count import ByteCounter
-from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.passes import (
-    hash_of_rows,
     in_batches,
     measuring,
     noised_states,
@@ -45,18 +33,12 @@ from decausal.evaluation.passes import (
 from decausal.evaluation.patterns import NoisedRow, noised_rows, stack
 from decausal.evaluation.results import (
     ArLikelihood,
-    DraftedLikelihood,
     Likelihood,
     NoiseBin,
     Ratio,
-    beside,
-    beside_other_tokens,
     ratio_over_rows,
 )
-from decausal.models.adapt import load_source
-from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import denoising_head, head_of
-from decausal.models.checkpoint import Converted, load_converted
 from decausal.models.facts import ConversionFacts
 from decausal.objectives.head import Head
 
@@ -97,7 +79,7 @@ def evaluate_nll(
         on_progress: Called after each forward pass.
 
     Returns:
-        The figures, without those of the AR source (see `evaluate_checkpoint`).
+        The figures, without those of the AR source (see `decausal.evaluation.checkpoint.evaluate_checkpoint`).
 
     Raises:
         UserError: For an option out of range, or rows without any token to predict.
@@ -184,124 +166,6 @@ def evaluate_ar_nll(
     return ArLikelihood(*per_token, *per_byte, int(sizes.tokens.sum()), int(sizes.bytes.sum()), len(indices))
 
 
-def evaluate_checkpoint(
-    directory: str | Path,
-    data: Data,
-    *,
-    reading: Reading | None = None,
-    chat_template: str | Path | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    max_length: int = 512,
-    num_rows: int | None = None,
-    samples_per_row: int = 8,
-    batch_size: int = 8,
-    seed: int = 0,
-    with_source: bool = True,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Likelihood | DraftedLikelihood:
-    """Measures a converted checkpoint on `data` as `evaluate_nll` does, and beside it the AR model it was made from.
-
-    A model whose masks only draft is measured as what it writes: by its exact likelihood, read causally, and by its
-    drafts.
-
-    Args:
-        directory: What `decausal convert` wrote.
-        data, reading: See `decausal.data.rows.load_rows`.
-        chat_template, chat_template_kwargs: See `decausal.data.template.set_template`.
-        max_length: Tokens per row, T: how much a token can read at most.
-        num_rows, samples_per_row, batch_size, seed: See `evaluate_nll`.
-        with_source: Whether to measure the source too. If it is not available or has changed, `ar_missing` says so.
-        device: None: CUDA where there is one, else the CPU.
-        dtype: Type of the weights of both models.
-
-    Raises:
-        UserError: There is no such checkpoint, data cannot be read, or an option is out of range.
-    """
-    converted = load_converted(directory, dtype, device or best_device())
-    model, tokenizer, facts = converted
-    refuse_longer_rows(max_length, model.config)
-    set_template(tokenizer, chat_template, chat_template_kwargs)
-    rows = load_rows(data, tokenizer, max_length, reading=reading)
-    if facts.only_drafts:
-        drafted = _drafted(converted, rows, num_rows, batch_size, with_source)
-        return replace(drafted, data_hash=hash_of_rows(rows, num_rows))
-    with _shown_progress() as on_progress:
-        likelihood = evaluate_nll(
-            model,
-            facts,
-            rows,
-            tokenizer,
-            num_rows=num_rows,
-            samples_per_row=samples_per_row,
-            batch_size=batch_size,
-            seed=seed,
-            on_progress=on_progress,
-        )
-    likelihood = replace(likelihood, data_hash=hash_of_rows(rows, num_rows))
-    if not with_source:
-        return likelihood
-    try:
-        source, source_tokenizer = loaded_source(converted)
-    except UserError as error:
-        return replace(likelihood, ar_missing=str(error))
-    if is_same_vocabulary(tokenizer, source_tokenizer):
-        return beside(likelihood, evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size))
-    set_template(source_tokenizer, chat_template, chat_template_kwargs)
-    refuse_longer_rows(max_length, source.config)
-    its_rows = load_rows(data, source_tokenizer, max_length, reading=reading)
-    ar = evaluate_ar_nll(source, its_rows, source_tokenizer, num_rows=num_rows, batch_size=batch_size)
-    return beside_other_tokens(likelihood, ar)
-
-
-def _drafted(
-    converted: Converted, rows: Rows, num_rows: int | None, batch_size: int, with_source: bool
-) -> DraftedLikelihood:
-    model, tokenizer, facts = converted
-    own = evaluate_ar_nll(model, rows, tokenizer, num_rows=num_rows, batch_size=batch_size)
-    drafts = evaluate_drafts(model, facts, rows, num_rows=num_rows, batch_size=batch_size)
-    if not with_source:
-        return DraftedLikelihood(own, drafts)
-    try:
-        source = source_of(converted)
-    except UserError as error:
-        return DraftedLikelihood(own, drafts, source_missing=str(error))
-    of_source = evaluate_ar_nll(source, rows, tokenizer, num_rows=num_rows, batch_size=batch_size)
-    return DraftedLikelihood(own, drafts, of_source)
-
-
-def source_of(converted: Converted) -> PreTrainedModel:
-    """Loads the AR model that a converted one was made from, in its dtype and on its device.
-
-    Raises:
-        UserError: It is not available, or a model of this name has another vocabulary.
-    """
-    source, tokenizer = loaded_source(converted)
-    if not is_same_vocabulary(converted.tokenizer, tokenizer):
-        raise UserError(
-            f"{converted.facts.source} has another tokenizer than the converted model, so their tokens do not compare: "
-            "decausal eval nll compares bits per byte"
-        )
-    return source
-
-
-def loaded_source(converted: Converted) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the AR model that a converted one was made from, in its dtype and on its device, whatever its tokenizer.
-
-    Raises:
-        UserError: It is not available.
-    """
-    model, _, facts = converted
-    source, tokenizer = load_source(facts.source, dtype=model.dtype, revision=facts.source_revision, merge_adapter=True)
-    return source.to(model.device), tokenizer
-
-
-def is_same_vocabulary(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> bool:
-    """Returns whether every token of the source has the same id in the converted model."""
-    vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(token) == token_id for token, token_id in source.get_vocab().items())
-
-
 class _Sizes(NamedTuple):
     """Predicted tokens of each row, and bytes of their text."""
 
@@ -384,15 +248,6 @@ def _per_token_and_byte(row_nats: Float[Tensor, " R"], sizes: _Sizes) -> tuple[R
 
 def _sum_by(group: Int[Tensor, " n"], values: Float[Tensor, " n"], num_groups: int) -> Float[Tensor, " num_groups"]:
     return torch.zeros(num_groups, dtype=values.dtype).index_add_(0, group, values)
-
-
-@contextmanager
-def _shown_progress() -> Iterator[OnProgress | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with Console(stderr=True).status("measuring") as status:
-        yield lambda done, total: status.update(f"measuring: {done:,} of {total:,} noised rows")
 
 
 def _check(**counts: int) -> None:

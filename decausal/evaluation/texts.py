@@ -24,7 +24,7 @@ from decausal.devices import best_device
 from decausal.errors import UserError
 from decausal.evaluation.continuations.causal import score_causally
 from decausal.evaluation.continuations.scored import Continuation
-from decausal.evaluation.likelihood import source_of
+from decausal.evaluation.source import source_of
 from decausal.evaluation.sweep import written
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted, load_converted

@@ -94,7 +94,7 @@ def _nll(arguments: list[str]) -> int:
     check_model(flags.directory, {})
     refuse_missing(flags.data)
     with slow_imports():
-        from decausal.evaluation.likelihood import evaluate_checkpoint
+        from decausal.evaluation.checkpoint import evaluate_checkpoint
 
     likelihood = evaluate_checkpoint(**given_to(evaluate_checkpoint, flags), reading=reading)
     found = likelihood.as_dict()

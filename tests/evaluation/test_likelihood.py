@@ -12,7 +12,8 @@ import torch
 from decausal.diffusion.nelbo import nelbo_exact
 from decausal.errors import UserError
 from decausal.evaluation import likelihood
-from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_checkpoint, evaluate_nll
+from decausal.evaluation.checkpoint import evaluate_checkpoint
+from decausal.evaluation.likelihood import evaluate_ar_nll, evaluate_nll
 from decausal.evaluation.passes import predicted_tokens
 from decausal.evaluation.results import beside, nelbo_difference
 from decausal.models.backbone import body_forward, head_of

@@ -26,7 +26,7 @@ from decausal.evaluation.harness.model import NUM_SAMPLES, DecausalLM
 from decausal.evaluation.harness.scores import HarnessScores, data_hash_of, mask_errors_of, scores_of, texts_of
 from decausal.evaluation.harness.source import SourceLM
 from decausal.evaluation.harness.tasks_by_name import load_tasks, tasks_of, told_of_data
-from decausal.evaluation.likelihood import source_of
+from decausal.evaluation.source import source_of
 from decausal.provenance import provenance
 
 BOOTSTRAP_ITERATIONS = 1000
