@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from rich.table import Table
 
 from decausal.models.adapt import load_source, source_config
@@ -11,21 +12,23 @@ from decausal.models.doctor import Probe, architecture_probe, examine, shown, us
 from decausal.models.names import is_converted
 
 
-def examine_path(model_name_or_path: str, *, revision: str | None = None) -> list[Probe]:
+def examine_path(
+    model_name_or_path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> list[Probe]:
     """Examines an AR model (as `load_source` takes it) or a converted one (with a decausal.json).
 
-    A PEFT adapter is examined after merging it into its base.
+    A PEFT adapter is examined after merging it into its base. The probes are put in `dtype`.
 
     Raises:
         UserError: There is no such model or it cannot be read. A refused architecture is a finding, not an error.
     """
     if is_converted(model_name_or_path, revision):
-        converted = load_converted(model_name_or_path, revision=revision)
+        converted = load_converted(model_name_or_path, dtype, revision=revision)
         return examine(converted.model, converted.tokenizer, converted.facts)
     config = source_config(model_name_or_path, revision)
     if refusal(config) is not None:
         return [architecture_probe(config)]
-    model, tokenizer = load_source(model_name_or_path, revision=revision, merge_adapter=True)
+    model, tokenizer = load_source(model_name_or_path, dtype=dtype, revision=revision, merge_adapter=True)
     return examine(model, tokenizer)
 
 

@@ -12,11 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
-from decausal.models import backbone, row_attention
+from decausal.models import backbone, examination, row_attention
 from decausal.models.adapt import adapt
 from decausal.models.architecture import RECURRENT_MODEL_TYPES, refusal, sliding_windows
 from decausal.models.backbone import HONOURS_IS_CAUSAL, body_forward
 from decausal.models.doctor import examine, probes_as_dict, refuse_if_unusable, usable
+from decausal.models.examination import examine_path
 from decausal.models.facts import ConversionFacts
 from tests.families import FAMILIES, OTHER_FAMILIES, UNUSABLE_FAMILIES, VOCAB_SIZE, tiny_tokenizer
 
@@ -35,6 +36,14 @@ def test_usable_families_pass_every_probe(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "mixtral"])
 def test_probes_pass_in_bfloat16(family: str) -> None:
     assert failed(FAMILIES[family]().to(torch.bfloat16)) == set()
+
+
+def test_a_path_is_examined_in_the_type_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(examination, "examine", lambda model, *_: seen.append(model.dtype) or [])
+    for dtype in (torch.bfloat16, torch.float32):
+        examine_path("tiny", dtype=dtype)
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_every_family_trusted_with_is_causal_is_measured_here() -> None:
