@@ -142,8 +142,8 @@ def _infilling(data: Path, out: Path) -> list[str]:
 
 
 def _code(kind: str, length: str | None = None) -> list[str]:
-    told = "" if length is None else f", length: {length}"
-    return [f"class: !function {CODE}.{kind}", f"metadata: {{version: 1.0{told}}}"]
+    length_field = "" if length is None else f", length: {length}"
+    return [f"class: !function {CODE}.{kind}", f"metadata: {{version: 1.0{length_field}}}"]
 
 
 def _write(out: Path, name: str, of: str | Sequence[str], **splits: Path) -> str:

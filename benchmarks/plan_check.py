@@ -37,7 +37,7 @@ def check(model: str, recipe: str, flags: list[str], rows: int, longest: float) 
     def operations(num_rows: int) -> float:
         return footprint(planned_step(settings, training, CPU, num_rows=num_rows)).tally.operations
 
-    told = timing.measured_time(prepare, rows, operations, longest)
+    planned = timing.measured_time(prepare, rows, operations, longest)
     real = timing.Measured(planned_step(settings, training, CPU, where=CPU))
     real.micro_batch()
     measured_seconds = real.micro_batch()
@@ -51,10 +51,10 @@ def check(model: str, recipe: str, flags: list[str], rows: int, longest: float) 
         "planned_step_bytes": of_step,
         "measured_step_bytes": max(peaks),
         "memory_ratio": of_step / max(peaks),
-        "planned_seconds": told.micro_batch,
-        "time_is": told.origin,
+        "planned_seconds": planned.micro_batch,
+        "time_is": planned.origin,
         "measured_seconds": measured_seconds,
-        "time_ratio": told.micro_batch / measured_seconds,
+        "time_ratio": planned.micro_batch / measured_seconds,
         "parts": planned.parts,
     }
 

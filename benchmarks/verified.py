@@ -5,7 +5,7 @@
 
 Shapes take turns, in a new order each round, so that noise of the machine falls on all of them. A ratio is the median
 over rounds of a shape's tokens per second and those without drafts in the same round. Rows end at their limit alone. In
-float32 every text has to be the one that is written without drafts; in bfloat16 the share of those is told.
+float32 every text has to be the one that is written without drafts; in bfloat16 their share is reported.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     elif name_or_path in recipe_names():
         text = (resources.files("decausal") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     else:
-        told = one_of(name_or_path, recipe_names(), "accepted")
-        raise UserError(f"unknown recipe '{name_or_path}'{told}, or a path to a .yaml file")
+        hint = one_of(name_or_path, recipe_names(), "accepted")
+        raise UserError(f"unknown recipe '{name_or_path}'{hint}, or a path to a .yaml file")
     try:
         recipe = parsed_yaml(text)
     except yaml.YAMLError as error:

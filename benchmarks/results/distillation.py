@@ -12,7 +12,7 @@ same model, with blocks of 4, shift 1 and a causal context, at equal steps of eq
 
 Each is measured, with `--limit` examples: LAMBADA and PIQA (NELBO) and WikiText-2 bits per byte, with the AR source
 beside them; and what it writes after held-out prompts, and how far that is the AR model's answer.
-Training tokens are told by each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
+Training tokens stand in each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
 table, WORK/distillation.png what is kept by speed, WORK/report.html the page.
 """
 

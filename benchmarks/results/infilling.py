@@ -3,8 +3,8 @@
     python benchmarks/results/infilling.py SMOLLM2 --data DIR --work WORK [--minutes 100]
 
 The AR model is converted by `repr-align` on the standard library. Then both fill the single lines of
-HumanEval-Infilling, of a length that is told and of one that is not: pass@1, exact match, edit similarity. Programs run
-in contained processes. WORK/infilling.md is the table, WORK/report.html the page.
+HumanEval-Infilling, with the length given and without: pass@1, exact match, edit similarity. Programs run in contained
+processes. WORK/infilling.md is the table, WORK/report.html the page.
 """
 
 from __future__ import annotations

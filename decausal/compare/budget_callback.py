@@ -35,7 +35,7 @@ class Event:
     measurement: Measurement | None = None
 
 
-Tell = Callable[[Event], None]
+OnEvent = Callable[[Event], None]
 
 
 class BudgetCallback(TrainerCallback):
@@ -50,7 +50,7 @@ class BudgetCallback(TrainerCallback):
         score: Measures the student.
         start_scores: The scores of the student before any step.
         record: Takes the measurements.
-        tell: Called with each event.
+        on_event: Called with each event.
 
     Attributes:
         meter: Counts the trainer's tokens.
@@ -64,11 +64,11 @@ class BudgetCallback(TrainerCallback):
         score: Callable[[PreTrainedModel], tuple[Score, ...]],
         start_scores: tuple[Score, ...],
         record: RunRecord,
-        tell: Tell,
+        on_event: OnEvent,
     ) -> None:
         self.name, self.budget, self.points = name, budget, points
         self.score, self.start_scores = score, start_scores
-        self.record, self.tell = record, tell
+        self.record, self.on_event = record, on_event
         self.clock, self.meter = Clock(), TokenMeter()
         self.measurements: list[Measurement] = []
         self._step = 0
@@ -88,7 +88,7 @@ class BudgetCallback(TrainerCallback):
         self._losses.clear()
         self.measurements.append(measurement)
         self.record.add(measurement)
-        self.tell(Event(self.name, "measured", self._step, measurement.progress, measurement=measurement))
+        self.on_event(Event(self.name, "measured", self._step, measurement.progress, measurement=measurement))
         return {f"eval_quality{_suffix(score)}": score.quality for score in measurement.scores}
 
     def on_train_begin(
@@ -101,7 +101,7 @@ class BudgetCallback(TrainerCallback):
         self.clock.passed = self.measurements[-1].seconds
         self.record.begin(self.measurements)
         for measurement in self.measurements:
-            self.tell(Event(self.name, "measured", measurement.step, measurement.progress, measurement=measurement))
+            self.on_event(Event(self.name, "measured", measurement.step, measurement.progress, measurement=measurement))
         self.clock.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -119,7 +119,7 @@ class BudgetCallback(TrainerCallback):
         loss = kwargs["logs"].get("loss")
         if loss is not None:
             self._losses.append(loss)
-            self.tell(Event(self.name, "stepped", state.global_step, self._progress(), loss=loss))
+            self.on_event(Event(self.name, "stepped", state.global_step, self._progress(), loss=loss))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.clock.start()  # nothing has happened since the last measurement

@@ -102,8 +102,8 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """Returns the findings in words."""
-        told = (_nearest_threshold(self.settings), SPECULATIVE)
-        losses = [found for found in self.parallel_losses() if found.threshold in told]
+        shown = (_nearest_threshold(self.settings), SPECULATIVE)
+        losses = [found for found in self.parallel_losses() if found.threshold in shown]
         return [
             *(found.sentence(self.unit) for found in self.reaching()),
             *(found.sentence() for found in losses),

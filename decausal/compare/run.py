@@ -120,7 +120,7 @@ def _trained(found: Comparison, measure: Measure, console: Console) -> Iterator[
     names = [planned.run.name for planned in plan]
     finished: dict[str, RunResult] = {}
     with ComparisonView(console, names, measure.unit, settings.tokens) as view:
-        for result in train_all(plan, measure, view.tell, workers=workers, overwrite=settings.overwrite):
+        for result in train_all(plan, measure, view.on_event, workers=workers, overwrite=settings.overwrite):
             finished[f"{result.arm}-seed{result.seed}"] = result
             yield [finished[name] for name in names if name in finished]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from decausal.compare.arms import ArmRun
 from decausal.compare.budget import Budget, steps_for_minutes
-from decausal.compare.budget_callback import BudgetCallback, Event, Tell
+from decausal.compare.budget_callback import BudgetCallback, Event, OnEvent
 from decausal.compare.measuring import Measure
 from decausal.compare.records import FinalRecord, Measurement, RunRecord, Score
 from decausal.compare.settings import Schedule
@@ -99,7 +99,7 @@ def refuse_other_run(planned: Planned, measured: dict[str, Any]) -> None:
             )
 
 
-def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = False) -> RunResult:
+def train(planned: Planned, measure: Measure, on_event: OnEvent, *, overwrite: bool = False) -> RunResult:
     """Trains or continues one run, or only reads its results. Then measures what is missing.
 
     Raises:
@@ -108,7 +108,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
     run, directory = planned.run, planned.run.directory
     measured = described(planned, measure)
     record = RunRecord(directory, measured)
-    tell(Event(run.name, "began"))
+    on_event(Event(run.name, "began"))
     model = None
     if overwrite or not is_finished(directory):
         recorder = BudgetCallback(
@@ -118,7 +118,7 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
             lambda student: measure.scores(student, run, measure.thresholds),
             planned.start_scores,
             record,
-            tell,
+            on_event,
         )
         model = _convert(planned, recorder, recorder.measure, recorder.meter, is_resumed=not overwrite)
         for checkpoint in checkpoints(directory):
@@ -127,9 +127,9 @@ def train(planned: Planned, measure: Measure, tell: Tell, *, overwrite: bool = F
     else:
         measurements = record.read()
         for measurement in measurements:
-            tell(Event(run.name, "measured", measurement.step, measurement.progress, measurement=measurement))
+            on_event(Event(run.name, "measured", measurement.step, measurement.progress, measurement=measurement))
     final = _final_scores(planned, measure, model)
-    tell(Event(run.name, "ended", measurements[-1].step, 1.0))
+    on_event(Event(run.name, "ended", measurements[-1].step, 1.0))
     return RunResult(run.arm.name, run.seed, str(directory), measurements, final)
 
 

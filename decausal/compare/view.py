@@ -41,7 +41,7 @@ class ComparisonView(LiveView):
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Shows an event of a run."""
         if event.measurement is not None:
             self.latest[event.run] = event.measurement

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from decausal.compare.arms import ArmRun
-from decausal.compare.budget_callback import Event, Tell
+from decausal.compare.budget_callback import Event, OnEvent
 from decausal.compare.measuring import Measure, prepare
 from decausal.compare.settings import CompareSettings
 from decausal.compare.training import Planned, RunResult, train
@@ -34,7 +34,7 @@ def num_workers(settings: CompareSettings, measure: Measure, num_runs: int) -> i
 
 
 def train_all(
-    plan: Sequence[Planned], measure: Measure, tell: Tell, *, workers: int, overwrite: bool
+    plan: Sequence[Planned], measure: Measure, on_event: OnEvent, *, workers: int, overwrite: bool
 ) -> Iterator[RunResult]:
     """Trains all runs and yields each when it is finished.
 
@@ -43,7 +43,7 @@ def train_all(
     """
     if workers == 1:
         for planned in plan:
-            yield train(planned, measure, tell, overwrite=overwrite)
+            yield train(planned, measure, on_event, overwrite=overwrite)
         return
     context = _clean_processes()
     threads = max(1, usable_cores() // workers)
@@ -51,7 +51,7 @@ def train_all(
     initial = (measure.settings, plan[0].run, events, stop, threads)
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=initial) as pool,
-        _told(events, tell),
+        _passed_on(events, on_event),
     ):
         waiting: set[Future[RunResult]] = {pool.submit(_train, planned, overwrite) for planned in plan}
         try:
@@ -115,12 +115,12 @@ def _tell(event: Event) -> None:
 
 
 @contextmanager
-def _told(events: Any, tell: Tell) -> Iterator[None]:
+def _passed_on(events: Any, on_event: OnEvent) -> Iterator[None]:
     """Passes the workers' events on from a thread of this process."""
 
     def pass_on() -> None:
         while (event := events.get()) is not None:
-            tell(event)
+            on_event(event)
 
     thread = threading.Thread(target=pass_on, daemon=True)
     thread.start()

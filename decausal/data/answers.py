@@ -20,7 +20,7 @@ from decausal.data.template import ADVICE, render
 from decausal.errors import UserError
 
 Span = tuple[int, int]  # the first character, and the one after the last
-Tell = Callable[[str], None]
+Warn = Callable[[str], None]
 
 MARKER = "\uf8f0"  # a private-use character that no template and no text contains
 THOUGHT = re.compile(r"</?think>")
@@ -80,7 +80,7 @@ def documents_of(
     tokenizer: PreTrainedTokenizerBase,
     origin: str,
     closings: Closings,
-    tell: Tell,
+    warn: Warn,
     *,
     is_cut: bool = False,
 ) -> list[Document]:
@@ -90,14 +90,14 @@ def documents_of(
         messages, tools, tokenizer, origin: See `decausal.data.template.render`.
         values: Further values that the template reads.
         closings: The tokenizer's special tokens.
-        tell: Called with what the user should know about the template.
+        warn: Called with what the user should know about the template.
         is_cut: Whether the last message is an answer that was cut off. The last text then ends with its content.
 
     Raises:
         UserError: The template refuses the messages, or changes an answer so that it cannot be separated from its
             prompt.
     """
-    renderings = _Renderings(messages, tools, values, tokenizer, origin, tell)
+    renderings = _Renderings(messages, tools, values, tokenizer, origin, warn)
     answers = [_answer(renderings, index, closings) for index in range(len(messages)) if is_trained(messages, index)]
     if is_cut:
         answers[-1] = answers[-1].cut()
@@ -149,7 +149,7 @@ class _Renderings:
     values: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase
     origin: str
-    tell: Tell
+    warn: Warn
     _made: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def of(self, number: int, *, prompt: bool = False) -> str:
@@ -183,7 +183,7 @@ def _answer(renderings: _Renderings, index: int, closings: Closings) -> _Answer:
     message = renderings.messages[index]
     text, prompt = renderings.of(index + 1), renderings.of(index, prompt=True)
     if CLOSED.search(prompt) and _has_thoughts(message):  # the prompt asks for an answer without thoughts
-        renderings.tell(
+        renderings.warn(
             "the chat template has answers begin after '</think>', so the thoughts in them are left out; "
             "--chat_template_kwargs may let it think"
         )
@@ -269,7 +269,7 @@ def _found_behind_another_prompt(
     if len(common) < len(base.rstrip()):
         raise renderings.refusal(index, f"renders earlier messages differently once the answer follows; {ADVICE}")
     if not (OPENED.search(prompt) and _has_thoughts(renderings.messages[index])):
-        renderings.tell(
+        renderings.warn(
             f"the chat template begins an answer that is to be written with {prompt[len(common) :]!r}, and renders "
             "answers without it: they are trained without it; to sample as trained, give a template without it by "
             "--chat_template FILE"

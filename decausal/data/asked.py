@@ -60,8 +60,8 @@ class AskedPrompts:
         self._fraction, self._num_prompts = prompt_fraction, num_prompts
         self._reading, account = replace(reading or Reading(), needs_answers=False), Account()
         self._sources = find_sources(data, self._reading.split, account)
-        told = "\n".join(source.fingerprint() for source in self._sources)
-        self.fingerprint = sha256(told.encode()).hexdigest()[:16]
+        described = "\n".join(source.fingerprint() for source in self._sources)
+        self.fingerprint = sha256(described.encode()).hexdigest()[:16]
         lengths, dropped_lengths, kinds = list[int](), list[int](), set[bool]()
         for prompt in self._read(account, dropped_lengths):
             lengths.append(len(prompt.ids))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 from transformers import PreTrainedTokenizerBase
 
-from decausal.data.answers import Closings, Document, Span, Tell, documents_of, is_trained
+from decausal.data.answers import Closings, Document, Span, Warn, documents_of, is_trained
 from decausal.data.forms import Record
 from decausal.data.reading import say
 from decausal.data.template import ADVICE, marks_answers, readable, refuse_without_template, render, template_values
@@ -32,7 +32,7 @@ CALLING_TURNS = [
 
 
 def encode_conversations(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell = say
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, warn: Warn = say
 ) -> list[list[Tokens]]:
     """Returns, for each conversation, the ids of its documents and which of them belong to answers or their ends of
     turn.
@@ -49,7 +49,7 @@ def encode_conversations(
             errors.
         tokenizer: A fast tokenizer with a chat template.
         special_ids: Ids of the special tokens.
-        tell: Called with what the user should know about the template.
+        warn: Called with what the user should know about the template.
 
     Raises:
         UserError: The tokenizer has no template, the template refuses the messages, or answers cannot be found in it.
@@ -57,7 +57,7 @@ def encode_conversations(
     refuse_without_template(tokenizer, records[0]["origin"])
     if not tokenizer.is_fast:
         raise UserError(f"{records[0]['origin']}: 'messages' need a fast tokenizer, to find the answers' tokens")
-    encoder = _Encoder(tokenizer, special_ids, tell)
+    encoder = _Encoder(tokenizer, special_ids, warn)
     found = []
     for record, documents in zip(records, encoder.encode(records), strict=True):
         num_ended = len(documents) - _is_cut(record)
@@ -90,8 +90,8 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds) 
 class _Encoder:
     """Turns conversations into tokens with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, tell: Tell) -> None:
-        self._tokenizer, self._special_ids, self._tell = tokenizer, special_ids, tell
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_ids: SpecialIds, warn: Warn) -> None:
+        self._tokenizer, self._special_ids, self._warn = tokenizer, special_ids, warn
         self._closings = Closings(tokenizer.convert_ids_to_tokens(special_ids.tolist()))
 
     def encode(self, records: Sequence[Record]) -> list[list[Tokens]]:
@@ -99,7 +99,7 @@ class _Encoder:
         waiting: list[tuple[int, Document]] = []
         for number, record in enumerate(records):
             origin, tools = record["origin"], record.get("tools", ())
-            values = template_values(record, self._tokenizer, self._tell)
+            values = template_values(record, self._tokenizer, self._warn)
             messages = readable(record["messages"], self._tokenizer, origin, tools=tools, **values)
             is_cut = _is_cut(record)
             record = {"origin": origin, "messages": messages, "tools": tools, "values": values}
@@ -110,7 +110,7 @@ class _Encoder:
                 found[number].append(self._without_end(tokens) if is_cut else tokens)
             else:
                 documents = documents_of(
-                    messages, tools, values, self._tokenizer, origin, self._closings, self._tell, is_cut=is_cut
+                    messages, tools, values, self._tokenizer, origin, self._closings, self._warn, is_cut=is_cut
                 )
                 waiting += [(number, document) for document in documents]
         for (number, _), tokens in zip(waiting, self._tokens([each for _, each in waiting]), strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
-from decausal.data.answers import Tell
+from decausal.data.answers import Warn
 from decausal.data.chat import encode_conversations
 from decausal.data.forms import Record
 from decausal.data.reading import say
@@ -45,7 +45,7 @@ class Encoded:
 
 Documents = list[Encoded] | UserError
 """What becomes of a record: its documents, or what is wrong with it."""
-EncodeSome = Callable[[Sequence[Record], Tell], Sequence[list[Encoded]]]
+EncodeSome = Callable[[Sequence[Record], Warn], Sequence[list[Encoded]]]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def encode_each(
         UserError: The tokenizer is at fault, not a record; or a process ended early.
     """
     for batch, sent in in_order(partial(_encode_to_send, encode_some=encode_some), _batches(records), num_proc):
-        for line in sent.told:
+        for line in sent.notes:
             say(line)
         yield from zip(batch, sent.documents([record["origin"] for record in batch]), strict=True)
 
@@ -155,7 +155,7 @@ class _Sent(NamedTuple):
         lengths, splittable: Of each document.
         counts: Documents of each record.
         errors: What is wrong with bad records, by their index.
-        told: What the user should know.
+        notes: What the user should know.
     """
 
     ids: Ids
@@ -164,7 +164,7 @@ class _Sent(NamedTuple):
     splittable: list[bool]
     counts: list[int]
     errors: dict[int, str]
-    told: list[str]
+    notes: list[str]
 
     def documents(self, origins: Sequence[str]) -> Iterator[Documents]:
         """Yields the documents of each record, or its error."""
@@ -181,8 +181,8 @@ class _Sent(NamedTuple):
 
 
 def _encode_to_send(records: Sequence[Record], encode_some: EncodeSome) -> _Sent:
-    told: dict[str, None] = {}
-    found = _encode_good(records, encode_some, lambda line: told.update({line: None}))
+    notes: dict[str, None] = {}
+    found = _encode_good(records, encode_some, lambda line: notes.update({line: None}))
     errors = {index: str(each) for index, each in enumerate(found) if isinstance(each, UserError)}
     good = [[] if isinstance(each, UserError) else each for each in found]
     documents = [document for each in good for document in each]
@@ -193,14 +193,14 @@ def _encode_to_send(records: Sequence[Record], encode_some: EncodeSome) -> _Sent
         [document.splittable for document in documents],
         [len(each) for each in good],
         errors,
-        list(told),
+        list(notes),
     )
 
 
-def _encode_good(records: Sequence[Record], encode_some: EncodeSome, tell: Tell) -> list[Documents]:
+def _encode_good(records: Sequence[Record], encode_some: EncodeSome, warn: Warn) -> list[Documents]:
     """Encodes records together. If one of them fails, each half is encoded separately, down to the bad record."""
     try:
-        return list(encode_some(records, tell))
+        return list(encode_some(records, warn))
     except UserError as error:
         plain = UserError(str(error))  # others of its kind cannot be sent to another process
         if len(records) == 1:
@@ -209,7 +209,7 @@ def _encode_good(records: Sequence[Record], encode_some: EncodeSome, tell: Tell)
             return [plain]
     middle = len(records) // 2
     halves = (records[:middle], records[middle:])
-    return [each for half in halves for each in _encode_good(half, encode_some, tell)]
+    return [each for half in halves for each in _encode_good(half, encode_some, warn)]
 
 
 def encode_batch(
@@ -236,11 +236,11 @@ def encode_batch(
 
 
 def encode_records(
-    records: Sequence[Record], tell: Tell, tokenizer: PreTrainedTokenizerBase, append_eos: bool = True
+    records: Sequence[Record], warn: Warn, tokenizer: PreTrainedTokenizerBase, append_eos: bool = True
 ) -> list[list[Encoded]]:
-    """Returns the documents of each record; see `encode_batch`. `tell` is called with what the user should know."""
+    """Returns the documents of each record; see `encode_batch`. `warn` is called with what the user should know."""
     special = SpecialTokens(tokenizer)
-    encoders = {"text": _encode_texts, "prompt": _encode_completions, "messages": partial(_encode_messages, tell=tell)}
+    encoders = {"text": _encode_texts, "prompt": _encode_completions, "messages": partial(_encode_messages, warn=warn)}
     encoded: list[list[Encoded]] = [[] for _ in records]
     for content, encoder in encoders.items():
         indices = [index for index, record in enumerate(records) if content in record]
@@ -276,9 +276,9 @@ def _encode_completions(records: Sequence[Record], special: SpecialTokens, appen
 
 
 def _encode_messages(
-    records: Sequence[Record], special: SpecialTokens, append_eos: bool, tell: Tell
+    records: Sequence[Record], special: SpecialTokens, append_eos: bool, warn: Warn
 ) -> Iterator[list[Encoded]]:
-    conversations = encode_conversations(records, special.tokenizer, special.ids, tell)
+    conversations = encode_conversations(records, special.tokenizer, special.ids, warn)
     for record, documents in zip(records, conversations, strict=True):
         yield [Encoded(ids, is_answer, record["origin"], splittable=False) for ids, is_answer in documents]
 

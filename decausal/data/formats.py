@@ -60,7 +60,7 @@ def _what_else(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive); unpack it"
     return next(
-        (told for magic, told in NO_TEXTS.items() if head.startswith(magic)), "it holds zero bytes); leave it out"
+        (what for magic, what in NO_TEXTS.items() if head.startswith(magic)), "it holds zero bytes); leave it out"
     )
 
 

@@ -112,10 +112,10 @@ def text_of(content: Any) -> str:
     for part in content:
         found = part.get("type", "text") if isinstance(part, dict) else None
         if found != "text" or not isinstance(part.get("text"), str):
-            told = (
+            what = (
                 f"a part of type '{found}'" if isinstance(found, str) and found != "text" else "a part without a text"
             )
-            raise ValueError(f"holds {told}: only parts of type 'text' can be read")
+            raise ValueError(f"holds {what}: only parts of type 'text' can be read")
     return "".join(part["text"] for part in content)
 
 

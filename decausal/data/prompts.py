@@ -19,7 +19,7 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from decausal.data.answers import Tell
+from decausal.data.answers import Warn
 from decausal.data.documents import read_sources
 from decausal.data.encode import (
     BATCH_RECORDS,
@@ -167,7 +167,7 @@ def prompts_of(
 
 def _encode_prompts(
     records: Sequence[Record],
-    tell: Tell,
+    warn: Warn,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     longest: int,
@@ -179,7 +179,7 @@ def _encode_prompts(
     for index, document in zip(texts, encode_batch([records[index] for index in texts], tokenizer), strict=True):
         found[index] = list(pieces(document, max_length, longest, prompt_fraction))
     others = [index for index, record in enumerate(records) if "text" not in record]
-    for index, prompt in zip(others, given([records[index] for index in others], tokenizer, None, tell), strict=True):
+    for index, prompt in zip(others, given([records[index] for index in others], tokenizer, None, warn), strict=True):
         found[index] = [prompt.ids]
     return [
         [Encoded(ids, np.zeros(len(ids), dtype=bool), record["origin"], splittable=False) for ids in prompts]
@@ -200,7 +200,7 @@ def given(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
     on_bad: OnBad | None,
-    tell: Tell = say,
+    warn: Warn = say,
     at_once: int = BATCH_RECORDS,
 ) -> Iterator[Prompt]:
     """Yields the prompts of conversations and of completions, as the model reads them before an answer.
@@ -209,7 +209,7 @@ def given(
         records: Records with "messages" or with "prompt".
         tokenizer: The model's tokenizer.
         on_bad: Called with the error of a record that cannot be used. None raises it.
-        tell: Called with what the user should know about the template.
+        warn: Called with what the user should know about the template.
         at_once: Records that are read and encoded together.
 
     Raises:
@@ -217,11 +217,11 @@ def given(
     """
     records = iter(records)
     while some := list(islice(records, at_once)):
-        yield from _given_together(some, tokenizer, on_bad, tell)
+        yield from _given_together(some, tokenizer, on_bad, warn)
 
 
 def _given_together(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, tell: Tell
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, warn: Warn
 ) -> Iterator[Prompt]:
     prefix = SpecialTokens(tokenizer).prefix
     texts: list[tuple[Record, str, list[int]]] = []
@@ -229,7 +229,7 @@ def _given_together(
         try:
             if "messages" in record:
                 record = record | {"messages": before_answer(record["messages"])}
-                texts.append((record, conversation_prompt(record, tokenizer, tell), []))
+                texts.append((record, conversation_prompt(record, tokenizer, warn), []))
             else:
                 texts.append((record, record["prompt"], prefix))
         except UserError as error:
@@ -256,7 +256,7 @@ def before_answer(messages: list[Message]) -> list[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, tell: Tell = say) -> str:
+def conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, warn: Warn = say) -> str:
     """Returns the text that stands before an answer to a conversation; "" without messages.
 
     Raises:
@@ -266,6 +266,6 @@ def conversation_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, tell
     messages, tools = record["messages"], record.get("tools", ())
     if not messages:  # an answer without a question has no prompt
         return ""
-    options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, tell)}
+    options = {"tools": tools, "add_generation_prompt": True, **template_values(record, tokenizer, warn)}
     messages = readable(messages, tokenizer, record["origin"], **options)
     return render(messages, tokenizer, record["origin"], **options)

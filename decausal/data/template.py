@@ -83,7 +83,7 @@ def set_template(
 
 
 def template_values(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns a conversation's own values for its template, without those that no template reads, which are reported.
 
@@ -97,7 +97,7 @@ def template_values(
             raise UserError(f"{where} is not the chat template's to read; leave it out")
     read = {name: value for name, value in given.items() if reads(name, tokenizer)}
     for name in (name for name in given if name not in read):
-        tell(f"the chat template reads no '{name}', which 'chat_template_kwargs' of records hold: it changes nothing")
+        warn(f"the chat template reads no '{name}', which 'chat_template_kwargs' of records hold: it changes nothing")
     return read
 
 
@@ -250,8 +250,8 @@ def _refuse_broken(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         where = f"line {error.lineno}: {' '.join(str(error.message).split())}"
-        told = "the template given" if "{%" in name or "{{" in name else name
-        raise UserError(f"--chat_template {told} is not Jinja ({where}); correct it") from None
+        shown = "the template given" if "{%" in name or "{{" in name else name
+        raise UserError(f"--chat_template {shown} is not Jinja ({where}); correct it") from None
     except TEMPLATE_ERRORS:  # this template may need other messages
         return
 

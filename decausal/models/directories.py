@@ -91,12 +91,14 @@ def refuse_quantized(name: str, directory: Path) -> None:
     method = quantization(directory)
     if method is None:
         return
-    told = f"the weights of {name} are quantized ({_METHODS.get(method, method)}), and training needs plain ones"
+    reason = f"the weights of {name} are quantized ({_METHODS.get(method, method)}), and training needs plain ones"
     if method not in DEQUANTIZED:
-        raise UserError(f"{told}: give the model from which they were made")
+        raise UserError(f"{reason}: give the model from which they were made")
     package = DEQUANTIZED[method]
     if package is not None and find_spec(package) is None:
-        raise UserError(f"{told}: pip install 'decausal[quantized]' turns them back, or give what they were made from")
+        raise UserError(
+            f"{reason}: pip install 'decausal[quantized]' turns them back, or give what they were made from"
+        )
 
 
 def refuse_no_model(directory: Path) -> None:

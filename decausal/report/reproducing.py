@@ -43,7 +43,7 @@ class Reproduced:
         return self.error is None and not self.differences
 
     def lines(self) -> Iterator[str]:
-        """Yields what to tell, a line each."""
+        """Yields lines for the user."""
         command = f"decausal {' '.join(self.evaluation.arguments)}"
         if self.error is not None:
             yield f"not run: {command}: {self.error}"
@@ -85,8 +85,10 @@ def reproduce(evaluation: Evaluation) -> Reproduced:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         again = read_record(output) if output.exists() and not ended.returncode else None
     if again is None:
-        told = ended.stderr.strip().splitlines()
-        return Reproduced(evaluation, error=told[-1].removeprefix("decausal: error: ") if told else "it wrote nothing")
+        lines = ended.stderr.strip().splitlines()
+        return Reproduced(
+            evaluation, error=lines[-1].removeprefix("decausal: error: ") if lines else "it wrote nothing"
+        )
     return compared(evaluation, again)
 
 

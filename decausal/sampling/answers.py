@@ -245,8 +245,8 @@ def _write(
     file: JobFile, asked: _Asked, engine: Engine, max_rows: int, drops_cut: bool, on_progress: OnProgress | None
 ) -> AnswersResult:
     result = AnswersResult(asked.num_wanted, min(asked.first, asked.num_wanted))
-    tell = on_progress or (lambda done, total: None)
-    tell(result.num_resumed, result.num_wanted)
+    report = on_progress or (lambda done, total: None)
+    report(result.num_resumed, result.num_wanted)
     start = time.perf_counter()
     with closing(in_order(engine, asked, max_rows)) as found:
         for (number, prompt), ended in found:
@@ -258,6 +258,6 @@ def _write(
                 record = written.record | {"num_tokens": written.num_tokens, "id": number}
                 file.write(json.dumps(record, ensure_ascii=False).encode())
             result.take(ended, written, is_dropped)
-            tell(number + 1, result.num_wanted)
+            report(number + 1, result.num_wanted)
     result.seconds = time.perf_counter() - start
     return result

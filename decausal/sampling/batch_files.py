@@ -104,9 +104,9 @@ def _conversation(fields: dict[str, Any]) -> Record:
 def encoded(label: Any, answer: Generation | UserError) -> bytes:
     """Returns the line that answers a prompt: what was written, or the error."""
     if isinstance(answer, UserError):
-        told = {"id": label, "error": str(answer)}
+        fields = {"id": label, "error": str(answer)}
     else:
-        told = {
+        fields = {
             "id": label,
             "text": answer.text,
             "finish_reason": answer.finish_reason,
@@ -114,9 +114,9 @@ def encoded(label: Any, answer: Generation | UserError) -> bytes:
             "num_forwards": answer.num_forwards,
         }
         if answer.drafts is not None:
-            told["drafts"] = answer.drafts.as_dict()
+            fields["drafts"] = answer.drafts.as_dict()
     # ASCII: an id may hold half of a surrogate pair, which UTF-8 cannot.
-    return json.dumps(told).encode()
+    return json.dumps(fields).encode()
 
 
 def count_lines(path: Path) -> int:

@@ -108,7 +108,7 @@ def continued(path: Path, facts: dict[str, Any]) -> Iterator[JobFile]:
 
     Args:
         path: Made if it is not there.
-        facts: What decides the lines, which are recorded beside them; those under "settings" are told by their names.
+        facts: What decides the lines, which are recorded beside them; those under "settings" are named in errors.
 
     Raises:
         UserError: It cannot be written, another run is writing it, or it was begun with other facts.

@@ -32,11 +32,11 @@ def in_order(
     source, is_exhausted = iter(wanted), False
     running: dict[int, tuple[int, Tag]] = {}
     finished: dict[int, tuple[Tag, Ended | UserError]] = {}
-    num_taken = num_told = 0
+    num_taken = num_yielded = 0
     try:
         while running or not is_exhausted:
             # Enough rows wait that no place stays empty for a pass, but not more.
-            most = num_told + BEGUN_PER_PLACE * max_rows
+            most = num_yielded + BEGUN_PER_PLACE * max_rows
             while not is_exhausted and engine.num_waiting < max_rows and num_taken < most:
                 try:
                     tag, job = next(source)
@@ -54,9 +54,9 @@ def in_order(
                 if progress.ended is not None:
                     index, tag = running.pop(progress.ticket)
                     finished[index] = tag, progress.ended
-            while num_told in finished:
-                ended = finished.pop(num_told)
-                num_told += 1
+            while num_yielded in finished:
+                ended = finished.pop(num_yielded)
+                num_yielded += 1
                 yield ended
     finally:
         for ticket in running:

@@ -100,9 +100,9 @@ class TokenTexts:
                 return pieces
             text = self.alone(token) if number == 1 else self._text(ids[:number])
             is_whole = not text.endswith(BROKEN)
-            told = text if is_whole or number == len(ids) < MOST_TOKENS else text.rstrip(BROKEN)
-            pieces.append(told[len(shown) :])
-            shown = told
+            visible = text if is_whole or number == len(ids) < MOST_TOKENS else text.rstrip(BROKEN)
+            pieces.append(visible[len(shown) :])
+            shown = visible
             if is_whole:
                 return pieces
         if len(ids) < MOST_TOKENS:  # the row is over

@@ -14,7 +14,7 @@ from decausal.serving.errors import ApiError
 _log = logging.getLogger("decausal.serving")
 
 
-class Told(NamedTuple):
+class Update(NamedTuple):
     """What an answer's queue holds: a step of one of its rows, or the reason why no more will come."""
 
     index: int
@@ -51,21 +51,21 @@ class Answer:
         jobs: All rows that were asked for.
         client: Who asked.
         rows: Rows that have not ended, for the worker's thread only.
-        queue: Lists of `Told`, in order.
+        queue: Lists of `Update`, in order.
         admitted: Done once the engine has taken all rows. An exception says why it refused.
     """
 
     def __init__(self, jobs: Sequence[Job], client: str = "") -> None:
         self.jobs, self.client = list(jobs), client
         self.rows = [AnswerRow(self, index, job) for index, job in enumerate(jobs)]
-        self.queue: asyncio.Queue[list[Told]] = asyncio.Queue()
+        self.queue: asyncio.Queue[list[Update]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.admitted: asyncio.Future[None] = self.loop.create_future()
 
     def fail(self, error: ApiError) -> None:
         """Ends the answer from the event loop."""
         settle(self, error)
-        self.queue.put_nowait([Told(0, None, error)])
+        self.queue.put_nowait([Update(0, None, error)])
 
 
 @dataclass(eq=False)
@@ -80,7 +80,7 @@ class AnswerRow:
         answer: The answer; the row is its row number `index`.
         job: The row's job.
         ticket: The engine's ticket; None while the row waits.
-        told: The results of its steps so far, or its tokens where drafts are verified.
+        results: The results of its steps so far, or its tokens where drafts are verified.
         num_seen: As many of them the current engine has brought.
     """
 
@@ -88,7 +88,7 @@ class AnswerRow:
     index: int
     job: Job
     ticket: int | None = None
-    told: list[Any] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
     num_seen: int = 0
 
     def news(self, progress: Progress) -> Progress | None:
@@ -101,20 +101,20 @@ class AnswerRow:
             return self._new_tokens(progress)
         brought = (progress.positions, progress.ids, progress.reopened, progress.row, progress.ended)
         self.num_seen += 1
-        if self.num_seen > len(self.told):
-            self.told.append(brought)
+        if self.num_seen > len(self.results):
+            self.results.append(brought)
             return progress
-        self._refuse_if(brought != self.told[self.num_seen - 1])
+        self._refuse_if(brought != self.results[self.num_seen - 1])
         return None
 
     def _new_tokens(self, progress: Progress) -> Progress | None:
-        num_told = min(len(self.told) - self.num_seen, len(progress.ids))
-        self._refuse_if(progress.ids[:num_told] != self.told[self.num_seen : self.num_seen + num_told])
+        num_repeated = min(len(self.results) - self.num_seen, len(progress.ids))
+        self._refuse_if(progress.ids[:num_repeated] != self.results[self.num_seen : self.num_seen + num_repeated])
         self.num_seen += len(progress.ids)
-        self.told += progress.ids[num_told:]
-        if num_told and num_told == len(progress.ids) and progress.ended is None:
+        self.results += progress.ids[num_repeated:]
+        if num_repeated and num_repeated == len(progress.ids) and progress.ended is None:
             return None
-        new = {name: getattr(progress, name)[num_told:] for name in ("positions", "ids", "confidence", "log_probs")}
+        new = {name: getattr(progress, name)[num_repeated:] for name in ("positions", "ids", "confidence", "log_probs")}
         return replace(progress, **new)
 
     def _refuse_if(self, is_other: bool) -> None:
@@ -145,7 +145,7 @@ def settle(answer: Answer, error: ApiError | None) -> None:
         answer.admitted.set_exception(error)
 
 
-def deliver(told: list[tuple[Answer, list[Told]]]) -> None:
+def deliver(updates: list[tuple[Answer, list[Update]]]) -> None:
     """Passes on the results of a step; for the event loop."""
-    for answer, items in told:
+    for answer, items in updates:
         answer.queue.put_nowait(items)

@@ -232,11 +232,11 @@ class _Service:
         num_open, has_text = len(call.answer.jobs), False
         try:
             while num_open:
-                for told in await call.answer.queue.get():
-                    if told.progress is None:
-                        raise told.error or ApiError(500, "the answer was lost")
-                    choice = call.choices[told.index]
-                    delta = choice.take(told.progress)
+                for update in await call.answer.queue.get():
+                    if update.progress is None:
+                        raise update.error or ApiError(500, "the answer was lost")
+                    choice = call.choices[update.index]
+                    delta = choice.take(update.progress)
                     num_open -= choice.ended is not None
                     if delta.text and not has_text:
                         has_text = True
@@ -259,13 +259,13 @@ async def _echoes(plan: Plan, model: Served, request: Request) -> list[Delta]:
     reason, tokenizer = ("length" if plan.is_echo_only else None), model.converted.tokenizer
     if not plan.scored:
         return [Delta(echo, finish_reason=reason) for echo in plan.echoes]
-    told: list[list[TokenLogProb]] = []
+    repeated: list[list[TokenLogProb]] = []
     for index, (ids, num_before) in enumerate(plan.scored):
         if index and plan.scored[index - 1][0] is ids:  # another choice for the same prompt
-            told.append(told[-1])
+            repeated.append(repeated[-1])
             continue
         if await request.is_disconnected():
             raise client_left()
         score = partial(given_log_probs, model.converted, ids, plan.num_top_log_probs or 0)
-        told.append(echoed(tokenizer, ids, num_before, await model.worker.between_steps(score)))
-    return [Delta(echo, tokens, reason) for echo, tokens in zip(plan.echoes, told, strict=True)]
+        repeated.append(echoed(tokenizer, ids, num_before, await model.worker.between_steps(score)))
+    return [Delta(echo, tokens, reason) for echo, tokens in zip(plan.echoes, repeated, strict=True)]

@@ -141,7 +141,7 @@ class Choice:
         is_over = self.ended is not None
         pieces = self._pieces([*self._ids[:stop], *([] if is_over else [None])])
         ends = list(accumulate((len(piece or "") for piece in pieces), initial=self._offset))
-        told = []
+        listed = []
         for place in range(first, stop):
             log_prob, top = self._log_probs.get(place, (None, []))
             name, content = self._named(self._ids[place])
@@ -150,8 +150,8 @@ class Choice:
                 name = self._inside(place, name)
                 content, offset = name.encode(), ends[place + 1] - len(name)
             found = [(*self._named(token), value) for token, value in top]
-            told.append(TokenLogProb(name, content, offset, log_prob, found))
-        return told
+            listed.append(TokenLogProb(name, content, offset, log_prob, found))
+        return listed
 
     def _named(self, token: int) -> tuple[str, bytes]:
         return self._texts.name_of(token), self._texts.bytes_of(token)
@@ -195,11 +195,11 @@ def echoed(
     texts = TokenTexts(tokenizer)
     ends = list(accumulate((len(piece or "") for piece in texts.of(ids[num_before:])), initial=0))
     named = TokenTexts(tokenizer, shows_special=True)
-    told = []
+    listed = []
     for place, token in enumerate(ids[num_before:]):
         log_prob, top = found[num_before + place] or (None, [])
         is_whole = BROKEN not in texts.alone(token)
         offset = ends[place + 1] - len(texts.alone(token)) if is_whole else ends[place]
         alternatives = [(named.name_of(other), named.bytes_of(other), value) for other, value in top]
-        told.append(TokenLogProb(named.name_of(token), named.bytes_of(token), max(0, offset), log_prob, alternatives))
-    return told
+        listed.append(TokenLogProb(named.name_of(token), named.bytes_of(token), max(0, offset), log_prob, alternatives))
+    return listed

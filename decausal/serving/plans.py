@@ -113,7 +113,7 @@ def _plan(
         row = text.row(text.started(longest))
         if index % count == 0:
             _refuse_unreadable(row, converted, "prompt" if kind == "text" else "messages")
-        told = {
+        common = {
             "row": row,
             "settings": settings,
             "seed": (settings.seed + index) % NUM_SEEDS,
@@ -123,7 +123,7 @@ def _plan(
         }
         search = extension.length_search or SEARCHES[0]
         jobs.append(
-            SearchJob(**told, text=text, longest=longest, length_search=search) if text.unknown else Job(**told)
+            SearchJob(**common, text=text, longest=longest, length_search=search) if text.unknown else Job(**common)
         )
     return Plan(
         kind=kind,

@@ -28,11 +28,11 @@ def conversation_text(body: ChatBody, tokenizer: Any) -> str:
     except TemplateRefusalError as error:
         if error.message is not None:
             param = f"messages.{error.message}.tool_calls"
-            told = f"this model's chat template leaves '{param}' out: write calls as content"
-            raise bad_request(told, param) from None
+            reason = f"this model's chat template leaves '{param}' out: write calls as content"
+            raise bad_request(reason, param) from None
         if tools and "'tools'" in error.reason:
-            told = "this model's chat template leaves 'tools' out: describe them in a message"
-            raise bad_request(told, "tools") from None
+            reason = "this model's chat template leaves 'tools' out: describe them in a message"
+            raise bad_request(reason, "tools") from None
         raise bad_request(f"the chat template refuses this conversation: {error.reason}", "messages") from None
 
 

@@ -25,8 +25,8 @@ def whole(
         deltas: The deltas of each choice, in order.
     """
     kind = "text_completion" if plan.kind == "text" else "chat.completion"
-    told = [_whole_choice(plan, choice, found) for choice, found in zip(choices, deltas, strict=True)]
-    return {**header, "object": kind, "choices": told, "usage": usage(plan, choices), "decausal": totals(choices)}
+    bodies = [_whole_choice(plan, choice, found) for choice, found in zip(choices, deltas, strict=True)]
+    return {**header, "object": kind, "choices": bodies, "usage": usage(plan, choices), "decausal": totals(choices)}
 
 
 def chunk(
@@ -35,19 +35,19 @@ def chunk(
     """Returns one piece of a stream, or None if a step brought nothing visible and no event is reported."""
     if not (delta.text or delta.log_probs or delta.finish_reason or delta.event or is_first):
         return None
-    told: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": delta.finish_reason}
+    body: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": delta.finish_reason}
     if plan.kind == "text":
-        told["text"] = delta.text
+        body["text"] = delta.text
     else:
-        told["delta"] = {"role": "assistant", "content": delta.text} if is_first else {"content": delta.text}
+        body["delta"] = {"role": "assistant", "content": delta.text} if is_first else {"content": delta.text}
         if delta.finish_reason and not delta.text:
-            told["delta"] = {}
+            body["delta"] = {}
     if plan.num_top_log_probs is not None:
-        told["logprobs"] = log_probs(plan, delta.log_probs)
+        body["logprobs"] = log_probs(plan, delta.log_probs)
     if choice.ended is not None:
-        told["decausal"] = facts(choice)
+        body["decausal"] = facts(choice)
     kind = "text_completion" if plan.kind == "text" else "chat.completion.chunk"
-    found = {**header, "object": kind, "choices": [told]}
+    found = {**header, "object": kind, "choices": [body]}
     if plan.has_usage:
         found["usage"] = None
     return found | ({"decausal": delta.event} if delta.event else {})
@@ -93,24 +93,24 @@ def facts(choice: Choice) -> dict[str, Any]:
     } | _drafts(ended.drafts)
 
 
-def log_probs(plan: Plan, told: Sequence[TokenLogProb]) -> dict[str, Any]:
+def log_probs(plan: Plan, tokens: Sequence[TokenLogProb]) -> dict[str, Any]:
     """Returns log-probabilities in the shape of the plan's endpoint."""
     if plan.kind == "chat":
         return {
             "content": [
                 _chat_log_prob(token.text, token.bytes, token.log_prob)
                 | {"top_logprobs": [_chat_log_prob(*alternative) for alternative in token.top]}
-                for token in told
+                for token in tokens
             ],
             "refusal": None,
         }
     return {
-        "tokens": [token.text for token in told],
-        "token_logprobs": [token.log_prob for token in told],
-        "top_logprobs": [{text: value for text, _, value in token.top} if token.top else None for token in told]
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.log_prob for token in tokens],
+        "top_logprobs": [{text: value for text, _, value in token.top} if token.top else None for token in tokens]
         if plan.num_top_log_probs
         else None,
-        "text_offset": [token.offset for token in told],
+        "text_offset": [token.offset for token in tokens],
     }
 
 
@@ -125,16 +125,16 @@ def _chat_log_prob(text: str, content: bytes, log_prob: float | None) -> dict[st
 
 
 def _whole_choice(plan: Plan, choice: Choice, deltas: list[Delta]) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    body: dict[str, Any] = {
         "index": choice.index,
         "finish_reason": deltas[-1].finish_reason,
         "logprobs": None,
         "decausal": facts(choice),
     }
     if plan.kind == "chat":
-        told["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
     else:
-        told["text"] = plan.echoes[choice.index] + choice.text
+        body["text"] = plan.echoes[choice.index] + choice.text
     if plan.num_top_log_probs is not None:
-        told["logprobs"] = log_probs(plan, [token for delta in deltas for token in delta.log_probs])
-    return told
+        body["logprobs"] = log_probs(plan, [token for delta in deltas for token in delta.log_probs])
+    return body

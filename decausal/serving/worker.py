@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from decausal.errors import UserError
 from decausal.sampling.jobs import Engine, Job, Progress
-from decausal.serving.answer import Answer, AnswerRow, Places, Told, call, deliver, engine_failure, settle
+from decausal.serving.answer import Answer, AnswerRow, Places, Update, call, deliver, engine_failure, settle
 from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
 from decausal.serving.settings import SHARE_OF_OTHERS
@@ -235,7 +235,7 @@ class Worker:
     def _give_up(self, answer: Answer, error: ApiError) -> None:
         self._drop(answer)
         call(answer, settle, answer, error)
-        call(answer, deliver, [(answer, [Told(0, None, error)])])
+        call(answer, deliver, [(answer, [Update(0, None, error)])])
 
     def _step(self) -> bool:
         """Takes the engine's rows one step further. Returns False if there is no engine any more."""
@@ -247,22 +247,22 @@ class Worker:
             failure = _as_api_error(error)
         if failure is not None:  # outside the handler, which keeps references to what the engine held
             return self._begin_anew(failure)
-        told: dict[Answer, list[Told]] = {}
+        updates: dict[Answer, list[Update]] = {}
         for progress in steps:
             if progress.ticket in self._rows:
-                self._take(self._rows[progress.ticket], progress, told)
+                self._take(self._rows[progress.ticket], progress, updates)
         self._metrics.step(self._name, steps, time.perf_counter() - start)
-        if told:  # once for all answers of a step
-            call(next(iter(told)), deliver, list(told.items()))
+        if updates:  # once for all answers of a step
+            call(next(iter(updates)), deliver, list(updates.items()))
         return True
 
-    def _take(self, row: AnswerRow, progress: Progress, told: dict[Answer, list[Told]]) -> None:
+    def _take(self, row: AnswerRow, progress: Progress, updates: dict[Answer, list[Update]]) -> None:
         try:
             news = row.news(progress)
             if news is not None:
-                told.setdefault(row.answer, []).append(Told(row.index, news))
+                updates.setdefault(row.answer, []).append(Update(row.index, news))
         except ApiError as error:
-            told.pop(row.answer, None)
+            updates.pop(row.answer, None)
             self._give_up(row.answer, error)
             return
         if progress.ended is not None:

@@ -65,7 +65,7 @@ class Pace:
         return (self._clock() - self._start) / max(step - self.first_step, 1) * (num_steps - step)
 
 
-class Tell(TrainerCallback):
+class SayFirst(TrainerCallback):
     """Says some lines once a run begins, so that an error before it stays one line.
 
     Args:

@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What is told of the choice."""
+        """What the user should know of the choice."""
         others = [f"--goal {goal} ({recipe})" for goal, (recipe, _) in GOALS.items() if recipe != self.recipe]
         return f"recipe {self.recipe}: {self.why}; for something else give {', '.join(others)}, or --recipe"
 
@@ -81,7 +81,7 @@ def _is_converted(model: Any) -> bool:
 def _here(model: str) -> bool:
     try:
         return is_converted(model)
-    except UserError:  # told later, with the model's own check
+    except UserError:  # the model's own check reports it
         return False
 
 
@@ -97,7 +97,7 @@ def _lacks_answers(flags: Mapping[str, Any]) -> bool:
             return False
         reading = Reading(needs_answers=False, on_bad_record="skip", **fields)
         records = list(islice(read_documents(data, reading), _LOOKED_AT))
-    except UserError:  # told later, by the check of the data
+    except UserError:  # the check of the data reports it
         return False
     return bool(records) and all(_is_prompt(record) for record in records)
 

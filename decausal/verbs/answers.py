@@ -110,7 +110,7 @@ def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
         "{} left out that are empty or encode to other tokens": result.num_lost,
         "{} refused" + f" ({result.refusal})": result.num_refused,
     }
-    told = [f"{counted(result.num_written, 'answer')} written to {output}"]
-    told += [text.format(number) for text, number in counts.items() if number]
+    parts = [f"{counted(result.num_written, 'answer')} written to {output}"]
+    parts += [text.format(number) for text, number in counts.items() if number]
     speed = result.num_tokens / result.seconds if result.seconds else 0.0
-    return ", ".join([*told, f"{counted(result.num_tokens, 'token')} at {speed:.1f} tokens/s"])
+    return ", ".join([*parts, f"{counted(result.num_tokens, 'token')} at {speed:.1f} tokens/s"])

@@ -26,20 +26,20 @@ def run(arguments: list[str]) -> int:
     if positional is not None:
         flags = ["--model_name_or_path", positional, *flags]
     flags, print_config = take_flag(flags, "print_config", "false")
-    recipe_name, flags, told = chosen_recipe(flags)
+    recipe_name, flags, lines = chosen_recipe(flags)
     recipe = read_recipe(recipe_name)
     settings, training = resolve(ConversionSettings, recipe, flags, where=f"recipe {recipe_name}")
     if print_config == "true":
-        print("".join(f"# {line}\n" for line in told) + as_yaml(settings, training), end="")
+        print("".join(f"# {line}\n" for line in lines) + as_yaml(settings, training), end="")
         return 0
     from decausal.training.inputs import check_conversion
 
     check_conversion(settings, training)  # convert checks this too, but only after its slow imports
     with slow_imports():
         from decausal.training.convert import convert
-        from decausal.training.progress import Tell
+        from decausal.training.progress import SayFirst
 
-    conversion = convert(settings, training, callbacks=[Tell(told)])
+    conversion = convert(settings, training, callbacks=[SayFirst(lines)])
     if is_first_process():
         print(f"converted model: {conversion.output_dir}")
         print(f'next: decausal generate {conversion.output_dir} "your text"')
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
 
 def chosen_recipe(flags: list[str]) -> tuple[str, list[str], list[str]]:
-    """Returns a recipe's name, the flags that remain, and what to tell of a choice that was not the user's."""
+    """Returns a recipe's name, the flags that remain, and lines about a choice that was not the user's."""
     from decausal.config import ALIASES, parse_flags, recipe_names, take_flag
     from decausal.errors import UserError
     from decausal.training.recipe_choice import choose_recipe, embedded_defaults
@@ -57,12 +57,12 @@ def chosen_recipe(flags: list[str]) -> tuple[str, list[str], list[str]]:
     given = {ALIASES.get(key, key): value for key, value in parse_flags(flags).items()}
     if name and goal:
         raise UserError(f"--goal {goal} chooses a recipe, and --recipe {name} names one: give one of them")
-    told = []
+    lines = []
     if not name:
         choice = choose_recipe(given, goal or None)
-        name, told = choice.recipe, [choice.line]
+        name, lines = choice.recipe, [choice.line]
     defaults = embedded_defaults(given.get("model_name_or_path"), given) if name in recipe_names() else {}
     for key, value in defaults.items():
         flags = [*flags, f"--{key}", str(value)]
-        told.append(f"{key} {value}, as small a model as this one learns with")
-    return name, flags, told
+        lines.append(f"{key} {value}, as small a model as this one learns with")
+    return name, flags, lines

@@ -6,7 +6,6 @@ import json
 
 from decausal.verbs.flags import VerbParser, slow_imports
 
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{name} {value}: give true or false")
     if gpu and gpu not in GPUS:
         raise UserError(f"--gpu {gpu}{nearest(gpu, GPUS)}; give one of {', '.join(GPUS)}")
-    recipe_name, flags, told = chosen_recipe(flags)
+    recipe_name, flags, lines = chosen_recipe(flags)
     settings, training = resolve(ConversionSettings, read_recipe(recipe_name), flags, where=f"recipe {recipe_name}")
     check_plan(settings, training)
-    for line in told:
+    for line in lines:
         print(f"decausal: {line}", file=sys.stderr)
     with slow_imports():
         from decausal.training.planning.plan import plan

@@ -212,16 +212,16 @@ def test_a_comparison_killed_again_and_again_goes_on_to_the_same_figures(
     compared: Compared, settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = replace(settings, output_dir=str(tmp_path), seeds=(0,))
-    tell = ComparisonView.tell
-    for run, step in (("mdm-seed0", 1), ("mdm-seed0", 3), ("aligned-seed0", 3)):  # before, behind the first checkpoint
+    on_event = ComparisonView.on_event
+    for run, step in (("mdm-seed0", 1), ("mdm-seed0", 3), ("aligned-seed0", 3)):  # after a checkpoint, too
 
         def killing(view: ComparisonView, event: Event, run: str = run, step: int = step) -> None:
             if (event.run, event.kind, event.step) == (run, "stepped", step):
                 raise KeyboardInterrupt
-            tell(view, event)
+            on_event(view, event)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ComparisonView, "tell", killing)
+            patch.setattr(ComparisonView, "on_event", killing)
             with pytest.raises(KeyboardInterrupt):
                 Compared(changed)
     assert Compared(changed).figures() == [run for run in compared.figures() if run[1] == 0]

@@ -150,8 +150,8 @@ class Writer:
         return {**self._options, **given, "max_gap": settings.max_new_tokens, "seed": settings.seed}
 
     def _with_hole(self, before: str, gen_kwargs: dict[str, Any]) -> list[str | int | None]:
-        told = gen_kwargs["infill"]["as_long_as"]
-        length = None if told is None else max(1, len(ids_after(self._converted.tokenizer, told)))
+        as_long_as = gen_kwargs["infill"]["as_long_as"]
+        length = None if as_long_as is None else max(1, len(ids_after(self._converted.tokenizer, as_long_as)))
         return [before, length, gen_kwargs["infill"]["suffix"]]
 
     def _engine(self, jobs: Sequence[Job]) -> Any:

@@ -166,13 +166,13 @@ class RowEngine:
     def _advance(self, places: list[int]) -> list[Progress]:
         rows = [running for running in (self._places[place] for place in places) if running is not None]
         step = self._forward(places, rows)
-        told = []
+        progresses = []
         for i, (place, running) in enumerate(zip(places, rows, strict=True)):
             progress = self._progress(running, i, step)
             if progress.ended is not None:
                 self._places[place] = None
-            told.append(progress)
-        return told
+            progresses.append(progress)
+        return progresses
 
     def _forward(self, places: list[int], rows: list[_Running]) -> _Step:
         lengths = [running.job.row.length for running in rows]
@@ -307,11 +307,11 @@ def _by_row(step: Step, tokens: Int[Tensor, "A T"]) -> tuple[list[list[tuple[int
     parts = [step.is_new, tokens, step.scores]
     if step.is_reopened is not None:
         parts.append(step.is_reopened)
-    told = torch.stack([part.double() for part in parts]).cpu().numpy()  # exact, in 64 bits
-    is_new, of_row, scores = told[0] > 0, told[1].astype(int), told[2]
+    numbers = torch.stack([part.double() for part in parts]).cpu().numpy()  # exact, in 64 bits
+    is_new, of_row, scores = numbers[0] > 0, numbers[1].astype(int), numbers[2]
     new: list[list[tuple[int, int, float]]] = [[] for _ in tokens]
     for row, position in zip(*(place.tolist() for place in is_new.nonzero()), strict=True):
         new[row].append((position, int(of_row[row, position]), float(scores[row, position])))
     if step.is_reopened is None:
         return new, [[] for _ in tokens]
-    return new, [row.nonzero()[0].tolist() for row in told[3]]
+    return new, [row.nonzero()[0].tolist() for row in numbers[3]]

@@ -137,9 +137,9 @@ class WindowReader:
         position = torch.arange(reading.ids.shape[1], device=reading.ids.device)
         first = torch.where(reading.is_inside, position, len(position)).amin(1)
         stop = torch.where(reading.is_inside, position + 1, 0).amax(1)
-        told = [reading.places, reading.cache, reading.cache_refresh, first, stop, reading.lengths]
+        columns = [reading.places, reading.cache, reading.cache_refresh, first, stop, reading.lengths]
         without, whole, windows = [], [], []
-        for row, (place, cache, refresh, start, end, length) in enumerate(torch.stack(told, dim=1).tolist()):
+        for row, (place, cache, refresh, start, end, length) in enumerate(torch.stack(columns, dim=1).tolist()):
             held, num_passes = self._held.get(place, (-1, 0))
             if not cache:
                 without.append(row)

@@ -163,8 +163,8 @@ class LengthSearch:
             scores: Scores of `scored_positions`.
         """
         results = []
-        told = zip(self._proposals, ids, num_forwards, scores, strict=True)
-        for index, (proposal, tokens, passes, token_scores) in enumerate(told):
+        filled = zip(self._proposals, ids, num_forwards, scores, strict=True)
+        for index, (proposal, tokens, passes, token_scores) in enumerate(filled):
             places = self.scored_positions(index)
             log_prob = dict(zip(places, token_scores.log_prob.tolist(), strict=True))
             value = score(self.text.row(proposal.lengths), log_prob)

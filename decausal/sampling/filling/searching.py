@@ -127,16 +127,16 @@ class SearchingEngine:
             searching = self._searching[place.ticket]
             own = self._engine.submit(searching.job.candidate(searching.search.asked[place.index]))
             self._trying[own] = place
-        told = [each for progress in self._engine.step() for each in self._told(progress)]
+        progresses = [each for progress in self._engine.step() for each in self._for_callers(progress)]
         if self._unscored:
             self._score()
-        return told
+        return progresses
 
     def _ask(self, ticket: int) -> None:
         asked = self._searching[ticket].search.asked
         self._waiting.extend(_Place(ticket, index) for index in range(len(asked)))
 
-    def _told(self, progress: Progress) -> Iterator[Progress]:
+    def _for_callers(self, progress: Progress) -> Iterator[Progress]:
         if progress.ticket in self._settled:
             yield self._of_search(progress)
         elif progress.ticket not in self._trying:

@@ -78,7 +78,7 @@ def refuse_what_does_not_fit(
     if not choices(device).tells_memory:
         return
     if is_sharded:
-        say("the memory of sharded weights is not told beforehand")
+        say("the memory of sharded weights is not known beforehand")
         return
     # The data are not needed to know the memory: rows are as long as max_length.
     settings, training = replace(settings, data=None), dict(training)
