@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import decausal
-from decausal.wording import counted
+from decausal.wording import quantity
 
 # A number in braces, and then a noun that a person may well see one of.
 COUNTS = re.compile(
@@ -28,7 +28,7 @@ COUNTS = re.compile(
     ],
 )
 def test_a_number_stands_with_its_noun(number: int, plural: str | None, expected: str) -> None:
-    assert counted(number, "pass", plural) == expected
+    assert quantity(number, "pass", plural) == expected
 
 
 def test_no_message_counts_with_a_noun_that_is_always_a_plural() -> None:

@@ -12,7 +12,7 @@ from decausal.compare.records import Measurement, Score
 from decausal.compare.settings import SPECULATIVE, STATIC, Schedule
 from decausal.compare.training import RunResult
 from decausal.reporting import share_of_the_way
-from decausal.wording import counted
+from decausal.wording import quantity
 
 SHARES = (0.5, 0.8, 0.9, 0.97)
 """Shares of the AR model's accuracy that serve as milestones."""
@@ -254,7 +254,7 @@ def _paired_error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
 
 
 def _counted(seeds: Sequence[int]) -> str:
-    return counted(len(seeds), "seed")
+    return quantity(len(seeds), "seed")
 
 
 @dataclass(frozen=True)

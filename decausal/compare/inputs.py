@@ -17,7 +17,7 @@ from decausal.errors import UserError, one_of
 from decausal.files import parsed_yaml
 from decausal.models.names import check_source
 from decausal.training.run_directory import RUN_FILE, refuse_taken
-from decausal.wording import counted
+from decausal.wording import quantity
 
 MARK = {"verb": "compare"}
 
@@ -88,7 +88,7 @@ def held_out_problems(settings: CompareSettings) -> list[Example]:
     problems = list(task_source(name).examples())
     if len(problems) < most:
         raise UserError(
-            f"--eval_data {name} has {counted(len(problems), 'example')}, "
+            f"--eval_data {name} has {quantity(len(problems), 'example')}, "
             f"{most} are to be measured; raise its count, such as "
             f"tasks-heldout:{most}, or lower --eval_prompts and --final_prompts"
         )

@@ -29,6 +29,7 @@ from decausal.compare.view import schedule_name
 from decausal.files import write_whole
 from decausal.privacy import without_paths
 from decausal.provenance import provenance
+from decausal.wording import quantity
 
 REPORT_FIGURES, REPORT_TABLE, REPORT_PICTURE = "report.json", "report.md", "report.png"
 
@@ -161,13 +162,13 @@ def write_figures(comparison: Comparison) -> None:
 
 
 def _markdown(comparison: Comparison) -> str:
-    unit, counted, arms = comparison.unit, comparison.settings.tokens, comparison.arms()
+    unit, kind, arms = comparison.unit, comparison.settings.tokens, comparison.arms()
     thresholds = _thresholds(arms)
     heads = [schedule_name(threshold, unit) for threshold in thresholds]
     rows = [
-        ["arm", f"{counted} tokens", "supervised", "generated", "steps", "seconds", *heads],
+        ["arm", f"{kind} tokens", "supervised", "generated", "steps", "seconds", *heads],
         ["---", *["---:"] * (5 + len(heads))],
-        *(_row(arm, counted, _cells(arm, thresholds)) for arm in arms),
+        *(_row(arm, kind, _cells(arm, thresholds)) for arm in arms),
         [ar_name(comparison.ar), *[""] * 5, f"{comparison.ar.quality:.3f}", *[""] * (len(heads) - 1)],
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -187,7 +188,7 @@ training, mean ± deviation over seeds; in brackets tokens per forward pass.
 {found}
 
 `{comparison.command}`, commit {facts["commit"]}, {facts["date"]}, {hardware["processor"]},
-{counted(hardware["cores"], "core")}, torch {facts["versions"]["torch"]},
+{quantity(hardware["cores"], "core")}, torch {facts["versions"]["torch"]},
 transformers {facts["versions"]["transformers"]}. All figures: `{REPORT_FIGURES}`.
 """
 
@@ -206,8 +207,8 @@ def _cells(arm: ArmSummary, thresholds: Sequence[Schedule]) -> list[str]:
     return [cells.get(threshold, "") for threshold in thresholds]
 
 
-def _row(arm: ArmSummary, counted: str, cells: list[str]) -> list[str]:
-    tokens = [f"{arm.tokens[name].mean:,.0f}" for name in (counted, "supervised", "generated")]
+def _row(arm: ArmSummary, kind: str, cells: list[str]) -> list[str]:
+    tokens = [f"{arm.tokens[name].mean:,.0f}" for name in (kind, "supervised", "generated")]
     return [arm.arm, *tokens, f"{arm.steps.mean:.0f}", f"{arm.seconds.mean:.1f}", *cells]
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int32
 
 from decausal.data.encode import Encoded
 from decausal.errors import UserError
-from decausal.wording import counted
+from decausal.wording import quantity
 
 PADDING_DOCUMENT = -1
 OPEN_ROWS = 64
@@ -55,11 +55,11 @@ class Counts:
         """Warns about documents that were left out. Raises UserError if no others are left."""
         if not self.num_dropped:
             return
-        remedy = f"the longest has {counted(self.longest_dropped, 'token')}; raise --max_length"
-        row = f"a row of {counted(sequence_length, 'token')}"
+        remedy = f"the longest has {quantity(self.longest_dropped, 'token')}; raise --max_length"
+        row = f"a row of {quantity(sequence_length, 'token')}"
         if not self.num_rows:
             raise UserError(f"every document is longer than {row}: {remedy}")
-        dropped = counted(self.num_dropped, "document")
+        dropped = quantity(self.num_dropped, "document")
         warnings.warn(f"left out {dropped} longer than {row}: {remedy}", stacklevel=3)
 
 

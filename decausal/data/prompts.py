@@ -37,7 +37,7 @@ from decausal.data.rows import keep_fraction
 from decausal.data.sources import Data, find_sources
 from decausal.data.template import readable, refuse_without_template, render, template_values
 from decausal.errors import UserError
-from decausal.wording import counted
+from decausal.wording import quantity
 
 Ids = Int32[np.ndarray, " _"]
 OnBad = Callable[[UserError], None]
@@ -140,11 +140,11 @@ def report_dropped(num_kept: int, dropped_lengths: list[int], room: str) -> None
     num_empty = dropped_lengths.count(0)
     why = (
         f"{num_empty} without a token, {len(dropped_lengths) - num_empty} longer than {room}; the longest has "
-        f"{counted(max(dropped_lengths), 'token')}"
+        f"{quantity(max(dropped_lengths), 'token')}"
     )
     if not num_kept:
         raise UserError(f"no prompt leaves room for an answer: {why}; raise --max_length or give other data")
-    prompts = counted(num_kept + len(dropped_lengths), "prompt")
+    prompts = quantity(num_kept + len(dropped_lengths), "prompt")
     warnings.warn(f"left out {len(dropped_lengths):,} of {prompts}: {why}", stacklevel=3)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from decausal.errors import UserError
-from decausal.wording import counted
+from decausal.wording import quantity
 
 OnBadRecord = Literal["error", "skip"]
 ON_BAD_RECORD: tuple[OnBadRecord, ...] = ("error", "skip")
@@ -155,8 +155,8 @@ class Account:
     def line(self, num_tokens: int) -> str:
         """Returns one line that says what was read, and what was skipped and why."""
         where = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources):,} sources"
-        records = counted(self.num_records - self.num_unencodable, "record")
-        read = f"read {where}: {records}, {counted(num_tokens, 'token')}"
+        records = quantity(self.num_records - self.num_unencodable, "record")
+        read = f"read {where}: {records}, {quantity(num_tokens, 'token')}"
         if self.forms:
             read += f", as {' and '.join(self.forms)}"
         if self.unread:
@@ -167,9 +167,9 @@ class Account:
     def _skipped(self) -> list[str]:
         parts = [f"skipped {_some(names)} ({reason})" for reason, names in self.left_out.items()]
         if self.num_blank:
-            parts.append(f"skipped {counted(self.num_blank, 'empty record')}")
+            parts.append(f"skipped {quantity(self.num_blank, 'empty record')}")
         if self.num_bad:
-            parts.append(f"skipped {counted(self.num_bad, 'bad record')}: {_some(self.bad, self.num_bad, ' | ')}")
+            parts.append(f"skipped {quantity(self.num_bad, 'bad record')}: {_some(self.bad, self.num_bad, ' | ')}")
         return parts
 
 

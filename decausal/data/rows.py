@@ -30,7 +30,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.row_file import RowFile, is_whole, write_rows
 from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
-from decausal.wording import counted
+from decausal.wording import quantity
 
 FORMAT_VERSION = 8  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
@@ -212,7 +212,7 @@ def _watched(rows: Iterator[Row], counts: Counts) -> Iterator[Row]:
         for index, row in enumerate(rows):
             if index % WATCHED_ROWS == 0:
                 status.update(
-                    f"packing: {counted(counts.num_documents, 'document')}, {counted(counts.num_tokens, 'token')}"
+                    f"packing: {quantity(counts.num_documents, 'document')}, {quantity(counts.num_tokens, 'token')}"
                 )
             yield row
 

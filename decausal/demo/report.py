@@ -18,7 +18,7 @@ from decausal.demo.output import REPORT_FIGURES, REPORT_PAGE, REPORT_PICTURE
 from decausal.demo.plots import DARK, LIGHT, Curves, as_data_uri, figures, save_picture
 from decausal.demo.result import DemoResult
 from decausal.demo.terminal import LABELS
-from decausal.wording import counted
+from decausal.wording import quantity
 
 CAPTIONS = {
     "cross_entropy_by_step": (
@@ -147,8 +147,8 @@ trained it to restore them. It did so twice:</p>
 <li><b class="aligned">REPR-ALIGN</b> also keeps each layer's hidden states near those of the AR model, which stays
 frozen beside it (weight {settings.align_weight:g}).</li>
 </ul>
-<p>Both had the same {counted(settings.max_steps, "step")}, the same {counted(data["num_tokens"], "token")} from
-{counted(data["num_documents"], "document")}, the same masks, seed and trainable parameters.
+<p>Both had the same {quantity(settings.max_steps, "step")}, the same {quantity(data["num_tokens"], "token")} from
+{quantity(data["num_documents"], "document")}, the same masks, seed and trainable parameters.
 Alignment's claim is that what the AR model knows is kept, so that less data and fewer steps suffice.</p>"""
 
 
@@ -198,14 +198,14 @@ def _infilling(gap: Gap | None, fillings: dict[str, Filling]) -> str:
         return "<h2>Filling a gap</h2>\n<p>The held-out text has no lines short enough to cut a gap from.</p>"
     shown = "".join(
         f'<h3 class="{name}">{LABELS[name]}</h3>\n{_filled(gap, filling)}'
-        f'<p class="note">{counted(gap.num_tokens, "token")} in '
-        f"{counted(filling.num_forwards, 'forward pass', 'forward passes')}; "
+        f'<p class="note">{quantity(gap.num_tokens, "token")} in '
+        f"{quantity(filling.num_forwards, 'forward pass', 'forward passes')}; "
         f"{filling.num_as_in_file} are the file's own, place by place.</p>\n"
         for name, filling in reversed(fillings.items())
     )
     return f"""<h2>Filling a gap</h2>
 <p>From <code>{escape(gap.origin)}</code>, a held-out file, the lines between the bars were taken out:
-{counted(gap.num_tokens, "token")}. Each model rewrote them, seeing what stands before and after. Each pass keeps the
+{quantity(gap.num_tokens, "token")}. Each model rewrote them, seeing what stands before and after. Each pass keeps the
 tokens that the model is surest of; colours go from the first pass to the last: {_legend()}</p>
 <div class="infill"><label class="replay"><input type="checkbox"> play again</label>
 {shown}<h3>The file itself</h3>

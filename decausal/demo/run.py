@@ -29,7 +29,7 @@ from decausal.sampling.model import load
 from decausal.sampling.watching.watch import Watch
 from decausal.training.run_directory import claimed
 from decausal.training.settings import ConversionSettings
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResult:
@@ -127,7 +127,8 @@ class _Demo:
         model = load(arms["aligned"].conversion.output_dir)
         _say(
             self.console,
-            f"\n[bold]{LABELS['aligned']} fills in {counted(gap.num_tokens, 'token')} of[/bold] {escape(gap.origin)}\n",
+            f"\n[bold]{LABELS['aligned']} fills in {quantity(gap.num_tokens, 'token')} of[/bold] "
+            f"{escape(gap.origin)}\n",
         )
         with Watch(model.tokenizer, self.console, pause=self.settings.infill_pause) as watch:
             fillings["aligned"] = fill(model, gap, on_step=watch)
@@ -140,14 +141,14 @@ class _Demo:
             self.console,
             f"  AR model     {source.num_parameters() / 1e6:.1f} million parameters, "
             f"{ar.nll_per_token:.3f} nats per held-out token",
-            f"  trained on   {counted(rows.num_documents, 'document')}, "
-            f"{counted(rows.num_tokens, 'token')} of {escape(settings.data)}",
-            f"  measured on  {counted(ar.num_tokens, 'token')} of {escape(settings.eval_data)}, "
-            f"{counted(settings.eval_samples, 'mask pattern')} each",
-            f"  two runs     {counted(settings.max_steps, 'step')} of "
-            f"{counted(settings.per_device_train_batch_size, 'row')} of "
-            f"{counted(settings.max_length, 'token')}, alike except for the alignment; "
-            f"{precision}, {counted(torch.get_num_threads(), 'thread')}\n",
+            f"  trained on   {quantity(rows.num_documents, 'document')}, "
+            f"{quantity(rows.num_tokens, 'token')} of {escape(settings.data)}",
+            f"  measured on  {quantity(ar.num_tokens, 'token')} of {escape(settings.eval_data)}, "
+            f"{quantity(settings.eval_samples, 'mask pattern')} each",
+            f"  two runs     {quantity(settings.max_steps, 'step')} of "
+            f"{quantity(settings.per_device_train_batch_size, 'row')} of "
+            f"{quantity(settings.max_length, 'token')}, alike except for the alignment; "
+            f"{precision}, {quantity(torch.get_num_threads(), 'thread')}\n",
         )
 
 
@@ -176,10 +177,10 @@ def _tell_findings(console: Console, result: DemoResult) -> None:
     _say(console, "")
     if result.gap is not None:
         kept = {name: filling.num_as_in_file for name, filling in result.fillings.items()}
-        passes = counted(result.fillings["aligned"].num_forwards, "forward pass", "forward passes")
+        passes = quantity(result.fillings["aligned"].num_forwards, "forward pass", "forward passes")
         _say(
             console,
-            f"{counted(result.gap.num_tokens, 'token')} in {passes}; {kept['aligned']} are the file's own, "
+            f"{quantity(result.gap.num_tokens, 'token')} in {passes}; {kept['aligned']} are the file's own, "
             f"place by place ({kept['plain']} of plain denoising's)\n",
         )
     console.print(cosine_table(result.cosines["before"], result.cosines["plain"], result.cosines["aligned"]))

@@ -12,7 +12,7 @@ from rich.table import Table
 from decausal.demo.history import MEASURES, Measurement, best
 from decausal.demo.output import ARM_NAMES
 from decausal.live import LiveView
-from decausal.wording import counted
+from decausal.wording import quantity
 
 LABELS = {"plain": "plain denoising", "aligned": "REPR-ALIGN"}
 _COLUMN_LABELS = {"plain": "plain", "aligned": "REPR-ALIGN"}
@@ -60,7 +60,7 @@ class TrainingView(LiveView):
         if self._live is not None:
             self._progress.start_task(self._tasks[arm])
         else:
-            self._say(f"{LABELS[arm]}: {counted(self.max_steps, 'step')}")
+            self._say(f"{LABELS[arm]}: {quantity(self.max_steps, 'step')}")
 
     def step(self, arm: str, step: int, token_loss: float) -> None:
         """Moves a run's bar."""

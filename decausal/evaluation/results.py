@@ -12,7 +12,7 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 class Ratio(NamedTuple):
@@ -129,8 +129,8 @@ class Likelihood:
 
     def as_table(self) -> Table:
         """Returns the figures as a table for the terminal."""
-        rows, tokens = counted(self.num_rows, "row"), counted(self.num_tokens, "token")
-        patterns = counted(self.samples_per_row, "mask pattern")
+        rows, tokens = quantity(self.num_rows, "row"), quantity(self.num_tokens, "token")
+        patterns = quantity(self.samples_per_row, "mask pattern")
         table = Table(title=f"Likelihood of {tokens} in {rows}, {patterns} per row")
         table.add_column("measure")
         table.add_column("value", justify="right")
@@ -157,7 +157,7 @@ class Likelihood:
         for noise_bin in self.bins:
             name = f"  {noise_bin.low:.0%} to {noise_bin.high:.0%} masked"
             lines.append(
-                (name, noise_bin.cross_entropy, noise_bin.standard_error, counted(noise_bin.num_tokens, "token"))
+                (name, noise_bin.cross_entropy, noise_bin.standard_error, quantity(noise_bin.num_tokens, "token"))
             )
         return lines
 
@@ -208,7 +208,7 @@ class DraftedLikelihood:
     def as_table(self) -> Table:
         """Returns the figures as a table for the terminal."""
         own = self.likelihood
-        rows, tokens = counted(own.num_rows, "row"), counted(own.num_tokens, "token")
+        rows, tokens = quantity(own.num_rows, "row"), quantity(own.num_tokens, "token")
         table = Table(title=f"Likelihood of {tokens} in {rows}, read causally")
         table.add_column("measure")
         table.add_column("value", justify="right")

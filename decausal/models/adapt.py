@@ -28,7 +28,7 @@ from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
 from decausal.models.quantized import dequantizing, plain
 from decausal.privacy import drop_secrets
-from decausal.wording import counted
+from decausal.wording import quantity
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def load_weights(
     if missing:
         raise UserError(
             f"{path} is not a causal language model: its weights lack {missing[0]} "
-            f"({counted(len(missing), 'tensor')} missing); "
+            f"({quantity(len(missing), 'tensor')} missing); "
             "give a checkpoint with its output head"
         )
     if getattr(model, "is_quantized", False):

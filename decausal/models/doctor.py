@@ -17,7 +17,7 @@ from decausal.models.facts import ConversionFacts
 from decausal.models.layer_kinds import first_layers, num_telling_layers
 from decausal.models.questions import QUESTIONS, Question
 from decausal.models.rounding import CLOSE, SAME, Judge, StatesNotFiniteError
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def weights_probe(model: nn.Module) -> Probe:
     bad = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
     name, count = "weights are finite", sum(1 for _ in model.parameters())
     if not bad:
-        return Probe(name, True, counted(count, "tensor"), "the weights hold NaN or infinity")
+        return Probe(name, True, quantity(count, "tensor"), "the weights hold NaN or infinity")
     what = "NaN" if torch.isnan(model.get_parameter(bad[0])).any() else "infinity"
-    return Probe(name, False, f"{len(bad)} of {counted(count, 'tensor')}", f"the weights of {bad[0]} hold {what}")
+    return Probe(name, False, f"{len(bad)} of {quantity(count, 'tensor')}", f"the weights of {bad[0]} hold {what}")
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from decausal.report.records import Evaluation
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _nll(evaluation: Evaluation, number: int) -> Iterator[Figure]:
         yield from _drafted(evaluation, number)
         return
     data = _data(evaluation)
-    masks, rows = counted(found["samples_per_row"], "mask"), counted(found["num_rows"], "row")
+    masks, rows = quantity(found["samples_per_row"], "mask"), quantity(found["num_rows"], "row")
     made_of = f"NELBO, {masks} in each of {rows}"
     for unit, value, error, source in (
         ("bits per byte", "bits_per_byte", "bits_per_byte_standard_error", "ar_bits_per_byte"),
@@ -88,7 +88,7 @@ def _drafted(evaluation: Evaluation, number: int) -> Iterator[Figure]:
     own, source = found["likelihood"], found.get("source") or {}
     ar = source.get("bits_per_byte")
     kept = None if ar is None else 100 * ar / own["bits_per_byte"]
-    made_of = f"exact, read causally, {counted(own['num_rows'], 'row')}"
+    made_of = f"exact, read causally, {quantity(own['num_rows'], 'row')}"
     yield Figure(
         evaluation.name,
         f"{data}, bits per byte",
@@ -107,7 +107,7 @@ def _drafted(evaluation: Evaluation, number: int) -> Iterator[Figure]:
 
 def _tasks(evaluation: Evaluation, number: int) -> Iterator[Figure]:
     found = evaluation.figures
-    made_of = counted(found["num_examples"], "example")
+    made_of = quantity(found["num_examples"], "example")
     for name, scores in found["tasks"].items():
         yield Figure(
             evaluation.name, name, scores["accuracy"], scores["standard_error"], made_of=made_of, number=number
@@ -130,7 +130,7 @@ def _harness(evaluation: Evaluation, number: int) -> Iterator[Figure]:
             score["source_standard_error"],
             score["retention"],
             score["retention_standard_error"],
-            f"{found['settings']['made_of'][score['task']]}, {counted(score['num_examples'], 'example')}",
+            f"{found['settings']['made_of'][score['task']]}, {quantity(score['num_examples'], 'example')}",
             number,
         )
     if found.get("speed"):

@@ -20,7 +20,7 @@ from decausal.sampling.ordered import in_order
 from decausal.sampling.settings import MOST_ROWS
 from decausal.sampling.settings.of_model import settings_for
 from decausal.sampling.stopping import end_token_ids
-from decausal.wording import counted
+from decausal.wording import quantity
 
 LONGEST = 4096
 """Longest row in tokens, if neither the model nor the caller sets a limit."""
@@ -198,7 +198,7 @@ def run_file(
         num_resumed = file.num_lines
         if num_resumed > num_lines:
             raise UserError(
-                f"{target} has {counted(num_resumed, 'line')} and {source} only {num_lines}: not answers to it"
+                f"{target} has {quantity(num_resumed, 'line')} and {source} only {num_lines}: not answers to it"
             )
         lines = Lines(source, defaults, chat, num_resumed)
         _tell(on_progress, num_resumed, num_lines)
@@ -207,7 +207,7 @@ def run_file(
                 label, number = lines.labels.pop(file.num_lines)
                 if isinstance(answer, UserError) and on_error == "stop":
                     raise UserError(
-                        f"{source} line {number}: {answer}; written before it: {counted(file.num_lines, 'answer')}; "
+                        f"{source} line {number}: {answer}; written before it: {quantity(file.num_lines, 'answer')}; "
                         "fix it and run again, or give --on_error record"
                     )
                 file.write(encoded(label, answer))

@@ -11,7 +11,7 @@ from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
 from decausal.sampling.borders import Border
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Row:
             return
         given = sum(map(len, self.given))
         if given > context:
-            raise UserError(f"{self.name} has {counted(given, 'token')}, the model's context {context}: shorten it")
+            raise UserError(f"{self.name} has {quantity(given, 'token')}, the model's context {context}: shorten it")
         raise UserError(
-            f"{self.name} has {counted(given, 'token')} and {self.length - given} are to be written: "
+            f"{self.name} has {quantity(given, 'token')} and {self.length - given} are to be written: "
             f"{self.length} exceed the model's context of {context}; write at most {context - given}, or shorten it"
         )

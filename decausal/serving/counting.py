@@ -10,7 +10,7 @@ from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.reading import Work
 from decausal.serving.schema import ChatBody, CompletionBody
 from decausal.serving.settings import MAX_GAPS
-from decausal.wording import counted
+from decausal.wording import quantity
 
 CHARACTERS_PER_TOKEN = 8
 """A text with more characters than this per token of the longest row is counted piece by piece."""
@@ -48,7 +48,7 @@ def refuse_long_text(tokenizer: Any, text: str, max_tokens: int, name: str, para
         count += len(tokenizer(text[start : start + size], add_special_tokens=False, verbose=False)["input_ids"])
         # A cut may turn one token into a few, so the pieces never have fewer tokens than the text.
         if count - CHARACTERS_PER_TOKEN * (1 + start // size) > max_tokens:
-            raise _too_long(name, param, f"more than {counted(max_tokens, 'token')}", max_tokens)
+            raise _too_long(name, param, f"more than {quantity(max_tokens, 'token')}", max_tokens)
 
 
 def refuse_long_ids(ids: Sequence[int], max_tokens: int, name: str, param: str) -> None:
@@ -58,7 +58,7 @@ def refuse_long_ids(ids: Sequence[int], max_tokens: int, name: str, param: str) 
         ApiError: 400.
     """
     if len(ids) > max_tokens:
-        raise _too_long(name, param, counted(len(ids), "token"), max_tokens)
+        raise _too_long(name, param, quantity(len(ids), "token"), max_tokens)
 
 
 def refuse_many_gaps(parts: Sequence[Piece]) -> None:

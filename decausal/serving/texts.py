@@ -15,7 +15,7 @@ from decausal.serving.counting import Work, refuse_long_ids, refuse_long_text, r
 from decausal.serving.errors import bad_request
 from decausal.serving.schema import CompletionBody
 from decausal.serving.settings import MAX_UNKNOWN_GAPS
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 def completion_texts(
@@ -142,7 +142,7 @@ def num_new(
         more = f" and {wanted} are to be written" if wanted is not None else ""
         todo = f"write at most {room}, or shorten it" if room >= 1 else "shorten it"
         raise bad_request(
-            f"{name} has {counted(num_given, 'token')}{more}; this server takes rows of at most "
+            f"{name} has {quantity(num_given, 'token')}{more}; this server takes rows of at most "
             f"{max_total_tokens}: {todo}",
             fields[0] if room < 1 else fields[1],
             "context_length_exceeded",

@@ -20,7 +20,7 @@ from decausal.serving.errors import ApiError, bad_request
 from decausal.serving.metrics import Metrics
 from decausal.serving.settings import SHARE_OF_OTHERS
 from decausal.serving.turns import Turns
-from decausal.wording import counted
+from decausal.wording import quantity
 
 Result = TypeVar("Result")
 
@@ -91,7 +91,7 @@ class Worker:
         most_of_client = most - self._max_queue // SHARE_OF_OTHERS
         if num_rows > most_of_client:
             raise bad_request(
-                f"{counted(num_rows, 'answer')} at once are wanted (prompts times n), and this server takes at most "
+                f"{quantity(num_rows, 'answer')} at once are wanted (prompts times n), and this server takes at most "
                 f"{most_of_client}: ask for fewer",
                 "n",
                 "too_many_choices",
@@ -102,7 +102,7 @@ class Worker:
                 wait = self._seconds_to_wait(num_rows)
                 raise ApiError(
                     429,
-                    f"{counted(self._num_rows, 'row')} at work or waiting, {own} of this client; this server takes "
+                    f"{quantity(self._num_rows, 'row')} at work or waiting, {own} of this client; this server takes "
                     f"{self._max_rows} and {self._max_queue}, {most_of_client} of one client: try again in {wait} s",
                     code="queue_full",
                     headers={"Retry-After": str(wait)},

@@ -14,7 +14,7 @@ from decausal.evaluation.tasks import TaskScores
 from decausal.privacy import without_paths, without_secrets
 from decausal.provenance import provenance
 from decausal.training.settings.pretraining import PretrainSettings
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 def model_card(
@@ -47,7 +47,7 @@ pipeline_tag: text-generation
 
 # A small autoregressive model, made by decausal
 
-{num_parameters:,} parameters: {counted(settings.num_hidden_layers, "layer")} of width {settings.hidden_size},
+{num_parameters:,} parameters: {quantity(settings.num_hidden_layers, "layer")} of width {settings.hidden_size},
 {_vocabulary(settings)}, a context of {settings.context} tokens. Stock Qwen3
 architecture, bfloat16 weights. Trained on `{without_paths(settings.data)}`. It exists to be converted
 into a diffusion model, in demonstrations and tests.
@@ -62,7 +62,7 @@ into a diffusion model, in demonstrations and tests.
 {command}
 ```
 
-{counted(num_tokens, "token")} in {counted(num_steps, "step")}, padding included. The same command makes it again.
+{quantity(num_tokens, "token")} in {quantity(num_steps, "step")}, padding included. The same command makes it again.
 
 ```yaml
 {made_with}```

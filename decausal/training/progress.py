@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from decausal.data.reading import say
 from decausal.training.meters import TokenMeter
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 class Pace:
@@ -112,7 +112,7 @@ class _Shown(TrainerCallback):
         if not state.is_world_process_zero or not logs.keys() - {"epoch"}:
             return
         if "train_runtime" in logs:
-            steps = counted(state.global_step - self.pace.first_step, "step")
+            steps = quantity(state.global_step - self.pace.first_step, "step")
             self.show(f"trained {steps} in {duration(logs['train_runtime'])}")
             return
         if "loss" in logs:

@@ -24,7 +24,7 @@ from decausal.privacy import without_secrets
 from decausal.training.on_policy import OnPolicyStream, parts_of
 from decausal.training.run import rows_per_step
 from decausal.training.run_directory import RUN_FILE, sealed
-from decausal.wording import counted
+from decausal.wording import quantity
 
 MAY_CHANGE = frozenset(
     """
@@ -91,7 +91,7 @@ def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
     _refuse_difference(checkpoint, before.get("arguments", {}), _fixed_arguments(args))
     if before.get("rows_per_step", num_rows) != num_rows:
         raise UserError(
-            f"an optimizer step would read {counted(num_rows, 'row')}, and in {checkpoint} it read "
+            f"an optimizer step would read {quantity(num_rows, 'row')}, and in {checkpoint} it read "
             f"{before['rows_per_step']}: rows would be skipped or read twice; choose --per_device_train_batch_size, "
             "--gradient_accumulation_steps and the number of processes so that their product stays"
         )

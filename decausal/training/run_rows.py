@@ -31,7 +31,7 @@ from decausal.training.rollouts import Decoding
 from decausal.training.run import rows_per_step, run_length
 from decausal.training.schedule import steps
 from decausal.training.settings import ConversionSettings
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _course(args: TrainingArguments, settings: ConversionSettings, num_prompts: 
     warm = steps(share, args.max_steps) or 0
     if warm >= args.max_steps:
         raise UserError(
-            f"--warm_start_steps {share}: the whole run of {counted(args.max_steps, 'step')} is "
+            f"--warm_start_steps {share}: the whole run of {quantity(args.max_steps, 'step')} is "
             f"warm start; raise --max_steps, or "
             "give --rows corpus"
         )

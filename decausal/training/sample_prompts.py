@@ -9,7 +9,7 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.files import parsed_json, read_given
-from decausal.wording import counted
+from decausal.wording import quantity
 
 MAX_PROMPTS = 32
 
@@ -40,7 +40,7 @@ def read_sample_prompts(path: str | Path) -> list[SamplePrompt]:
         raise UserError(f"--sample_prompts {path}: it holds no prompt; write one per line")
     if len(prompts) > MAX_PROMPTS:
         raise UserError(
-            f"--sample_prompts {path}: it holds {counted(len(prompts), 'prompt')}, "
+            f"--sample_prompts {path}: it holds {quantity(len(prompts), 'prompt')}, "
             f"and each is continued at each evaluation; give "
             f"at most {MAX_PROMPTS}, and more to decausal batch"
         )

@@ -30,7 +30,7 @@ from decausal.verbs.sampling import (
     progress_bar,
     sampler_options,
 )
-from decausal.wording import counted
+from decausal.wording import quantity
 
 if TYPE_CHECKING:
     from decausal.sampling.answers import AnswersResult
@@ -104,13 +104,13 @@ def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
     """Returns what was written, what was left out and why, and how fast it was."""
     counts = {
         "{} from before": result.num_resumed,
-        "{} cut at " + f"{counted(max_new_tokens, 'token')}, trained without an end": result.num_cut,
+        "{} cut at " + f"{quantity(max_new_tokens, 'token')}, trained without an end": result.num_cut,
         "{} shortened to where their text encodes to the same tokens": result.num_shortened,
-        "{} left out that were cut at " + counted(max_new_tokens, "token"): result.num_dropped,
+        "{} left out that were cut at " + quantity(max_new_tokens, "token"): result.num_dropped,
         "{} left out that are empty or encode to other tokens": result.num_lost,
         "{} refused" + f" ({result.refusal})": result.num_refused,
     }
-    parts = [f"{counted(result.num_written, 'answer')} written to {output}"]
+    parts = [f"{quantity(result.num_written, 'answer')} written to {output}"]
     parts += [text.format(number) for text, number in counts.items() if number]
     speed = result.num_tokens / result.seconds if result.seconds else 0.0
-    return ", ".join([*parts, f"{counted(result.num_tokens, 'token')} at {speed:.1f} tokens/s"])
+    return ", ".join([*parts, f"{quantity(result.num_tokens, 'token')} at {speed:.1f} tokens/s"])

@@ -21,7 +21,7 @@ from decausal.verbs.sampling import (
     sampler_options,
     told_of_drafts,
 )
-from decausal.wording import counted
+from decausal.wording import quantity
 
 DESCRIPTION = """Continue every prompt of a jsonl file, {"prompt": ..., "id": ...} or {"messages": [...]} in each line,
 with sampler settings of its own where wanted, and write the answers to another one in the same order. A job that was
@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> int:
     model = load(flags.directory, **template)
     with progress_bar() as on_progress:
         result = model.run_file(flags.prompts, flags.answers, chat=flags.chat, on_progress=on_progress, **options)
-    notes = [f"{counted(result.num_lines, 'answer')} in {flags.answers}"]
+    notes = [f"{quantity(result.num_lines, 'answer')} in {flags.answers}"]
     notes += [f"{result.num_resumed} of them from before"] if result.num_resumed else []
-    notes += [counted(result.num_errors, "error")] if result.num_errors else []
+    notes += [quantity(result.num_errors, "error")] if result.num_errors else []
     print(f"[{', '.join(notes)}{told_of_drafts(result.drafts)}]", file=sys.stderr)
     return 0

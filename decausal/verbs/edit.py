@@ -17,7 +17,7 @@ from decausal.verbs.sampling import (
     told_of_passes,
     watching,
 )
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 def run(arguments: list[str]) -> int:
@@ -83,5 +83,5 @@ def _print(edit: Any, flags: argparse.Namespace) -> None:
         console.print(coloured_diff(edit.before, edit.changes), soft_wrap=True)
     else:
         print(word_diff(edit.before, edit.changes))
-    note = f"{counted(edit.num_rewritten, 'token')} rewritten, {counted(len(edit.changes), 'change')}"
+    note = f"{quantity(edit.num_rewritten, 'token')} rewritten, {quantity(len(edit.changes), 'change')}"
     print(f"[{told_of_passes(note, edit.num_forwards)}]", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from decausal.errors import UserError
 from decausal.verbs.flags import VerbParser
-from decausal.wording import counted
+from decausal.wording import quantity
 
 DESCRIPTION = """One page over runs, evaluations and conversions: scores beside the AR source's, quality against speed,
 training curves, texts, and how each figure was made. Beside it the same as JSON."""
@@ -26,6 +26,6 @@ def run(arguments: list[str]) -> int:
 
     found = find(flags.paths)
     paths = write_report(found, output, flags.title)
-    held = f"{counted(len(found.runs), 'run')} and {counted(len(found.evaluations), 'evaluation')}"
+    held = f"{quantity(len(found.runs), 'run')} and {quantity(len(found.evaluations), 'evaluation')}"
     print(f"{held} in {paths[0]} and {paths[1]}")
     return 0

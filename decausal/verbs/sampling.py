@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from decausal.errors import UserError
 from decausal.sampling.settings import SETTINGS
 from decausal.verbs.flags import at_least, given, positive
-from decausal.wording import counted
+from decausal.wording import quantity
 
 if TYPE_CHECKING:
     from decausal.sampling.job_files import OnProgress
@@ -128,13 +128,13 @@ def print_generations(found: list[Any], as_json: bool) -> None:
             print(json.dumps({**vars(generation), "drafts": drafts}, ensure_ascii=False))
         else:
             print(generation.full_text)
-            note = told_of_passes(counted(len(generation.ids), "token"), generation.num_forwards)
+            note = told_of_passes(quantity(len(generation.ids), "token"), generation.num_forwards)
             print(f"[{note}{told_of_drafts(generation.drafts)}]", file=sys.stderr)
 
 
 def told_of_passes(written: str, num_forwards: int) -> str:
     """Returns what was written in how many passes."""
-    return f"{written} in {counted(num_forwards, 'forward pass', 'forward passes')}"
+    return f"{written} in {quantity(num_forwards, 'forward pass', 'forward passes')}"
 
 
 def told_of_drafts(drafts: Drafts | None) -> str:

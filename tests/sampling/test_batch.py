@@ -190,7 +190,7 @@ def test_answers_of_another_job_are_not_touched(model: Converted, tmp_path: Path
     before = target.read_bytes()
     with pytest.raises(UserError, match=r"begun with temperature 1\.0, now 0\.5: give the same"):
         run_file(model, source, target, **OPTIONS | {"temperature": 0.5})
-    with pytest.raises(UserError, match=r"has 1 lines and .* only 0"):
+    with pytest.raises(UserError, match=r"has 1 line and .* only 0"):
         run_file(model, write(tmp_path / "empty.jsonl", []), target, **OPTIONS)
     with pytest.raises(UserError, match=r"cannot read .*none\.jsonl"):
         run_file(model, tmp_path / "none.jsonl", target)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from decausal.evaluation.results import Ratio, ratio_over_rows
 from decausal.report.texts import text_figures
-from decausal.wording import counted
+from decausal.wording import quantity
 
 Sample = dict[str, Any]
 
@@ -274,7 +274,7 @@ def _number(value: float | None) -> str:
 def _looks(texts: dict[str, Any]) -> str:
     distinct = "/".join(_number(share) for share in texts["distinct"])
     return (
-        f"{counted(texts['num_texts'], 'text')} of {texts['length']:.1f} tokens, "
+        f"{quantity(texts['num_texts'], 'text')} of {texts['length']:.1f} tokens, "
         f"repetition {_number(texts['repetition'])}, "
         f"distinct 1/2/3-grams {distinct}, entropy {_number(texts['entropy'])} nats"
     )

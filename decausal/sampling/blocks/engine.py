@@ -32,7 +32,7 @@ from decausal.sampling.row_settings import RowSettings
 from decausal.sampling.scoring import job_log_probs
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.settings.of_model import refuse_for
-from decausal.wording import counted
+from decausal.wording import quantity
 
 GROWTH = 128
 """The fewest slots by which a cache without a given length grows."""
@@ -335,12 +335,12 @@ class BlockEngine:
         room = self.capacity - num_given
         if num_given // size * size + size > self.capacity:
             raise UserError(
-                f"{row.name} has {counted(num_given, 'token')}; {self.capacity} fit, in blocks of {size}, and one "
+                f"{row.name} has {quantity(num_given, 'token')}; {self.capacity} fit, in blocks of {size}, and one "
                 f"block must stay free: shorten it to {self.capacity - 1} tokens or fewer"
             )
         if num_wanted > room:
             raise UserError(
-                f"{row.name} has {counted(num_given, 'token')} and max_new_tokens={num_wanted}, but only "
+                f"{row.name} has {quantity(num_given, 'token')} and max_new_tokens={num_wanted}, but only "
                 f"{self.capacity} fit, in blocks of {size}: write at most {room}, or shorten it"
             )
 

@@ -17,7 +17,7 @@ from decausal.training.planning.room import Remedy, gib, memory_of, needed, reme
 from decausal.training.planning.step import PlannedStep, planned_step
 from decausal.training.planning.timing import StepTime, implied_time, measured_time
 from decausal.training.settings import ConversionSettings
-from decausal.wording import counted
+from decausal.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Plan:
         table.add_row("peak of tensors", gib(found.total))
         table.add_section()
         kind = f"{found.activations / found.num_tokens / 1e6:.3f} MB"
-        table.add_row(f"activations per token, {counted(found.num_tokens, 'token')} in a micro-batch", kind)
+        table.add_row(f"activations per token, {quantity(found.num_tokens, 'token')} in a micro-batch", kind)
         table.add_row("operations per optimizer step", f"{accumulated * found.tally.operations / 1e12:,.2f} TFLOP")
         if self.time is not None:
             table.add_row(f"seconds per optimizer step, {self.time.origin}", f"{self.step_seconds:,.3f}")
         if self.hours is not None:
-            name = f"hours of {counted(self.step.num_steps, 'step')}, without {' and '.join(self.left_out)}"
+            name = f"hours of {quantity(self.step.num_steps, 'step')}, without {' and '.join(self.left_out)}"
             table.add_row(name, f"{self.hours:,.2f}")
         return table
 
