@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 PATIENCE = 300.0
 """After so many seconds a test takes something for hanging. It says nothing about speed: a machine may be busy."""
-SECONDS = 450  # longer than that, and shorter than `faulthandler_timeout`
+SECONDS = 900  # longer than any test, on a slow and busy machine too, and shorter than `faulthandler_timeout`
 
 
 def end_copies() -> None:
