@@ -35,7 +35,13 @@ from decausal.training.memory import keep_freed_memory
 from decausal.training.meters import TokenMeter
 from decausal.training.on_device import attend_by_flex, compiles, say_precision
 from decausal.training.planning.room import refuse_what_does_not_fit
-from decausal.training.resuming import fingerprint, refuse_other_arguments, refuse_other_rows, run_record
+from decausal.training.resuming import (
+    fingerprint,
+    refuse_other_arguments,
+    refuse_other_rows,
+    run_record,
+    say_other_precision,
+)
 from decausal.training.run import rows_per_step, training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
@@ -108,6 +114,7 @@ def convert(
         settings, start = find_start(settings, output_dir, checkpoint)
         if checkpoint is not None:
             refuse_other_arguments(checkpoint, args)
+            say_other_precision(checkpoint, args)
         is_sharded = bool(args.fsdp or args.deepspeed)
         refuse_what_does_not_fit(settings, training, args.device, start=start, is_sharded=is_sharded)
         run = _prepare(settings, start, args, training, callbacks, measure, meter)

@@ -33,6 +33,7 @@ from decausal.training.resuming import (
     refuse_other_rows,
     refuse_other_settings,
     run_record,
+    say_other_precision,
 )
 from decausal.training.run import rows_per_step, run_length, training_arguments
 from decausal.training.run_directory import (
@@ -75,6 +76,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
         if checkpoint is not None:
             refuse_other_settings(checkpoint, asdict(settings))
             refuse_other_arguments(checkpoint, args)
+            say_other_precision(checkpoint, args)
         tokenizer = _tokenizer(settings, checkpoint)
         rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
         heldout_rows = _heldout_rows(settings, tokenizer)  # now, so that errors are reported before training

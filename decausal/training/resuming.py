@@ -1,8 +1,9 @@
 """What a resumed run must have in common with the run that saved its checkpoint, and what it may change.
 
 It may change what affects neither the model nor its training: the length of the run, how it is measured, logged and
-saved, how a step is split over micro-batches and processes, and where the same data lie. Anything else is refused. Some
-of it would be ignored, since transformers restores the learning rate and its schedule from the checkpoint.
+saved, how a step is split over micro-batches and processes, and where the same data lie. The precision may change too,
+and a line says so. Anything else is refused. Some of it would be ignored, since transformers restores the learning rate
+and its schedule from the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import xxhash
 import yaml
 from transformers import TrainingArguments
 
+from decausal.data.reading import say
 from decausal.data.stream import TrainingStream
 from decausal.errors import UserError
 from decausal.files import parsed_yaml
@@ -57,6 +59,7 @@ def run_record(settings: Mapping[str, Any], args: TrainingArguments, rows: str) 
         "settings": _fixed_settings(settings),
         "arguments": _fixed_arguments(args),
         "rows_per_step": rows_per_step(args),
+        "precision": _precision(args),
         "rows": rows,
     }
 
@@ -97,6 +100,13 @@ def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
         )
 
 
+def say_other_precision(checkpoint: Path, args: TrainingArguments) -> None:
+    """Says so if the run goes on in another precision, as one does that moves between a CPU and a GPU."""
+    before, now = sealed(checkpoint).get("precision"), _precision(args)
+    if before not in (None, now):
+        say(f"goes on in {now}; {checkpoint} was trained in {before}, so the weights will not be quite the same")
+
+
 def refuse_other_rows(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError if the data do not give the rows that the run has been trained on so far.
 
@@ -117,6 +127,10 @@ def _fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fixed_arguments(args: TrainingArguments) -> dict[str, Any]:
     return _plain({name: getattr(args, name) for name in FIXED_ARGUMENTS if hasattr(args, name)})
+
+
+def _precision(args: TrainingArguments) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,12 @@ def copied(root: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_another_precision_is_said(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = copied(root, tmp_path)
+    resumed(root, out, bf16=True)
+    assert f"goes on in bfloat16; {out / 'checkpoint-2'} was trained in float32" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name", ["hub_token", "push_to_hub_token", "api_key", "wandb-api-key", "password", "--secret", "access_key"]
 )
