@@ -14,6 +14,7 @@ class UserError(Exception):
 
 
 LONGEST_WORD = 200
+LONGEST_LINE = 400  # of what a library says: some list every weight of a model
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:
@@ -31,9 +32,10 @@ def one_of(word: str, accepted: Sequence[str], called: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, or its type's name when it says nothing."""
+    """Returns the first line of what an error says, cut where it is long, or its type's name when it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 
 def refuse_broken_text(text: str, where: str) -> None:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from transformers import PreTrainedModel
 
 from decausal import load
-from decausal.errors import UserError
+from decausal.errors import LONGEST_LINE, UserError
 from decausal.exchange.plain import export_plain
 from decausal.models.adapt import load_source
 from decausal.models.checkpoint import load_converted
@@ -167,6 +167,18 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"does not fit its base model") as caught:
         load_source(broken, merge_adapter=True)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_a_larger_model_names_some_of_the_weights_that_are_missing(tmp_path: Path) -> None:
+    model = save_source(tmp_path / "model", num_hidden_layers=12)
+    get_peft_model(FAMILIES["qwen3"](), LoraConfig(target_modules=["q_proj", "up_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(model)}))
+    with pytest.raises(UserError, match=r"does not fit its base model: .* \.\.\.$") as caught:
+        load_source(tmp_path / "adapter", merge_adapter=True)
+    assert len(str(caught.value)) < LONGEST_LINE + 300
 
 
 def test_prompts_that_were_tuned_cannot_be_merged(tmp_path: Path) -> None:
