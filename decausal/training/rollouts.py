@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decausal.devices import choices
 from decausal.models.backbone import stock_model
+from decausal.models.block_cache import decoding
 from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.blocks.engine import BlockEngine
@@ -109,12 +110,13 @@ class Decoding:
             )
             for task in tasks
         ]
-        if self.settings.speculative:
-            verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **options)
-            verified = dict(run(verifying, jobs))
-            return [verified_rollout(task.prompt_ids, verified[index]) for index, task in enumerate(tasks)]
-        engine = BlockEngine(model, self.facts, **options)
-        ended = dict(run(engine, jobs))
+        with decoding(model):  # once for all passes: a model in training has to be taken out of it, module by module
+            if self.settings.speculative:
+                verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **options)
+                verified = dict(run(verifying, jobs))
+                return [verified_rollout(task.prompt_ids, verified[index]) for index, task in enumerate(tasks)]
+            engine = BlockEngine(model, self.facts, **options)
+            ended = dict(run(engine, jobs))
         return [as_rollout(task.prompt_ids, ended[index], engine.block_size) for index, task in enumerate(tasks)]
 
 
