@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -27,7 +27,7 @@ _PIECE = 2**22
 _PARTIAL = re.compile(r".+\.tmp\d+")
 
 
-def read_bounded(file: BinaryIO) -> bytes:
+def read_bounded(file: io.BufferedIOBase) -> bytes:
     """Reads a file to its end, if that comes within `MOST_GIVEN_BYTES`: a device may never end.
 
     Raises:

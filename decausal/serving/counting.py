@@ -76,5 +76,5 @@ def refuse_many_gaps(parts: Sequence[Piece]) -> None:
 
 
 def _too_long(name: str, param: str, has: str, max_tokens: int) -> ApiError:
-    message = f"{name} has {has}; this server takes rows of at most {max_tokens}: shorten it"
+    message = f"{name} has {has}; this server takes rows of at most {max_tokens:,}: shorten it"
     return bad_request(message, param, "context_length_exceeded")

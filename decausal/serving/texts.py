@@ -139,11 +139,11 @@ def num_new(
     room = max_total_tokens - num_given
     num_new = min(settings.max_new_tokens, room) if wanted is None else wanted
     if room < 1 or num_new > room:
-        more = f" and {wanted} are to be written" if wanted is not None else ""
-        todo = f"write at most {room}, or shorten it" if room >= 1 else "shorten it"
+        more = f" and {wanted:,} are to be written" if wanted is not None else ""
+        todo = f"write at most {room:,}, or shorten it" if room >= 1 else "shorten it"
         raise bad_request(
             f"{name} has {quantity(num_given, 'token')}{more}; this server takes rows of at most "
-            f"{max_total_tokens}: {todo}",
+            f"{max_total_tokens:,}: {todo}",
             fields[0] if room < 1 else fields[1],
             "context_length_exceeded",
         )

@@ -126,7 +126,7 @@ class PerCharacter:
 @pytest.mark.parametrize("max_tokens", [64, 4096])
 def test_of_a_text_of_megabytes_no_more_is_read_than_shows_that_it_is_too_long(max_tokens: int) -> None:
     tokenizer, text = PerCharacter(1), "a" * 2**22
-    with pytest.raises(ApiError, match=f"more than {max_tokens} tokens"):
+    with pytest.raises(ApiError, match=f"more than {max_tokens:,} tokens"):
         refuse_long_text(tokenizer, text, max_tokens, "the prompt", "prompt", Work(60.0, LATE))
     assert tokenizer.num_read <= 2 * CHARACTERS_PER_TOKEN * max_tokens
     tokenizer = PerCharacter(64)

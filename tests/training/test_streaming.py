@@ -76,7 +76,7 @@ def test_other_data_and_another_window_are_refused_on_resuming(root: Path, tmp_p
     options = STREAMED | {"resume_from_checkpoint": "true"}
     with pytest.raises(UserError, match=r"--streaming_window 5: .* was trained with 4"):
         run(root / "model", root / "text.jsonl", out, **options | {"streaming_window": 5})
-    with pytest.raises(UserError, match=r"--streaming False: .* was trained with True"):
+    with pytest.raises(UserError, match=r"--streaming false: .* was trained with true"):
         run(root / "model", root / "text.jsonl", out, **options | {"streaming": False})
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "the hat"}) + "\n" + (root / "text.jsonl").read_text())
     with pytest.raises(UserError, match="the data give other rows"):
