@@ -10,6 +10,8 @@ libraries; FlexAttention, which the compiler makes from a template of its own, s
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen3-0.6b", choices=list(SHAPES))
     args = parser.parse_args()
-    print_header(provenance() | {"command": f"python benchmarks/compiled_layers.py --model {args.model}"})
+    print_header(provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])})
     print("| layer | kernels | of libraries | generated | their MB for each token | and apart from tokens |")
     print("|" + "---|" * 6)
     for label, plan in {

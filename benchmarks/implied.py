@@ -6,6 +6,8 @@ python benchmarks/implied.py --rows 4 --length 4096
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,8 +41,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     args = parser.parse_args()
-    command = f"python benchmarks/implied.py --rows {args.rows} --length {args.length}"
-    print_header(provenance() | {"command": command})
+    print_header(provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])})
     for layers in (1, 2):
         SHAPES[f"{args.model}, {layers} of its layers"] = replace(SHAPES[args.model], num_hidden_layers=layers)
     steps = dict(steps_of(args.model, args.rows, args.length, args.kinds))
