@@ -107,7 +107,7 @@ class Reaching:
         """Returns the finding in words."""
         best, when = fmean(self.targets), fmean(self.reference_tokens)
         start = (
-            f"{self.reference}'s best {unit} was {best:.3f} (mean over {_counted(self.seeds)}), first at "
+            f"{self.reference}'s best {unit} was {best:.3f} (mean over {quantity(len(self.seeds), 'seed')}), first at "
             f"{when:,.0f} training tokens"
         )
         if self.starts == self.targets:
@@ -119,8 +119,8 @@ class Reaching:
         by_seed = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in self.ratios)
         if self.mean_ratio is None:
             return (
-                f"{start} {self.arm} reached it with {len(reached)} of {_counted(self.seeds)}; its tokens over the "
-                f"reference's, by seed: {by_seed}."
+                f"{start} {self.arm} reached it with {len(reached)} of {quantity(len(self.seeds), 'seed')}; its "
+                f"tokens over the reference's, by seed: {by_seed}."
             )
         return (
             f"{start} {self.arm} reached it at {fmean(reached):,.0f}: {self.mean_ratio:.2f} times the tokens "
@@ -251,10 +251,6 @@ def _paired_error(pairs: Sequence[tuple[Score, Score]]) -> float | None:
     ]
     by_prompt = [fmean(differences) for differences in zip(*by_seed, strict=True)]
     return stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
-
-
-def _counted(seeds: Sequence[int]) -> str:
-    return quantity(len(seeds), "seed")
 
 
 @dataclass(frozen=True)
