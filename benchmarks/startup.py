@@ -16,6 +16,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Command:
         floor: the plain program that does the same, by name.
         target: seconds that it may take on two idle cores.
         directory: where it runs: in another checkout it runs that one's code.
+        removed: what it wrote when it was timed before, which is removed first.
     """
 
     arguments: tuple[str, ...]
@@ -67,6 +69,7 @@ class Command:
     floor: str | None = None
     target: float | None = None
     directory: str | None = None
+    removed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def seconds_until(command: Command) -> Seconds:
     Raises:
         RuntimeError: it ended without.
     """
+    if command.removed is not None:
+        shutil.rmtree(command.removed, ignore_errors=True)
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-u", *command.arguments],
@@ -117,7 +122,6 @@ def commands(model: str, converted: Path, scratch: Path, recipe: str) -> dict[st
     ours = ("-m", "decausal")
     convert = (*ours, "convert", model, "--recipe", recipe, "--data", str(text), "--output_dir", out)
     convert += ("--max_length", "128", "--max_steps", "1", "--per_device_train_batch_size", "1", "--logging_steps", "1")
-    convert += ("--overwrite", "true")  # the round before was ended in the middle
     generate = (*ours, "generate", str(converted), PROMPT, "--max_new_tokens", "1")
     return {
         "import torch": Command(("-c", "import torch")),
@@ -131,7 +135,9 @@ def commands(model: str, converted: Path, scratch: Path, recipe: str) -> dict[st
         "decausal convert, missing data": Command((*convert, "--data", "nowhere.txt"), target=1),
         "decausal compare, wrong path": Command((*ours, "compare", "./nowhere"), target=1),
         "decausal generate, first token": Command(generate, PROMPT, "read a model and run it once", target=5),
-        "decausal convert, first step": Command(convert, "step 1/1", "read a model and train it once", target=5),
+        "decausal convert, first step": Command(
+            convert, "step 1/1", "read a model and train it once", target=5, removed=Path(out)
+        ),
     }
 
 

@@ -229,6 +229,24 @@ def test_the_garbage_collector_rests_for_imports_alone(was_enabled, monkeypatch)
     assert calls == ["disable", "import", *(["enable"] if was_enabled else [])]
 
 
+def test_what_the_first_imports_leave_is_skipped_by_later_collections():
+    """Once: what a long-lived process made before a second verb may be collected."""
+    script = """
+import gc, sys
+from decausal.verbs.flags import slow_imports
+for name in ("first", "second"):
+    with slow_imports():
+        sys.modules["torch"] = sys
+    print(gc.get_freeze_count())
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
+    )
+    first, second = map(int, process.stdout.split())
+    assert first > 1000
+    assert second == first
+
+
 def test_what_is_good_goes_on_to_the_imports(directory):
     """The script does refuse: good input gets as far as what it cannot import."""
     good = [["convert", "tiny", "--data", "text.txt", "--output_dir", "new"], ["generate", "model", "x"]]

@@ -41,12 +41,18 @@ class VerbParser(argparse.ArgumentParser):
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Pauses garbage collection during imports, where it takes a fifth of the time and finds nothing."""
-    was_enabled = gc.isenabled()
+    """Pauses garbage collection during imports, where it takes a fifth of the time and finds nothing.
+
+    What the first imports leave stays as long as the process, so later collections skip it: each full one saves
+    a quarter of a second.
+    """
+    was_enabled, is_first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
+        if is_first:
+            gc.freeze()
         if was_enabled:
             gc.enable()
 
