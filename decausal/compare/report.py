@@ -27,7 +27,7 @@ from decausal.compare.settings import SPECULATIVE, CompareSettings, Schedule
 from decausal.compare.training import Planned, RunResult
 from decausal.compare.view import schedule_name
 from decausal.files import write_whole
-from decausal.privacy import without_paths
+from decausal.privacy import without_paths, without_secrets
 from decausal.provenance import provenance
 from decausal.wording import quantity
 
@@ -157,7 +157,7 @@ def write_report(comparison: Comparison) -> list[Path]:
 
 def write_figures(comparison: Comparison) -> None:
     """Writes only `report.json`, with the results so far."""
-    text = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(without_secrets(comparison.as_dict()), indent=2, ensure_ascii=False) + "\n"
     write_whole(Path(comparison.settings.output_dir, REPORT_FIGURES), text)
 
 

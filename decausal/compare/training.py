@@ -24,6 +24,7 @@ from decausal.errors import UserError
 from decausal.files import parsed_yaml
 from decausal.models.checkpoint import load_converted
 from decausal.models.facts import FACTS_FILE
+from decausal.privacy import without_secrets
 from decausal.training.convert import convert
 from decausal.training.meters import Clock, TokenMeter
 from decausal.training.run_directory import RUN_FILE, checkpoints
@@ -87,7 +88,7 @@ def refuse_other_run(planned: Planned, measured: dict[str, Any]) -> None:
     recorded = _recorded(directory)
     if recorded is None:
         return
-    now = _plain(asdict(planned.run.conversion) | planned.training)
+    now = without_secrets(_plain(asdict(planned.run.conversion) | planned.training))  # as they were recorded
     before = RunRecord(directory, measured).measured_before() or measured
     pairs = [(name, recorded.get(name), now.get(name)) for name in sorted({*recorded, *now} - _MAY_DIFFER)]
     pairs += [(f"measured {name}", before.get(name), measured.get(name)) for name in sorted({*before, *measured})]

@@ -18,7 +18,7 @@ from transformers import (
 
 from decausal.errors import UserError, first_line
 from decausal.files import parsed_json
-from decausal.models.adapt import LOADING_ERRORS, forget_secrets
+from decausal.models.adapt import LOADING_ERRORS, forget_private
 
 _SETTINGS = "tokenizer_config.json"
 _READ = ("tokenizer.json", _SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -54,7 +54,7 @@ def read_tokenizer(directory: Path, stock: PretrainedConfig) -> PreTrainedTokeni
             raise UserError(f"cannot load the tokenizer of {directory}: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load the tokenizer of {directory}: its vocabulary is missing (tokenizer.json)")
-    forget_secrets(directory, tokenizer)
+    forget_private(directory, tokenizer)
     return tokenizer
 
 

@@ -27,7 +27,7 @@ from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomp
 from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
 from decausal.models.quantized import dequantizing, plain
-from decausal.privacy import drop_secrets
+from decausal.privacy import drop_secrets, secret_in
 from decausal.wording import quantity
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def load_weights(
         )
     if getattr(model, "is_quantized", False):
         model = plain(model, dtype)
-    forget_secrets(path, model)
+    forget_private(path, model)
     return model.to(dtype).eval()
 
 
@@ -191,10 +191,25 @@ def unreadable(error: Exception) -> str:
     return first_line(error)
 
 
-def forget_secrets(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokenizerBase) -> None:
-    """Drops secrets from a model's or tokenizer's settings, which saving would write, and says so."""
+def forget_private(path: str | Path, *loaded: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    """Drops what saving would write and nobody should read: the names of a source's code, and secrets, with a warning.
+
+    Raises:
+        UserError: A secret has become a token of the vocabulary.
+    """
     for each in loaded:
-        kept = [each.config, each.generation_config] if isinstance(each, PreTrainedModel) else [each.init_kwargs]
+        if isinstance(each, PreTrainedModel):
+            kept = [each.config, each.generation_config]
+            vars(each.config).pop("auto_map", None)  # its code stays behind and is never run
+        else:
+            kept = [each.init_kwargs]
+            each.init_kwargs.pop("auto_map", None)
+            # transformers takes every setting `*_token` of a tokenizer for the text of a special token.
+            if name := secret_in(each.special_tokens_map):
+                raise UserError(
+                    f"the tokenizer_config.json of {path} holds a secret, '{name}', which would become a token of the "
+                    "vocabulary: remove it from the file"
+                )
         if found := list(dict.fromkeys(drop_secrets(kept))):
             logger.warning(
                 "the settings of %s hold secrets (%s), which are neither used nor recorded", path, ", ".join(found)
@@ -340,5 +355,5 @@ def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     # Without its files, transformers makes a tokenizer that only knows special tokens and drops all text.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"cannot load the tokenizer of {path}: its vocabulary is missing (tokenizer.json)")
-    forget_secrets(path, tokenizer)
+    forget_private(path, tokenizer)
     return tokenizer

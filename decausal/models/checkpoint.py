@@ -15,7 +15,7 @@ from transformers.utils import logging
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.files import follow_umask, write_whole
-from decausal.models.adapt import LOADING_ERRORS, adapt, forget_secrets, load_source, source_dtype, unreadable
+from decausal.models.adapt import LOADING_ERRORS, adapt, forget_private, load_source, source_dtype, unreadable
 from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
 from decausal.models.directories import Adapter, adapter_of
@@ -156,7 +156,7 @@ def load_converted(
         raise UserError(f"{path} holds {FACTS_FILE} but its model cannot be loaded: {unreadable(error)}") from error
     if info["missing_keys"]:
         raise UserError(f"{path} holds {FACTS_FILE} but its weights lack {min(info['missing_keys'])}")
-    forget_secrets(path, model, tokenizer)
+    forget_private(path, model, tokenizer)
     _refuse_disagreement(path, facts, model, tokenizer)
     return Converted(model.eval().to(device), tokenizer, facts)
 
@@ -184,7 +184,7 @@ def _with_adapter(
         raise UserError(f"{path} holds adapters on {adapter.base}, which cannot be loaded: {error}") from error
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
-    forget_secrets(path, tokenizer)
+    forget_private(path, tokenizer)
     adapt(model, base_tokenizer, mask_token=tokenizer.mask_token, layout=facts.attention)
     model = merged(model, path)
     put_mask_row(model, facts.mask_token_id, path)

@@ -27,7 +27,8 @@ from decausal.errors import UserError
 from tests.families import FAMILIES, tiny_tokenizer
 
 CONTEXT = 128
-SHARED = {"max_length": "64", "per_device_train_batch_size": "2"}
+SECRET = "canary7f3ab2notsecretlooking"
+SHARED = {"max_length": "64", "per_device_train_batch_size": "2", "hub_token": SECRET}
 OVERRIDES = ("aligned.align_weight=2",)
 
 
@@ -96,6 +97,11 @@ def test_every_arm_and_seed_is_a_converted_model_beside_the_report(compared: Com
     for name in runs:
         assert not list((compared.directory / name).glob("checkpoint-*"))
         assert decausal.load(compared.directory / name).facts.recipe["max_steps"] == 4
+
+
+def test_no_file_holds_a_secret(compared: Compared) -> None:
+    files = [path for path in compared.directory.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_runs_are_measured_at_the_start_at_shares_of_the_budget_and_at_the_end(compared: Compared) -> None:

@@ -13,7 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassifica
 from decausal.diffusion.layout import Layout
 from decausal.errors import UserError
 from decausal.models.adapt import adapt, load_source
+from decausal.models.checkpoint import load_converted, save_converted
 from tests.families import EOS, FAMILIES, VOCAB_SIZE, tiny_tokenizer
+from tests.sampling.stand_ins import conversion_facts
 
 
 def save_source(directory: Path, family: str = "qwen3") -> Path:
@@ -75,6 +77,31 @@ def test_code_from_the_repository_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "configuration.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert "never run" in refused(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_names_of_code_that_stays_behind_are_not_written(tmp_path: Path, is_converted: bool) -> None:
+    source = save_source(tmp_path / "source")
+    if is_converted:
+        model, tokenizer = load_source(source)
+        save_converted(source, model, tokenizer, conversion_facts(adapt(model, tokenizer), shift=1))
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((source / name).read_text()) | {"auto_map": {"AutoConfig": "theirs.Config"}}
+        (source / name).write_text(json.dumps(values))
+    model, tokenizer = load_converted(source)[:2] if is_converted else load_source(source)
+    model.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert "auto_map" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_a_secret_that_would_become_a_token_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = save_source(tmp_path)
+    values = json.loads((source / "tokenizer_config.json").read_text()) | {"hub_token": "nobody may read it"}
+    (source / "tokenizer_config.json").write_text(json.dumps(values))
+    assert "tokenizer_config.json of" in refused(source)
+    assert "holds a secret, 'hub_token'" in refused(source)
+    (source / "tokenizer_config.json").write_text(json.dumps(values | {"hub_token": None, "audio_token": "<a>"}))
+    load_source(source)
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:
