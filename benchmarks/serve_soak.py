@@ -171,7 +171,7 @@ async def ask(
     if kind == "ask":
         answer = await client.post("/v1/completions", json=body)
         if answer.status_code == 429:
-            tally.counts["told to wait"] += 1
+            tally.counts["asked to wait"] += 1
             await asyncio.sleep(float(answer.headers["Retry-After"]))
             return
         found = answer.json()["choices"][0]["text"]
@@ -179,7 +179,7 @@ async def ask(
         pieces: list[str] = []
         async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
             if stream.status_code == 429:
-                tally.counts["told to wait"] += 1
+                tally.counts["asked to wait"] += 1
                 await asyncio.sleep(float(stream.headers["Retry-After"]))
                 return
             async for line in stream.aiter_lines():

@@ -16,7 +16,7 @@ QWEN_2_5 = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen3: the last answer behind the last question opens with its thoughts, also empty ones; earlier answers lose them.
+# Qwen3: the last answer after the last question opens with its thoughts, also empty ones; earlier answers lose them.
 QWEN_3 = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endif %}"
@@ -92,11 +92,11 @@ DEEPSEEK_V3 = (
 )
 # R1-Distill: the same, and what is to be written begins inside of a thought.
 R1_DISTILL = DEEPSEEK_V3.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\n' }}")
-# DeepSeek-V3.1: what is to be written begins behind a closed thought.
+# DeepSeek-V3.1: what is to be written begins after a closed thought.
 DEEPSEEK_V3_1 = DEEPSEEK_V3.replace("else '<｜Assistant｜>')", "else '<｜Assistant｜></think>')").replace(
     "{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜></think>' }}"
 )
-# Phi-3: the end of a turn, and behind the last one the end of the document.
+# Phi-3: the end of a turn, and after the last one the end of the document.
 PHI_3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"

@@ -109,21 +109,21 @@ def _watch(function: Callable[[], Any], directory: Path, report: Path) -> None:
     except BaseException:
         failure = traceback.format_exc()
     watcher.is_busy = True
-    if watcher.told is not None:
-        os.write(watcher.told, failure.encode())
+    if watcher.reported is not None:
+        os.write(watcher.reported, failure.encode())
     else:
         report.write_bytes(pickle.dumps((watcher.faults, failure)))
     os._exit(0)
 
 
 class _Watcher:
-    """The hook. In the process whose disk is full `told` is the pipe to say how it ended."""
+    """The hook. In the process whose disk is full `reported` is the pipe to say how it ended."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = os.fspath(directory.absolute())
         self.faults: list[Fault] = []
         self.is_busy = False
-        self.told: int | None = None
+        self.reported: int | None = None
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if self.is_busy or event not in (*_MAKES, *_REMOVES):
@@ -137,7 +137,7 @@ class _Watcher:
             path = _absolute(args[0], args[-1] if event in ("os.mkdir", *_REMOVES) else -1)
             if not path.startswith(self.directory):
                 return
-            if self.told is None:
+            if self.reported is None:
                 self._note(event, os.path.relpath(path, self.directory))
             elif event in ("open", "os.mkdir"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
@@ -149,14 +149,14 @@ class _Watcher:
         if event in _REMOVES:
             self.faults.append(Fault(event, path, before))
             return
-        source, told = os.pipe()
+        source, reported = os.pipe()
         pid = os.fork()
         if not pid:
             os.close(source)
-            self.told = told
+            self.reported = reported
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # for what libraries write that are not Python
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        os.close(told)
+        os.close(reported)
         with os.fdopen(source, "rb") as pipe:
             message = pipe.read().decode()
         os.waitpid(pid, 0)

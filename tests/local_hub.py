@@ -200,13 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = directory.joinpath(*place)
         if not path.is_file():
             raise RefusedError(404, "EntryNotFound", f"{'/'.join(place)} does not exist on {revision}")
-        told = {"ETag": f'"{blob_id(path)}"', "X-Repo-Commit": commit}
+        reported = {"ETag": f'"{blob_id(path)}"', "X-Repo-Commit": commit}
         if path.suffix in LARGE:
             place_elsewhere = f"{self.hub.elsewhere}/large/{path.relative_to(self.hub.root)}"
             linked = {"X-Linked-ETag": f'"{large_id(path)}"', "X-Linked-Size": str(path.stat().st_size)}
-            self._send(302, b"", told | linked | {"Location": place_elsewhere})
+            self._send(302, b"", reported | linked | {"Location": place_elsewhere})
         else:
-            self._send(200, path.read_bytes(), told)
+            self._send(200, path.read_bytes(), reported)
 
     def _found(self, kind: str, name: str, revision: str) -> tuple[str, Path]:
         """Returns commit and files. To strangers, the hub says the same of what is private as of what is not there."""

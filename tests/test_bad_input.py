@@ -1,4 +1,4 @@
-"""Bad input, through the command line: exit code 2, exactly one line on stderr, and nothing left behind."""
+"""Bad input, through the command line: exit code 2, exactly one line on stderr, and nothing left after."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def refused(files, tmp_path, capfd) -> Callable[..., str]:
         given = ["--data", str(data), "--output_dir", str(tmp_path / "out" / "run"), *RUN, *map(str, flags)]
         capfd.readouterr()
         code = main(["convert", str(model), *given])
-        told = capfd.readouterr()
-        assert code == 2, told
-        assert_one_line(told.err)
-        assert "converted model" not in told.out
+        reported = capfd.readouterr()
+        assert code == 2, reported
+        assert_one_line(reported.err)
+        assert "converted model" not in reported.out
         assert sorted(tmp_path.rglob("*")) == before
-        return told.err
+        return reported.err
 
     return refuse
 
@@ -105,16 +105,16 @@ def test_an_encoder_decoder(refused, tmp_path):
 
 def test_a_model_without_its_language_modelling_head(refused, tmp_path):
     config = transformers.LlamaConfig(vocab_size=VOCAB_SIZE, **DECODER)
-    told = refused(model=save_config(tmp_path / "body", config, "LlamaModel"))
-    assert "is not a causal language model: its weights lack lm_head.weight" in told
+    reported = refused(model=save_config(tmp_path / "body", config, "LlamaModel"))
+    assert "is not a causal language model: its weights lack lm_head.weight" in reported
 
 
 @pytest.mark.parametrize("config_name", ["MambaConfig", "JambaConfig", "Qwen3NextConfig"])
 def test_hybrids_and_recurrent_models_are_refused_by_name(refused, tmp_path, config_name):
     config = getattr(transformers, config_name)()
-    told = refused(model=save_config(tmp_path / "hybrid", config))
-    assert config.model_type in told
-    assert "recurrent" in told or "state-space" in told
+    reported = refused(model=save_config(tmp_path / "hybrid", config))
+    assert config.model_type in reported
+    assert "recurrent" in reported or "state-space" in reported
 
 
 def test_a_model_whose_weights_are_cut_short(refused, files, tmp_path):
@@ -147,9 +147,9 @@ def test_data_that_match_nothing(refused, tmp_path):
 
 def test_data_that_are_not_named(files, tmp_path, capfd):
     assert main(["convert", str(files / "model"), "--output_dir", str(tmp_path / "out")]) == 2
-    told = capfd.readouterr().err
-    assert_one_line(told)
-    assert "--data is missing" in told
+    reported = capfd.readouterr().err
+    assert_one_line(reported)
+    assert "--data is missing" in reported
 
 
 @pytest.mark.parametrize("text", ["", "   \n\n  \n"], ids=["empty", "blank"])
@@ -165,9 +165,9 @@ def test_a_line_that_is_not_json_is_named_by_file_and_number(refused, tmp_path):
 
 def test_a_field_that_is_missing_is_named_with_those_that_are_there(refused, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"body": "one"}\n')
-    told = refused(data=tmp_path / "other.jsonl")
-    assert f"{tmp_path}/other.jsonl:1" in told
-    assert "body" in told
+    reported = refused(data=tmp_path / "other.jsonl")
+    assert f"{tmp_path}/other.jsonl:1" in reported
+    assert "body" in reported
     assert "body" in refused("--text_field", "content", data=tmp_path / "other.jsonl")
 
 
@@ -189,10 +189,10 @@ def test_half_a_surrogate_pair_in_data_is_one_line_in_every_verb(verb, files, tm
         arguments[0] = str(directory)
     capfd.readouterr()
     assert main([*verb.split(), *arguments]) == 2
-    told = capfd.readouterr().err
-    assert_one_line(told)
-    assert f"{data}:2: half a surrogate pair (character 5)" in told
-    assert "--on_bad_record skip" in told
+    reported = capfd.readouterr().err
+    assert_one_line(reported)
+    assert f"{data}:2: half a surrogate pair (character 5)" in reported
+    assert "--on_bad_record skip" in reported
     if verb in ("compare", "pretrain"):  # a whole run of them takes long, and they read as convert does
         return
     reading._SAID.clear()
@@ -243,7 +243,7 @@ def test_no_step(refused):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (("--max_steps", "abc"), "--max_steps: 'abc' is not accepted; give a whole number"),
         (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0: must be at least 1"),
@@ -280,8 +280,8 @@ def test_no_step(refused):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_values_that_are_not_taken(refused, flags, told):
-    assert told in refused(*flags)
+def test_values_that_are_not_taken(refused, flags, reported):
+    assert reported in refused(*flags)
 
 
 # Output directories
@@ -290,10 +290,10 @@ def test_values_that_are_not_taken(refused, flags, told):
 def test_an_output_directory_that_is_not_empty(files, tmp_path, refused):
     (tmp_path / "out" / "run").mkdir(parents=True)
     (tmp_path / "out" / "run" / "run.yaml").write_text("{}")
-    told = refused()
-    assert "is not empty" in told
-    assert "--resume_from_checkpoint" in told
-    assert "--overwrite" in told
+    reported = refused()
+    assert "is not empty" in reported
+    assert "--resume_from_checkpoint" in reported
+    assert "--overwrite" in reported
 
 
 def test_an_output_directory_that_no_run_made_is_never_overwritten(tmp_path, refused):
@@ -341,7 +341,7 @@ def converted(files) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["generate", "{model}", "the rain " * 60], "context"),
         (["generate", "{model}", "the <|mask|> rain"], "mask token"),
@@ -367,13 +367,13 @@ def converted(files) -> Path:
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
-def test_bad_input_to_other_verbs(files, converted, tmp_path, capfd, arguments, told):
+def test_bad_input_to_other_verbs(files, converted, tmp_path, capfd, arguments, reported):
     places = {"model": converted, "source": files / "model", "text": files / "text.jsonl", "new": tmp_path / "new"}
     capfd.readouterr()
     assert main([argument.format(**places) for argument in arguments]) == 2
     found = capfd.readouterr().err
     assert_one_line(found)
-    assert told in found
+    assert reported in found
     assert not list(tmp_path.iterdir())
 
 

@@ -77,7 +77,7 @@ def test_a_batch_is_not_continued_under_another_template(here: Path, capsys: pyt
 
 @pytest.mark.parametrize("verb", [*VERBS, ["serve", "DIR"], ["eval", "nll", "DIR", "--data", "in.jsonl"]])
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--chat_template", "missing.jinja"], "--chat_template missing.jinja: No such file"),
         (["--chat_template", "in.jsonl"], "in.jsonl is not a chat template"),
@@ -85,11 +85,11 @@ def test_a_batch_is_not_continued_under_another_template(here: Path, capsys: pyt
         (["--chat_template_kwargs", "[1]"], "not an object"),
     ],
 )
-def test_what_is_no_template_and_no_value_is_told(
-    verb: list[str], flags: list[str], told: str, here: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_no_template_and_no_value_is_reported(
+    verb: list[str], flags: list[str], reported: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*verb, *flags]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS[:2], ids=lambda verb: verb[0])

@@ -59,8 +59,8 @@ def test_a_warning_of_ours_is_one_line_without_its_place_in_the_code(tmp_path):
     arguments = ["convert", save_source(tmp_path / "source"), "--data", text, "--output_dir", tmp_path / "out"]
     ended = call(*arguments, "--recipe", "mdm", "--max_length", "32", "--max_steps", "1", "--save_strategy", "no")
     assert ended.returncode == 0, ended.stderr
-    (told,) = [line for line in ended.stderr.splitlines() if "left out" in line]
-    assert told.startswith("decausal: warning: left out 1 document longer than a row of 32 tokens: ")
+    (reported,) = [line for line in ended.stderr.splitlines() if "left out" in line]
+    assert reported.startswith("decausal: warning: left out 1 document longer than a row of 32 tokens: ")
     assert ".py" not in ended.stderr
 
 
@@ -109,10 +109,10 @@ def test_a_conversion_from_the_command_line_says_where_it_is_and_what_comes_next
     arguments = ["convert", str(converted / "model"), "--recipe", "mdm", "--data", str(converted / "text.jsonl")]
     arguments += ["--output_dir", str(converted / "mdm"), "--max_length", "24", "--max_steps", "1", "--use_cpu"]
     assert main(arguments) == 0
-    told = capsys.readouterr()
-    assert f"converted model: {converted / 'mdm'}" in told.out
-    assert f"decausal generate {converted / 'mdm'}" in told.out
-    assert not told.err
+    reported = capsys.readouterr()
+    assert f"converted model: {converted / 'mdm'}" in reported.out
+    assert f"decausal generate {converted / 'mdm'}" in reported.out
+    assert not reported.err
     facts = json.loads((converted / "mdm" / "decausal.json").read_text())
     assert facts["recipe"]["align_weight"] == 0
 
@@ -139,9 +139,9 @@ def test_pretraining_from_the_command_line_makes_a_model_that_converts(tmp_path,
     shape += ["--data", str(tmp_path / "text.txt"), "--eval_data", str(tmp_path / "text.txt"), "--bf16", "false"]
     schedule = ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", "{}", "--warmup_steps", "1"]
     assert main(["pretrain", "--output_dir", str(tmp_path / "ar"), *shape, *schedule]) == 0
-    told = capsys.readouterr().out
-    assert f"model: {tmp_path / 'ar'}" in told
-    assert "bits per byte" in told
+    reported = capsys.readouterr().out
+    assert f"model: {tmp_path / 'ar'}" in reported
+    assert "bits per byte" in reported
     assert "bits per byte" in (tmp_path / "ar" / "README.md").read_text()
     flags = ["--data", str(tmp_path / "text.txt"), "--max_length", "32", "--max_steps", "1", "--use_cpu"]
     assert main(["convert", str(tmp_path / "ar"), "--output_dir", str(tmp_path / "out"), *flags]) == 0
@@ -154,7 +154,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     )
 
 
-def test_an_interrupt_is_told_in_one_line(capsys, monkeypatch):
+def test_an_interrupt_is_reported_in_one_line(capsys, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 

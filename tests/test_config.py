@@ -1,4 +1,4 @@
-"""Recipes and flags become settings; what is unknown or of the wrong type is told by name."""
+"""Recipes and flags become settings; what is unknown or of the wrong type is reported by name."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ def test_reading_a_value_twice_changes_nothing(name, data):
 @given(st.text(max_size=12), st.sampled_from(sorted(training_hints())))
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_read_or_refused_in_one_line(text, name):
-    told = ""
+    reported = ""
     try:
         coerce(text, training_hints()[name], f"flag --{name}")
     except UserError as error:
-        told = str(error)
-    assert told == "" or told.startswith(f"flag --{name}: ")
+        reported = str(error)
+    assert reported == "" or reported.startswith(f"flag --{name}: ")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_training_arguments_are_read_as_transformers_users_write_them(name, give
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--max_steps", "abc"], "flag --max_steps: 'abc' is not accepted; give a whole number"),
         (["--max_steps", "1.5"], "'1.5' is not accepted; give a whole number"),
@@ -151,8 +151,8 @@ def test_training_arguments_are_read_as_transformers_users_write_them(name, give
         (["--layout", "blocks"], "give one of causal, bidirectional, block"),
     ],
 )
-def test_bad_flags_are_told_by_name(flags, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_bad_flags_are_reported_by_name(flags, reported):
+    with pytest.raises(UserError, match=re.escape(reported)):
         resolve(ConversionSettings, {}, flags)[0].with_facts()
 
 
@@ -254,7 +254,7 @@ def test_recipes_of_papers_differ_from_ours_in_what_the_documents_say():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("- a\n- b\n", "must hold 'key: value' lines"),
         ("a: [1, 2\n", "is not YAML"),
@@ -262,10 +262,10 @@ def test_recipes_of_papers_differ_from_ours_in_what_the_documents_say():
         (b"\xff\xfe\x00", "is not text"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, told):
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, reported):
     path = tmp_path / "my.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         read_recipe(str(path))
 
 

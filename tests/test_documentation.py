@@ -92,8 +92,8 @@ def test_the_code_that_the_page_on_extending_shows_is_in_the_package() -> None:
 def test_the_reference_is_what_the_code_says() -> None:
     script = runpy.run_path(str(DOCS / "generate_reference.py"))
     for name, page in script["PAGES"].items():
-        told = "out of date: run python docs/generate_reference.py"
-        assert (DOCS / "reference" / name).read_text() == page(), f"docs/reference/{name} is {told}"
+        reported = "out of date: run python docs/generate_reference.py"
+        assert (DOCS / "reference" / name).read_text() == page(), f"docs/reference/{name} is {reported}"
 
 
 @pytest.mark.parametrize("page", READ, ids=lambda page: page.name)

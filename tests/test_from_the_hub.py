@@ -207,8 +207,10 @@ def test_what_is_pushed_is_private_and_loads_by_its_id(decausal, hub, converted,
     assert checked.code == 0, checked
     output_dir = ["--output_dir", tmp_path / "again"]
     teacher = ["--teacher_model_name_or_path", "owner/mine"]
-    assert "already converted" in told(decausal("convert", MODEL, "--data", "owner/texts", *teacher, *output_dir, *RUN))
-    assert "decausal's form already" in told(decausal("import", "owner/mine", *output_dir))
+    assert "already converted" in reported(
+        decausal("convert", MODEL, "--data", "owner/texts", *teacher, *output_dir, *RUN)
+    )
+    assert "decausal's form already" in reported(decausal("import", "owner/mine", *output_dir))
 
 
 def test_a_public_checkpoint_is_imported_without_its_code(decausal, hub, tmp_path):
@@ -230,11 +232,11 @@ def test_who_is_logged_in_reads_what_is_private(decausal, logged_in, tmp_path):
 
 def test_a_push_of_a_stranger_is_refused_and_leaves_the_export(decausal, converted, tmp_path):
     flags = ["--format", "hf", "--output_dir", tmp_path / "out", "--push_to_hub", "owner/theirs"]
-    assert "check login and rights: log in with `hf auth login`" in told(decausal("export", converted, *flags))
+    assert "check login and rights: log in with `hf auth login`" in reported(decausal("export", converted, *flags))
     assert_same(weights(tmp_path / "out"), weights(converted))
 
 
-def told(ended: Ended) -> str:
+def reported(ended: Ended) -> str:
     """The one line of an error."""
     assert ended.code == 2, ended
     assert ended.err.startswith("decausal: error: ")
@@ -246,7 +248,7 @@ def told(ended: Ended) -> str:
 def refused(tmp_path) -> Callable[..., str]:
     def refuse(line: CommandLine, model: object, data: object, *flags: str) -> str:
         out = tmp_path / "out"
-        message = told(line("convert", model, "--data", data, "--output_dir", out, *RUN, *flags))
+        message = reported(line("convert", model, "--data", data, "--output_dir", out, *RUN, *flags))
         assert not out.exists()
         return message
 
@@ -296,9 +298,9 @@ def test_data_that_the_hub_does_not_give(decausal, refused, data, flags, reason)
 
 def test_what_is_no_converted_model_is_not_downloaded_to_say_so(decausal, hub):
     before = len(hub.asked)
-    assert f"{MODEL} on the hub is not a decausal checkpoint" in told(decausal("generate", MODEL, "the rain"))
+    assert f"{MODEL} on the hub is not a decausal checkpoint" in reported(decausal("generate", MODEL, "the rain"))
     assert not [request for request in hub.asked[before:] if "safetensors" in request]
-    assert NO_SUCH in told(decausal("generate", "owner/nowhere", "the rain"))
+    assert NO_SUCH in reported(decausal("generate", "owner/nowhere", "the rain"))
 
 
 def test_without_a_connection_what_was_downloaded_is_used(hub, home, converted, refused, tmp_path):
@@ -311,7 +313,7 @@ def test_without_a_connection_what_was_downloaded_is_used(hub, home, converted, 
     assert len(hub.asked) == before
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, home, converted, refused, tmp_path):
+def test_a_hub_that_cannot_be_reached_is_reported_at_once(hub, home, converted, refused, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with command_line(url, home) as line:
@@ -320,7 +322,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(hub, home, converted, refu
             assert f"{url} cannot be reached" in message
             assert "check the connection, or set HF_HUB_OFFLINE=1" in message
         ended = line("export", converted, "--format", "hf", "--output_dir", tmp_path / "pushed", "--push_to_hub", "a/b")
-        assert "cannot be reached" in told(ended)
+        assert "cannot be reached" in reported(ended)
         assert "it is whole, and can be uploaded again" in ended.err
 
 

@@ -1,4 +1,4 @@
-"""What can be told from the command line and a look at the disk is told before anything slow is imported."""
+"""What the command line and a look at the disk show is reported before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -208,13 +208,13 @@ def test_help_and_settings_are_printed_without_slow_imports(ended, arguments):
     assert len(out) > 10
 
 
-@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
-def test_a_wrong_path_or_flag_is_told_without_slow_imports(ended, arguments, told):
+@pytest.mark.parametrize(("arguments", "reported"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_a_wrong_path_or_flag_is_reported_without_slow_imports(ended, arguments, reported):
     code, out, err = ended[tuple(arguments)]
     assert (code, out) == (2, "")
     assert err.startswith("decausal: error: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert reported in err
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])

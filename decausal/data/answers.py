@@ -231,9 +231,9 @@ def _ends(text: str, start: int, message: Message, closings: Closings) -> tuple[
         return whole, whole, content_end < whole
     if content:  # which may also end in special tokens
         place = text.find(content, max(start, content_end - len(content)))
-        behind = place + len(content)
-        if place >= 0 and closings.last_word(text[behind:]) == 0:
-            content_end = behind
+        after = place + len(content)
+        if place >= 0 and closings.last_word(text[after:]) == 0:
+            content_end = after
     end = closings.end(text, content_end)
     return content_end, end, end > content_end
 

@@ -194,8 +194,8 @@ class _Encoder:
         if not is_answer.any() or self._tokenizer.eos_token_id is None:
             return tokens
         first, stop = _runs(is_answer)[-1]
-        behind = ids[stop:]
-        is_followed = np.isin(behind, self._special_ids).any() or self._tokenizer.decode(behind).strip()
+        after = ids[stop:]
+        is_followed = np.isin(after, self._special_ids).any() or self._tokenizer.decode(after).strip()
         if self._is_end(ids[self._last(ids, first, stop)]) or is_followed:
             return tokens
         eos_token_id = np.int32(self._tokenizer.eos_token_id)

@@ -107,8 +107,8 @@ def _trained(record: Record, before: list[int], tokenizer: PreTrainedTokenizerBa
     ids, is_trained = documents[0].ids.tolist(), documents[0].is_maskable.tolist()
     if ids[: len(before)] != before or any(is_trained[: len(before)]):
         return []
-    behind = zip(ids[len(before) :], is_trained[len(before) :], strict=True)
-    trained = [token for token, _ in takewhile(lambda pair: pair[1], behind)]
+    after = zip(ids[len(before) :], is_trained[len(before) :], strict=True)
+    trained = [token for token, _ in takewhile(lambda pair: pair[1], after)]
     return trained if len(trained) == sum(is_trained) else []
 
 

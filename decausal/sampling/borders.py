@@ -81,10 +81,10 @@ class Vocabulary:
             known = cls._known[tokenizer] = cls(tokenizer)
         return known
 
-    def border(self, before: str, behind: str, length: int) -> Border:
+    def border(self, before: str, after: str, length: int) -> Border:
         """Returns the fewest characters beside a gap of `length` tokens that this tokenizer joins to others."""
         start = before[-1:] if len(before) > 1 and before[-1].isspace() else ""
-        indentation = _INDENTATION.match(behind)
+        indentation = _INDENTATION.match(after)
         end = indentation[0][:-1] if indentation else ""
         if not self._joins(Border(start=start)):
             start = ""

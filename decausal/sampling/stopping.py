@@ -98,7 +98,7 @@ class _Marked(NamedTuple):
 
     before: str
     token: int
-    behind: str
+    after: str
 
 
 def _tokens_to_text(
@@ -129,8 +129,8 @@ def _marked(tokenizer: Any, stop: Sequence[str]) -> list[_Marked]:
         places = [(text.find(name), -len(name), name) for name in _special(tokenizer) if name in text]
         if places:
             name = min(places)[2]
-            before, _, behind = text.partition(name)
-            found.append(_Marked(before, _special(tokenizer)[name], behind))
+            before, _, after = text.partition(name)
+            found.append(_Marked(before, _special(tokenizer)[name], after))
     return found
 
 
@@ -150,6 +150,6 @@ def _place_of(tokenizer: Any, before: Sequence[int], new: list[int], marked: _Ma
         if marked.before and not text_after(tokenizer, list(before), new[:place]).endswith(marked.before):
             continue
         here, whole = (tokenizer.decode(ids) for ids in ([token], new[place:]))
-        if whole.removeprefix(here).startswith(marked.behind):
+        if whole.removeprefix(here).startswith(marked.after):
             return place
     return None

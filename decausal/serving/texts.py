@@ -40,22 +40,22 @@ def completion_texts(
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("'max_tokens' must be at least 1; 0 goes with echo alone", "max_tokens", "invalid_value")
     prompts = _prompts(body, converted, max_total_tokens, work)
-    texts, behind = [], []
+    texts, after = [], []
     if body.suffix:
         refuse_long_text(converted.tokenizer, body.suffix, max_total_tokens, "the suffix", "suffix", work)
-        behind = ids_after(converted.tokenizer, body.suffix)
+        after = ids_after(converted.tokenizer, body.suffix)
     wanted = 1 if body.max_tokens == 0 else body.max_tokens  # a row has a gap, even if it is not written
-    is_unknown = bool(behind) and body.max_tokens is None
+    is_unknown = bool(after) and body.max_tokens is None
     is_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
     for (ids, prompt), name in zip(prompts, named("prompt", prompts), strict=True):
         work.check()
-        full_name = f"{name} with its suffix" if behind else name
-        length = num_new(len(ids) + len(behind), wanted, settings, max_total_tokens, full_name)
+        full_name = f"{name} with its suffix" if after else name
+        length = num_new(len(ids) + len(after), wanted, settings, max_total_tokens, full_name)
         lengths = (None if is_unknown else length,)
-        if behind and is_text:  # ids stay as they were sent
+        if after and is_text:  # ids stay as they were sent
             texts.append(GappedText.of(converted, [prompt, body.suffix], lengths, full_name, settings.seed))
         else:
-            texts.append(GappedText((ids, behind), lengths, full_name, settings.seed))
+            texts.append(GappedText((ids, after), lengths, full_name, settings.seed))
     return texts, [text for _, text in prompts]
 
 

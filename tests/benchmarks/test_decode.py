@@ -40,7 +40,7 @@ def test_every_case_writes_as_much_and_the_autoregressive_one_the_same(decode: M
     for run in runs.values():
         assert [len(ids) for ids in run.ids] == [11] * 3
     steps = {name: run.passes_per_block for name, run in runs.items()}
-    # 3 of the first block's positions and 8 behind them, in the given number of steps per block.
+    # 3 of the first block's positions and 8 after them, in the given number of steps per block.
     assert steps["block 4, 1 steps"] == 1
     assert steps["block 4, 2 steps"] == 2
     assert steps["block 4, 4 steps"] == steps["block 4, 4 steps, unfused"] == 11 / 3

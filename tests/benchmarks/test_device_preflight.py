@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do is counted without one, and what would fail or wait there is told."""
+"""What a GPU would be asked to do is counted without one, and what would fail or wait there is reported."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_steps_and_passes_are_counted(
     ],
     ids=["a number is read", "an index of the host", "numbers of the host"],
 )
-def test_what_would_wait_or_fail_is_told(
+def test_what_would_wait_or_fail_is_reported(
     work: Any, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tally(device: torch.device) -> Any:

@@ -84,6 +84,6 @@ def test_both_run_and_say_with_what(
     slips = ["--num_rows", "2", "--max_length", "12", "--num_slips", "2", "--groups", "2"]
     monkeypatch.setattr(sys, "argv", ["edit_slips.py", *flags, *slips])
     benchmark.edit_slips.main()
-    told = capsys.readouterr().out
-    assert "masked, 2 groups" in told
-    assert "'slips': 4" in told
+    reported = capsys.readouterr().out
+    assert "masked, 2 groups" in reported
+    assert "'slips': 4" in reported

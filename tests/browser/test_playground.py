@@ -196,7 +196,7 @@ def test_every_control_has_a_name(visit: Visit) -> None:
     assert unnamed == []
 
 
-def test_what_the_server_refuses_is_told_and_the_page_goes_on(browser: Browser, server: Running) -> None:
+def test_what_the_server_refuses_is_reported_and_the_page_goes_on(browser: Browser, server: Running) -> None:
     visit = Visit(browser, server.url)
     visit.page.locator("#text").fill("x [[90]]")
     visit.page.locator("#write").click()
@@ -240,7 +240,7 @@ def test_block_models_alone_offer_to_speculate(visit: Visit, browser: Browser) -
         page.close()
 
 
-def test_what_became_of_drafts_is_told(browser: Browser) -> None:
+def test_what_became_of_drafts_is_reported(browser: Browser) -> None:
     from decausal.sampling.generate import generate
 
     model = converted(layout="block", block_size=4, sampler={"speculative": True, "draft": "linear"})
@@ -252,8 +252,8 @@ def test_what_became_of_drafts_is_told(browser: Browser) -> None:
         page.locator("#text").fill("x = ")
         page.locator("#max_tokens").fill("9")
         page.locator("#write").click()
-        told = f"{drafts.tokens_per_pass:.2f} tokens each; drafts right: {drafts.acceptances[0]:.2f}"
-        expect(page.locator("#status")).to_contain_text(told, timeout=SECONDS)
+        reported = f"{drafts.tokens_per_pass:.2f} tokens each; drafts right: {drafts.acceptances[0]:.2f}"
+        expect(page.locator("#status")).to_contain_text(reported, timeout=SECONDS)
         expect(page.locator("#status")).to_contain_text("(linear 4)")
         page.close()
 
@@ -270,16 +270,16 @@ def test_a_key_is_asked_for_where_the_server_has_one(browser: Browser, models: l
 
 
 def _contrast(page: Page, selector: str) -> float:
-    """Contrast of an element's text against the nearest background behind it (WCAG 2)."""
+    """Contrast of an element's text against the nearest background after it (WCAG 2)."""
     return page.locator(selector).evaluate(
         """element => {
             const channels = colour => colour.match(/[\\d.]+/g).map(Number);
             const luminance = colour => channels(colour).slice(0, 3).map(c => c / 255)
                 .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
                 .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-            let behind = element;
-            while (channels(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-            const pair = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(luminance);
+            let after = element;
+            while (channels(getComputedStyle(after).backgroundColor)[3] === 0) after = after.parentElement;
+            const pair = [getComputedStyle(element).color, getComputedStyle(after).backgroundColor].map(luminance);
             return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
         }"""
     )

@@ -1,4 +1,4 @@
-"""Bad comparisons are told in one line, and leave nothing behind."""
+"""Bad comparisons are refused in one line, and leave no files."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from decausal.training.meters import TokenCounts
         (["--set"], "--set needs a value"),
     ],
 )
-def test_bad_input_is_told_in_one_line_and_leaves_nothing(
+def test_bad_input_is_reported_in_one_line_and_leaves_nothing(
     flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "tiny", "--output_dir", str(tmp_path / "out"), *flags]) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1
-    assert named in told[0]
+    reported = capsys.readouterr().err.strip().splitlines()
+    assert len(reported) == 1
+    assert named in reported[0]
     assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_the_settings_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"--{name}" in told for name in [*CompareSettings.__dataclass_fields__, "set ARM.KEY=VALUE", "json"])
+    reported = capsys.readouterr().out
+    assert all(f"--{name}" in reported for name in [*CompareSettings.__dataclass_fields__, "set ARM.KEY=VALUE", "json"])
 
 
 def test_several_processes_are_refused(

@@ -217,11 +217,11 @@ def test_a_token_that_opens_answers_is_no_end(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_template_that_does_not_read_tools_or_thoughts_is_refused_with_advice() -> None:
-    for record, told in (
+    for record, reported in (
         ({"messages": TWO, "tools": TOOLS}, "leaves 'tools' out; .*--chat_template FILE"),
         ({"messages": turns("one", "two", reasoning_content="hm")}, "message 2.* leaves 'reasoning_content' out"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             trained(record, tokenizer_like("llama-3"))
 
 
@@ -261,14 +261,14 @@ def test_the_values_of_a_record_reach_the_template(is_marked: bool, tmp_path: Pa
 def test_the_values_of_a_record_go_before_those_of_the_whole_run() -> None:
     tokenizer = tokenizer_like("qwen3")
     set_template(tokenizer, kwargs={"enable_thinking": False})
-    thinks, not_told = with_values({"enable_thinking": True}), with_values({})
+    thinks, not_reported = with_values({"enable_thinking": True}), with_values({})
     (document,) = trained(thinks, tokenizer)
     assert "⟦<think>" in document
-    (document,) = trained(not_told, tokenizer)
+    (document,) = trained(not_reported, tokenizer)
     assert "</think>\n\n⟦two" in document
 
 
-def test_values_that_the_template_does_not_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_the_template_does_not_read_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     (document,) = trained(with_values({"moood": 1}), tokenizer_like("qwen2.5"))
     assert [document] == trained({"messages": TWO[:2]}, tokenizer_like("qwen2.5"))
     assert "the chat template reads no 'moood', which 'chat_template_kwargs' of records" in capsys.readouterr().err
@@ -354,7 +354,7 @@ def test_lists_of_messages_may_be_prompt_and_completion_and_the_completion_is_tr
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "reported"),
     [
         ({"messages": turns("a", "b", content=[{"type": "image_url", "image_url": {}}])}, "a part of type 'image_url'"),
         ({"messages": turns("a", "b", weight=0.5)}, "'weight' is 0.5"),
@@ -373,8 +373,8 @@ def test_lists_of_messages_may_be_prompt_and_completion_and_the_completion_is_tr
         ({"prompt": "a"}, "found 'prompt', and no 'completion': .*--recipe opdlm"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], told: str, tmp_path: Path) -> None:
-    assert re.search(told, refusal(tmp_path, row))
+def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reported: str, tmp_path: Path) -> None:
+    assert re.search(reported, refusal(tmp_path, row))
 
 
 # The template
@@ -411,7 +411,7 @@ def test_a_template_comes_from_a_file_or_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kwargs", "told"),
+    ("text", "kwargs", "reported"),
     [
         (None, {}, "No such file"),
         ("hello", {}, "is not a chat template"),
@@ -422,10 +422,10 @@ def test_a_template_comes_from_a_file_or_is_given(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_template_or_not_read_is_refused(
-    text: str | None, kwargs: dict[str, Any], told: str, tmp_path: Path
+    text: str | None, kwargs: dict[str, Any], reported: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.jinja"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         set_template(tiny_tokenizer(), file, kwargs)

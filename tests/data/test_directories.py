@@ -262,7 +262,7 @@ def test_a_named_file_of_objects_line_by_line_is_records_whatever_its_name(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         ("text".encode("utf-16"), r"\(UTF-16\); convert it to UTF-8"),
         (b"PK\x03\x04\0", r"\(a zip archive.*\); unpack it"),
@@ -270,9 +270,9 @@ def test_a_named_file_of_objects_line_by_line_is_records_whatever_its_name(tmp_p
         (b"\x89PNG\0", r"\(it holds zero bytes\); leave it out"),
     ],
 )
-def test_what_is_no_text_is_refused_with_what_to_do(tmp_path: Path, content: bytes, told: str) -> None:
+def test_what_is_no_text_is_refused_with_what_to_do(tmp_path: Path, content: bytes, reported: str) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError, match=f"a is not text {told}"):
+    with pytest.raises(UserError, match=f"a is not text {reported}"):
         read(tmp_path / "a")
 
 

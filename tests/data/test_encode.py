@@ -37,7 +37,7 @@ THINKING_TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Llama 2's: content is stripped, and the end of turn stands behind a space.
+# As Llama 2's: content is stripped, and the end of turn stands after a space.
 SPACED_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] | trim }} "
     "<|endoftext|>{% else %}[INST] {{ message['content'] | trim }} [/INST]{% endif %}{% endfor %}"
@@ -53,7 +53,7 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Lets the tokenizer put a BOS before and an EOS behind each text, as some do."""
+    """Lets the tokenizer put a BOS before and an EOS after each text, as some do."""
     eos = (tokenizer.eos_token, tokenizer.eos_token_id)
     bos = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -146,11 +146,11 @@ def test_a_templates_own_marks_say_what_the_answer_is() -> None:
     assert maskable_text(encoded, tokenizer) == ["the end is hereEND", " nothing.\nreallyEND"]
 
 
-@pytest.mark.parametrize("behind", ["{% endgeneration %}<|im_end|>\n", "<|im_end|>\n{% endgeneration %}"])
-def test_the_end_of_turn_is_maskable_whether_the_templates_marks_hold_it_or_not(behind: str) -> None:
-    tokenizer = with_template(MARKED_TEMPLATE.replace("END{% endgeneration %}AFTER", behind))
+@pytest.mark.parametrize("after", ["{% endgeneration %}<|im_end|>\n", "<|im_end|>\n{% endgeneration %}"])
+def test_the_end_of_turn_is_maskable_whether_the_templates_marks_hold_it_or_not(after: str) -> None:
+    tokenizer = with_template(MARKED_TEMPLATE.replace("END{% endgeneration %}AFTER", after))
     encoded = encode({"origin": "x", "messages": CHAT}, tokenizer)
-    newline = "\n" if behind.startswith("<") else ""
+    newline = "\n" if after.startswith("<") else ""
     assert maskable_text(encoded, tokenizer) == [answer + newline for answer in ANSWERED]
 
 

@@ -69,7 +69,7 @@ def read(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> tuple[list[di
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, "'prompt', 'completion'"),
     ],
 )
-def test_well_known_forms_are_told_by_their_fields(
+def test_well_known_forms_are_recognised_by_their_fields(
     tmp_path: Path, row: dict[str, Any], record: dict[str, Any], form: str
 ) -> None:
     assert read(tmp_path, row, row) == ([record, record], form)
@@ -93,9 +93,9 @@ SCENE = {"role": "system", "content": "Be brief."}
 def test_prompts_of_well_known_forms_may_lack_their_answers_where_none_is_needed(
     row: dict[str, str], prompt: str, form: str, missing: str | None, tmp_path: Path
 ) -> None:
-    records, told = read(tmp_path, row, needs_answers=False)
+    records, reported = read(tmp_path, row, needs_answers=False)
     assert records == [{"prompt": prompt, "completion": ""}]
-    assert told.partition(";")[0] == form
+    assert reported.partition(";")[0] == form
     if missing is not None:
         with pytest.raises(UserError, match=f"and no '{missing}': a prompt without an answer is for recipes"):
             read(tmp_path, row)

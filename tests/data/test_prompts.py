@@ -72,7 +72,7 @@ def test_of_a_text_it_is_a_prefix_of_each_stretch_of_tokens_and_never_all_of_it(
         assert len(prompt) <= max(1, fraction * len(piece))
 
 
-def test_prompts_that_leave_no_room_are_left_out_and_told(tmp_path):
+def test_prompts_that_leave_no_room_are_left_out_and_reported(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"prompt": "x" * n, "completion": "y"} for n in (3, 12, 13)])
     with pytest.warns(UserWarning, match="left out 1 of 3 prompts: 0 without a token, 1 longer than --max_length 16"):
         prompts = load_prompts(data, tiny_tokenizer(), 16, 4)

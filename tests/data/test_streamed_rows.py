@@ -237,7 +237,7 @@ def test_memory_is_bounded_by_windows_and_not_by_the_data(tmp_path: Path, stream
 
 
 def test_no_more_is_read_than_a_window_needs(tmp_path: Path, stream: Any) -> None:
-    """What is wrong further on is told when it is reached."""
+    """What is wrong further on is reported when it is reached."""
     data = write(tmp_path / "a.jsonl", texts())
     data.write_text(data.read_text() + "not JSON\n")
     rows = stream(data)

@@ -1,4 +1,4 @@
-"""Tasks are the same everywhere, their splits share no prompt, and right answers are told from wrong ones."""
+"""Tasks are the same everywhere, their splits share no prompt, and right answers are distinguished from wrong ones."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_name_of_tasks_says_which_how_many_and_from_which_seed(data: str, expe
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reported"),
     [
         ("tasks:adition", "unknown task 'adition'; did you mean 'addition'"),
         ("tasks:sorting+sorting", "named twice"),
@@ -219,8 +219,8 @@ def test_a_name_of_tasks_says_which_how_many_and_from_which_seed(data: str, expe
         ("tasks_heldout", "did you mean 'tasks-heldout'"),
     ],
 )
-def test_a_malformed_name_of_tasks_is_refused_with_what_to_write(data: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_malformed_name_of_tasks_is_refused_with_what_to_write(data: str, reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         list(read_documents(data))
 
 

@@ -60,11 +60,11 @@ def test_what_was_cut_off_trains_no_end(tmp_path: Path, reason: str | None) -> N
         text = tokenizer.decode(document.ids[document.is_maskable]).strip()
         ends = {"b.jsonl": "<|im_end|>"}.get(name, tokenizer.eos_token)
         assert text == ("two" if reason == "length" else f"two{ends}"), name
-        assert document.is_maskable[-1] or reason != "length", "nothing stands behind what was cut off"
+        assert document.is_maskable[-1] or reason != "length", "nothing stands after what was cut off"
         assert not account.num_cut
 
 
-def test_answers_that_were_cut_off_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_that_were_cut_off_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"prompt": "one", "completion": "two", "finish_reason": reason} for reason in ("length", "stop")]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     load_rows(tmp_path / "cut.jsonl", tiny_tokenizer(), 64, cache_dir=tmp_path / "cache")

@@ -35,7 +35,7 @@ def test_prefix_gap_and_suffix_are_consecutive_whole_lines_of_the_document(tmp_p
 
 
 def test_the_parts_have_the_tokens_that_the_whole_has(tmp_path: Path) -> None:
-    """With a tokenizer that joins a line break and the indentation behind it."""
+    """With a tokenizer that joins a line break and the indentation after it."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path("tiny"))
     (tmp_path / "code.py").write_text(CODE)
     for seed in range(4):

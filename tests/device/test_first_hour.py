@@ -39,11 +39,11 @@ def test_all_stages_run_once_and_are_summed_up(
     capsys.readouterr()
     (tmp_path / "train.json").unlink()
     assert run(monkeypatch, "--model", model, "--output_dir", tmp_path) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("== ")]
-    assert [line.split()[1] for line in told] == ["train:", "train:"]
+    reported = [line for line in capsys.readouterr().out.splitlines() if line.startswith("== ")]
+    assert [line.split()[1] for line in reported] == ["train:", "train:"]
 
 
-def test_a_stage_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "--model", tmp_path / "none", "--output_dir", tmp_path / "out", "--stages", "train") == 1
     assert "**Missing**: SystemExit" in (tmp_path / "out" / "summary.md").read_text()
 

@@ -129,7 +129,7 @@ def test_a_pass_of_verified_decoding_is_computed_on_one_device_alone(
             rows.read(slice(0, 3), extent, settings)  # takes memory
             with OneDevice(device):
                 read = rows.read(slice(0, 3), extent, settings)
-        assert read.told.shape == (3, shape.most_pending + 2)
+        assert read.outcome.shape == (3, shape.most_pending + 2)
 
 
 @pytest.mark.parametrize("shape", [quadratic(3), autoregressive()], ids=lambda shape: shape.name)

@@ -171,7 +171,7 @@ def test_plan_prints_a_table_and_json(source: Path, tmp_path: Path, capsys: pyte
     assert "fits: about" in table
 
 
-def test_hours_are_not_told_without_a_length(source: Path) -> None:
+def test_hours_are_not_reported_without_a_length(source: Path) -> None:
     settings, training = resolved(source, "mdm")
     found = plan(settings, training, gpu="l4")
     assert found.hours is None

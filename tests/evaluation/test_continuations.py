@@ -131,8 +131,8 @@ def test_estimates_lie_around_the_nelbo_as_far_as_their_standard_error_says(fact
     errors = torch.tensor([score.log_likelihood - truth for score in found], dtype=torch.float64)
     assert errors.std() > 0.01
     assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(len(errors))
-    told = torch.tensor([score.standard_error for score in found], dtype=torch.float64).square().mean().sqrt()
-    assert 0.7 * errors.std() < told < 3 * errors.std()  # stratified draws spread less than they tell
+    reported = torch.tensor([score.standard_error for score in found], dtype=torch.float64).square().mean().sqrt()
+    assert 0.7 * errors.std() < reported < 3 * errors.std()  # stratified draws spread less than they tell
 
 
 def test_masks_are_those_of_the_request_whatever_is_asked_beside_it() -> None:

@@ -251,11 +251,11 @@ def test_a_subset_of_rows_is_spread_over_all():
     assert evaluate_nll(model, facts, rows, tokenizer, num_rows=100).num_rows == 6
 
 
-def test_progress_is_told_to_the_end():
+def test_progress_is_reported_to_the_end():
     model, facts, tokenizer = converted()
-    told = []
-    evaluate_nll(model, facts, PACKED, tokenizer, batch_size=10, on_progress=lambda *counts: told.append(counts))
-    assert told == [(10, 24), (20, 24), (24, 24)]
+    reported = []
+    evaluate_nll(model, facts, PACKED, tokenizer, batch_size=10, on_progress=lambda *counts: reported.append(counts))
+    assert reported == [(10, 24), (20, 24), (24, 24)]
 
 
 def test_the_difference_of_two_models_is_measured_row_by_row():

@@ -78,7 +78,7 @@ def test_without_settings_thresholds_and_drafts_are_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("over", "told"),
+    ("over", "reported"),
     [
         ("threshold", "write NAME=VALUE"),
         ("treshold=1", "did you mean 'threshold'"),
@@ -87,8 +87,8 @@ def test_without_settings_thresholds_and_drafts_are_tried() -> None:
         ("window=4", "not possible under layout 'block'"),
     ],
 )
-def test_settings_that_the_model_does_not_have_are_refused_before_it_is_loaded(over: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_settings_that_the_model_does_not_have_are_refused_before_it_is_loaded(over: str, reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         tried_settings(FACTS, [over], {})
 
 

@@ -211,7 +211,7 @@ def test_all_tasks_are_measured_where_none_is_named(directories: dict[str, Path]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--tasks", "sorted"], "unknown task 'sorted'; did you mean 'sorting'"),
         (["--num_examples", "0"], "--num_examples: 0 is not accepted: it must be at least 1"),
@@ -220,12 +220,12 @@ def test_all_tasks_are_measured_where_none_is_named(directories: dict[str, Path]
         (["--max_new_tokens", "0"], "max_new_tokens"),
     ],
 )
-def test_bad_flags_are_told_in_one_line(
-    flags: list[str], told: str, directories: dict[str, Path], capsys: pytest.CaptureFixture[str]
+def test_bad_flags_are_reported_in_one_line(
+    flags: list[str], reported: str, directories: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "tasks", str(directories["ar"]), "--num_examples", "1", *flags]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert reported in error
     assert error.count("\n") == 1
 
 
@@ -241,7 +241,9 @@ def test_no_problems_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["converted", "source"])
-def test_a_model_runs_where_the_machine_is_fast_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, kind: str):
+def test_a_model_runs_where_the_machine_is_fast_unless_a_flag_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+):
     """Stops at the load: the device and type asked for are all that is looked at."""
     loaded: list[tuple[Any, Any]] = []
 

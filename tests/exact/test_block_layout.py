@@ -111,7 +111,7 @@ def block_batch(
 
 
 def explicit_mask(model: PreTrainedModel, context: int, length: int, layout: Layout) -> Any:
-    """Mask of one block behind its clean context, as the stock model takes it: no function of ours makes it."""
+    """Mask of one block after its clean context, as the stock model takes it: no function of ours makes it."""
 
     def of_window(window: int | None) -> Tensor:
         mask = torch.full((1, 1, length, length), torch.finfo(model.dtype).min, dtype=model.dtype)

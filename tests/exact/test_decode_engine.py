@@ -60,7 +60,7 @@ def engine_of(facts: Any, model: PreTrainedModel = MODEL, padding: int | None = 
     return engine
 
 
-def told(row: Ended) -> tuple[Any, ...]:
+def reported(row: Ended) -> tuple[Any, ...]:
     return row.ids, row.blocks.of_token, row.blocks.step_of_token, row.reason
 
 
@@ -79,7 +79,7 @@ def test_rows_are_what_passes_over_whole_rows_give(
     assert len(found) == len(rows)
     for row, job in zip(found, rows, strict=True):
         expected = decode(MODEL, facts, job.row.given[0], job.settings, job.seed, (END,))
-        assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
+        assert reported(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
         assert row.num_forwards == expected.num_steps
 
 
@@ -100,7 +100,7 @@ def test_rows_of_other_families_are_what_passes_over_whole_rows_give(family: str
     windows = {"mistral": SLIDING_WINDOW, "gemma3": SLIDING_WINDOW, "gemma2": SLIDING_WINDOW}
     for row, job in zip(in_order(engine_of(facts, model), rows), rows, strict=True):
         expected = decode(model, facts, job.row.given[0], own, 0, (END,), window=windows.get(family))
-        assert told(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
+        assert reported(row) == (expected.ids, expected.blocks, expected.steps, expected.reason)
 
 
 class RecordedStates:
@@ -204,7 +204,7 @@ def test_first_tokens_from_the_clean_state_are_kept_before_the_others_are_decide
     expected = [decode(MODEL, facts, row.row.given[0], row.settings, row.seed, (END,)) for row in asked]
     for options in ({}, {"is_fused": False}, {"record": Tapes()}):
         found = in_order(engine_of(facts, max_rows=max_rows, padding=padding, **options), asked)
-        assert [told(row) for row in found] == [(row.ids, row.blocks, row.steps, row.reason) for row in expected]
+        assert [reported(row) for row in found] == [(row.ids, row.blocks, row.steps, row.reason) for row in expected]
         for row, job in zip(found, asked, strict=True):
             if job.settings.first_token_from_clean and block_size > 1:
                 places = range(row.blocks.first * block_size, row.blocks.first * block_size + len(row.blocks.ids))
@@ -335,7 +335,7 @@ def test_passes_that_are_recorded_and_replayed_write_what_others_write(
     facts, tapes = block_facts(block_size, shift, causal_context), Tapes()
     sizes = {"max_rows": max_rows, "max_length": max_length}
     found, expected = (in_order(engine_of(facts, **sizes, record=record), rows) for record in (tapes, None))
-    assert [told(row) for row in found] == [told(row) for row in expected]
+    assert [reported(row) for row in found] == [reported(row) for row in expected]
     # A prompt that is too long for a recorded pass is read in one of its own.
     num_alone = [len(job.row.given[0]) // block_size >= 2 for job in rows]
     assert [row.num_forwards for row in found] == [
@@ -351,7 +351,7 @@ def test_passes_of_other_families_can_be_recorded(family: str) -> None:
     found, expected = (
         in_order(engine_of(facts, model, max_length=32, record=record), rows) for record in (tapes, None)
     )
-    assert [told(row) for row in found] == [told(row) for row in expected]
+    assert [reported(row) for row in found] == [reported(row) for row in expected]
     assert 0 < tapes.num_recorded < tapes.num_replayed
 
 
@@ -364,7 +364,7 @@ def test_recorded_passes_serve_other_rows_and_settings_of_the_same_kinds(block_s
         own = SamplerSettings(max_new_tokens=12, num_steps=number, temperature=float(number))
         rows = [job_of([7, 5, 9, 11 + number], own, seed=index) for index in range(3)]
         expected = in_order(engine_of(facts, max_length=32), rows)
-        assert [told(row) for row in in_order(engine, rows)] == [told(row) for row in expected]
+        assert [reported(row) for row in in_order(engine, rows)] == [reported(row) for row in expected]
         num_recorded.append(tapes.num_recorded)
     # Two steps a block need passes over two blocks and over one; one step a block, or one token, of one kind only.
     assert num_recorded == ([1, 1, 1] if block_size == 1 else [1, 2, 2])

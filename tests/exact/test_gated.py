@@ -126,7 +126,7 @@ def test_masks_of_a_training_row_have_the_states_that_they_have_behind_a_prefix_
 
 
 def behind_prefix(student, prefix, mask, length, causal_groups):
-    """States of masks behind a prefix, by the cache that decodes."""
+    """States of masks after a prefix, by the cache that decodes."""
     total = len(prefix) + length
     ids = torch.cat([prefix, torch.full((length,), mask)])[None]
     position = torch.arange(total)

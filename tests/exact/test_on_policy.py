@@ -33,7 +33,7 @@ def a_model():
 
 
 def rolled_out(lengths, block_size, shift, *, causal_context=False, threshold=0.02, new_tokens=9):
-    """Rollouts, and what the engine told of every pass."""
+    """Rollouts, and what the engine reported of every pass."""
     model, mask_token_id = a_model()
     facts = ConversionFacts("tiny", "block", shift, mask_token_id, block_size, causal_context=causal_context)
     engine = BlockEngine(model, facts, max_rows=2, max_length=48)

@@ -1,4 +1,4 @@
-"""Identity 12: shared beginnings are read once, and what is written behind them is the same."""
+"""Identity 12: shared beginnings are read once, and what is written after them is the same."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def launch(lines: list[list[object]], folder: Path) -> str:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Takes back the handlers of signals that the agent leaves behind, which copies of this process would inherit."""
+    """Takes back the handlers of signals that the agent leaves after, which copies of this process would inherit."""
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     }

@@ -176,7 +176,7 @@ def test_drawn_text_is_what_a_causal_engine_draws_with_the_same_seed(options, dr
 
 @pytest.mark.parametrize("options", DRAWN, ids=str)
 def test_drawn_text_has_the_causal_models_distribution(options):
-    """All numbers of a grid, at each of three positions: behind every beginning, each token has its exact share."""
+    """All numbers of a grid, at each of three positions: after every beginning, each token has its exact share."""
     torch.manual_seed(1)
     model = FAMILIES["qwen3"](vocab_size=8, eos_token_id=None, tie_word_embeddings=False).double().eval()
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_drawn_text_has_the_causal_models_distribution(options):
             assert abs(counts[(*before, token)] / counts[before] - chance) <= 1 / num_numbers
             assert chance > 0 or not counts[(*before, token)]
     num_right = 3 * len(found) - sum(row.num_forwards for row in found)
-    assert 30 < num_right < len(found) - 30  # drafts are right and wrong, so that the text behind both is tested
+    assert 30 < num_right < len(found) - 30  # drafts are right and wrong, so that the text after both is tested
 
 
 ROW = st.fixed_dictionaries(
@@ -239,19 +239,19 @@ def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shi
         for row in rows
     ]
     alone = [written(engine_of(model, facts(shift), 1), [job])[0] for job in jobs]
-    engine, told, index_of, step = engine_of(model, facts(shift), max_rows), {}, {}, 0
+    engine, reported, index_of, step = engine_of(model, facts(shift), max_rows), {}, {}, 0
     while len(index_of) < len(jobs) or engine.num_running:
         index_of |= {engine.submit(jobs[index]): index for index, row in enumerate(rows) if row["enters"] == step}
         for progress in engine.step():
-            told.setdefault(index_of[progress.ticket], []).append(progress)
+            reported.setdefault(index_of[progress.ticket], []).append(progress)
         step += 1
         if step == 4:  # some have ended, some run, some wait
             for ticket, index in index_of.items():
-                if index in cancelled and not (index in told and told[index][-1].ended):
+                if index in cancelled and not (index in reported and reported[index][-1].ended):
                     engine.cancel(ticket)
-                    told.pop(index, None)
+                    reported.pop(index, None)
     assert not engine.num_waiting
-    for index, progress in told.items():
+    for index, progress in reported.items():
         ended, wanted = progress[-1].ended, alone[index]
         if rows[index]["draft"] in ("linear", "auto"):  # waits for others, looks at time
             own_course = {name: getattr(ended, name) for name in ("step_of_token", "num_forwards", "drafts")}
@@ -262,7 +262,7 @@ def test_a_row_is_the_same_alone_in_any_batch_and_entered_late(rows, family, shi
         start = len(rows[index]["prompt"])
         positions = [position for each in progress for position in each.positions]
         assert positions == list(range(start, start + len(positions)))
-    assert {index for index in range(len(jobs)) if index not in told} <= cancelled
+    assert {index for index in range(len(jobs)) if index not in reported} <= cancelled
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -297,7 +297,7 @@ def test_after_each_pass_the_cache_holds_what_a_prefill_does(draft, family):
 
 
 def drafted(model, prompt, length, block_size=4, shift=1, **more):
-    """What stands behind the first token that an engine writes."""
+    """What stands after the first token that an engine writes."""
     engine = engine_of(model, facts(shift, block_size, **more))
     engine.submit(job_of(prompt, own(20, draft_length=length)))
     engine.step()
@@ -365,22 +365,22 @@ def test_log_probabilities_are_the_causal_models(temperature):
         engine.submit(job_of(prompt, settings, **options))
         for options in ({}, {"num_top_log_probs": 2}, {"is_watched": True})
     )
-    told = {plain: [], asking: [], watched: []}
+    reported = {plain: [], asking: [], watched: []}
     while engine.num_running:
         for progress in engine.step():
-            told[progress.ticket].append(progress)
-    ids = told[plain][-1].ended.ids
-    assert told[plain][-1].ended == told[asking][-1].ended == told[watched][-1].ended
-    assert not any(each.confidence or each.log_probs for each in told[plain])
-    assert not any(each.log_probs for each in told[watched])
+            reported[progress.ticket].append(progress)
+    ids = reported[plain][-1].ended.ids
+    assert reported[plain][-1].ended == reported[asking][-1].ended == reported[watched][-1].ended
+    assert not any(each.confidence or each.log_probs for each in reported[plain])
+    assert not any(each.log_probs for each in reported[watched])
     values = logits(model, torch.tensor([prompt + ids]), CAUSAL)[0, len(prompt) - 1 : -1].detach()
     values[:, MASK] = -torch.inf
     expected = values.log_softmax(-1)
-    found = [log_prob for each in told[asking] for log_prob in each.log_probs]
+    found = [log_prob for each in reported[asking] for log_prob in each.log_probs]
     for (log_prob, top), spread, token in zip(found, expected, ids, strict=True):
         assert log_prob == pytest.approx(spread[token].item(), abs=1e-5)
         assert [token for token, _ in top] == spread.topk(2).indices.tolist()
-    confidence = torch.tensor([sure for each in told[watched] for sure in each.confidence])
+    confidence = torch.tensor([sure for each in reported[watched] for sure in each.confidence])
     torch.testing.assert_close(confidence.log(), torch.tensor([log_prob for log_prob, _ in found]))
 
 

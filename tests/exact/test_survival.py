@@ -76,7 +76,7 @@ def left_by(faults: list[Fault]) -> dict[str, State]:
     return left
 
 
-def test_a_full_disk_is_told_in_one_line_wherever_it_strikes(first: list[Fault], second: list[Fault]) -> None:
+def test_a_full_disk_is_reported_in_one_line_wherever_it_strikes(first: list[Fault], second: list[Fault]) -> None:
     for fault in [*first, *second]:
         if fault.full is not None:
             assert "No space left on device" in fault.message, fault.path

@@ -84,7 +84,7 @@ def test_what_is_not_on_record_is_not_claimed(tmp_path):
     assert "Not measured for this card." in card
 
 
-def test_missing_parts_of_the_card_are_told(tmp_path, directory):
+def test_missing_parts_of_the_card_are_reported(tmp_path, directory):
     assert export_plain(directory, tmp_path / "a").notes[0].startswith("the card states no license")
     card = ModelCard(license="mit", results=(("bits_per_byte", "0.9"),), evaluation="nll.json")
     assert not export_plain(directory, tmp_path / "b", card=card).notes

@@ -16,7 +16,7 @@ from tests.exchange.checkpoints import save_block_model
 
 
 class FakeApi:
-    """Records what it is asked, and fails where it is told to."""
+    """Records what it is asked, and fails where it is asked to."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -58,7 +58,7 @@ def test_a_directory_is_uploaded_whole_to_a_repository_that_may_exist(tmp_path):
         (ConnectionError("no network"), "no network"),
     ],
 )
-def test_what_the_hub_says_is_told_in_one_line(error, reason, tmp_path):
+def test_what_the_hub_says_is_reported_in_one_line(error, reason, tmp_path):
     with pytest.raises(UserError, match=reason) as caught:
         hub.push(tmp_path, "owner/name", api=FakeApi(error))
     assert f"cannot push {tmp_path} to owner/name" in str(caught.value)

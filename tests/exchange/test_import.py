@@ -310,7 +310,7 @@ def test_a_directory_that_does_not_exist_and_a_file_are_refused(tmp_path):
     assert "is a file" in refused(tmp_path / "file")
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match="nobody/no-such-model is neither a directory nor a model that the hub gives"):
         import_checkpoint("nobody/no-such-model", tmp_path / "out")
     with pytest.raises(UserError, match="'owner/na--me' is not a hub id"):

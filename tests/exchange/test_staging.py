@@ -48,7 +48,7 @@ def test_what_fails_leaves_nothing(error, tmp_path):
     assert everything(tmp_path) == []
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     def write() -> None:
         with staged(tmp_path / "out"):
             raise OSError(28, "No space left on device")

@@ -28,13 +28,13 @@ def directory(tmp_path: Path) -> Path:
 
 def test_what_is_exported_imports_again(directory, tmp_path, capsys):
     assert call("export", directory, "--format", "sdar", "--output_dir", tmp_path / "sdar") == 0
-    told = capsys.readouterr()
-    assert f"exported: {tmp_path / 'sdar'}\n" in told.out
-    assert "note: SGLang and LMDeploy take token 151669" in told.out
+    reported = capsys.readouterr()
+    assert f"exported: {tmp_path / 'sdar'}\n" in reported.out
+    assert "note: SGLang and LMDeploy take token 151669" in reported.out
     assert call("import", tmp_path / "sdar", "--output_dir", tmp_path / "back") == 0
-    told = capsys.readouterr()
-    assert f"imported as SDAR: {tmp_path / 'back'}\nlayout block of 4, shift 0, mask token {MASK_ID}\n" in told.out
-    assert not told.err
+    reported = capsys.readouterr()
+    assert f"imported as SDAR: {tmp_path / 'back'}\nlayout block of 4, shift 0, mask token {MASK_ID}\n" in reported.out
+    assert not reported.err
     assert read_facts(tmp_path / "back") == read_facts(directory)
 
 
@@ -42,9 +42,9 @@ def test_the_launch_commands_are_printed_where_engines_can_serve(directory, tmp_
     for room in ("mask_token", "sdar"):
         monkeypatch.setattr(f"decausal.exchange.{room}.ENGINE_MASK_TOKEN_ID", MASK_ID)
     assert call("export", directory, "--format", "sdar", "--output_dir", tmp_path / "sdar") == 0
-    told = capsys.readouterr().out
-    assert f"python3 -m sglang.launch_server --model-path {tmp_path / 'sdar'} " in told
-    assert f"lmdeploy serve api_server {tmp_path / 'sdar'} " in told
+    reported = capsys.readouterr().out
+    assert f"python3 -m sglang.launch_server --model-path {tmp_path / 'sdar'} " in reported
+    assert f"lmdeploy serve api_server {tmp_path / 'sdar'} " in reported
 
 
 def test_the_card_takes_name_license_and_figures(directory, tmp_path, capsys):
@@ -62,10 +62,10 @@ def test_the_card_takes_name_license_and_figures(directory, tmp_path, capsys):
 def test_errors_are_one_line_with_exit_code_2_and_nothing_is_left(verb, tmp_path, capsys):
     flags = ["--format", "hf"] if verb == "export" else []
     assert call(verb, tmp_path / "nothing", "--output_dir", tmp_path / "out", *flags) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("decausal: error: ")
-    assert told.err.count("\n") == 1
-    assert not told.out
+    reported = capsys.readouterr()
+    assert reported.err.startswith("decausal: error: ")
+    assert reported.err.count("\n") == 1
+    assert not reported.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,7 +120,7 @@ def test_any_subset_of_rows_at_any_positions_gives_the_states_of_whole_rows(
 def test_the_last_visible_slot_says_what_the_layout_says(
     data: st.DataObject, block_size: int, causal_context: bool, num_blocks: int
 ) -> None:
-    """Finished blocks are the clean stream, the block behind them is a noised one."""
+    """Finished blocks are the clean stream, the block after them is a noised one."""
     layout, start = Layout("block", block_size, causal_context), num_blocks * block_size
     position = torch.arange(start + block_size)[None]
     is_noised = position >= start

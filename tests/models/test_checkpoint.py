@@ -66,7 +66,7 @@ def test_facts_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["decausal.json"]
 
 
-def test_directory_without_facts_is_told_how_to_convert(tmp_path: Path) -> None:
+def test_directory_without_facts_is_met_with_how_to_convert(tmp_path: Path) -> None:
     assert "is not a decausal checkpoint" in refused(tmp_path)
     assert f"decausal convert {tmp_path}" in refused(tmp_path)
 

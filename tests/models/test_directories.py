@@ -150,7 +150,7 @@ def test_what_turns_them_back_is_named_where_it_is_missing(
             refuse(directory)
 
 
-def test_what_is_no_model_is_told_before_torch_is_imported(directory: Path) -> None:
+def test_what_is_no_model_is_reported_before_torch_is_imported(directory: Path) -> None:
     cut(directory)
     code = (
         "import sys; from decausal.errors import UserError; from decausal.models.names import check_source\n"

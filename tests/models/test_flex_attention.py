@@ -20,7 +20,7 @@ from tests.families import FAMILIES
 from tests.hangs import PATIENCE
 from tests.runs import ROOT, environment
 
-# In a process without type checking, which Dynamo cannot trace, and without the compiler behind Dynamo, for its time.
+# In a process without type checking, which Dynamo cannot trace, and without the compiler after Dynamo, for its time.
 ON_CPU = """
 import torch, transformers.integrations.flex_attention as integration
 from decausal.diffusion.layout import Layout, future_order
@@ -61,7 +61,7 @@ for future in (None, (future_order(12, 0), 0.5)):
             with torch.no_grad():
                 return body_forward(model, ids, layout, document_ids=ids // 5, future=future).last_hidden_state
         assert_equal(states)
-# What PyTorch refuses on a CPU is its compiled backward pass; the reference behind it runs.
+# What PyTorch refuses on a CPU is its compiled backward pass; the reference after it runs.
 torch.nn.attention.flex_attention._validate_device = lambda *_: None
 for family in ("qwen3", "mistral", "gemma3"):
     dense, flex = (gradients(FAMILIES[family](head_dim=16), kind) for kind in ("sdpa", "flex_attention"))

@@ -48,7 +48,9 @@ def test_the_model_is_the_one_that_was_written(file: Path, is_tied: bool) -> Non
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_bar_is_shown_where_transformers_is_told_to_show_none(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_is_shown_where_transformers_is_asked_to_show_none(
+    file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with quiet_libraries():
         load_source(file)
     assert capfd.readouterr() == ("", "")
@@ -99,7 +101,7 @@ def test_an_architecture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_source(file)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GGUF file .*none.gguf does not exist"):
         check_source(tmp_path / "none.gguf")
     assert repository_and_file("owner/name/part/model.gguf") == ("owner/name", "part/model.gguf")

@@ -89,12 +89,12 @@ def test_one_layer_of_another_kind_is_found_wherever_it_is(number: int) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(UNUSABLE_FAMILIES))
-def test_what_is_refused_is_told_of_the_whole_model(family: str) -> None:
-    told = []
+def test_what_is_refused_concerns_the_whole_model(family: str) -> None:
+    reported = []
     for depth in (2, DEEP):
         layers = {"attention_types": [[["global", "local"], depth // 2]]} if family == "gpt_neo" else {}
         name = "num_layers" if family == "gpt_neo" else "num_hidden_layers"
         with pytest.raises(UserError) as refused:
             refuse_if_unusable(UNUSABLE_FAMILIES[family](**{name: depth}, **layers))
-        told.append(str(refused.value).partition(" (probe")[0])
-    assert told[0] == told[1]
+        reported.append(str(refused.value).partition(" (probe")[0])
+    assert reported[0] == reported[1]

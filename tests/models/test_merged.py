@@ -38,7 +38,7 @@ def test_merged_projections_give_the_same_states(family: str) -> None:
     parameters = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
     num_merged = merge_projections(model)
     assert num_merged or not any(isinstance(getattr(m, "k_proj", None), nn.Linear) for m in model.modules())
-    body_forward(model, IDS.flip(1), layout)  # leaves nothing behind for the next input
+    body_forward(model, IDS.flip(1), layout)  # leaves nothing after for the next input
     torch.testing.assert_close(body_forward(model, IDS, layout).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
     for name, weight in model.named_parameters():
         number, before = parameters[name]

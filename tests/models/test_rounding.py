@@ -1,4 +1,4 @@
-"""Rounding is told from a fault: a model that is only noisy passes, and the smallest leak does not."""
+"""Rounding is distinguished from a fault: a model that is only noisy passes, and the smallest leak does not."""
 
 from __future__ import annotations
 

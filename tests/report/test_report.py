@@ -163,7 +163,7 @@ def test_a_report_is_read_like_its_records(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "reported"),
     [
         (lambda folder: folder / "nowhere", "does not exist"),
         (lambda folder: _written(folder / "empty" / "notes.txt", "text").parent, "neither a run nor an evaluation"),
@@ -171,8 +171,8 @@ def test_a_report_is_read_like_its_records(folder: Path) -> None:
         (lambda folder: _written(folder / "x.json", '{"decausal_evaluation": 1, "kind": "nll"}'), "'arguments'"),
     ],
 )
-def test_what_cannot_be_reported_is_refused(made: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_reported_is_refused(made: Any, reported: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reported):
         find([made(tmp_path)])
 
 

@@ -65,7 +65,7 @@ class Decoded:
 def whole_row_states(
     model: PreTrainedModel, facts: ConversionFacts, ids: list[int], start: int, window: int | None = None
 ) -> Tensor:
-    """States of finished tokens before `start` and of the block behind them, by the definition of the layout."""
+    """States of finished tokens before `start` and of the block after them, by the definition of the layout."""
     position, document = torch.arange(len(ids)), torch.zeros(1, dtype=torch.long)
     stream = (position >= start).long()
     masks = {

@@ -122,8 +122,8 @@ class _Frames:
         self.num_forwards, self.num_tokens_read = torch.zeros(2, len(ids), dtype=torch.long)
         self._mask_token_id, self._ends = mask_token_id, ends
 
-    def take(self, step: int, told: list[tuple[int, Progress]]) -> None:
-        for row, progress in told:
+    def take(self, step: int, reported: list[tuple[int, Progress]]) -> None:
+        for row, progress in reported:
             for position in progress.reopened:
                 self._put(row, position, self._mask_token_id, -1)
             for position, token in zip(progress.positions, progress.ids, strict=True):

@@ -148,16 +148,16 @@ def test_a_job_cut_off_at_any_byte_is_continued_to_the_same_file(
     writer: Converted, tmp_path: Path, truncated: str
 ) -> None:
     options = DRAWN | {"num_answers": 2, "truncated": truncated}
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     data, target = write(tmp_path / "in.jsonl", ASKED), tmp_path / "out.jsonl"
     first = write_answers(writer, data, target, **options)
     whole = target.read_bytes()
     assert whole.count(b"\n") == first.num_written
     for length in (0, 1, len(whole) // 2, whole.index(b"\n") + 1, len(whole) - 1, len(whole)):
         target.write_bytes(whole[:length])
-        write_answers(writer, data, target, on_progress=lambda *now: told.append(now), **options)
+        write_answers(writer, data, target, on_progress=lambda *now: reported.append(now), **options)
         assert target.read_bytes() == whole
-        assert told[-1] == (12, 12)
+        assert reported[-1] == (12, 12)
 
 
 def test_a_killed_process_is_continued_by_the_same_command(
@@ -243,7 +243,7 @@ def test_what_stands_beside_a_conversation_stays(writer: Converted, tmp_path: Pa
     assert [message["role"] for message in line["messages"]] == ["system", "user", "assistant"]
 
 
-def test_prompts_that_leave_no_room_are_left_out_and_told(writer: Converted, tmp_path: Path) -> None:
+def test_prompts_that_leave_no_room_are_left_out_and_reported(writer: Converted, tmp_path: Path) -> None:
     data = write(tmp_path / "in.jsonl", [{"prompt": "the rain " * 40}, *GIVEN[:1]])
     with pytest.warns(UserWarning, match=r"left out 1 of 2 prompts: .* --max_length 256 less 10 new tokens"):
         result = write_answers(writer, data, tmp_path / "out.jsonl", max_new_tokens=10)
@@ -302,10 +302,10 @@ def test_bad_data_and_other_jobs_are_refused_in_a_line(writer: Converted, tmp_pa
 
 
 def test_the_last_line_says_all_that_was_left_out() -> None:
-    from decausal.verbs.answers import _told
+    from decausal.verbs.answers import _reported
 
     result = AnswersResult(9, 1, 4, 1, 2, 3, 1, 1, "too long", 100, 4.0)
-    said = _told(result, Path("out.jsonl"), 48)
+    said = _reported(result, Path("out.jsonl"), 48)
     assert said == (
         "4 answers written to out.jsonl, 1 from before, 1 cut at 48 tokens, trained without an end, 2 shortened to "
         "where their text encodes to the same tokens, 3 left out that were cut at 48 tokens, 1 left out that are "

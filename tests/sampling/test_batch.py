@@ -61,21 +61,21 @@ def test_an_engine_gives_the_answers_of_generate_in_the_order_of_the_prompts(mod
 
 def test_prompts_are_taken_as_places_become_free(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ordered, "BEGUN_PER_PLACE", 3)
-    taken = told = 0
+    taken = reported = 0
     most = 0
 
     def endless() -> Iterator[str]:
         nonlocal taken, most
         while True:
             taken += 1
-            most = max(most, taken - told)
+            most = max(most, taken - reported)
             yield PROMPTS[taken % 6]
 
     engine = BatchEngine(model, max_rows=2)
     answers = engine.run(endless(), max_new_tokens=4)
     for _ in range(20):
         next(answers)
-        told += 1
+        reported += 1
     assert most <= 3 * 2 + 1
     answers.close()
     assert engine._engine.num_running == engine._engine.num_waiting == 0
@@ -92,9 +92,9 @@ def test_lines_have_ids_and_settings_of_their_own_and_empty_ones_are_passed_over
         {"prompt": PROMPTS[1], "id": "é\ud800", "steps": 2, "gen_length": 5, "seed": 3},
         {"prompt": PROMPTS[2], "id": {"any": [1]}, "threshold": 0.5},
     ]
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     source, target = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
-    result = run_file(model, source, target, max_rows=2, on_progress=lambda *now: told.append(now), **OPTIONS)
+    result = run_file(model, source, target, max_rows=2, on_progress=lambda *now: reported.append(now), **OPTIONS)
     assert lines(target) == [
         as_record(0, generate(model, PROMPTS[0], **OPTIONS)),
         as_record("é\ud800", generate(model, PROMPTS[1], **OPTIONS | {"num_steps": 2, "max_new_tokens": 5, "seed": 3})),
@@ -103,7 +103,7 @@ def test_lines_have_ids_and_settings_of_their_own_and_empty_ones_are_passed_over
             generate(model, PROMPTS[2], max_new_tokens=8, temperature=1.0, threshold=0.5, seed=OPTIONS["seed"] + 2),
         ),
     ]
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert reported == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert (result.num_lines, result.num_resumed, result.num_errors) == (3, 0, 0)
     assert result.num_tokens == sum(line["num_tokens"] for line in lines(target))
 

@@ -67,17 +67,19 @@ def test_watched_rows_tell_of_every_kept_token_how_probable_it_was(model: Conver
             steps[progress.ticket].append(progress)
     ended = [steps[ticket][-1].ended for ticket in tickets]
     assert ended[0] == ended[1] == ended[2]
-    for quiet, sure, told in zip(*steps.values(), strict=True):
-        assert quiet.positions == sure.positions == told.positions
+    for quiet, sure, reported in zip(*steps.values(), strict=True):
+        assert quiet.positions == sure.positions == reported.positions
         assert not quiet.confidence
         assert not quiet.log_probs
         assert not sure.log_probs
-        assert len(sure.confidence) == len(told.log_probs) == len(sure.positions)
-        for confidence, token, (log_prob, top) in zip(sure.confidence, told.ids, told.log_probs, strict=True):
+        assert len(sure.confidence) == len(reported.log_probs) == len(sure.positions)
+        for confidence, token, (log_prob, top) in zip(sure.confidence, reported.ids, reported.log_probs, strict=True):
             assert confidence == pytest.approx(torch.tensor(log_prob).exp().item())
             assert top[0] == (token, log_prob)  # greedy
             assert all(first >= second for (_, first), (_, second) in pairwise(top))
-    kept = {p: token for told in steps[tickets[0]] for p, token in zip(told.positions, told.ids, strict=True)}
+    kept = {
+        p: token for reported in steps[tickets[0]] for p, token in zip(reported.positions, reported.ids, strict=True)
+    }
     assert [kept[position] for position in sorted(kept)][: len(ended[0].ids)] == ended[0].ids
 
 

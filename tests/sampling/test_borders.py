@@ -27,7 +27,7 @@ MODEL = converted()
 
 
 @pytest.mark.parametrize(
-    ("before", "gap", "behind"),
+    ("before", "gap", "after"),
     [
         ("def f():\n", "    return 1\n", "\ndef g():\n"),
         ("    if x is None:\n", "            seen = set()\n", "        x = 1\n"),
@@ -35,10 +35,10 @@ MODEL = converted()
         ("import os", " as path", "\n"),
     ],
 )
-def test_parts_have_the_tokens_of_the_whole(before: str, gap: str, behind: str) -> None:
-    (first, last), (border,) = split_at_borders(CODE, [before, behind], [None])
+def test_parts_have_the_tokens_of_the_whole(before: str, gap: str, after: str) -> None:
+    (first, last), (border,) = split_at_borders(CODE, [before, after], [None])
     whole = border.start + gap + border.end
-    assert text_ids(CODE, first) + text_ids(CODE, whole) + text_ids(CODE, last) == text_ids(CODE, before + gap + behind)
+    assert text_ids(CODE, first) + text_ids(CODE, whole) + text_ids(CODE, last) == text_ids(CODE, before + gap + after)
     assert border.inside(whole) == gap
 
 

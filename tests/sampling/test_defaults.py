@@ -71,7 +71,7 @@ def test_a_call_goes_over_what_is_stored_and_that_over_the_defaults() -> None:
     assert settings_for(facts, speculative=True) == SamplerSettings(threshold=0.7, speculative=True)
 
 
-def test_what_the_facts_hold_amiss_is_told_with_the_file() -> None:
+def test_what_the_facts_hold_amiss_is_reported_with_the_file() -> None:
     with pytest.raises(UserError, match=r"^decausal\.json, 'sampler': unknown sampler setting 'windw'"):
         settings_for(conversion_facts(5, sampler={"windw": 8}))
     with pytest.raises(UserError, match=r"^decausal\.json, 'sampler': window is not possible under layout 'block'"):

@@ -1,4 +1,4 @@
-"""Figures of drafts: what a row counts, sums, and where they are told."""
+"""Figures of drafts: what a row counts, sums, and where they are reported."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_figures_of_rows_add_up() -> None:
 def test_json_and_files_tell_them(model: Converted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = generate(model, ["import", "x"], **SPECULATIVE)
     print_generations(found, as_json=True)
-    told = [json.loads(line)["drafts"] for line in capsys.readouterr().out.splitlines()]
-    assert told == [row.drafts.as_dict() for row in found]
+    reported = [json.loads(line)["drafts"] for line in capsys.readouterr().out.splitlines()]
+    assert reported == [row.drafts.as_dict() for row in found]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("import", "x")))
     result = DiffusionModel(model).run_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", **SPECULATIVE)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["drafts"] for line in lines] == told
+    assert [line["drafts"] for line in lines] == reported
     assert result.drafts == Drafts.sum(row.drafts for row in found)
     print_generations(found, as_json=False)
     assert "tokens per pass, drafts right" in capsys.readouterr().err

@@ -259,9 +259,9 @@ def test_the_command_line_shows_the_difference_or_prints_json_or_the_text(
     expected = edit(MODEL, text, num_tokens=3)
     assert expected.changes
     assert run(flags) == 0
-    told = capsys.readouterr()
-    assert told.out == word_diff(text, expected.changes) + "\n"
-    assert "3 tokens rewritten" in told.err
+    reported = capsys.readouterr()
+    assert reported.out == word_diff(text, expected.changes) + "\n"
+    assert "3 tokens rewritten" in reported.err
     assert run([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected.as_dict()
     assert run([*flags, "--text_only"]) == 0

@@ -62,11 +62,11 @@ def test_a_row_does_not_depend_on_its_batch(model: Converted, options: dict[str,
 
 def test_observing_a_row_does_not_change_it_and_the_last_frame_is_the_result(model: Converted) -> None:
     plain = generate(model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2)
-    told: list[Progress] = []
-    seen = generate(model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2, on_step=told.append)
+    reported: list[Progress] = []
+    seen = generate(model, PROMPTS, max_new_tokens=9, batch_size=2, num_steps=2, on_step=reported.append)
     assert seen == plain
     for index, generation in enumerate(seen):
-        own = [progress for progress in told if progress.ticket == index]
+        own = [progress for progress in reported if progress.ticket == index]
         assert [progress.step for progress in own] == list(range(generation.num_forwards))
         followed = Followed(own[0].row)
         for progress in own:
@@ -99,7 +99,7 @@ def test_text_ends_before_a_stop_text(model: Converted, layout: str) -> None:
     assert len(row.ids) == len(row.step_of_token)
 
 
-def test_bad_input_is_told_by_the_prompts_name(model: Converted) -> None:
+def test_bad_input_is_reported_by_the_prompts_name(model: Converted) -> None:
     with pytest.raises(UserError, match="prompt 2 has 70 tokens"):
         generate(model, ["x", "x" * 70], max_new_tokens=4)
     with pytest.raises(

@@ -100,9 +100,9 @@ class _Cancelling:
         return getattr(self.engine, name)
 
     def step(self) -> list[Progress]:
-        told = [progress for progress in self.engine.step() if progress.ticket != self.ticket]
+        reported = [progress for progress in self.engine.step() if progress.ticket != self.ticket]
         self.engine.cancel(self.ticket)
-        return told
+        return reported
 
 
 def test_a_batch_gives_what_generate_does(model: Converted) -> None:

@@ -143,12 +143,12 @@ def test_candidates_are_ranked_by_their_brute_force_likelihood(family: str) -> N
     model = converted(family)
     prefix, suffix = "def area(width):", "\n    return width"
     found = fill(model, [prefix, None, suffix], max_gap=7, threshold=0.6)
-    before, behind = prompt_ids(model, prefix), text_ids(model.tokenizer, suffix)
+    before, after = prompt_ids(model, prefix), text_ids(model.tokenizer, suffix)
     expected = {}
     for length in range(1, 8):
         ids = infill(model, prefix, suffix, length, threshold=0.6).ids
-        row = Row((before, behind), (length,), "")
-        expected[length] = brute_force_score(model, row, [*before, *ids, *behind])
+        row = Row((before, after), (length,), "")
+        expected[length] = brute_force_score(model, row, [*before, *ids, *after])
     assert {1, 2, 3, 4, 6, 7} <= {trial.lengths[0] for trial in found.trials}
     for trial in found.trials:
         assert trial.score == pytest.approx(expected[trial.lengths[0]], abs=1e-3)
@@ -205,7 +205,7 @@ FRAGMENTS = st.lists(st.sampled_from(["{gap}", "{gap:4}", "\\", "{", "}", "a", "
 @given(st.lists(FRAGMENTS, min_size=2, max_size=4), st.data())
 def test_any_text_can_be_written_with_gaps_in_it(fragments: list[list[str]], data: st.DataObject) -> None:
     texts = ["".join(parts) for parts in fragments]
-    # A text may not end in what the gap behind it would complete to a mark.
+    # A text may not end in what the gap after it would complete to a mark.
     texts = [text + "." if re.search(r"\{(gap)?:?[^{}\n]*\Z", text) else text for text in texts]
     lengths = [data.draw(st.none() | st.integers(1, 99)) for _ in texts[1:]]
     template, pieces = "", []

@@ -55,8 +55,8 @@ def test_a_pass_is_computed_on_one_device_alone(kind: dict[str, Any], shift: int
     head = head_of(model)._replace(banned=MASK)
     for width in [1] if reader.is_autoregressive else [block_size, 2 * block_size]:
         with decoding(model):
-            told = keep(rows, 4, None, reader.predict_fixed(4, width, 64), head, settings)
-        assert told.shape == (4, 2 * block_size + 2)
+            reported = keep(rows, 4, None, reader.predict_fixed(4, width, 64), head, settings)
+        assert reported.shape == (4, 2 * block_size + 2)
 
 
 def test_a_cache_that_grows_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_request_whose_passes_cannot_be_recorded_is_answered(caplog: pytest.Lo
     assert caplog.text.count("cannot be recorded") == 1
 
 
-def test_on_a_gpu_passes_are_recorded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_passes_are_recorded_unless_a_flag_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     tapes = Tapes()
     monkeypatch.setattr("decausal.sampling.engines.CudaGraphs", lambda *_: tapes)
     model, verified = converted(layout="block", block_size=4), SamplerSettings(speculative=True, max_new_tokens=12)

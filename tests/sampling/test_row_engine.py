@@ -53,10 +53,10 @@ def model() -> Converted:
 
 
 def job(model: Converted, prompt: str, seed: int, length: int = 9, suffix: str | None = None, **options: Any) -> Job:
-    behind = [] if suffix is None else text_ids(model.tokenizer, suffix)
-    row = Row((prompt_ids(model, prompt), behind), (length,), "the prompt")
+    after = [] if suffix is None else text_ids(model.tokenizer, suffix)
+    row = Row((prompt_ids(model, prompt), after), (length,), "the prompt")
     top = options.pop("num_top_log_probs", None)
-    ends = () if behind else end_token_ids(model)
+    ends = () if after else end_token_ids(model)
     return Job(row, SamplerSettings().updated(**options), seed, ends, num_top_log_probs=top)
 
 
@@ -112,7 +112,7 @@ def test_a_cancelled_row_leaves_its_place_and_changes_no_other(model: Converted)
     assert given_up - ended.keys(), "no row was cancelled before its end"
 
 
-def test_progress_told_step_by_step_adds_up_to_the_end(model: Converted) -> None:
+def test_progress_reported_step_by_step_adds_up_to_the_end(model: Converted) -> None:
     wanted = [pair[0] for pair in mixed(model, 6)]
     engine = RowEngine(model, max_rows=6, max_length=64)
     jobs = {engine.submit(job): job for job in wanted}

@@ -109,7 +109,7 @@ def test_a_row_ends_at_a_kept_end_token_with_nothing_open_before_it(monkeypatch:
     tokens = [1, 2, end, 3, 4, end]
     table = [sure_of(token, probability, VOCAB_SIZE) for token, probability in zip(tokens, order, strict=True)]
     denoised = run(written(monkeypatch, table), [6], num_steps=6, end_token_ids=(end,))
-    # The end comes first, but the row goes on until position 1 is kept; what was kept behind the end is cut.
+    # The end comes first, but the row goes on until position 1 is kept; what was kept after the end is cut.
     assert denoised.ids.tolist() == [[1, 2, end, end, end, end]]
     assert denoised.step_of_token.tolist() == [[1, 3, 0, -1, -1, -1]]
     assert denoised.num_forwards.tolist() == [4]

@@ -39,8 +39,8 @@ def test_other_rows_take_no_step_more_for_searches_that_came_before_them(max_row
         own.submit(search_job(seed=seed))
     ticket = own.submit(plain_job())
     for _ in range(3):  # the row's own steps
-        told = {progress.ticket: progress for progress in own.step()}
-    assert told[ticket].ended is not None
+        reported = {progress.ticket: progress for progress in own.step()}
+    assert reported[ticket].ended is not None
 
 
 @pytest.mark.parametrize("search", ["candidates", "grow"])

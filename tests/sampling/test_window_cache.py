@@ -41,10 +41,10 @@ def one_layer(family: str, shift: int) -> Converted:
 
 def filled(model: Converted, **options: Any) -> Denoised:
     """Rows of three lengths, two of them with a gap in the middle and one with two gaps."""
-    before, behind = prompt_ids(model, PROMPTS[0]), text_ids(model.tokenizer, "return")
+    before, after = prompt_ids(model, PROMPTS[0]), text_ids(model.tokenizer, "return")
     rows = [
-        Row((before, behind), (9,), "first"),
-        Row((before[:3], behind[:2], behind), (5, 6), "second"),
+        Row((before, after), (9,), "first"),
+        Row((before[:3], after[:2], after), (5, 6), "second"),
         Row((before[:7], []), (13,), "third"),
     ]
     lengths = [row.length for row in rows]

@@ -1,4 +1,4 @@
-"""A tiny model behind a real server, for tests of every part of it."""
+"""A tiny model after a real server, for tests of every part of it."""
 
 from __future__ import annotations
 

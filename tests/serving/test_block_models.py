@@ -1,4 +1,4 @@
-"""Block models and autoregressive ones behind the same server."""
+"""Block models and autoregressive ones after the same server."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_rows_are_counted_before_a_prompt_is_read(
     assert server.num_rows == 0
 
 
-def test_a_full_queue_is_told_before_a_prompt_is_read(
+def test_a_full_queue_is_reported_before_a_prompt_is_read(
     server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = server.models[0].worker.reserve(30)
@@ -272,7 +272,7 @@ def hasty(model: Converted) -> Iterator[Running]:
 def test_who_keeps_the_server_waiting_is_left_however_often_more_comes(hasty: Running, sent: str) -> None:
     with connection(hasty) as client:
         client.sendall(SENT[sent])
-        told = b""
+        reported = b""
         client.settimeout(0.1)
         deadline = time.monotonic() + KEEP_ALIVE_SECONDS / 2  # after which uvicorn closes what is idle
         while time.monotonic() < deadline:
@@ -280,34 +280,34 @@ def test_who_keeps_the_server_waiting_is_left_however_often_more_comes(hasty: Ru
                 piece = client.recv(2**16)
                 if not piece:
                     break
-                told += piece
+                reported += piece
             except TimeoutError:
                 if sent != "nothing":
                     client.sendall(b"x")  # a head or a body that comes byte by byte
             except OSError:
                 break
         else:
-            pytest.fail(f"the connection is still open after {told!r}")
+            pytest.fail(f"the connection is still open after {reported!r}")
     if sent == "half a body":
-        assert told.startswith(b"HTTP/1.1 408")
-        assert b'"code":"body_too_slow"' in told
+        assert reported.startswith(b"HTTP/1.1 408")
+        assert b'"code":"body_too_slow"' in reported
 
 
 def test_a_head_without_end_is_refused_before_it_fills_the_memory(server: Running) -> None:
     with connection(server) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * MAX_HEAD_BYTES)
-        told = answered(client)
-    assert told.startswith(b"HTTP/1.1 431")
-    assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+        reported = answered(client)
+    assert reported.startswith(b"HTTP/1.1 431")
+    assert json.loads(reported.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
 @pytest.mark.parametrize("junk", [b"\x00\xff" * 10 + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
-def test_what_is_no_http_is_told_in_openais_shape(server: Running, junk: bytes) -> None:
+def test_what_is_no_http_is_reported_in_openais_shape(server: Running, junk: bytes) -> None:
     with connection(server) as client:
         client.sendall(junk)
-        told = answered(client)
-    assert told.startswith(b"HTTP/1.1 400")
-    assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+        reported = answered(client)
+    assert reported.startswith(b"HTTP/1.1 400")
+    assert json.loads(reported.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
 def test_a_body_that_stops_being_http_while_its_request_is_answered_is_no_traceback(
@@ -333,9 +333,9 @@ def test_a_body_comes_through_with_an_offer_of_another_protocol(server: Running)
     with connection(server) as client:
         for _ in range(2):
             client.sendall(head(len(raw), *offer) + raw)
-            told = answered(client)
-            assert told.startswith(b"HTTP/1.1 200")
-            assert json.loads(told.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 2
+            reported = answered(client)
+            assert reported.startswith(b"HTTP/1.1 200")
+            assert json.loads(reported.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 2
 
 
 def test_a_client_that_streams_without_reading_holds_its_rows_no_longer_than_the_timeout(model: Converted) -> None:

@@ -94,19 +94,19 @@ def test_later_turns_see_earlier_ones_and_undo_and_clear_forget_them(model: Conv
 
 def test_commands_change_the_settings_of_the_next_answer(model: Converted) -> None:
     conversation = Conversation(model, max_new_tokens=8)
-    told = talk(conversation, ["/seed 7", "/steps 2", "/temperature 1.5", "hi", "/threshold 0.5", "/threshold"])
-    assert notes(told)[:3] == ["seed 7", "num_steps 2", "temperature 1.5"]
-    assert notes(told)[-2:] == ["threshold 0.5", "threshold 0.5"]
+    reported = talk(conversation, ["/seed 7", "/steps 2", "/temperature 1.5", "hi", "/threshold 0.5", "/threshold"])
+    assert notes(reported)[:3] == ["seed 7", "num_steps 2", "temperature 1.5"]
+    assert notes(reported)[-2:] == ["threshold 0.5", "threshold 0.5"]
     wanted = generate(model, "hi", chat=True, max_new_tokens=8, seed=7, num_steps=2, temperature=1.5)
     assert conversation.messages[1]["content"] == wanted.text
     assert conversation.settings.num_steps is None
 
 
-def test_mistakes_are_told_and_the_program_goes_on(model: Converted) -> None:
+def test_mistakes_are_reported_and_the_program_goes_on(model: Converted) -> None:
     conversation = Conversation(model, **SHORT)
     mask = model.tokenizer.convert_ids_to_tokens(model.facts.mask_token_id)
     lines = ["/sed 3", "/bye", "/temperature -1", "/seed x", "x" * CONTEXT, mask, "", "hi", "/history", "/settings"]
-    told = notes(talk(conversation, lines))
+    reported = notes(talk(conversation, lines))
     for says in (
         "did you mean 'seed'",
         "unknown command '/bye'",
@@ -115,7 +115,7 @@ def test_mistakes_are_told_and_the_program_goes_on(model: Converted) -> None:
         "shorten it",
         "mask token",
     ):
-        assert any(says in note for note in told), says
+        assert any(says in note for note in reported), says
     assert len(conversation.messages) == 2
     assert "/undo" in "".join(talk(conversation, ["/help"]))
     assert "user: hi\n" in talk(conversation, ["/history"])
@@ -156,8 +156,8 @@ def test_an_interrupt_stops_the_answer_and_frees_the_row(model: Converted, is_si
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)
 
-    told = talk(conversation, ["hi"], interrupt)
-    assert "stopped; /undo takes the turn back" in notes(told)
+    reported = talk(conversation, ["hi"], interrupt)
+    assert "stopped; /undo takes the turn back" in notes(reported)
     partial = conversation.messages[1]["content"]
     assert partial
     assert whole.startswith(partial)
@@ -168,10 +168,10 @@ def test_an_interrupt_stops_the_answer_and_frees_the_row(model: Converted, is_si
     assert conversation.messages[1]["content"] == whole
 
 
-def test_when_the_context_is_full_the_oldest_turns_are_left_out_and_that_is_told(model: Converted) -> None:
+def test_when_the_context_is_full_the_oldest_turns_are_left_out_and_that_is_reported(model: Converted) -> None:
     conversation = Conversation(model, system="s", max_length=64, **SHORT)
-    told = notes(talk(conversation, ["a", "b", "c", "d"]))
-    assert any("the oldest" in note and "left out" in note for note in told)
+    reported = notes(talk(conversation, ["a", "b", "c", "d"]))
+    assert any("the oldest" in note and "left out" in note for note in reported)
     assert len(conversation.messages) == 8
     seen = [{"role": "system", "content": "s"}, *conversation.messages[conversation.num_left_out : -1]]
     prompt = model.tokenizer.apply_chat_template(seen, tokenize=False, add_generation_prompt=True)
@@ -191,7 +191,7 @@ def test_without_a_template_or_with_one_that_refuses_the_error_says_so(model: Co
         with pytest.raises(UserError, match="none: continue texts with `decausal generate"):
             Conversation(model)
         tokenizer.chat_template = "{{ raise_exception('only in French') }}"
-        told = notes(talk(Conversation(model, **SHORT), ["hi"]))
-        assert told == ["the conversation: the chat template refuses these messages (only in French)"]
+        reported = notes(talk(Conversation(model, **SHORT), ["hi"]))
+        assert reported == ["the conversation: the chat template refuses these messages (only in French)"]
     finally:
         tokenizer.chat_template = CHAT_TEMPLATE

@@ -94,8 +94,10 @@ def test_events_hold_whole_characters_and_given_text_as_it_was_given(model: Conv
                 text += chunk["choices"][0]["text"]
                 drafts.append(chunk["decausal"])
     assert len(drafts) == 7
-    for told in drafts:
-        given = "".join(piece for piece, is_given in zip(told["draft"], told["is_given"], strict=True) if is_given)
+    for reported in drafts:
+        given = "".join(
+            piece for piece, is_given in zip(reported["draft"], reported["is_given"], strict=True) if is_given
+        )
         assert given.strip() == "طويل"
     assert "".join(drafts[-1]["draft"]) == text
 
@@ -104,30 +106,30 @@ def test_log_probs_hold_the_bytes_of_tokens_inside_of_characters(model: Converte
     options = {"max_tokens": 24, "temperature": 5.0, "seed": 2}
     chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 3, **options}
     (choice,) = answered(client, CHAT, **chat)["choices"]
-    told = choice["logprobs"]["content"]
-    joined = b"".join(bytes(token["bytes"]) for token in told)
+    reported = choice["logprobs"]["content"]
+    joined = b"".join(bytes(token["bytes"]) for token in reported)
     assert joined.decode(errors="replace") == choice["message"]["content"]
-    assert any(token["token"].startswith("bytes:\\x") and len(token["bytes"]) == 1 for token in told)
-    assert all(len({other["token"] for other in token["top_logprobs"]}) == 3 for token in told)
+    assert any(token["token"].startswith("bytes:\\x") and len(token["bytes"]) == 1 for token in reported)
+    assert all(len({other["token"] for other in token["top_logprobs"]}) == 3 for token in reported)
 
     (choice,) = answered(client, TEXT, prompt="x", logprobs=2, **options)["choices"]
-    told, text = choice["logprobs"], choice["text"]
-    assert all(len(top) == 2 for top in told["top_logprobs"])
-    for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+    reported, text = choice["logprobs"], choice["text"]
+    assert all(len(top) == 2 for top in reported["top_logprobs"])
+    for token, offset in zip(reported["tokens"], reported["text_offset"], strict=True):
         assert token.startswith("bytes:") or text[offset : offset + len(token)] == token
     streamed = client.post(TEXT, json={"prompt": "x", "logprobs": 2, "stream": True, **options}).text
     chunks = [json.loads(line[6:])["choices"][0] for line in streamed.splitlines() if line.startswith("data: {")]
     for name in ("tokens", "text_offset"):
-        assert [value for chunk in chunks for value in chunk["logprobs"][name]] == told[name]
+        assert [value for chunk in chunks for value in chunk["logprobs"][name]] == reported[name]
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**62, 2**64 - 1, 10**300])
-def test_any_integer_is_a_seed_and_the_one_told_gives_the_answer_again(client: httpx.Client, seed: int) -> None:
+def test_any_integer_is_a_seed_and_the_one_reported_gives_the_answer_again(client: httpx.Client, seed: int) -> None:
     asked = {"prompt": "x", "max_tokens": 6, "temperature": 2.0}
     first, again = (answered(client, TEXT, **asked, n=2, seed=seed)["choices"] for _ in range(2))
     assert [choice["text"] for choice in first] == [choice["text"] for choice in again]
-    told = first[1]["decausal"]["seed"]
-    assert answered(client, TEXT, **asked, seed=told)["choices"][0]["text"] == first[1]["text"]
+    reported = first[1]["decausal"]["seed"]
+    assert answered(client, TEXT, **asked, seed=reported)["choices"][0]["text"] == first[1]["text"]
 
 
 def test_a_turn_without_content_and_a_tools_answer_reach_the_template(model: Converted) -> None:
@@ -146,14 +148,14 @@ def test_a_turn_without_content_and_a_tools_answer_reach_the_template(model: Con
         },
         {"role": "tool", "tool_call_id": "1", "content": "rain"},
     ]
-    told = "[user: weather?][assistant w(Oslo): ][tool: rain]"
+    reported = "[user: weather?][assistant w(Oslo): ][tool: rain]"
 
     def text(**body: Any) -> str:
         return conversation_text(ChatBody.model_validate({"messages": messages, **body}), tokenizer)
 
-    assert text() == told + "[assistant: "
-    assert text(chat_template_kwargs={"be_short": True}) == told + "[assistant: short "
-    assert text(add_generation_prompt=False) == told
+    assert text() == reported + "[assistant: "
+    assert text(chat_template_kwargs={"be_short": True}) == reported + "[assistant: short "
+    assert text(add_generation_prompt=False) == reported
     messages[2] = {"role": "assistant", "content": "It rains"}
     assert text(continue_final_message=True).endswith("[assistant: It rains")
     del messages[1]["content"]
@@ -249,14 +251,14 @@ def test_answers_may_end_while_the_server_drains_and_what_is_left_ends_with_an_e
             lines = answer.iter_lines()
             next(lines)
             server.stop()
-            told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    assert told[-1]["error"] | {"message": ""} == {
+            reported = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert reported[-1]["error"] | {"message": ""} == {
         "message": "",
         "type": "server_error",
         "param": None,
         "code": "shutting_down",
     }
-    assert len(told) > 3, "nothing went on"
+    assert len(reported) > 3, "nothing went on"
 
 
 def test_a_stream_that_fails_ends_with_an_error_event(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,15 +308,15 @@ def test_echo_with_logprobs_scores_the_prompt_under_a_causal_model(
         nll = token_nll(source.model, head, Layout("causal"), row, documents, places, row[0, 1:], shift=1)
     for index in range(4):
         pieces = [c for line in lines for c in json.loads(line)["choices"] if c["index"] == index]
-        told = {name: [v for piece in pieces for v in piece["logprobs"][name]] for name in pieces[0]["logprobs"]}
+        reported = {name: [v for piece in pieces for v in piece["logprobs"][name]] for name in pieces[0]["logprobs"]}
         assert "".join(piece["text"] for piece in pieces).startswith(text)
-        assert len(told["tokens"]) == len(ids) + max_tokens
-        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
-        assert told["token_logprobs"][1 : len(ids)] == pytest.approx((-nll).tolist(), abs=1e-4)
+        assert len(reported["tokens"]) == len(ids) + max_tokens
+        assert (reported["token_logprobs"][0], reported["top_logprobs"][0]) == (None, None)
+        assert reported["token_logprobs"][1 : len(ids)] == pytest.approx((-nll).tolist(), abs=1e-4)
         for place in range(1, len(ids)):
-            own, best = told["token_logprobs"][place], max(told["top_logprobs"][place].values())
-            assert own == best or own <= min(told["top_logprobs"][place].values())
-        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            own, best = reported["token_logprobs"][place], max(reported["top_logprobs"][place].values())
+            assert own == best or own <= min(reported["top_logprobs"][place].values())
+        for token, offset in zip(reported["tokens"], reported["text_offset"], strict=True):
             whole = "".join(piece["text"] for piece in pieces)
             assert token.startswith("bytes:") or whole[offset : offset + len(token)] == token
         assert pieces[-1]["finish_reason"] == "length"

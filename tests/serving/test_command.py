@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_command_tells_its_address_answers_and_ends_when_told(directory: Path) -> None:
+def test_the_command_prints_its_address_answers_and_ends_when_asked(directory: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, "serve", str(directory), "--port", "0", "--max_rows", "2"]
     variables = environment() | {"DECAUSAL_API_KEY": "secret"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
@@ -72,7 +72,7 @@ def test_whoever_opens_the_server_to_others_without_a_key_is_warned(directory: P
     )
 
 
-def test_what_stands_in_the_way_is_told_in_one_line(
+def test_what_stands_in_the_way_is_reported_in_one_line(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -92,8 +92,8 @@ def test_what_stands_in_the_way_is_told_in_one_line(
     serve = import_module("decausal.verbs.serve")
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert main(["serve", str(directory)]) == 2
-    assert "serve needs uvicorn" in (told := capsys.readouterr().err)
-    assert "pip install 'decausal[serve]'" in told
+    assert "serve needs uvicorn" in (reported := capsys.readouterr().err)
+    assert "pip install 'decausal[serve]'" in reported
 
 
 class Resources(HTMLParser):

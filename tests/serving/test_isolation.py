@@ -190,7 +190,7 @@ def test_rows_that_fail_together_alone_are_written_in_smaller_batches(model: Con
         server.wait_until_idle()
 
 
-def test_an_engine_that_cannot_be_made_anew_ends_its_answers_and_is_told_by_health(model: Converted) -> None:
+def test_an_engine_that_cannot_be_made_anew_ends_its_answers_and_is_reported_by_health(model: Converted) -> None:
     with running([model]) as server, server.client() as client:
 
         def broken() -> Any:

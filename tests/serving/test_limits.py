@@ -1,4 +1,4 @@
-"""A full queue, a slow answer, an engine that fails: told in time, and nobody else is touched."""
+"""A full queue, a slow answer, an engine that fails: reported in time, and nobody else is touched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model() -> Converted:
     return converted()
 
 
-def test_a_full_queue_is_told_at_once_with_the_time_to_wait(model: Converted) -> None:
+def test_a_full_queue_is_reported_at_once_with_the_time_to_wait(model: Converted) -> None:
     with running([model], max_rows=1, max_queue=2) as server, server.client() as client:
         with client.stream("POST", "/v1/completions", json={**SLOW, "n": 3, "stream": True}):
             answer = client.post("/v1/completions", json=SLOW)
@@ -117,7 +117,7 @@ def test_an_idle_connection_is_closed_by_the_client_and_not_under_its_next_reque
     assert uvicorn_config(None, ServeSettings()).timeout_keep_alive > 2 * kept_by_clients
 
 
-def test_an_engine_that_has_stopped_is_told_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_has_stopped_is_reported_by_health(model: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     with running([model]) as server, server.client() as client:
         monkeypatch.setattr(Worker, "is_alive", property(lambda self: False))
         assert client.get("/health").status_code == 503

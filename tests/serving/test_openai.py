@@ -86,9 +86,9 @@ def test_a_suffix_makes_a_gap_that_is_filled_as_infill_fills_it(model: Converted
 def test_a_prompt_of_ids_before_a_suffix_stays_as_it_was_sent(model: Converted, client: openai.OpenAI) -> None:
     ids = model.tokenizer("x = ", add_special_tokens=False)["input_ids"]
     found = client.completions.create(model="tiny", prompt=ids, suffix="\ny = 2", max_tokens=6, seed=4)
-    behind = model.tokenizer("\ny = 2", add_special_tokens=False)["input_ids"]
+    after = model.tokenizer("\ny = 2", add_special_tokens=False)["input_ids"]
     settings = settings_for(model.facts, seed=4)
-    (ended,) = write(model, [Job(Row((ids, behind), (6,), "the prompt"), settings, 4)], batch_size=1)
+    (ended,) = write(model, [Job(Row((ids, after), (6,), "the prompt"), settings, 4)], batch_size=1)
     assert found.choices[0].text == text_after(model.tokenizer, ids, ended.ids)
 
 
@@ -96,10 +96,10 @@ def test_a_suffix_without_a_length_is_filled_as_infill_finds_it(model: Converted
     for seed in (0, 4):
         wanted = infill(model, "x = [", "]\ny = 2", None, seed=seed)
         found = client.completions.create(model="tiny", prompt="x = [", suffix="]\ny = 2", seed=seed)
-        told = found.choices[0].model_extra["decausal"]
+        reported = found.choices[0].model_extra["decausal"]
         assert found.choices[0].text == wanted.text
-        assert told["step_of_token"] == wanted.step_of_token
-        assert (told["lengths"], told["num_forwards"]) == ([len(wanted.ids)], wanted.num_forwards)
+        assert reported["step_of_token"] == wanted.step_of_token
+        assert (reported["lengths"], reported["num_forwards"]) == ([len(wanted.ids)], wanted.num_forwards)
         assert found.usage.completion_tokens == len(wanted.ids)
 
 
@@ -128,8 +128,8 @@ def test_gaps_of_unknown_length_become_what_fill_makes_of_them_whoever_else_is_a
         wanted = fill(model, [UNKNOWN, UNKNOWN], max_gap=5, length_search=search, seed=seed, temperature=0.7)
         for choice, filling in zip(whole.choices, wanted, strict=True):
             assert "x = [" + choice.text + "\n" == filling.full_text
-            told = choice.model_extra["decausal"]
-            assert (told["lengths"], told["num_forwards"]) == (filling.lengths, filling.num_forwards)
+            reported = choice.model_extra["decausal"]
+            assert (reported["lengths"], reported["num_forwards"]) == (filling.lengths, filling.num_forwards)
         assert streamed == whole.choices[0].text
         assert chunks[0].model_extra["decausal"]["step"] == 0
         assert chunks[-1].model_extra["decausal"]["is_given"].count(False) == sum(wanted[0].lengths)
@@ -172,7 +172,7 @@ def test_n_choices_draw_from_consecutive_seeds_as_a_list_of_prompts_does(
     assert texts == [generation.text for generation in wanted]
 
 
-def test_without_a_seed_answers_differ_and_the_seed_is_told(client: openai.OpenAI) -> None:
+def test_without_a_seed_answers_differ_and_the_seed_is_reported(client: openai.OpenAI) -> None:
     seeds = set()
     for _ in range(3):
         found = client.completions.create(model="tiny", prompt="import", max_tokens=3, temperature=1)
@@ -226,9 +226,9 @@ def test_log_probabilities_have_openais_shapes_and_stream_to_the_same(client: op
     chat = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "a"}], max_tokens=4, seed=0, logprobs=True, top_logprobs=2
     )
-    told = chat.choices[0].logprobs.content
-    assert len(told) == 4
-    assert all(len(token.top_logprobs) == 2 and token.logprob == token.top_logprobs[0].logprob for token in told)
+    reported = chat.choices[0].logprobs.content
+    assert len(reported) == 4
+    assert all(len(token.top_logprobs) == 2 and token.logprob == token.top_logprobs[0].logprob for token in reported)
 
 
 def test_chat_goes_through_the_template(model: Converted, client: openai.OpenAI) -> None:
@@ -258,13 +258,13 @@ def test_events_tell_the_draft_that_the_text_comes_from(client: openai.OpenAI) -
     )
     drafts, text = [], ""
     for chunk in stream:
-        told = chunk.model_extra["decausal"]
+        reported = chunk.model_extra["decausal"]
         text += chunk.choices[0].text
-        drafts.append(told["draft"])
-        kept = [place for place, piece in enumerate(told["draft"]) if piece is not None]
-        assert [place for place, sure in enumerate(told["confidence"]) if sure is not None] == kept
-        assert set(told["positions"]) <= set(kept)
-        assert not told["is_revision"]
+        drafts.append(reported["draft"])
+        kept = [place for place, piece in enumerate(reported["draft"]) if piece is not None]
+        assert [place for place, sure in enumerate(reported["confidence"]) if sure is not None] == kept
+        assert set(reported["positions"]) <= set(kept)
+        assert not reported["is_revision"]
     assert [len([piece for piece in draft if piece is not None]) for draft in drafts] == [2, 4, 6, 8, 10, 12]
     plain = client.completions.create(model="tiny", prompt="import", max_tokens=12, seed=1, stream=True)
     assert all("decausal" not in chunk.model_extra for chunk in plain)

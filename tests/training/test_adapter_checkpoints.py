@@ -135,7 +135,7 @@ def merged_by_hand(adapter: Path) -> dict[str, torch.Tensor]:
     return state(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload())
 
 
-def test_an_adapter_is_told_from_a_model(adapter: Path) -> None:
+def test_an_adapter_is_distinguished_from_a_model(adapter: Path) -> None:
     for refuse in (check_source, load_source, check_converted, load_converted):
         with pytest.raises(UserError, match=r"is a PEFT adapter on .*source and not a whole.*--merge_adapter true"):
             refuse(adapter)

@@ -255,9 +255,9 @@ def test_held_out_data_may_be_another_split_of_the_same_data(tmp_path, source, t
     data = str(tmp_path / "data")
     measured = {"eval_data": data, "eval_split": "test", "eval_rows": 2}
     conversion = run(source, data, tmp_path / "out", **measured)
-    told = capsys.readouterr().err
-    assert "trained on too" not in told
-    assert re.search(r"read .*test\.jsonl: 4 records", told)
+    reported = capsys.readouterr().err
+    assert "trained on too" not in reported
+    assert re.search(r"read .*test\.jsonl: 4 records", reported)
     assert any("eval_nelbo_per_token" in entry for entry in conversion.history)
 
     run(source, f"{data}/test.jsonl", tmp_path / "same", **measured | {"eval_data": f"{data}/test.jsonl"})

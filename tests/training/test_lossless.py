@@ -268,7 +268,7 @@ def test_its_draft_alone_is_never_merged(made: Path, answers: Path, tmp_path: Pa
         run(made / "out" / "draft", answers, tmp_path / "merged", layout="causal", merge_adapter=True)
 
 
-def test_a_chat_template_that_is_not_saved_is_told(made: Path, answers: Path, tmp_path: Path, caplog) -> None:
+def test_a_chat_template_that_is_not_saved_is_reported(made: Path, answers: Path, tmp_path: Path, caplog) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     run(made / "source", answers, tmp_path / "out", **SETTINGS, chat_template=str(template))

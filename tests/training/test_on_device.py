@@ -97,7 +97,7 @@ def test_what_the_model_or_the_user_asks_for_stays(flexed: list[Any]) -> None:
     assert not flexed
 
 
-def test_a_model_that_does_not_run_under_flex_attention_is_told_of_and_trains_by_dense_masks(
+def test_a_model_that_does_not_run_under_flex_attention_is_reported_and_trains_by_dense_masks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -110,7 +110,7 @@ def test_a_model_that_does_not_run_under_flex_attention_is_told_of_and_trains_by
     assert "attends by dense masks, which takes more time and memory: it is too narrow\n" in capsys.readouterr().err
 
 
-def test_a_gpu_that_multiplies_bf16_trains_in_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_multiplies_bf16_trains_in_it_unless_a_flag_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert precision_on(CUDA, {}) == {"bf16": True}
     assert precision_on(CUDA, {"bf16": False}) == precision_on(CUDA, {"fp16": True}) == precision_on(CPU, {}) == {}
@@ -125,9 +125,9 @@ def test_the_precision_is_said_in_one_line(
     monkeypatch.setattr("decausal.data.reading._SAID", set())
     args = OnCuda(output_dir=str(tmp_path), use_cpu=True, bf16=is_bf16)
     on_device.say_precision(args)
-    told = capsys.readouterr().err
-    assert word in told
-    assert told.count("\n") == 1
+    reported = capsys.readouterr().err
+    assert word in reported
+    assert reported.count("\n") == 1
 
 
 def test_the_optimizer_is_fused(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "told"),
+    ("shape", "reported"),
     [
         ({"num_attention_heads": 6}, "not a multiple of --num_attention_heads"),
         ({"num_key_value_heads": 3}, "not a multiple of --num_key_value_heads"),
@@ -145,8 +145,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
         ({"max_position_embeddings": 16}, "--max_position_embeddings 16: must be at least 32"),
     ],
 )
-def test_impossible_shapes_are_refused(shape, told):
-    with pytest.raises(UserError, match=told):
+def test_impossible_shapes_are_refused(shape, reported):
+    with pytest.raises(UserError, match=reported):
         PretrainSettings(**(SHAPE | shape))
 
 
@@ -154,7 +154,7 @@ def test_impossible_shapes_are_refused(shape, told):
 
 
 def separate(model: nn.Module, muon_rate: float, rate: float, decay: float) -> list[torch.optim.Optimizer]:
-    """torch's two optimisers, told apart by name."""
+    """torch's two optimisers, distinguished by name."""
     matrices = [
         p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]

@@ -157,9 +157,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_what_changes_what_is_trained_is_refused_with_the_reason(root: Path, tmp_path: Path, kind: str):
-    options, told = CHANGES[kind]
+    options, reported = CHANGES[kind]
     out = copied(root, tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         resumed(root, out, **options)
     resumed(root, out)  # nothing was lost
     assert_same(weights(out), weights(root / "out"))

@@ -199,7 +199,7 @@ def test_a_seal_notices_every_missing_or_shorter_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (OSError(28, "No space left on device"), "No space left on device"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
@@ -210,9 +210,9 @@ def test_a_seal_notices_every_missing_or_shorter_file(tmp_path):
     ],
     ids=["python", "rust", "torch"],
 )
-def test_every_librarys_full_disk_becomes_one_line_that_names_what_is_left(tmp_path, error, told):
+def test_every_librarys_full_disk_becomes_one_line_that_names_what_is_left(tmp_path, error, reported):
     with (
-        pytest.raises(UserError, match=f"cannot save to .*{told}.*no earlier checkpoint exists"),
+        pytest.raises(UserError, match=f"cannot save to .*{reported}.*no earlier checkpoint exists"),
         disk_errors(tmp_path),
     ):
         raise error

@@ -19,7 +19,7 @@ FAMILIES = [family for family in ConversionSettings.__mro__ if issubclass(family
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--views", "0"], "--views 0: must be at least 1"),
         (["--align_weight", "-1"], "--align_weight -1.0: must be at least 0"),
@@ -56,8 +56,8 @@ FAMILIES = [family for family in ConversionSettings.__mro__ if issubclass(family
         (["--layout=block", "--block_size=4", "--complementary_masks"], "--complementary_masks needs --views 2"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(flags, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_what_cannot_be_is_refused_by_name(flags, reported):
+    with pytest.raises(UserError, match=re.escape(reported)):
         resolve(ConversionSettings, {}, flags)[0].with_facts()
 
 

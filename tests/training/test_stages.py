@@ -81,7 +81,7 @@ def test_the_stages_are_on_record_and_on_the_card(root, tmp_path):
     assert re.findall(r"\| `model_name_or_path` \| (\S+) \|", card) == names
 
 
-def test_what_a_stage_changes_is_trained_told_and_written_down(root, tmp_path, caplog):
+def test_what_a_stage_changes_is_trained_reported_and_written_down(root, tmp_path, caplog):
     changed = stage(root, "bidirectional", tmp_path / "out", **BLOCK, max_steps=1)
     assert "bidirectional -> block, block_size None -> 4, causal_context False -> True, shift 1 -> 0" in caplog.text
     facts = {"sampler": {}, "source": str(root / "source")}  # sampler settings belong to a layout
@@ -197,7 +197,7 @@ def test_an_imported_model_is_fine_tuned_and_needs_a_teacher_named(root, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"mask_token": "<gap>"}, r"--mask_token <gap>: .* was trained with <\|mask\|>"),
         ({"anneal_steps": 3}, "--anneal_steps 3 opens attention from causal"),
@@ -207,8 +207,8 @@ def test_an_imported_model_is_fine_tuned_and_needs_a_teacher_named(root, tmp_pat
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_does_not_go_with_the_model_is_refused(root, tmp_path, options, told):
-    with pytest.raises(UserError, match=told):
+def test_what_does_not_go_with_the_model_is_refused(root, tmp_path, options, reported):
+    with pytest.raises(UserError, match=reported):
         stage(root, "bidirectional", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

@@ -145,9 +145,9 @@ class Infilling(CodeTask):
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:
         """Returns the text before the hole. `infill` holds the text after it and, if given, the hole's content for its
         length."""
-        hole, behind = _hole(doc)
+        hole, after = _hole(doc)
         is_given = (self.config.metadata or {}).get("length") == "given"
-        infill = {"suffix": behind, "as_long_as": hole if is_given else None}
+        infill = {"suffix": after, "as_long_as": hole if is_given else None}
         until = ["\n"] if hole != doc["canonical_solution"] else []  # a line, whose end comes after the hole
         return doc["prompt"], {**(self.config.generation_kwargs or {}), "until": until, "infill": infill}
 
@@ -165,8 +165,8 @@ class Infilling(CodeTask):
 
 def _hole(doc: dict[str, Any]) -> tuple[str, str]:
     """Returns the hole's content and what comes after it, including the end of a line."""
-    hole, behind = doc["canonical_solution"], doc["suffix"]
-    return (hole[:-1], "\n" + behind) if hole.endswith("\n") else (hole, behind)
+    hole, after = doc["canonical_solution"], doc["suffix"]
+    return (hole[:-1], "\n" + after) if hole.endswith("\n") else (hole, after)
 
 
 def pass_at_k(num_answers: int, num_right: int, k: int) -> float:

@@ -40,7 +40,7 @@ class Masks:
 
     Attributes:
         is_real: The others fill up.
-        behind: Number of drafts before each mask's group.
+        drafts_before: Number of drafts before each mask's group.
         offset: Its place in its group.
         first, stop: Masks that it reads, its own group's.
         start: Of each number of right drafts, the first mask that drafts.
@@ -49,7 +49,7 @@ class Masks:
     """
 
     is_real: Bool[Tensor, "b s"]
-    behind: Int[Tensor, "b s"]
+    drafts_before: Int[Tensor, "b s"]
     offset: Int[Tensor, "b s"]
     first: Int[Tensor, "b s"]
     stop: Int[Tensor, "b s"]
@@ -62,7 +62,7 @@ class DraftTables:
     """The masks of several shapes, built once for each set.
 
     Args:
-        draftings: Which rows name by their index. Behind them stand two without drafts, one for each verifier.
+        draftings: Which rows name by their index. After them stand two without drafts, one for each verifier.
         shift: The model's.
         reads_causally: Whether masks of a group do not read later ones.
         device: Where passes run.
@@ -91,15 +91,15 @@ class DraftTables:
         self._groups = self._by_group().to(device)
 
     def _by_mask(self, width: int) -> Int[Tensor, "k d s 5"]:
-        """Returns for each mask whether it is real, `behind`, `offset`, `first` and `stop`."""
+        """Returns for each mask whether it is real, `drafts_before`, `offset`, `first` and `stop`."""
 
         def of(lengths: Sequence[int], num_verifying: int) -> list[tuple[int, ...]]:
-            found = [(1, behind, 0, behind, behind + 1) for behind in range(num_verifying)]
-            for behind, length in enumerate(lengths):
+            found = [(1, drafts_before, 0, drafts_before, drafts_before + 1) for drafts_before in range(num_verifying)]
+            for drafts_before, length in enumerate(lengths):
                 first, size = len(found), length + 1 - self.shift if length else 0
                 for offset in range(size):
                     stop = first + (offset + 1 if self.reads_causally else size)
-                    found.append((1, behind, offset, first, stop))
+                    found.append((1, drafts_before, offset, first, stop))
             return (found + [(0, 0, 0, 0, 0)] * (width - len(found)))[:width]
 
         found = self._for_all(of)
@@ -141,6 +141,6 @@ class DraftTables:
 
     def masks(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"], num_masks: int) -> Masks:
         """Returns those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
-        is_real, behind, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
+        is_real, drafts_before, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
         start, length = self._groups[which, pending].unbind(-1)
-        return Masks(is_real.bool(), behind, offset, first, stop, start, length, self._by_masks[which].bool())
+        return Masks(is_real.bool(), drafts_before, offset, first, stop, start, length, self._by_masks[which].bool())

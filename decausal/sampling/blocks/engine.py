@@ -151,11 +151,11 @@ class BlockEngine:
             self._commit()
         if self._recorded is not None:
             self._read_prompts()
-        states, told = self._pass_over([row.unread for row in active])
+        states, outcome = self._pass_over([row.unread for row in active])
         self._set_committed()
-        return self._take_note(told.tolist(), states)
+        return self._take_note(outcome.tolist(), states)
 
-    def _pass_over(self, spans: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]]:
+    def _pass_over(self, spans: list[range]) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b outcome"]]:
         if self._recorded is not None:
             found = self._recorded.run(spans, self._settings)
             if found is not None:
@@ -214,21 +214,21 @@ class BlockEngine:
             for row in self._active:
                 row.committed = row.start
 
-    def _take_note(self, told: list[list[int]], states: Float[Tensor, "b K D"]) -> list[Progress]:
+    def _take_note(self, outcome: list[list[int]], states: Float[Tensor, "b K D"]) -> list[Progress]:
         """Updates the host's view. Rows whose block is done end or move to the next block."""
         size = self.block_size
         kept = [
             [offset for offset in range(size) if news[size + offset] == row.step]
-            for row, news in zip(self._active, told, strict=True)
+            for row, news in zip(self._active, outcome, strict=True)
         ]
-        log_probs = self._log_probs(kept, told, states)
-        is_done = [not news[2 * size + 1] for news in told]
+        log_probs = self._log_probs(kept, outcome, states)
+        is_done = [not news[2 * size + 1] for news in outcome]
         steps = [
             self._progress(row, news, offsets, found, done)
-            for row, news, offsets, found, done in zip(self._active, told, kept, log_probs, is_done, strict=True)
+            for row, news, offsets, found, done in zip(self._active, outcome, kept, log_probs, is_done, strict=True)
         ]
         if any(is_done):
-            self._rows.next_blocks(len(told), is_done)
+            self._rows.next_blocks(len(outcome), is_done)
         self._release([place for place, step in enumerate(steps) if step.ended is not None])
         return steps
 
@@ -257,9 +257,9 @@ class BlockEngine:
         )
 
     def _log_probs(
-        self, kept: list[list[int]], told: list[list[int]], states: Float[Tensor, "b K D"]
+        self, kept: list[list[int]], outcome: list[list[int]], states: Float[Tensor, "b K D"]
     ) -> list[list[TokenLogProbs]]:
-        tokens = [[news[offset] for offset in offsets] for news, offsets in zip(told, kept, strict=True)]
+        tokens = [[news[offset] for offset in offsets] for news, offsets in zip(outcome, kept, strict=True)]
         jobs = [row.job for row in self._active]
         return job_log_probs(jobs, tokens, lambda place: states[place, kept[place]], self._head())
 

@@ -20,7 +20,7 @@ def keep(
     states: Float[Tensor, "b K D"],
     head: Head,
     settings: RowSettings,
-) -> Int[Tensor, "b told"]:
+) -> Int[Tensor, "b outcome"]:
     """Takes one step: proposes a token for each position, keeps the best, and returns what the host has to know.
 
     Args:
@@ -52,13 +52,13 @@ def keep(
         is_eligible &= is_end.cumsum(1) == 0
     is_wanted = is_eligible & (rows.positions(here) < rows.limit[here, None])
     step += 1
-    told = [block_ids, kept_in, is_eligible.sum(1, keepdim=True), is_wanted.any(1, keepdim=True)]
-    return torch.cat(told, dim=1)
+    outcome = [block_ids, kept_in, is_eligible.sum(1, keepdim=True), is_wanted.any(1, keepdim=True)]
+    return torch.cat(outcome, dim=1)
 
 
 def _keep_single(
     rows: BlockRows, num_rows: int, states: Float[Tensor, "b 1 D"], head: Head, settings: RowSettings
-) -> Int[Tensor, "b told"]:
+) -> Int[Tensor, "b outcome"]:
     """Does what `keep` does where a block is one token: each is kept, so no score is needed."""
     here = slice(0, num_rows)
     numbers = None

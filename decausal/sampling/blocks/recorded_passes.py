@@ -65,7 +65,7 @@ class RecordedPasses:
 
     def run(
         self, spans: list[range], settings: RowSettings
-    ) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b told"]] | None:
+    ) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b outcome"]] | None:
         """Runs a pass over rows 0 to b - 1 and returns the states that predict their blocks, and the result of `keep`.
 
         Both are overwritten by the next pass. None: the pass has to be run as it is.

@@ -143,10 +143,10 @@ class SpeculativeEngine:
         """Takes rows a pass further, and reads prompts of others in a second one; reports on all rows that took
         part."""
         with decoding(self._model):
-            told = self._write(self._held[: self._num_ready])
+            reported = self._write(self._held[: self._num_ready])
             self._admit()
-            told += self._read(self._to_read())
-        return told
+            reported += self._read(self._to_read())
+        return reported
 
     def _refuse(self, row: Row) -> None:
         if len(row.gaps) > 1 or row.given[-1]:
@@ -267,7 +267,7 @@ class SpeculativeEngine:
                 if row.choice is choice
             ]
             choice.note(len(rows), extent, seconds, outcomes)
-        return self._tell(rows, brought, read)
+        return self._report(rows, brought, read)
 
     def _read(self, rows: list[DraftingRow]) -> list[Progress]:
         """One pass over rows whose prompts are being read; those that have been go to the others that are ready."""
@@ -278,24 +278,24 @@ class SpeculativeEngine:
             if tokens:
                 self._make_ready(row)
             self._store_prefix(row)
-        return self._tell(rows, brought, read)
+        return self._report(rows, brought, read)
 
     def _pass(self, rows: list[DraftingRow], extent: Extent) -> tuple[list[list[int]], Read]:
         """Returns what it brought each row, and what it read."""
         read = self._rows.read(self._places(rows), extent, self._settings(rows))
-        brought = [row[1 : 1 + row[0]] for row in read.told.tolist()]
+        brought = [row[1 : 1 + row[0]] for row in read.outcome.tolist()]
         for row, tokens in zip(rows, brought, strict=True):
             row.note(tokens)
         return brought, read
 
-    def _tell(self, rows: list[DraftingRow], brought: list[list[int]], read: Read) -> list[Progress]:
+    def _report(self, rows: list[DraftingRow], brought: list[list[int]], read: Read) -> list[Progress]:
         log_probs = self._log_probs(rows, brought, read)
-        told = [row.take(*each, self._tokenizer) for row, *each in zip(rows, brought, log_probs, strict=True)]
-        for row, progress in zip(rows, told, strict=True):
+        reported = [row.take(*each, self._tokenizer) for row, *each in zip(rows, brought, log_probs, strict=True)]
+        for row, progress in zip(rows, reported, strict=True):
             if progress.ended is not None:
                 self._store_prefix(row)
                 self._drop(row)
-        return told
+        return reported
 
     def _places(self, rows: list[DraftingRow]) -> Places:
         places = [row.place for row in rows]

@@ -31,12 +31,12 @@ class Read(NamedTuple):
     """The results of a pass for its rows.
 
     Attributes:
-        told: For each row, the number of tokens (0 if more of the prompt has to be read), then the tokens, then
+        outcome: For each row, the number of tokens (0 if more of the prompt has to be read), then the tokens, then
             padding.
         states: The states that predict them under causal attention, followed by others.
     """
 
-    told: Int[Tensor, "b told"]
+    outcome: Int[Tensor, "b outcome"]
     states: Float[Tensor, "b p D"]
 
 
@@ -165,9 +165,9 @@ class SpeculativeRows:
         verify_states = self._verifying(queries, in_order, of_masks, extent)
         own = self._own(rows, queries, verify_states, settings)
         num_right = self._num_right(rows, queries, own)
-        told = self._extend(rows, queries, own, num_right)
+        outcome = self._extend(rows, queries, own, num_right)
         self._draft(rows, queries, verify_states, of_masks, num_right, extent.num_new, settings)
-        return Read(told, verify_states)
+        return Read(outcome, verify_states)
 
     def _queries(self, rows: Places, extent: Extent) -> _Queries:
         known, cached = self.num_known[rows], self.num_cached[rows]
@@ -188,7 +188,7 @@ class SpeculativeRows:
     ) -> tuple[Float[Tensor, "b q D"], Float[Tensor, "b s D"]]:
         """Runs a forward pass. Returns the states of known tokens and drafts, and those of masks."""
         masks, end = queries.masks, self.num_cached[rows] + queries.given
-        mask_position = end[:, None] + masks.behind + masks.offset
+        mask_position = end[:, None] + masks.drafts_before + masks.offset
         base = end + queries.pending
         mask_slot = base[:, None] + torch.arange(extent.num_masks, device=end.device)
         scratch = self.cache.scratch_slot
@@ -264,7 +264,7 @@ class SpeculativeRows:
 
     def _extend(
         self, rows: Places, queries: _Queries, own: Int[Tensor, "b p"], num_right: Int[Tensor, " b"]
-    ) -> Int[Tensor, "b told"]:
+    ) -> Int[Tensor, "b outcome"]:
         """Adds the right drafts and the token after them to the known tokens."""
         end = self.num_cached[rows] + queries.given
         last = own.gather(1, num_right[:, None])
@@ -346,16 +346,16 @@ def _visible(
     masks, slot = queries.masks, torch.arange(num_keys, device=position.device)
     mask = slot - base[:, None, None]
     of_group = (mask >= masks.first[..., None]) & (mask < masks.stop[..., None])
-    before = slot < (end[:, None] + masks.behind)[..., None]
+    before = slot < (end[:, None] + masks.drafts_before)[..., None]
     in_order = torch.cat([slot <= queries.position[..., None], of_group | before], dim=1)
 
     def seen(window: int | None) -> Bool[Tensor, "b p n"]:
         if window is None or window >= num_keys:
             return in_order
         held = slot.expand(len(base), -1)
-        if masks.behind.shape[1]:
-            which = (held - base[:, None]).clamp(0, masks.behind.shape[1] - 1)
-            of_mask = end[:, None] + (masks.behind + masks.offset).gather(1, which)
+        if masks.drafts_before.shape[1]:
+            which = (held - base[:, None]).clamp(0, masks.drafts_before.shape[1] - 1)
+            of_mask = end[:, None] + (masks.drafts_before + masks.offset).gather(1, which)
             held = torch.where(held < base[:, None], held, of_mask)
         return in_order & ((position[..., None] - held[:, None]).abs() < window)
 

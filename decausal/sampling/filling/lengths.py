@@ -62,8 +62,8 @@ class GappedText:
             UserError: There is no token to start a row from, see `prompt_ids`.
         """
         texts, borders = split_at_borders(converted.tokenizer, given, lengths)
-        before, behind = prompt_ids(converted, texts[0]), [ids_after(converted.tokenizer, text) for text in texts[1:]]
-        return cls((before, *behind), tuple(lengths), name, seed, borders)
+        before, after = prompt_ids(converted, texts[0]), [ids_after(converted.tokenizer, text) for text in texts[1:]]
+        return cls((before, *after), tuple(lengths), name, seed, borders)
 
     def row(self, lengths: Sequence[int]) -> Row:
         return Row(self.given, tuple(lengths), self.name, self.borders)

@@ -90,7 +90,7 @@ def test_problems_are_run_against_their_tests(tasks: dict[str, Any]) -> None:
     prepare([task], may_run=True)
 
 
-def test_a_task_told_in_a_sentence_is_run_against_its_tests(tasks: dict[str, Any]) -> None:
+def test_a_task_described_in_a_sentence_is_run_against_its_tests(tasks: dict[str, Any]) -> None:
     task = tasks["mbpp_local"]
     prepare([task], may_run=True)
     assert answered(task, [SQUARE["code"] + "\n"]) == {"pass@1": 1}
@@ -102,14 +102,14 @@ def test_a_task_told_in_a_sentence_is_run_against_its_tests(tasks: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("name", "doc", "behind", "hole"),
+    ("name", "doc", "after", "hole"),
     [
         ("humaneval_single_line_infilling", HOLE, "\n    return c\n", "a + b"),
         ("humaneval_random_span_light_infilling", SPAN, "+ b\n", "turn a "),
     ],
 )
 def test_a_hole_is_asked_for_with_what_is_behind_it(
-    name: str, doc: dict[str, str], behind: str, hole: str, tasks: dict[str, Any]
+    name: str, doc: dict[str, str], after: str, hole: str, tasks: dict[str, Any]
 ) -> None:
     for length, expected in (("", None), ("_length_given", hole)):
         task = tasks[f"{name}{length}_local"]
@@ -117,7 +117,7 @@ def test_a_hole_is_asked_for_with_what_is_behind_it(
         assert answered(task, [hole]) == {"exact_match": 1, "edit_similarity": 1, "pass@1": 1}
         text, how = task.instances[0].args
         assert text == doc["prompt"]
-        assert how["infill"] == {"suffix": behind, "as_long_as": expected}
+        assert how["infill"] == {"suffix": after, "as_long_as": expected}
         other = answered(task, [hole[:-1] + "*"])
         assert (other["exact_match"], other["pass@1"]) == (0, 0)
         assert other["edit_similarity"] == pytest.approx(1 - 1 / len(hole))
@@ -173,15 +173,15 @@ def test_a_bidirectional_model_fills_holes_and_the_source_continues(
 
 def test_holes_are_filled_as_infill_does(models: dict[str, Path]) -> None:
     ours = DecausalLM(str(models["whole"]), device="cpu", num_steps=2)
-    hole, behind = "a + b", "\n    return c\n"
+    hole, after = "a + b", "\n    return c\n"
     asked = [
-        (HOLE["prompt"], {"max_gen_toks": 8, "infill": {"suffix": behind, "as_long_as": length}})
+        (HOLE["prompt"], {"max_gen_toks": 8, "infill": {"suffix": after, "as_long_as": length}})
         for length in (hole, None)
     ]
     found = ours.generate_until([Instance("generate_until", {}, one, 0) for one in asked])
     length = len(ours.tokenizer(hole)["input_ids"])
     for text, given in zip(found, (length, None), strict=True):
-        expected = infill(ours.converted, HOLE["prompt"], behind, given, max_gap=8, num_steps=2).text
+        expected = infill(ours.converted, HOLE["prompt"], after, given, max_gap=8, num_steps=2).text
         assert text == expected
 
 
@@ -192,7 +192,7 @@ def test_a_model_that_cannot_see_behind_a_hole_says_so(models: dict[str, Path]) 
         ours.generate_until([Instance("generate_until", {}, asked, 0)])
 
 
-def test_data_without_a_field_are_told_with_their_line(tmp_path: Path) -> None:
+def test_data_without_a_field_are_reported_with_their_line(tmp_path: Path) -> None:
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(ADD) + "\n" + json.dumps({"prompt": "x"}) + "\n")
     with pytest.raises(UserError, match=r"line 2: no 'entry_point'; it has prompt"):
         write_tasks(tmp_path, tmp_path / "out")

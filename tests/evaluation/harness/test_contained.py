@@ -1,4 +1,4 @@
-"""Programs of models end, whatever they do, and leave nothing behind."""
+"""Programs of models end, whatever they do, and leave nothing after."""
 
 from __future__ import annotations
 

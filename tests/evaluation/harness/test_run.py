@@ -255,7 +255,7 @@ def test_likelihood_is_causal_where_the_model_is(facts: dict[str, Any], expected
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--tasks", "small_choice"], "unknown task 'small_choice'; did you mean 'small_choices'?"),
         (["--tasks", ","], "--tasks is empty"),
@@ -272,9 +272,9 @@ def test_likelihood_is_causal_where_the_model_is(facts: dict[str, Any], expected
         (["--tasks", "small_answer", "--gen_kwargs", "max_gen_toks=64"], "give --gen_kwargs max_gen_toks=N"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     flags: list[str],
-    told: str,
+    reported: str,
     models: dict[str, Path],
     tasks: Path,
     capsys: pytest.CaptureFixture[str],
@@ -287,18 +287,18 @@ def test_bad_input_is_told_in_one_line(
     assert main(["eval", "harness", str(models["block"]), "--include_path", str(tasks), "--device", "cpu", *flags]) == 2
     *bars, error = capsys.readouterr().err.splitlines()  # the bars are those of libraries
     assert error.startswith("decausal: error: ")
-    assert told in error
+    assert reported in error
     assert all("%|" in bar or "examples/s" in bar or not bar for bar in bars)
 
 
-def test_data_without_the_fields_of_a_task_are_told_of(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+def test_data_without_the_fields_of_a_task_are_reported(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     text = (tasks / "small_word.yaml").read_text().replace("{{question}}", "{{goal}}")
     (tmp_path / "other.yaml").write_text(text)
     with pytest.raises(UserError, match="lack a field: 'goal' is undefined"):
         evaluate_harness(models["one"], [str(tmp_path / "other.yaml")], device="cpu")
 
 
-def test_data_that_are_not_there_are_told_of(tasks: Path, tmp_path: Path) -> None:
+def test_data_that_are_not_there_are_reported(tasks: Path, tmp_path: Path) -> None:
     text = (tasks / "small_word.yaml").read_text().replace("choices.jsonl", "gone.jsonl")
     (tmp_path / "other.yaml").write_text(text)
     with pytest.raises(UserError, match="the data cannot be loaded"):
