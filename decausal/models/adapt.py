@@ -23,6 +23,7 @@ from decausal.diffusion.layout import Layout
 from decausal.errors import UserError, first_line
 from decausal.models.adapters import hushed, merged
 from decausal.models.architecture import attention_implementation, refusal
+from decausal.models.casting import cast_weights
 from decausal.models.directories import adapter_of, has_tokenizer, refuse_incomplete
 from decausal.models.gguf_files import check_gguf, is_gguf
 from decausal.models.names import adapter_directory, gguf_path, located
@@ -181,7 +182,7 @@ def load_weights(
     if getattr(model, "is_quantized", False):
         model = plain(model, dtype)
     forget_private(path, model)
-    return model.to(dtype).eval()
+    return cast_weights(model, dtype).eval()
 
 
 def unreadable(error: Exception) -> str:
@@ -226,7 +227,7 @@ def _load_merged(
         )
     except UserError as error:
         raise UserError(f"{directory} is a PEFT adapter on {adapter.base}, which cannot be loaded: {error}") from error
-    model = merged(model, directory).to(dtype)
+    model = cast_weights(merged(model, directory), dtype)
     return model, _tokenizer(str(directory), None) if has_tokenizer(directory) else tokenizer
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from decausal.errors import UserError, first_line
+from decausal.models.casting import cast_weights
 
 CHATTY = ("bitsandbytes", "transformers.integrations.bitsandbytes")
 
@@ -48,7 +49,8 @@ def with_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     Raises:
         UserError: PEFT is missing, or the adapter does not fit the model.
     """
-    return _wrapped(model, directory, autocast_adapter_dtype=False).to(model.dtype).get_base_model().eval()
+    wrapped = _wrapped(model, directory, autocast_adapter_dtype=False)
+    return cast_weights(wrapped, model.dtype).get_base_model().eval()
 
 
 def _wrapped(model: PreTrainedModel, directory: Path, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from decausal.files import follow_umask, write_whole
 from decausal.models.adapt import LOADING_ERRORS, adapt, forget_private, load_source, source_dtype, unreadable
 from decausal.models.adapters import merged
 from decausal.models.architecture import attention_implementation
+from decausal.models.casting import cast_weights
 from decausal.models.directories import Adapter, adapter_of
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts, write_facts
 from decausal.models.gated_checkpoint import load_gated
@@ -190,7 +191,7 @@ def _with_adapter(
     put_mask_row(model, facts.mask_token_id, path)
     count_as_ends(model, tokenizer, facts.end_token_ids)
     _refuse_disagreement(path, facts, model, tokenizer)
-    return Converted(model.eval().to(device=device, dtype=dtype), tokenizer, facts)
+    return Converted(cast_weights(model, dtype).eval().to(device), tokenizer, facts)
 
 
 def load_causal(

@@ -20,6 +20,7 @@ from decausal.models.adapt import load_source
 from decausal.models.architecture import refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
 from decausal.models.base_files import base_files, base_hashes, refuse_links_out, refuse_secrets
+from decausal.models.casting import cast_weights
 from decausal.models.checkpoint import count_as_ends, dtype_to_save, save_converted
 from decausal.models.compiled import compile_layers
 from decausal.models.doctor import refuse_if_unusable
@@ -273,8 +274,8 @@ def _teacher(
         raise UserError(f"--kl_top_k {settings.kl_top_k}: the vocabulary has {num_tokens} tokens; give at most that")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if settings.teacher_model_name_or_path is not None or start.facts is not None:
-        return Teacher(_other_model(settings, start, model, tokenizer).to(dtype))
-    return None if settings.lora_r else Teacher(copy.deepcopy(model).to(dtype))
+        return Teacher(cast_weights(_other_model(settings, start, model, tokenizer), dtype))
+    return None if settings.lora_r else Teacher(cast_weights(copy.deepcopy(model), dtype))
 
 
 def _other_model(

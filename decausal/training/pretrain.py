@@ -21,6 +21,7 @@ from decausal.evaluation.likelihood import evaluate_ar_nll
 from decausal.evaluation.results import ArLikelihood
 from decausal.evaluation.tasks import TaskScores, evaluate_tasks
 from decausal.files import follow_umask
+from decausal.models.casting import cast_weights
 from decausal.models.compiled import compile_layers
 from decausal.training.argument_values import PRETRAIN_DEFAULTS
 from decausal.training.losses import Supervision
@@ -86,7 +87,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
             refuse_other_rows(checkpoint, trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        model = trainer.trained_model().to(torch.bfloat16)
+        model = cast_weights(trainer.trained_model(), torch.bfloat16)
         model.config.use_cache = True  # training turned it off
         heldout, tasks = _measure(settings, heldout_rows, model, tokenizer)
         if args.should_save:
@@ -113,7 +114,7 @@ def _measure(
     """Measures the weights as saved, rounded to bfloat16, in float32. On tasks it measures right answers too."""
     if settings.eval_data is None or rows is None:
         return None, None
-    measured = copy.deepcopy(model).float()
+    measured = cast_weights(copy.deepcopy(model), torch.float32)
     problems = [
         example
         for source in find_sources(settings.eval_data)

@@ -17,6 +17,7 @@ from decausal.diffusion.layout import Layout, positions_in_documents
 from decausal.models.adapt import outline
 from decausal.models.architecture import context_length, refuse_longer_rows
 from decausal.models.backbone import decoder_layers, stock_model
+from decausal.models.casting import cast_weights
 from decausal.models.facts import ConversionFacts
 from decausal.models.row_attention import FLEX, RowAttention
 from decausal.training.losses import Supervision
@@ -187,7 +188,7 @@ def _teacher(
     if named is None and start.facts is None and settings.lora_r:
         return None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return Teacher(outline(named or start.source, device=where)[0].to(dtype))
+    return Teacher(cast_weights(outline(named or start.source, device=where)[0], dtype))
 
 
 def _rows(
