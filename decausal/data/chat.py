@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.answers import Closings, Document, Span, Warn, documents_of, is_trained
 from decausal.data.forms import Record
 from decausal.data.reading import say
-from decausal.data.template import ADVICE, marks_answers, readable, refuse_without_template, render, template_values
+from decausal.data.template import (
+    ADVICE,
+    TemplateRefusalError,
+    marks_answers,
+    readable,
+    refuse_without_template,
+    render,
+    template_values,
+)
 from decausal.errors import UserError
 
 Ids = Int32[np.ndarray, " n"]
@@ -123,12 +131,9 @@ class _Encoder:
         texts = [document.text for document in documents]
         tokens: list[Tokens] = []
         for document, (ids, characters) in zip(documents, self._located(texts), strict=True):
-            if borders := _borders_inside_tokens(document, characters):
+            if borders := _borders_inside_tokens([start for start, _ in document.answers], characters):
                 ids, characters = self._in_pieces(document.text, borders)
-            is_answer = np.zeros(len(ids), dtype=bool)
-            for span in document.answers:
-                is_answer |= _tokens_within(span, characters)
-            tokens.append((ids, is_answer))
+            tokens.append((ids, _tokens_within(document.answers, characters)))
         return tokens
 
     def _located(self, texts: Sequence[str]) -> list[Located]:
@@ -148,7 +153,7 @@ class _Encoder:
 
     def _marked_by_template(self, record: Record) -> Tokens:
         messages, origin = record["messages"], record["origin"]
-        ids, is_answer = self._marks(record, len(messages))
+        ids, is_answer = self._behind_prompts(record, *self._marks(record, len(messages)))
         is_special = np.isin(ids, self._special_ids)
         for first, stop in _runs(is_answer):
             if not self._is_end(ids[self._last(ids, first, stop)]) and stop < len(ids):
@@ -159,6 +164,38 @@ class _Encoder:
             if message["role"] == "assistant" and not is_trained(messages, index):
                 self._clear(record, index, is_answer)
         return ids, is_answer
+
+    def _behind_prompts(
+        self, record: Record, ids: Ids, is_answer: Bool[np.ndarray, " n"]
+    ) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+        """Returns marked tokens without any that joins a prompt's end to the answer to be trained behind it."""
+        messages = record["messages"]
+        text = self._text(record, len(messages)) or ""
+        prompts = [
+            self._text(record, index, add_generation_prompt=True)
+            for index in range(len(messages))
+            if is_trained(messages, index)
+        ]
+        [(_, characters)] = self._located([text])
+        starts = [len(prompt) for prompt in prompts if prompt is not None and text.startswith(prompt)]
+        borders = _borders_inside_tokens(starts, characters)
+        if not borders:
+            return ids, is_answer
+        spans = []
+        for first, stop in _runs(is_answer):
+            start, behind = characters[first].tolist()
+            start = next((border for border in borders if start < border < behind), start)
+            spans.append((start, int(characters[stop - 1, 1])))
+        ids, characters = self._in_pieces(text, borders)
+        return ids, _tokens_within(spans, characters)
+
+    def _text(self, record: Record, number: int, *, add_generation_prompt: bool = False) -> str | None:
+        """Returns the rendering of the first messages; None if the template refuses them alone."""
+        options = {"tools": record["tools"], "add_generation_prompt": add_generation_prompt, **record["values"]}
+        try:
+            return render(record["messages"][:number], self._tokenizer, record["origin"], **options)
+        except TemplateRefusalError:
+            return None
 
     def _marks(self, record: Record, number: int) -> Tokens:
         rendered = render(
@@ -240,22 +277,25 @@ def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
     return [(int(first), int(stop)) for first, stop in bounds.reshape(-1, 2)]
 
 
-def _borders_inside_tokens(document: Document, characters: Characters) -> list[int]:
-    """Returns the beginnings of answers at which no token begins, because one joins a prompt's end to its answer.
+def _borders_inside_tokens(starts: Sequence[int], characters: Characters) -> list[int]:
+    """Returns those beginnings of answers at which no token begins, because one joins a prompt's end to its answer.
 
     The model will be given the prompt alone, and has to write all of the answer after it.
     """
     first, last = characters[:, 0], characters[:, 1]
-    return [start for start, _ in document.answers if ((first < start) & (start < last)).any()]
+    return [start for start in starts if ((first < start) & (start < last)).any()]
 
 
-def _tokens_within(span: Span, characters: Characters) -> Bool[np.ndarray, " n"]:
-    """Returns which tokens hold a character of the span.
+def _tokens_within(spans: Sequence[Span], characters: Characters) -> Bool[np.ndarray, " n"]:
+    """Returns which tokens hold a character of one of the spans.
 
     A token of spaces can have an empty range of characters at
     its end, since some tokenizers trim spaces.
     """
     first, last = characters[:, 0], characters[:, 1]
-    is_overlapping = (first < span[1]) & (last > span[0])
-    is_trimmed = (first == last) & (last > span[0]) & (last <= span[1])
-    return is_overlapping | is_trimmed
+    is_within = np.zeros(len(characters), dtype=bool)
+    for start, stop in spans:
+        is_overlapping = (first < stop) & (last > start)
+        is_trimmed = (first == last) & (last > start) & (last <= stop)
+        is_within |= is_overlapping | is_trimmed
+    return is_within

@@ -20,6 +20,13 @@ from decausal.errors import UserError
 from tests.chat_templates import TEMPLATES, tokenizer_like, with_template
 from tests.families import tiny_tokenizer
 
+# The same with marks around what the assistant writes.
+QWEN_MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def turns(*contents: str, **last: Any) -> list[dict[str, Any]]:
     found = [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
@@ -173,8 +180,11 @@ def test_every_answer_begins_just_behind_the_prompt_that_the_model_will_be_given
         assert {re.sub("[⟦⟧]", "", before) for before in befores} <= prompts
 
 
-def test_no_token_joins_a_prompt_to_its_answer() -> None:
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_no_token_joins_a_prompt_to_its_answer(is_marked: bool) -> None:
     tokenizer = tokenizer_like("qwen2.5")
+    if is_marked:
+        tokenizer.chat_template = QWEN_MARKED
     tokenizer.add_tokens(["\n\n", "\n  "])
     messages = turns("one", "\n\ntwo", "three", "  four", "five", "six")
     [document] = encode_batch([{"origin": "a:1", "messages": messages}], tokenizer)
