@@ -11,7 +11,7 @@ from itertools import groupby, islice
 from transformers import PreTrainedTokenizerBase
 
 from decausal.data.documents import read_sources
-from decausal.data.encode import BATCH_RECORDS, SpecialTokens, encode_stream
+from decausal.data.encode import BATCH_RECORDS, encode_stream
 from decausal.data.forms import Record
 from decausal.data.prompts import OnBad, Prompt, given, pieces, report_dropped
 from decausal.data.reading import Account, Reading, say
@@ -96,13 +96,13 @@ class AskedPrompts:
 
     def _without_texts(self, records: Iterable[Record], on_bad: OnBad) -> Iterator[Record]:
         """Makes prompts of plain texts."""
-        num_before = len(SpecialTokens(self._tokenizer).prefix)  # which a prompt gets again
         for is_text, group in groupby(records, lambda record: "text" in record):
             if not is_text:
                 yield from group
                 continue
             for document in encode_stream(group, self._tokenizer, on_bad=on_bad):
-                for number, piece in enumerate(pieces(document, self._max_length, self._room, self._fraction)):
-                    text = self._tokenizer.decode(piece[0 if number else num_before :], **VERBATIM)
+                for piece in pieces(document, self._max_length, self._room, self._fraction):
+                    # A prompt gets what comes before a text again.
+                    text = self._tokenizer.decode(piece[document.num_before :], **VERBATIM)
                     whole = text.rstrip("\ufffd")  # half a character
                     yield {"origin": document.origin, "prompt": whole, "completion": ""}

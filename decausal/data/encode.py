@@ -35,12 +35,15 @@ class Encoded:
         is_maskable: Which tokens noise may mask, and thereby train. The others stay clean and visible.
         origin: Where the document was read.
         splittable: Whether a row may end within it (plain text) or must hold all of it (a prompt and its answer).
+        num_before: How many of the first tokens the tokenizer puts before a text (its BOS). Each piece of a document
+            that is split is read by itself, so it begins with them too: without BOS, Gemma 3 hardly predicts text.
     """
 
     ids: Ids
     is_maskable: Flags
     origin: str
     splittable: bool
+    num_before: int = 0
 
 
 Documents = list[Encoded] | UserError
@@ -152,7 +155,7 @@ class _Sent(NamedTuple):
 
     Attributes:
         ids, is_maskable: Of all documents, one after another.
-        lengths, splittable: Of each document.
+        lengths, splittable, num_before: Of each document.
         counts: Documents of each record.
         errors: What is wrong with bad records, by their index.
         notes: What the user should know.
@@ -162,6 +165,7 @@ class _Sent(NamedTuple):
     is_maskable: Flags
     lengths: list[int]
     splittable: list[bool]
+    num_before: list[int]
     counts: list[int]
     errors: dict[int, str]
     notes: list[str]
@@ -169,14 +173,14 @@ class _Sent(NamedTuple):
     def documents(self, origins: Sequence[str]) -> Iterator[Documents]:
         """Yields the documents of each record, or its error."""
         ends = np.cumsum(self.lengths).tolist()
-        pieces = zip(ends, self.lengths, self.splittable, strict=True)
+        pieces = zip(ends, self.lengths, self.splittable, self.num_before, strict=True)
         for index, (origin, count) in enumerate(zip(origins, self.counts, strict=True)):
             if index in self.errors:
                 yield UserError(self.errors[index])
                 continue
             yield [
-                Encoded(self.ids[end - length : end], self.is_maskable[end - length : end], origin, splittable)
-                for end, length, splittable in islice(pieces, count)
+                Encoded(self.ids[end - length : end], self.is_maskable[end - length : end], origin, *rest)
+                for end, length, *rest in islice(pieces, count)
             ]
 
 
@@ -191,6 +195,7 @@ def _encode_to_send(records: Sequence[Record], encode_some: EncodeSome) -> _Sent
         np.concatenate([np.empty(0, dtype=bool), *(document.is_maskable for document in documents)]),
         [len(document.ids) for document in documents],
         [document.splittable for document in documents],
+        [document.num_before for document in documents],
         [len(each) for each in good],
         errors,
         list(notes),
@@ -217,11 +222,11 @@ def encode_batch(
 ) -> list[Encoded]:
     """Returns the tokens of records, as `decausal.data.documents` makes them, in their order.
 
-    A text becomes the tokenizer's BOS (if it has one), the text and EOS. Everything except BOS may be masked, and rows
-    may cut it anywhere. Of a prompt and its completion, the completion and EOS may be masked. A conversation is
-    rendered by the tokenizer's chat template; the assistant's answers and their end-of-turn tokens may be masked. It
-    becomes several documents if the template renders earlier turns differently once others follow. A record that was
-    cut off ends where it was cut, without an end token.
+    A text, or a piece of a long one, becomes the tokenizer's BOS (if it has one), the text, and EOS at its end.
+    Everything except BOS may be masked, and rows may cut it anywhere. Of a prompt and its completion, the completion
+    and EOS may be masked. A conversation is rendered by the tokenizer's chat template; the assistant's answers and
+    their end-of-turn tokens may be masked. It becomes several documents if the template renders earlier turns
+    differently once others follow. A record that was cut off ends where it was cut, without an end token.
 
     Args:
         records: Any mix of texts, completions and conversations.
@@ -256,9 +261,8 @@ def encode_records(
 
 def _encode_texts(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
     for record, text_ids in zip(records, _tokenize([record["text"] for record in records], special), strict=True):
-        prefix = special.prefix if record.get("is_start", True) else []
         suffix = [special.end] if append_eos and record.get("is_end", True) else []
-        yield [_encoded(record, prefix, text_ids + suffix, splittable=True)]
+        yield [_encoded(record, special.prefix, text_ids + suffix, splittable=True, num_before=len(special.prefix))]
 
 
 def _encode_completions(records: Sequence[Record], special: SpecialTokens, append_eos: bool) -> Iterator[list[Encoded]]:
@@ -290,9 +294,9 @@ def _tokenize(texts: list[str], special: SpecialTokens) -> list[list[int]]:
     )["input_ids"]
 
 
-def _encoded(record: Record, visible: list[int], maskable: list[int], splittable: bool) -> Encoded:
+def _encoded(record: Record, visible: list[int], maskable: list[int], splittable: bool, num_before: int = 0) -> Encoded:
     ids = np.array(visible + maskable, dtype=np.int32)
-    return Encoded(ids, np.arange(len(ids)) >= len(visible), record["origin"], splittable)
+    return Encoded(ids, np.arange(len(ids)) >= len(visible), record["origin"], splittable, num_before)
 
 
 def refuse_mask_token(ids: Ids, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -88,17 +88,23 @@ class OpenRow:
         self.num_pieces = int(row.document_ids.max()) + 1
 
     def append(self, document: Encoded, start: int) -> int:
-        """Appends as much of the document from token `start` on as fits. Returns the number of tokens."""
+        """Appends as much of the document from token `start` on as fits, after what comes before every piece of it.
+        Returns the number of tokens from `start` on."""
+        if start:
+            self._fill(document, slice(0, document.num_before))
         length = min(len(document.ids) - start, self.space)
-        first = len(self.row.clean_ids) - self.space
-        place, piece = slice(first, first + length), slice(start, start + length)
+        self._fill(document, slice(start, start + length))
+        self.num_pieces += 1
+        self.num_started += start == 0
+        return length
+
+    def _fill(self, document: Encoded, piece: slice) -> None:
+        first, length = len(self.row.clean_ids) - self.space, piece.stop - piece.start
+        place = slice(first, first + length)
         self.row.clean_ids[place] = document.ids[piece]
         self.row.is_maskable[place] = document.is_maskable[piece]
         self.row.document_ids[place] = self.num_pieces
         self.space -= length
-        self.num_pieces += 1
-        self.num_started += start == 0
-        return length
 
 
 def _space(row: OpenRow) -> int:
@@ -108,10 +114,10 @@ def _space(row: OpenRow) -> int:
 class Packer:
     """Packs documents into rows.
 
-    Splittable documents form one stream of tokens in their order, cut every `sequence_length` tokens. Only the last row
-    is padded. A document that continues in the next row counts as a new document there: it cannot see the row before. A
-    piece of a single token is packed too, although no shift-1 model can predict it, so that the rows hold the stream
-    exactly.
+    Splittable documents form one stream of tokens in their order, which fills one row after another. Only the last row
+    is padded. A document that continues in the next row counts as a new document there: it cannot see the row before,
+    and begins with the same BOS. A piece of a single token is packed too, although no shift-1 model can predict it, so
+    that the rows hold the whole stream.
 
     A document that may not be split goes into the fullest of at most `OPEN_ROWS` rows that it fits in. Documents longer
     than a row are left out and counted.
@@ -137,6 +143,10 @@ class Packer:
         if not document.splittable:
             yield from map(self._close, self._place(document))
             return
+        if self.sequence_length <= document.num_before:
+            raise UserError(
+                f"--max_length {self.sequence_length}: a row needs at least {document.num_before + 1} tokens"
+            )
         start = 0
         while start < len(document.ids):
             start += self.stream.append(document, start)

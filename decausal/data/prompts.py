@@ -189,10 +189,12 @@ def _encode_prompts(
 
 def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
     """Yields the beginning of each stretch of `max_length` tokens of a text; see `load_prompts`."""
-    for start in range(0, len(document.ids), max_length):
-        piece = document.ids[start : start + max_length]
+    before, ids = np.split(document.ids, [document.num_before])
+    step = max(1, max_length - len(before))
+    for start in range(0, max(1, len(ids)), step):
+        piece = np.concatenate([before, ids[start : start + step]])
         length = min(int(len(piece) * prompt_fraction), len(piece) - 1, longest)
-        if len(piece) > 1 or not start:  # a rest of one token is too short
+        if len(piece) > len(before) + 1 or not start:  # a rest of one token is too short
             yield piece[: max(1, length)]
 
 

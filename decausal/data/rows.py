@@ -32,7 +32,7 @@ from decausal.data.sources import Data, Source, find_sources
 from decausal.errors import UserError
 from decausal.wording import quantity
 
-FORMAT_VERSION = 8  # raise this number whenever the same data would give other rows
+FORMAT_VERSION = 9  # raise this number whenever the same data would give other rows
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CACHE_DIR = Path(HF_HOME, "decausal", "rows")

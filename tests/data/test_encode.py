@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from decausal.data.encode import Encoded, encode, encode_batch, encode_stream
+from decausal.data.packing import pack
 from decausal.errors import UserError
 from tests.families import tiny_tokenizer
 
@@ -103,8 +105,29 @@ def test_pieces_of_a_text_join_to_the_tokens_of_the_whole() -> None:
         {"origin": f"x{index}", "text": line, "is_start": index == 0, "is_end": index == 2}
         for index, line in enumerate(lines)
     ]
-    joined = [token for piece in encode_batch(pieces, tokenizer) for token in piece.ids.tolist()]
-    assert joined == encode({"origin": "x", "text": "".join(lines)}, tokenizer).ids.tolist()
+    documents = encode_batch(pieces, tokenizer)
+    whole = encode({"origin": "x", "text": "".join(lines)}, tokenizer).ids.tolist()
+    assert [token for piece in documents for token in piece.ids.tolist()[piece.num_before :]] == whole[1:]
+    assert all(piece.ids[0] == whole[0] for piece in documents), "each is read by itself, so it begins with BOS"
+
+
+def test_rows_that_cut_a_text_begin_with_its_bos_and_never_train_it() -> None:
+    tokenizer = with_bos(tiny_tokenizer())
+    encoded = list(encode_stream([{"origin": "x", "text": "the end of the line"}], tokenizer, num_proc=2))
+    rows = list(pack(encoded, 6, tokenizer.eos_token_id))
+    assert len(rows) > 1
+    assert all(row.clean_ids[0] == encoded[0].ids[0] and not row.is_maskable[0] for row in rows)
+    kept = [row.document_ids >= 0 for row in rows]
+    joined = [token for row, is_kept in zip(rows, kept, strict=True) for token in row.clean_ids[is_kept].tolist()[1:]]
+    assert joined == encoded[0].ids.tolist()[1:]
+    assert sum(row.is_maskable.sum() for row in rows) == len(joined)
+
+
+def test_a_row_without_room_for_more_than_bos_is_refused() -> None:
+    document = encode({"origin": "x", "text": "the end"}, with_bos(tiny_tokenizer()))
+    long = replace(document, num_before=3)
+    with pytest.raises(UserError, match="--max_length 3: a row needs at least 4 tokens"):
+        list(pack([long], 3, 0))
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("in the", " end"), ("in t", "he end"), ("", "the end")])

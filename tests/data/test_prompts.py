@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode_stream
@@ -70,6 +71,18 @@ def test_of_a_text_it_is_a_prefix_of_each_stretch_of_tokens_and_never_all_of_it(
         assert piece[: len(prompt)].tolist() == prompt
         assert len(prompt) < len(piece)
         assert len(prompt) <= max(1, fraction * len(piece))
+
+
+def test_each_stretch_of_a_text_begins_with_what_the_tokenizer_puts_before_it(tmp_path):
+    tokenizer = tiny_tokenizer()
+    bos = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    data = write(tmp_path / "a.jsonl", [{"text": "xyz" * 12}])
+    prompts = load_prompts(data, tokenizer, 12, 4)
+    assert len(prompts) == 4
+    assert all(prompt[0] == bos and (prompt[1:] != bos).all() for prompt in map(prompts.__getitem__, range(4)))
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_reported(tmp_path):
