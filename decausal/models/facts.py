@@ -181,10 +181,10 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
 def _checked_facts(record: object, path: Path) -> ConversionFacts:
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no table of facts; convert the model again")
-    schema = record.get("schema_version")
-    if not _is_whole(schema):
+    if "schema_version" not in record:
         raise UserError(f"{path} lacks 'schema_version'; convert the model again")
-    if schema > SCHEMA_VERSION:
+    schema = record["schema_version"]
+    if _is_whole(schema) and schema > SCHEMA_VERSION:  # its facts may be others
         raise UserError(f"{path} has schema {schema}, this decausal reads up to {SCHEMA_VERSION}; upgrade decausal")
     accepted = {fact.name: fact for fact in fields(ConversionFacts)}
     for key in record:

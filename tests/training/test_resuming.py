@@ -218,7 +218,15 @@ def test_a_killed_removal_leaves_no_partial_checkpoint(root: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("shift", True), ("layout", 5), ("block_size", "4"), ("sampler", []), ("recipe", "x"), ("mask_token_id", 1.5)],
+    [
+        ("shift", True),
+        ("layout", 5),
+        ("block_size", "4"),
+        ("sampler", []),
+        ("recipe", "x"),
+        ("mask_token_id", 1.5),
+        ("schema_version", "1"),
+    ],
 )
 def test_facts_of_the_wrong_type_are_named(root: Path, tmp_path: Path, name: str, value: object):
     record = json.loads((root / "out" / "decausal.json").read_text()) | {name: value}
