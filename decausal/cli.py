@@ -102,12 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_nowhere() -> None:
-    """Discards what is still in the buffer: the reader of the output has left, as `head` does."""
+    """Discards what is still in the buffer, since the reader of the output has left, as `head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _keep_bars_out_of_files() -> None:
-    """Turns the libraries' progress bars off without a terminal, so that an error is the only line on stderr."""
+    """Turns off the libraries' progress bars if there is no terminal, so that an error is the only line on stderr."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -116,7 +116,7 @@ def _keep_bars_out_of_files() -> None:
 def _warning_for_users(
     message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
 ) -> str:
-    """Returns a warning of ours is one line: a user has no use for the place in the code that gave it."""
+    """Returns a warning of ours as one line: users have no use for the place in the code that raised it."""
     if Path(file).is_relative_to(Path(__file__).parent):
         return f"decausal: warning: {' '.join(str(message).split())}\n"
     return _warning_for_developers(message, category, file, number, line)

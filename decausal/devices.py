@@ -1,4 +1,4 @@
-"""Choices that depend on the device: every one of them is made here.
+"""Every choice that depends on the device is made here.
 
 The choices for CUDA are computed from the rates below, not measured. docs/performance.md explains them.
 """
@@ -48,7 +48,7 @@ class Choices:
             on one core 16 for a model of 135M parameters in fp32, and twice as many in bf16. CUDA: from the rates.
         prompt_tokens: Most tokens of prompts that a pass of verified decoding reads while other rows wait for it.
         records: Passes of block models and of verified decoding are recorded and replayed, and prompts are read apart.
-        tells_memory: The memory of a run is counted before it begins, and a run that would not fit is refused.
+        checks_memory: The memory of a run is counted before it begins, and a run that would not fit is refused.
     """
 
     dtype_to_decode: torch.dtype
@@ -59,7 +59,7 @@ class Choices:
     free_queries: float
     prompt_tokens: int
     records: bool
-    tells_memory: bool
+    checks_memory: bool
 
 
 ON_CPU = Choices(
@@ -71,7 +71,7 @@ ON_CPU = Choices(
     free_queries=16.0,
     prompt_tokens=512,
     records=False,
-    tells_memory=False,
+    checks_memory=False,
 )
 ON_CUDA = Choices(
     dtype_to_decode=torch.bfloat16,
@@ -82,7 +82,7 @@ ON_CUDA = Choices(
     free_queries=MATRIX_RATE / BANDWIDTH,
     prompt_tokens=2048,
     records=True,
-    tells_memory=True,
+    checks_memory=True,
 )
 
 
@@ -91,7 +91,7 @@ _META: ContextVar[tuple[str, torch.dtype | None]] = ContextVar("_META", default=
 
 @contextmanager
 def meta_as(device: torch.device | str, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """Makes tensors without numbers (`meta`) be treated like those of another device, to count what it would do.
+    """Treats tensors without numbers (`meta`) like those of another device, to count what that device would do.
 
     Args:
         device: The device.
@@ -114,9 +114,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def clock(device: torch.device) -> float:
-    """Returns the seconds until now, once the device has done all work that was given to it.
+    """Returns the current time in seconds, once the device has finished all its work.
 
-    On one thread of a CPU they are processor time, which leaves out what other processes took meanwhile.
+    On one thread of a CPU it is processor time, which leaves out what other processes used meanwhile.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

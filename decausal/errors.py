@@ -26,13 +26,14 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
 
 
 def one_of(word: str, accepted: Sequence[str], called: str) -> str:
-    """Returns how a message about an unknown word goes on: "; did you mean 'x'? Arms: x, y", or "; arms: x, y"."""
+    """Returns the end of a message about an unknown word: "; did you mean 'x'? Arms: x, y", or "; arms: x, y"."""
     hint, listed = nearest(word, accepted), ", ".join(accepted)
     return f"{hint} {called.capitalize()}: {listed}" if hint else f"; {called}: {listed}"
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, cut where it is long, or its type's name when it says nothing."""
+    """Returns the first line of an error's message, cut if it is long, or the name of its type if there is no
+    message."""
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."

@@ -1,4 +1,4 @@
-"""Files: those of data by their names, and those that are written whole or not at all."""
+"""Reads files that users name within bounds, and writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PARTIAL = re.compile(r".+\.tmp\d+")
 
 
 def read_bounded(file: io.BufferedIOBase) -> bytes:
-    """Reads a file to its end, if that comes within `MOST_GIVEN_BYTES`: a device may never end.
+    """Reads a whole file of at most `MOST_GIVEN_BYTES`, because a device may never end.
 
     Raises:
         OSError: As `read`, and EFBIG for a longer file.
@@ -51,7 +51,7 @@ def read_given(path: str | Path) -> str:
 
 
 def parsed_json(text: str | bytes) -> Any:
-    """Returns what a JSON text holds, whoever wrote it.
+    """Returns what a JSON text from any source holds.
 
     Raises:
         ValueError: It is not JSON, is nested too deeply, or holds a number that is too long: JSONDecodeError where only
@@ -64,7 +64,7 @@ def parsed_json(text: str | bytes) -> Any:
 
 
 def json_error(error: ValueError | RecursionError) -> ValueError:
-    """Returns what Python's reader of JSON raised as an error that says what is wrong with the text."""
+    """Turns what Python's JSON reader raised into an error that says what is wrong with the text."""
     if isinstance(error, RecursionError):
         return ValueError("the JSON is nested too deeply to be read")
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
@@ -73,12 +73,12 @@ def json_error(error: ValueError | RecursionError) -> ValueError:
 
 
 def parsed_yaml(text: str) -> Any:
-    """Returns what a YAML text holds, whoever wrote it.
+    """Returns what a YAML text from any source holds.
 
     Raises:
         yaml.YAMLError: It is not YAML, or is nested too deeply.
     """
-    import yaml  # slow to import, and most readers of files do without
+    import yaml  # slow to import, and most files need no YAML
 
     try:
         return yaml.safe_load(text)
@@ -92,8 +92,9 @@ def is_partial(path: Path) -> bool:
 
 
 def umask() -> int:
-    """Returns the permissions that this process takes away from the files it makes."""
-    mask = os.umask(0o077)  # reading sets it: to one under which other threads write nothing public meanwhile
+    """Returns the permissions that the files of this process do not get."""
+    # It can only be read by setting it. With this value, other threads write nothing public meanwhile.
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask
 

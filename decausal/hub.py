@@ -1,4 +1,4 @@
-"""The Hugging Face hub: downloads, uploads, and one-line errors for what it refuses."""
+"""Downloads from the Hugging Face hub and uploads to it, with one-line errors for what it refuses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fetch(
         The directory in the hub's cache, and the commit. Offline, those of an earlier download.
 
     Raises:
-        UserError: There is no such repository, it may not be read, it holds no such file, or it is out of reach.
+        UserError: There is no such repository, it may not be read, it holds no such file, or the hub cannot be reached.
     """
     checked_repo_id(repo_id)
     with hub_errors(f"{repo_id} is neither a directory nor a model that the hub gives", CONNECT):

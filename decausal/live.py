@@ -1,4 +1,4 @@
-"""A display in the terminal that is drawn again and again, and nothing where the output is no terminal."""
+"""A display in the terminal that is redrawn continually. If the output is not a terminal, nothing is drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ View = TypeVar("View", bound="LiveView")
 
 
 class LiveView:
-    """Base of views of something that goes on. Enter it to begin the display, and leave it to end it.
+    """Base class of views of something in progress. Enter it to begin the display, and leave it to end it.
 
     Args:
         console: Where to draw. If it is not a terminal, there is no display.

@@ -53,7 +53,7 @@ def secret_in(settings: Any) -> str | None:
 
 
 def drop_secrets(settings: Any) -> list[str]:
-    """Takes the settings of a model whose texts can only be secrets out, at any depth, in place.
+    """Removes, in place and at any depth, those settings of a model whose texts can only be secrets.
 
     Args:
         settings: What a JSON file holds, or the attributes of a configuration, with others in it.
@@ -78,7 +78,7 @@ def drop_secrets(settings: Any) -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Returns a value to be recorded: without secret entries in tables, and with secrets in texts replaced.
+    """Returns a value as it may be recorded: tables without secret entries, and texts with secrets replaced.
 
     Example:
         >>> without_secrets({"hub_token": "hf_0123456789", "data": "https://me:pass@example.org/a.txt"})

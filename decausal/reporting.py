@@ -42,7 +42,8 @@ def style(axes: Axes, palette: Palette) -> None:
 def share_of_the_way(before: float, now: float, target: float) -> float:
     """Returns where the straight line from one measurement to the next meets `target`: 0 at the first, 1 at the second.
 
-    Curves may fall or rise. 1 where `target` does not lie between the two: the second measurement reached it.
+    Curves may fall or rise. If `target` does not lie between the two, the result is 1: the second measurement reached
+    it.
     """
     is_between = before > target >= now or before < target <= now
     return (target - before) / (now - before) if is_between else 1.0
@@ -50,7 +51,7 @@ def share_of_the_way(before: float, now: float, target: float) -> float:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Turns off the libraries' own progress bars and notes, for callers with their own. Errors are still shown."""
+    """Turns off the libraries' progress bars and notes, for callers that show their own. Errors are still shown."""
     import datasets  # slow to import
     import transformers
 

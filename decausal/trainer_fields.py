@@ -1,6 +1,6 @@
 """The fields of `transformers.TrainingArguments`, from a record, so that reading flags does not import torch.
 
-The record, `trainer_fields.json`, holds for one version of transformers. With another version the class is read.
+The record, `trainer_fields.json`, is valid for one version of transformers. For other versions the class is read.
 `python -m decausal.trainer_fields` rewrites the record for the installed version.
 """
 

@@ -39,7 +39,7 @@ class Arm:
     """One recipe in a comparison.
 
     Attributes:
-        name: The name in the report, with which its runs' directories begin too.
+        name: The name in the report. The names of its runs' directories begin with it too.
         recipe: The name of a recipe that comes with decausal, or a YAML file.
         overrides: Settings of this arm that override the recipe's, as strings.
     """
@@ -149,8 +149,7 @@ def refuse_unlike_templates(runs: Sequence[ArmRun]) -> None:
 
 
 def refuse_unlike_facts(runs: Sequence[ArmRun]) -> None:
-    """Raises UserError if arms would read and decode in different ways, since that would change the results by
-    itself."""
+    """Raises UserError if arms would read and decode differently, since that alone would change the results."""
     first, *others = runs
     for run in others:
         for fact in _FACTS:

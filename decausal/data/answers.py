@@ -1,4 +1,4 @@
-"""Where an assistant's answers stand in what the chat template renders, each after the prompt that it answers.
+"""Finds an assistant's answers in what the chat template renders, each after the prompt that it answers.
 
 An answer is what a model has to write after the prompt: the messages before it, rendered with the generation prompt.
 Templates may render a message differently once others follow (for example, without its thoughts). So an answer is
@@ -191,7 +191,7 @@ def _answer(renderings: _Renderings, index: int, closings: Closings) -> _Answer:
         text = renderings.with_last(index, message)
     start = len(prompt)
     if not text.startswith(prompt):
-        text, start = _found_behind_another_prompt(renderings, index, text, prompt, closings)
+        text, start = _found_after_another_prompt(renderings, index, text, prompt, closings)
     if not _holds(text[start:], message.get("content") or ""):
         text, start = _written_out(renderings, index, prompt)
     for name in REASONING:
@@ -249,7 +249,7 @@ def _written_out(renderings: _Renderings, index: int, prompt: str) -> tuple[str,
     return prompt + content + around[1], len(prompt)
 
 
-def _found_behind_another_prompt(
+def _found_after_another_prompt(
     renderings: _Renderings, index: int, text: str, prompt: str, closings: Closings
 ) -> tuple[str, int]:
     """Returns a text with the answer, and where the answer begins, if the rendering does not begin with the prompt.

@@ -1,4 +1,5 @@
-"""Prompts with what the data say of them, for those who write answers down: read again each time, in bounded memory."""
+"""Prompts with the data's own record of each, for writing answers down. They are read again each time, in bounded
+memory."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, find_sources
 from decausal.errors import UserError
 
-# As the tokens say it: special ones too, and no spaces taken out.
+# Exactly as the tokens read: with special tokens, and with all spaces.
 VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
@@ -33,8 +34,8 @@ class AskedPrompts:
         tokenizer: Of the model that will read them.
         max_length: Tokens of a prompt and its answer together.
         num_new_tokens: Those of them that are left for an answer.
-        prompt_fraction: Share of a plain text's stretch to give; at least one token of it, never all.
-        num_prompts: The first so many alone; None: all.
+        prompt_fraction: Share of a plain text's stretch that becomes the prompt: at least one token, never all.
+        num_prompts: How many prompts, from the first; None: all.
 
     Attributes:
         longest: Tokens of the longest prompt.

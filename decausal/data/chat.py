@@ -153,7 +153,7 @@ class _Encoder:
 
     def _marked_by_template(self, record: Record) -> Tokens:
         messages, origin = record["messages"], record["origin"]
-        ids, is_answer = self._behind_prompts(record, *self._marks(record, len(messages)))
+        ids, is_answer = self._after_prompts(record, *self._marks(record, len(messages)))
         is_special = np.isin(ids, self._special_ids)
         for first, stop in _runs(is_answer):
             if not self._is_end(ids[self._last(ids, first, stop)]) and stop < len(ids):
@@ -165,10 +165,10 @@ class _Encoder:
                 self._clear(record, index, is_answer)
         return ids, is_answer
 
-    def _behind_prompts(
+    def _after_prompts(
         self, record: Record, ids: Ids, is_answer: Bool[np.ndarray, " n"]
     ) -> tuple[Int32[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-        """Returns marked tokens without any that joins a prompt's end to the answer to be trained behind it."""
+        """Returns marked tokens without any that joins a prompt's end to the answer after it."""
         messages = record["messages"]
         text = self._text(record, len(messages)) or ""
         prompts = [
@@ -278,7 +278,7 @@ def _runs(flags: Bool[np.ndarray, " n"]) -> list[Span]:
 
 
 def _borders_inside_tokens(starts: Sequence[int], characters: Characters) -> list[int]:
-    """Returns those beginnings of answers at which no token begins, because one joins a prompt's end to its answer.
+    """Returns the beginnings of answers where no token begins, because one joins the prompt's end to the answer.
 
     The model will be given the prompt alone, and has to write all of the answer after it.
     """

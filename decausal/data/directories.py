@@ -1,4 +1,4 @@
-"""What a directory holds: a saved data set, a copy of a hub data set with splits, or documents."""
+"""Finds what a directory holds: a saved data set, a copy of a hub data set with splits, or documents."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ CACHES = ("__pycache__",)
 
 
 def directory_sources(root: Path, config: str | None, split: str, account: Account) -> list[File | SavedDataset]:
-    """Returns what to read of a directory, in sorted order. The rest goes into `account`.
+    """Returns what to read in a directory, in sorted order. The rest goes into `account`.
 
     Args:
         root: The directory.
-        config: Which of the configurations on its card, None for the default one.
+        config: Which configuration on its card to use; None: the default one.
         split: Which split, where the directory has splits.
         account: Takes what is left out, and why.
 

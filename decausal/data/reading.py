@@ -1,4 +1,4 @@
-"""How records are read, and the account of what was read, what was left out and why."""
+"""Settings for reading records, and the account of what was read, what was left out and why."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Reading:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What decides which records are read, and how."""
+        """The settings that decide which records are read, and how."""
         return tuple(getattr(self, each.name) for each in fields(self) if each.name != "num_proc")
 
     @property
@@ -82,7 +82,7 @@ class Account:
 
     Attributes:
         sources: The sources that held records.
-        num_records: Documents read, without blank ones and those that are bad as they stand.
+        num_records: Documents read, except blank ones and those that could not be read.
         num_conversations: How many of them are conversations.
         forms: How records were read, such as "Alpaca ('instruction', 'output')".
         unread: Names of fields that records have and that were not read.

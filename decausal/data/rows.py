@@ -1,6 +1,6 @@
 """Packed rows on disk, built once per data, tokenizer and options, and then memory-mapped.
 
-A corpus may be larger than memory. One that is larger than the disk, or than one wants to wait for, is streamed: see
+A corpus may be larger than memory. If it is larger than the disk, or takes too long to pack, it can be streamed: see
 `decausal.data.streamed_rows`.
 """
 
@@ -36,7 +36,7 @@ FORMAT_VERSION = 9  # raise this number whenever the same data would give other 
 ROWS_FILE = "rows.bin"
 FACTS_FILE = "rows.json"
 CACHE_DIR = Path(HF_HOME, "decausal", "rows")
-WATCHED_ROWS = 256  # packed between two words about it
+WATCHED_ROWS = 256  # packed between two updates of the progress line
 
 
 class PackedRows:

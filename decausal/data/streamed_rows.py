@@ -1,8 +1,8 @@
-"""Rows of data that are read while training goes on, of which few are kept on disk.
+"""Rows of data that are read during training. Only a few of them are kept on disk.
 
-Rows lie in windows, a file each. Whoever first needs a row of a window builds it, and prepares the next one meanwhile.
-Beside each window's file stands where it begins in the data. So any window can be built again, and a run that resumes
-reads on where it stopped.
+Rows are stored in windows, one file each. The process that first needs a row of a window builds that window and
+prepares the next one. A second file says where the window begins in the data. So any window can be built again, and a
+run that resumes continues reading where it stopped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ KEPT_WINDOWS = 3  # with the one that is read; the first window and the next one
 
 
 class StreamedRows:
-    """Rows without end: row i is the i-th of the data, which are read again and again. See `stream_rows`.
+    """An endless sequence of rows: row i is the i-th of the data, which are read repeatedly. See `stream_rows`.
 
     Args:
         material: What the rows are made of.
         directory: Where their files are.
-        num_rows: Rows that the run needs, so that none after them is prepared.
+        num_rows: Rows that the run needs. Rows after them are not prepared.
 
     Attributes:
         window_rows: Rows of a window.
@@ -52,7 +52,8 @@ class StreamedRows:
         self._process = os.getpid()
         self._mapped: dict[int, RowFile] = {}
         self._states: dict[int, State] = {}
-        self._live: tuple[int, Iterator[tuple[list[Row], State]]] | None = None  # which window comes next, and from it
+        # The number of the next window, and an iterator from it on.
+        self._live: tuple[int, Iterator[tuple[list[Row], State]]] | None = None
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
         self._stop = threading.Event()
@@ -77,7 +78,7 @@ class StreamedRows:
 
     @property
     def first(self) -> RowFile:
-        """The rows of the first window, which stands for the data where all of them are not known."""
+        """The rows of the first window, which represents data that have not been read to the end."""
         self._here()
         return self._window(0)
 
@@ -93,7 +94,7 @@ class StreamedRows:
         return begin_with_conversations(self._material.sources, self._material.reading)
 
     def say_read(self, num_rows: int) -> None:
-        """Says on standard error what was read for the windows that the first `num_rows` rows lie in."""
+        """Says on standard error what was read for the windows of the first `num_rows` rows."""
         state = self._state(-(-num_rows // self.window_rows))
         if state is None:  # somebody emptied the cache
             return
@@ -102,7 +103,7 @@ class StreamedRows:
         state.counts.report_dropped(self._material.sequence_length)
 
     def close(self) -> None:
-        """Ends what goes on in the background. Rows can still be read."""
+        """Ends the work in the background. Rows can still be read."""
         self._here()
         self._stop.set()
         if self._thread is not None:
@@ -110,7 +111,7 @@ class StreamedRows:
         self._forget()
 
     def _here(self) -> None:
-        """A process that was forked has no thread and no reader of its own yet."""
+        """Starts afresh in a forked process, which has no thread and no reader of its own yet."""
         if self._process != os.getpid():
             self._inherited = self._live  # not ended here: it is the parent's
             self._forget()
@@ -129,14 +130,14 @@ class StreamedRows:
                         self._build(number)
             try:
                 return RowFile(self._path(number), self._material.sequence_length, self.window_rows)
-            except FileNotFoundError:  # removed by another process in this moment
+            except FileNotFoundError:  # another process has just removed it
                 continue
 
     def _enter(self, number: int) -> None:
-        """Removes a window that lies before, and prepares the next one.
+        """Removes an earlier window, and prepares the next one.
 
-        Only who built this window prepares the next, since others would have to find its place in the data first. After
-        a start nobody has built one: then the first to be here does.
+        Only the process that built this window prepares the next one, since others would have to find its place in the
+        data first. After a start no process has built one, so the first one to arrive does it.
         """
         is_next_mine = self._live is not None and self._live[0] == number + 1
         is_start = self._live is None and self._entered < 0
@@ -173,7 +174,7 @@ class StreamedRows:
         self._live = number + 1, windows
 
     def _nearest(self, number: int) -> tuple[int, Iterator[tuple[list[Row], State]]]:
-        """Returns what makes windows, and which is the first: what is at work here, or a new one from a kept state."""
+        """Returns what makes windows, and the number of the first: the current one, or a new one from a saved state."""
         live = self._live
         for each in range(number, 0, -1):
             if live is not None and live[0] == each:
@@ -187,7 +188,7 @@ class StreamedRows:
         state = self._states.get(number)
         if state is None:
             state = State.load(self._state_path(number), self._material.sequence_length) if number else State()
-            self._states = {} if state is None else {number: state}  # replaced, since two threads ask
+            self._states = {} if state is None else {number: state}  # replaced as a whole, since two threads ask
         return state
 
     @property
@@ -222,13 +223,13 @@ def stream_rows(
         data, tokenizer, sequence_length, reading, cache_dir, seed: See `decausal.data.rows.load_rows`.
         num_rows: Rows that the run needs.
         window_rows: Rows that are packed at a time.
-        data_fraction: As there, but if no document is in it, that is an error.
+        data_fraction: As there, but a share without any document is an error.
 
-    A line on standard error says that data are streamed. Some windows of rows are on disk at a time.
+    A line on standard error says that data are streamed. Only a few windows of rows are on disk at a time.
 
     Raises:
-        UserError: The data are not there, an option is out of its range, or the cache cannot be written. What is wrong
-            with records is raised when their rows are read.
+        UserError: There are no such data, an option is out of its range, or the cache cannot be written. Errors in
+            records are raised when their rows are read.
     """
     refuse_out_of_range(sequence_length, data_fraction)
     reading, left_out = reading or Reading(), Account()

@@ -1,4 +1,4 @@
-"""Windows: rows of data packed one stretch after another, in the data's order, from any point that was noted before."""
+"""Packs the rows of data window by window, in the data's order, from any point that was recorded before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from decausal.errors import UserError
 
 @dataclass(frozen=True)
 class Material:
-    """What windows are made of.
+    """Everything that windows are made from.
 
     Attributes:
         sources: The data, read again and again.
@@ -51,7 +51,7 @@ class Material:
 
 @dataclass
 class State:
-    """Where in the data a window begins, and all that was read and packed before.
+    """The place in the data where a window begins, and what was read and packed before it.
 
     Attributes:
         place: Where reading goes on.
@@ -78,7 +78,7 @@ class State:
     rows: np.ndarray | None = None
 
     def save(self, path: Path) -> None:
-        """Writes the state aside and renames it, so that a file with this name is complete."""
+        """Writes the state to another file and renames that, so that a file with this name is complete."""
         facts = asdict(self) | {"rows": None}
         aside = path.with_suffix(".unfinished")
         with aside.open("wb") as file:
@@ -126,7 +126,7 @@ class Windows:
     def __init__(self, material: Material, state: State, stop: threading.Event) -> None:
         self._material, self._stop = material, stop
         self._place, self._num_passes, self._pass_rows = state.place, state.num_passes, state.pass_rows
-        self._account = Account(forms=list(state.forms), bad=list(state.bad))  # of reading, which goes ahead
+        self._account = Account(forms=list(state.forms), bad=list(state.bad))  # of reading, which runs ahead of packing
         self._account.take_unread(state.unread)
         self._unencodable = Account(num_bad=state.num_unencodable, bad=self._account.bad)
         self._packer = Packer(material.sequence_length, pad_token_id(material.tokenizer))

@@ -1,4 +1,4 @@
-"""The same work on many batches in several processes: results in order, few batches under way."""
+"""Does the same work on many batches in several processes, with results in order and few batches in progress."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Answers that a model wrote, as records of training data: what is trained of them are the very tokens that it wrote.
+"""Turns answers that a model wrote into records of training data, which train exactly the tokens that it wrote.
 
-A record holds text, and a text may come back as other tokens: a tokenizer joins what a model wrote apart, a template
-takes spaces off. So each record is encoded again as it is made. Where an answer does not come back whole, as much of it
-is kept as does, marked as cut off.
+A record holds text, which may encode to other tokens than those that were written: a tokenizer joins what the model
+wrote as two tokens, or a template strips spaces. So each record is encoded again when it is made. If only the beginning
+of an answer encodes to the same tokens, only that part is kept, marked as cut off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Written:
     Attributes:
         record: Its fields: "messages" or "prompt" and "completion", what stood beside them, and "finish_reason".
         num_tokens: Tokens of the answer that are trained.
-        is_whole: They are all that the model wrote.
+        is_whole: Whether they are everything that the model wrote.
     """
 
     record: dict[str, Any]
@@ -48,13 +48,13 @@ class Written:
 def as_training_data(
     prompt: Prompt, ids: Sequence[int], has_end: bool, tokenizer: PreTrainedTokenizerBase
 ) -> Written | None:
-    """Makes a record of an answer; None where no token of it would be trained as it was written.
+    """Makes a record of an answer; None if no token of it would be trained as it was written.
 
     Args:
         prompt: What the model read.
         ids: What it wrote after that.
-        has_end: The last of `ids` ends the answer.
-        tokenizer: Of the model.
+        has_end: Whether the last of `ids` ends the answer.
+        tokenizer: The model's tokenizer.
     """
     ids, before = list(ids), prompt.ids.tolist()
     if has_end:
@@ -78,7 +78,8 @@ def as_training_data(
 def _records(
     prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, finish_reason: str
 ) -> Iterator[Record]:
-    """The records that it may be: its text as it is, without what a template adds, or with what one leaves out."""
+    """Yields the records that are tried: the text as it is, without what a template adds, or with what it leaves
+    out."""
     start = prompt.ids.tolist()[-REACH:]
     before, whole = tokenizer.decode(start, **VERBATIM), tokenizer.decode(start + ids, **VERBATIM)
     text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, **VERBATIM)
@@ -97,10 +98,10 @@ def _fields(record: Record) -> dict[str, Any]:
 
 
 def _trained(record: Record, before: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens that are trained of a record; none where they do not follow the prompt in one piece."""
+    """Returns the tokens of a record that are trained; none if they do not follow the prompt in one piece."""
     try:
         documents = encode_batch([record], tokenizer)
-    except UserError:  # such as a template that finds no answer in it
+    except UserError:  # such as a template in which no answer is found
         return []
     if len(documents) != 1:
         return []

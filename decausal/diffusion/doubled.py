@@ -40,8 +40,8 @@ class Doubled:
     is_block_start: Bool[Tensor, "B T"]
 
     def place_of(self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Returns flat index into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the s-th
-        view."""
+        """Returns the flat indices into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the
+        s-th view."""
         _, num_streams, length = self.places.shape
         row, column = token_index // length, token_index % length
         return self.places.reshape(-1)[(row * num_streams + stream) * length + column]
@@ -49,7 +49,7 @@ class Doubled:
     def predicting_place(
         self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"], shift: int
     ) -> Int[Tensor, " n"]:
-        """Returns flat index into [B*S] of the state that predicts each token of a noised stream.
+        """Returns the flat index into [B*S] of the state that predicts each token of a noised stream.
 
         Shift 0: the token's own state. Shift 1: the state before it in its own stream, if that belongs to its block.
         Before a block's first token it is the clean stream's state, which has read exactly the earlier blocks. So shift

@@ -1,5 +1,5 @@
-"""Where the groups of masks that train drafts stand. Without tensors, since settings are read before torch is
-imported."""
+"""The places of the groups of masks that train drafts. There are no tensors here, since settings are read before torch
+is imported."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def is_first_of_group(
         document_ids: 0, 1, ... inside the row, -1 for padding.
         is_predictable: Tokens that may be targets; with shift 1, never a document's first.
         grouping: Which of these places are taken.
-        length: M.
+        length: Masks of a group, m.
         position: Training row, counted from the start of the run. With `seed` it is the only source of randomness.
         seed: The run's seed.
     """
@@ -104,7 +104,7 @@ def groups_of(
         is_first: From `is_first_of_group`.
         document_ids: Document of each token, -1 for padding.
         is_predictable: Tokens that may be targets.
-        lengths: M, of each row.
+        lengths: Masks of a group in each row, m.
         context_length: Number of positions the model has. None: no limit.
         row_multiple: Rows are padded to a multiple of this.
     """

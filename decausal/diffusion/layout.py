@@ -92,7 +92,8 @@ def attention_mask(
     future_fraction: float | None = None,
     stream_ids: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B 1 T T"]:
-    """Returns dense attention mask, True where a query (third axis) reads a key (fourth axis), for any number of heads.
+    """Returns the dense attention mask: True where a query (third axis) reads a key (fourth axis), for any number of
+    heads.
 
     Attention can be annealed from causal to `layout`. Of the pairs that look ahead, those with `future_order` below
     `future_fraction` are open. The order is fixed, so an open pair stays open as the fraction grows.
@@ -147,7 +148,8 @@ def is_packed(document_ids: Int[Tensor, "B T"]) -> bool:
 
 
 def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Returns position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding included."""
+    """Returns the position of each token in its document: 0, 1, 2, ... from wherever the id changes, padding
+    included."""
     row_position = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -156,7 +158,7 @@ def positions_in_documents(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T
 
 
 def block_numbers(document_ids: Int[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
-    """Returns number of each token's block among those of its row: 0, 1, ...; -1 for padding."""
+    """Returns the number of each token's block among those of its row: 0, 1, ...; -1 for padding."""
     is_real = document_ids >= 0
     is_first = is_real & (positions_in_documents(document_ids) % block_size == 0)
     return torch.where(is_real, is_first.long().cumsum(dim=1) - 1, -1)

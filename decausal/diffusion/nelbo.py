@@ -34,7 +34,8 @@ TokenLogProbs = Callable[[Bool[Tensor, "P T"]], Float[Tensor, "P T"]]
 def nelbo_exact(
     token_log_probs: TokenLogProbs, is_maskable: Bool[Tensor, " T"], block_size: int | None = None
 ) -> float:
-    """NELBO in nats, by enumerating all mask patterns: 2^n of them for n maskable tokens (or for a block's n).
+    """Returns the NELBO in nats, by enumerating all mask patterns: 2^n of them for n maskable tokens (or for a block's
+    n).
 
     With `block_size` K, blocks of K tokens are denoised from left to right, as a model of block layout writes. While a
     block is scored, earlier blocks are clean, and the maskable tokens of later blocks are all masked. Block size 1
@@ -117,9 +118,10 @@ class UnitPatterns:
     """Random mask patterns of a row of units, each with its own number of masked tokens.
 
     Attributes:
-        is_masked: M of the unit's n tokens, m uniform in 1..n, the set uniform among those of m.
-        num_masked: M of each token's unit; 0 for tokens of none.
-        num_maskable: N of each token's unit; 0 for tokens of none.
+        is_masked: In each unit of n tokens, m masked ones: m is uniform in 1..n, and the set is uniform among those of
+            m.
+        num_masked: The m of each token's unit; 0 for tokens of none.
+        num_maskable: The n of each token's unit; 0 for tokens of none.
     """
 
     is_masked: Bool[Tensor, "S T"]

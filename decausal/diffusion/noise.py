@@ -30,8 +30,8 @@ class Noise:
 
     Attributes:
         is_masked: Tokens to replace by the mask token.
-        level: T of the token's document, or of its block, in that view. Padding and blocks without maskable tokens have
-            1, so that 1/t is finite.
+        level: The level t of the token's document, or of its block, in that view. For padding, and in blocks without
+            maskable tokens, it is 1, so that 1/t is finite.
     """
 
     is_masked: Bool[Tensor, "K T"]
@@ -114,7 +114,7 @@ def draw_noise(
 
 
 def uniforms(shape: tuple[int, ...], *, position: int, seed: int) -> Float[Tensor, "..."]:
-    """Independent uniform numbers in [0, 1) for drawing masks, a function of (seed, position)."""
+    """Returns independent uniform numbers in [0, 1) for drawing masks, as a function of (seed, position)."""
     return torch.from_numpy(_generator(seed, position, _MASKS).random(shape))
 
 
@@ -137,6 +137,7 @@ def _levels_of_tokens(group_levels: Float[Tensor, "M K"], group_ids: Int[Tensor,
 
 
 def _generator(seed: int, position: int, stream: int) -> np.random.Generator:
-    """A generator of its own for each (seed, position, stream): the words of a Philox key and counter."""
+    """Returns a separate generator for each (seed, position, stream), which are the words of a Philox key and
+    counter."""
     key = np.array([seed % _WORD, position % _WORD], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))

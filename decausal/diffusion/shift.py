@@ -14,7 +14,7 @@ from decausal.errors import UserError
 
 
 def predicting_index(token_index: Int[Tensor, " n"], shift: int) -> Int[Tensor, " n"]:
-    """Returns index of the state that predicts each token.
+    """Returns the index of the state that predicts each token.
 
     Args:
         token_index: Flat indices of `predictable` tokens in [B, T] (with shift 1 a document's first token has no

@@ -23,9 +23,9 @@ class NoisedRow(NamedTuple):
 
     Attributes:
         slot: Index among the measured rows.
-        weight: n/m of the token's document, or block.
-        num_masked: M of the token's document, or block.
-        num_predicted: N of the token's document, or block.
+        weight: The weight n/m of the token's document, or block.
+        num_masked: The m of the token's document, or block.
+        num_predicted: The n of the token's document, or block.
     """
 
     slot: Int[Tensor, "*B"]

@@ -185,12 +185,12 @@ class DraftFigures:
 
 @dataclass(frozen=True)
 class DraftedLikelihood:
-    """What is measured of a model whose masks only draft.
+    """The measurements of a model whose masks only draft.
 
     Attributes:
-        likelihood: Exact, of the model as it writes: read causally.
+        likelihood: The exact likelihood of the model as it writes, read causally.
         drafts: How good its drafts are on the same text.
-        source: The likelihood of the AR source; equal where the weights are gated.
+        source: The likelihood of the AR source; the same if the weights are gated.
         source_missing: Why there are no figures of the source.
         data_hash: A hash of the measured rows.
     """

@@ -1,4 +1,4 @@
-"""The AR model that a converted one was made from, to measure beside it."""
+"""Loads the AR model that a converted one was made from, to measure it too."""
 
 from __future__ import annotations
 

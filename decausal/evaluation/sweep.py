@@ -1,6 +1,6 @@
-"""Quality against speed: the same questions under one sampler setting after another, the AR source beside them.
+"""Measures quality against speed: the same questions under one sampler setting after another, and for the AR source.
 
-The AR source writes in the engine of block models, one token with every pass, so that all are timed in one way.
+The AR source writes in the engine of block models, one token per pass, so that all are timed in the same way.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class OurQuestions:
 def written(
     converted: Converted, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, options: dict[str, Any]
 ) -> tuple[list[Ended], float]:
-    """Continues prompts, an AR model from left to right in the same engine. Returns the rows, and the seconds."""
+    """Continues prompts. An AR model writes from left to right in the same engine. Returns the rows and the seconds."""
     settings = settings_for(converted.facts, **options, max_new_tokens=max_new_tokens)
     ends, block_size = end_token_ids(converted), converted.facts.block_size or 1
     jobs = [

@@ -34,9 +34,9 @@ def tried_settings(facts: ConversionFacts, over: Sequence[str], fixed: dict[str,
     """Reads what to try.
 
     Args:
-        facts: The model's.
-        over: Each NAME=VALUE,VALUE,... is a line of its own. None given: thresholds of a model that denoises, and
-            verified decoding where it is possible.
+        facts: The model's facts.
+        over: Each NAME=VALUE,VALUE,... is a line of its own. If there are none: thresholds for a model that denoises,
+            and verified decoding if it is possible.
         fixed: Sampler settings that hold throughout.
 
     Raises:
@@ -81,7 +81,8 @@ def _value(written: str) -> Any:
 
 
 def _verified(facts: ConversionFacts, fixed: dict[str, Any]) -> list[Tried]:
-    """Returns verified decoding, if the model can do it: with the drafts that it chooses itself, and each number."""
+    """Returns verified decoding, if the model can do it: with drafts that it chooses itself, and with each number of
+    drafts."""
     plain = {name: value for name, value in fixed.items() if SETTINGS[name].only is None}
     options = plain | {"speculative": True}
     try:

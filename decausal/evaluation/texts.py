@@ -1,7 +1,7 @@
-"""Texts that a converted model writes after prompts: how they look, and how likely the AR source finds them.
+"""Measures the texts that a converted model writes after prompts: their look, and their likelihood under the AR source.
 
-Perplexity under another model is lowest for a text that repeats one word. So it is never given without the entropy of
-the texts' tokens, beside the same figures of what the AR source writes itself.
+Perplexity under another model is lowest for a text that repeats one word. So it always comes with the entropy of the
+texts' tokens, and with the same figures for what the AR source writes itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Texts:
 
     Attributes:
         look: How the texts look.
-        perplexity: Of their tokens under the AR source; None without it.
+        perplexity: Perplexity of their tokens under the AR source; None without it.
         num_ended: Texts with an end token.
         tokens_per_forward: New tokens over forward passes.
         tokens_per_second: New tokens over seconds of writing.
@@ -64,10 +64,9 @@ class TextsOf:
     """Texts of a converted model, and of its AR source after the same prompts.
 
     Attributes:
-        model: Of the converted model.
-        source: Of the AR source in the same engine.
-        agreement: Share of the AR source's tokens that the model writes too before the first that differs, in the mean
-            over texts.
+        model: The texts of the converted model.
+        source: The texts of the AR source in the same engine.
+        agreement: Share of the AR source's tokens that come before the first different one: the mean over texts.
         same_texts: Share of texts that are the AR source's, token for token.
         source_missing: Why there are no figures of the source, nor perplexities.
         sampler: The sampler settings.
@@ -116,12 +115,12 @@ def evaluate_texts(
 
     Args:
         directory: What `decausal convert` wrote.
-        data, reading: Of the prompts, see `decausal.data.asked.AskedPrompts`.
-        num_prompts: The first so many.
+        data, reading: The prompts, see `decausal.data.asked.AskedPrompts`.
+        num_prompts: How many prompts, from the first.
         max_new_tokens: Longest text.
         max_length: Longest prompt and text together.
         batch_size: Rows written together.
-        with_source: Whether the AR source writes and judges.
+        with_source: Whether the AR source also writes, and judges the texts.
         device: None: CUDA where there is one, else the CPU.
         **options: `SamplerSettings` by name.
 

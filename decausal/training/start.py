@@ -129,7 +129,7 @@ def find_start(
             f"({start.facts.layout}); give --anneal_steps 0"
         )
     settings = _completed(settings, start.facts)
-    _tell_changes(settings, start)
+    _warn_of_changes(settings, start)
     return settings, start
 
 
@@ -137,7 +137,7 @@ def _completed(settings: ConversionSettings, facts: ConversionFacts) -> Conversi
     return settings.with_facts(*(getattr(facts, name) for name in FACTS), sampler=facts.sampler)
 
 
-def _tell_changes(settings: ConversionSettings, start: Start) -> None:
+def _warn_of_changes(settings: ConversionSettings, start: Start) -> None:
     """Warns about facts that a recipe changes, since no flag says so."""
     pairs = {name: (getattr(start.facts, name), getattr(settings, name)) for name in FACTS}
     changes = [f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after]

@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
     writer = load_writer(flags.model, **template)
     with progress_bar() as on_progress:
         result = write_answers(writer, flags.data, output, reading=reading, on_progress=on_progress, **options)
-    print(f"[{_told(result, output, flags.max_new_tokens)}]", file=sys.stderr)
+    print(f"[{_summary(result, output, flags.max_new_tokens)}]", file=sys.stderr)
     return 0
 
 
@@ -68,7 +68,7 @@ def _parser() -> VerbParser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", metavar="FILE", help="the jsonl file to write")
     where.add_argument("--output_dir", metavar="DIR", help=f"the directory to write {FILE} into")
-    parser.add_argument("--num_prompts", type=positive, help="answer the first so many alone (all)")
+    parser.add_argument("--num_prompts", type=positive, help="how many prompts to answer, from the first (all)")
     parser.add_argument("--num_answers", type=positive, default=1, help="answers to each prompt, drawn separately (1)")
     parser.add_argument(
         "--max_new_tokens",
@@ -94,13 +94,13 @@ def _parser() -> VerbParser:
 
 
 def _check_model(name: str, options: dict[str, Any], num_answers: int) -> None:
-    """Refuses what can be refused before the model is loaded; of one on the hub nothing is known yet."""
+    """Refuses what can be refused before the model is loaded. Nothing is known yet about a model on the hub."""
     check_model(name, options, may_be_source=True)
     if not is_left_to_the_hub(name):
         check_options(check_converted(name, may_be_source=True), options, num_answers)
 
 
-def _told(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
+def _summary(result: AnswersResult, output: Path, max_new_tokens: int) -> str:
     """Returns what was written, what was left out and why, and how fast it was."""
     counts = {
         "{} from before": result.num_resumed,

@@ -17,9 +17,9 @@ from decausal.verbs.sampling import (
     add_engine_flags,
     add_sampling_flags,
     check_model,
+    drafts_note,
     progress_bar,
     sampler_options,
-    told_of_drafts,
 )
 from decausal.wording import quantity
 
@@ -53,5 +53,5 @@ def run(arguments: list[str]) -> int:
     notes = [f"{quantity(result.num_lines, 'answer')} in {flags.answers}"]
     notes += [f"{result.num_resumed} of them from before"] if result.num_resumed else []
     notes += [quantity(result.num_errors, "error")] if result.num_errors else []
-    print(f"[{', '.join(notes)}{told_of_drafts(result.drafts)}]", file=sys.stderr)
+    print(f"[{', '.join(notes)}{drafts_note(result.drafts)}]", file=sys.stderr)
     return 0

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - lines can be edited, and earlier ones are had again by the arrow keys
+            import readline  # noqa: F401 - makes lines editable, and brings earlier ones back by the arrow keys
         print("/help lists the commands, Ctrl-D leaves")
     TerminalChat(conversation, partial(input, "> " if is_terminal else ""), partial(print, end="", flush=True)).run()
     return 0

@@ -13,8 +13,8 @@ from decausal.verbs.sampling import (
     add_sampler_flags,
     check_model,
     check_recording,
+    passes_note,
     sampler_options,
-    told_of_passes,
     watching,
 )
 from decausal.wording import quantity
@@ -46,8 +46,8 @@ def _parser() -> VerbParser:
     parser.add_argument("--num_tokens", type=at_least(0), help="how many tokens to rewrite in a round")
     parser.add_argument("--fraction", type=float, help="or what share of them (0.15; all of a marked part)")
     parser.add_argument("--span", type=_span, metavar="START:END", help="only these characters, counted from 0")
-    parser.add_argument("--find", metavar="TEXT", help="only where this text stands")
-    parser.add_argument("--rounds", type=positive, help="choose and rewrite so many times (1)")
+    parser.add_argument("--find", metavar="TEXT", help="only where this text occurs")
+    parser.add_argument("--rounds", type=positive, help="how many times to choose and rewrite (1)")
     parser.add_argument("--groups", type=positive, help="passes in which the tokens are scored (8)")
     parser.add_argument("--text_only", action="store_true", help="print the new text alone, exactly as it is")
     add_sampler_flags(parser)
@@ -84,4 +84,4 @@ def _print(edit: Any, flags: argparse.Namespace) -> None:
     else:
         print(word_diff(edit.before, edit.changes))
     note = f"{quantity(edit.num_rewritten, 'token')} rewritten, {quantity(len(edit.changes), 'change')}"
-    print(f"[{told_of_passes(note, edit.num_forwards)}]", file=sys.stderr)
+    print(f"[{passes_note(note, edit.num_forwards)}]", file=sys.stderr)

@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="prompts: a file, directory or data set, as for convert")
     add_reading_flags(parser)
-    parser.add_argument("--num_prompts", type=positive, help="the first so many prompts (32)")
+    parser.add_argument("--num_prompts", type=positive, help="how many prompts, from the first (32)")
     parser.add_argument("--max_new_tokens", type=positive, help="longest text, in tokens (128)")
     parser.add_argument("--max_length", type=at_least(2), help="longest prompt and text together (1024)")
     parser.add_argument("--batch_size", type=positive, help="rows written together (16)")

@@ -43,8 +43,8 @@ class VerbParser(argparse.ArgumentParser):
 def slow_imports() -> Iterator[None]:
     """Pauses garbage collection during imports, where it takes a fifth of the time and finds nothing.
 
-    What the first imports leave stays as long as the process, so later collections skip it: each full one saves
-    a quarter of a second.
+    What the first imports leave stays as long as the process. Later collections skip it, and each full one then saves a
+    quarter of a second.
     """
     was_enabled, is_first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
@@ -74,7 +74,7 @@ positive = at_least(1)
 
 
 def given(flags: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns those of the named flags that were given."""
+    """Returns the named flags that were given."""
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
 
 
@@ -158,7 +158,7 @@ def leading_positional(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def recipe_help(*, prints: bool = True) -> str:
-    """Returns the help of `--recipe` and, where the verb prints settings, of `--print_config`."""
+    """Returns the help of `--recipe` and, if the verb prints settings, of `--print_config`."""
     from decausal.config import recipe_names
 
     recipes = f"  --recipe {'|'.join(recipe_names())}, or a YAML file\n"

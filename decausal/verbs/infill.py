@@ -12,9 +12,9 @@ from decausal.verbs.sampling import (
     add_sampler_flags,
     check_model,
     check_recording,
+    passes_note,
     print_generations,
     sampler_options,
-    told_of_passes,
     watching,
 )
 
@@ -69,4 +69,4 @@ def _print(filling: Any, as_json: bool) -> None:
     print(filling.full_text)
     lengths = " + ".join(map(str, filling.lengths))
     written = f"{lengths} token{'' if filling.lengths == [1] else 's'}"
-    print(f"[{told_of_passes(written, filling.num_forwards)}]", file=sys.stderr)
+    print(f"[{passes_note(written, filling.num_forwards)}]", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Keeps what a verb measured as a record, with all that it depends on, for `decausal report` and `reproduce`."""
+"""Records what a verb measured, with everything that it depends on, for `decausal report` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def keep_record(
     Args:
         output: The file; None: nothing is written.
         verb: The verb and, of `eval`, the measure.
-        arguments: What stood after it.
+        arguments: The command's arguments after the verb.
         model: The model's name as given.
         figures: What was measured.
         **more: Seeds and sampler settings for the manifest.

@@ -9,7 +9,7 @@ from decausal.verbs.flags import VerbParser
 from decausal.wording import quantity
 
 DESCRIPTION = """One page over runs, evaluations and conversions: scores beside the AR source's, quality against speed,
-training curves, texts, and how each figure was made. Beside it the same as JSON."""
+training curves, texts, and how each figure was made. A JSON file beside it holds the same."""
 
 
 def run(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ one is not."""
 def run(arguments: list[str]) -> int:
     parser = VerbParser("reproduce", DESCRIPTION)
     parser.add_argument("report", help="the .json file of a report, or one that --output wrote")
-    parser.add_argument("--only", metavar="N,...", help="these evaluations alone, by their numbers in the report (all)")
+    parser.add_argument("--only", metavar="N,...", help="only these evaluations, by their numbers in the report (all)")
     flags = parser.parse_args(arguments)
     from decausal.report.reproducing import recorded, reproduce
 

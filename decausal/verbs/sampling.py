@@ -87,7 +87,7 @@ def check_recording(flags: argparse.Namespace, num_texts: int = 1) -> None:
 
 @contextmanager
 def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterator[OnStep | None]:
-    """Shows the steps in the terminal, writes them to a file, both or neither. Yields what to call after each step."""
+    """Shows the steps in the terminal, records them in a file, or both. Yields what to call after each step."""
     from decausal.sampling.watching.record import Recording
     from decausal.sampling.watching.watch import Watch
 
@@ -107,7 +107,7 @@ def watching(model: Any, is_watched: bool, record: str | None = None) -> Iterato
 
 @contextmanager
 def progress_bar() -> Iterator[OnProgress | None]:
-    """A bar on standard error with the time that is left, where that is a terminal; yields what moves it."""
+    """Shows a bar with the remaining time on standard error, if that is a terminal. Yields what moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -128,15 +128,15 @@ def print_generations(found: list[Any], as_json: bool) -> None:
             print(json.dumps({**vars(generation), "drafts": drafts}, ensure_ascii=False))
         else:
             print(generation.full_text)
-            note = told_of_passes(quantity(len(generation.ids), "token"), generation.num_forwards)
-            print(f"[{note}{told_of_drafts(generation.drafts)}]", file=sys.stderr)
+            note = passes_note(quantity(len(generation.ids), "token"), generation.num_forwards)
+            print(f"[{note}{drafts_note(generation.drafts)}]", file=sys.stderr)
 
 
-def told_of_passes(written: str, num_forwards: int) -> str:
-    """Returns what was written in how many passes."""
+def passes_note(written: str, num_forwards: int) -> str:
+    """Returns a note on what was written, and in how many passes."""
     return f"{written} in {quantity(num_forwards, 'forward pass', 'forward passes')}"
 
 
-def told_of_drafts(drafts: Drafts | None) -> str:
-    """Returns what is added to a note on passes where drafts were verified."""
+def drafts_note(drafts: Drafts | None) -> str:
+    """Returns the end of a note on passes, about verified drafts."""
     return "" if drafts is None else f"; {drafts}"

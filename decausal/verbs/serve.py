@@ -25,9 +25,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max_queue", type=int, help="rows that may wait; more are refused with status 429 (1024)")
     parser.add_argument("--max_total_tokens", type=int, help="longest row (the model's context, at most 4096)")
     parser.add_argument("--timeout", type=float, help="seconds that one request may take, the wait included (300)")
-    parser.add_argument("--drain", type=float, help="seconds that answers may go on for when the server is ended (5)")
+    parser.add_argument("--drain", type=float, help="seconds that answers may continue after a signal to end (5)")
     parser.add_argument("--api_key", help="what clients must send; better in the environment: DECAUSAL_API_KEY")
-    parser.add_argument("--allowed_hosts", help="further names it is called by, separated by commas; * for every one")
+    parser.add_argument(
+        "--allowed_hosts", help="further names that clients call it by, separated by commas; * for every one"
+    )
     parser.add_argument("--model_name", help="the name that clients know (the directory's)")
     parser.add_argument(
         "--cuda_graphs",

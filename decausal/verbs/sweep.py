@@ -120,7 +120,7 @@ def _questions(flags: argparse.Namespace, names: list[str], is_ours: bool) -> Qu
 
 
 def _source(converted: Any) -> Any:
-    """Returns the AR source in the engine's form; says in one line if there is none."""
+    """Returns the AR source in the engine's form. If there is none, a line says so."""
     from decausal.evaluation.source import source_of
     from decausal.evaluation.texts import causal
 

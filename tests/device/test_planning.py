@@ -182,4 +182,4 @@ def test_a_run_is_refused_as_convert_would(source: Path) -> None:
     with pytest.raises(UserError, match="is over the model's maximum"):
         plan(*resolved(source, "mdm --max_length 9999"), gpu="l4")
     assert context_length(planned_step(*resolved(source, "mdm"), CPU).student.config) == 256
-    assert choices(CUDA).tells_memory > choices(CPU).tells_memory
+    assert choices(CUDA).checks_memory > choices(CPU).checks_memory

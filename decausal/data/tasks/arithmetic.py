@@ -29,7 +29,7 @@ SHARING = (
 
 
 def addition(random: Random, size: int) -> tuple[str, str]:
-    """`add 347+586:` gives `7+6=13 4+8+1=13 3+5+1=9 =933`: a column a step, from the right; `size` digits each."""
+    """`add 347+586:` gives `7+6=13 4+8+1=13 3+5+1=9 =933`: one column per step, from the right; `size` digits each."""
     first, second = (random.randrange(10 ** (size - 1), 10**size) for _ in range(2))
     steps, carry = [], 0
     for place in range(size):
@@ -41,7 +41,7 @@ def addition(random: Random, size: int) -> tuple[str, str]:
 
 
 def python(random: Random, size: int) -> tuple[str, str]:
-    """`python 3+4*2:` gives `3+8=11`: what Python says of an expression, whose numbers are at most `size`."""
+    """`python 3+4*2:` gives `3+8=11`: the value of a Python expression with numbers of at most `size`."""
     kind = random.choice((_product_first, _parentheses, _comparison, _extreme, _length, _item))
     expression, written = kind(random, size)
     return f"python {expression}:", written

@@ -1,4 +1,4 @@
-"""A task, an example of it, and when a completion is right."""
+"""A task, its examples, and the check of a completion."""
 
 from __future__ import annotations
 

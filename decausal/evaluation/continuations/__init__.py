@@ -1,1 +1,1 @@
-"""How likely texts are as continuations of others, which benchmarks with several choices need."""
+"""Scores texts as continuations of others, as benchmarks with several choices need."""

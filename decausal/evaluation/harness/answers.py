@@ -1,4 +1,4 @@
-"""Figures of tasks with answers of any length."""
+"""Figures for tasks with answers of any length."""
 
 from __future__ import annotations
 

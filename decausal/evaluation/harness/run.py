@@ -25,7 +25,7 @@ from decausal.evaluation.harness.contained import enforced
 from decausal.evaluation.harness.model import NUM_SAMPLES, DecausalLM
 from decausal.evaluation.harness.scores import HarnessScores, data_hash_of, mask_errors_of, scores_of, texts_of
 from decausal.evaluation.harness.source import SourceLM
-from decausal.evaluation.harness.tasks_by_name import load_tasks, tasks_of, told_of_data
+from decausal.evaluation.harness.tasks_by_name import data_errors, load_tasks, tasks_of
 from decausal.evaluation.source import source_of
 from decausal.provenance import provenance
 
@@ -165,7 +165,7 @@ def run_tasks(
     model: LM, loaded: Sequence[Task | Group], settings: HarnessSettings, identity: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the harness's own results of a model. `identity` keeps its answers apart in the cache."""
-    with told_of_data("a task"), _in_silence():
+    with data_errors("a task"), _in_silence():
         results = simple_evaluate(
             model=model,
             tasks=list(loaded),

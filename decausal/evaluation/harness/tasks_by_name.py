@@ -62,8 +62,8 @@ def tasks_of(loaded: Sequence[Task | Group]) -> dict[str, Any]:
 
 
 @contextmanager
-def told_of_data(what: str) -> Iterator[None]:
-    """Turns errors of loading data into one line.
+def data_errors(what: str) -> Iterator[None]:
+    """Turns errors in loading data into one line.
 
     Raises:
         UserError: The data cannot be loaded, or lack a field that the task reads.
@@ -91,7 +91,7 @@ def _known(name: str, manager: TaskManager) -> list[str]:
 
 
 def _load(spec: str, manager: TaskManager) -> list[Task | Group]:
-    with told_of_data(f"task '{spec}'"):
+    with data_errors(f"task '{spec}'"):
         loaded = manager.load([spec])
     outer = loaded.get("groups", {}).get(spec)
     return list(loaded["tasks"].values()) if outer is None else [outer]

@@ -75,7 +75,7 @@ def refuse_what_does_not_fit(
         is_sharded: Whether weights are spread over processes, which is not counted.
         room: Bytes of the device; None: what is free.
     """
-    if not choices(device).tells_memory:
+    if not choices(device).checks_memory:
         return
     if is_sharded:
         say("the memory of sharded weights is not known beforehand")
