@@ -49,6 +49,7 @@ ANSWERED = [
     ["pretrain", "--print_config"],
 ]
 MODEL = "does not exist; give the directory of a converted model"
+GGUF = "typo.gguf does not exist; give a file here, or owner/name/file.gguf on the hub"
 SOURCE = "model directory nowhere/at/all does not exist"
 DATA = "no such file or directory: nowhere.txt"
 REFUSED = [
@@ -65,6 +66,10 @@ REFUSED = [
     (["convert", "nowhere/at/all", "--data", "text.txt", "--output_dir", "new"], SOURCE),
     (["convert", "full/typo", "--data", "text.txt", "--output_dir", "new"], "full/typo is neither a directory nor"),
     (["convert", "text.txt", "--data", "text.txt", "--output_dir", "new"], "text.txt is a file"),
+    (["convert", "full/typo.gguf", "--data", "text.txt", "--output_dir", "new"], GGUF),
+    (["doctor", "nowhere/typo.gguf"], GGUF),
+    (["generate", "text.txt", "x"], "text.txt is a file; give the directory of a converted model"),
+    (["generate", "nowhere/typo.gguf", "x"], MODEL),
     (["convert", "tiny", "--data", "nowhere.txt", "--output_dir", "new"], DATA),
     (["convert", "tiny", "--data", "empty", "--output_dir", "new"], "directory empty holds no text file"),
     (["convert", "tiny", "--data", "*.nothing", "--output_dir", "new"], "no file matches '*.nothing'"),

@@ -123,6 +123,8 @@ def read_facts(directory: str | Path) -> ConversionFacts:
         UserError: When it is missing, broken, of a newer schema, or lacks a fact.
     """
     path = Path(directory) / FACTS_FILE
+    if path.parent.is_file():
+        raise UserError(f"{path.parent} is a file; give the directory of a converted model")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} does not exist; give the directory of a converted model")
     if not path.exists():

@@ -22,7 +22,7 @@ from decausal.files import follow_umask, write_whole
 from decausal.models.adapt import load_base
 from decausal.models.adapters import with_adapter
 from decausal.models.base_files import copy_base, refuse_other_base
-from decausal.models.directories import ADAPTER_FILE, adapter_of
+from decausal.models.directories import ADAPTER_FILE
 from decausal.models.draft_head import (
     DRAFT_HEAD_FILE,
     add_draft_head,
@@ -30,9 +30,8 @@ from decausal.models.draft_head import (
 )
 from decausal.models.facts import DRAFT, FACTS_FILE, ConversionFacts, write_facts
 from decausal.models.gated import install_gate
-from decausal.models.gguf_files import is_gguf
 from decausal.models.mask_row import MASK_ROW_FILE, read_mask_row, save_mask_row
-from decausal.models.names import located
+from decausal.models.names import located, refuse_as_base
 
 
 def source_directory(name: str, commit: str | None) -> Path:
@@ -46,11 +45,7 @@ def source_directory(name: str, commit: str | None) -> Path:
         UserError: There is no such model, or it has no complete files of its own.
     """
     path, commit = located(name, commit, may_be_converted=True, merge_adapter=True)
-    if is_gguf(path) or (commit is None and adapter_of(Path(path)) is not None):
-        raise UserError(
-            f"{name} cannot be converted with gated weights, which keep the source's files: save it as a plain "
-            "Hugging Face model first, and give that"
-        )
+    refuse_as_base(name, path, commit)
     if commit is None:
         return Path(path)
     from decausal.hub import fetch

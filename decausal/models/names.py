@@ -25,8 +25,8 @@ ACCEPTED_EMBEDDED = " or ".join(f"'{name}'" for name in EMBEDDED_MODELS)
 
 
 def is_hub_id(name: str) -> bool:
-    """Returns whether a name that is not a path here may be on the hub: owner/name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Returns whether a name that is not a path here may be on the hub: owner/name. One of a GGUF file is not."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_gguf(name)
 
 
 def located(
@@ -77,7 +77,7 @@ def _located_gguf(name: str, path: Path, revision: str | None) -> tuple[str, str
     if path.exists():
         check_gguf(path)
         return str(path), None
-    if repository_and_file(name) is None:
+    if repository_and_file(name) is None or path.parent.is_dir():
         raise UserError(f"GGUF file {name} does not exist; give a file here, or owner/name/file.gguf on the hub")
     path, commit = _gguf_from_hub(name, revision)
     check_gguf(path)
@@ -159,6 +159,25 @@ def _refuse_unusable_converted(path: Path) -> None:
         refuse_incomplete(path)
     elif path.is_dir():
         refuse_adapter(str(path), path)
+
+
+def refuse_as_base(model_name_or_path: str | Path, path: str, commit: str | None) -> None:
+    """Raises UserError for a model without plain files of its own, which gated weights keep.
+
+    Args:
+        model_name_or_path: As the user wrote it.
+        path, commit: As `located` found it.
+    """
+    if is_gguf(path):
+        raise UserError(
+            f"{model_name_or_path} cannot be converted with gated weights, which keep the source's own files: write "
+            "it as a Hugging Face directory first, in a line of Python that docs/models.md shows, and give that"
+        )
+    if commit is None and adapter_of(Path(path)) is not None:
+        raise UserError(
+            f"{model_name_or_path} cannot be converted with gated weights, which keep the source's own files: save "
+            "it merged, as a Hugging Face directory, and give that"
+        )
 
 
 def is_left_to_the_hub(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from decausal.data.sources import refuse_missing
 from decausal.data.template_file import read_template
 from decausal.errors import UserError
-from decausal.models.names import check_source
+from decausal.models.names import check_source, is_left_to_the_hub, located, refuse_as_base
 from decausal.training.argument_values import PRETRAIN_DEFAULTS, check_values
 from decausal.training.run_directory import refuse_taken, wants_resume
 from decausal.training.sample_prompts import read_sample_prompts
@@ -58,6 +58,9 @@ def _check_named(settings: ConversionSettings) -> None:
         may_be_converted=True,
         merge_adapter=settings.merge_adapter,
     )
+    if settings.weights == "gated" and not is_left_to_the_hub(settings.model_name_or_path):
+        found = located(settings.model_name_or_path, settings.revision, may_be_converted=True, merge_adapter=True)
+        refuse_as_base(settings.model_name_or_path, *found)
     if settings.teacher_model_name_or_path is not None:
         check_source(settings.teacher_model_name_or_path)
     _check_data(settings)

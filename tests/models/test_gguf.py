@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from decausal.cli import main
 from decausal.errors import UserError
 from decausal.models.adapt import load_source, source_dtype
 from decausal.models.checkpoint import load_converted
@@ -101,7 +103,30 @@ def test_an_architecture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_source(file)
 
 
-def test_a_file_that_is_not_there_is_reported(tmp_path: Path) -> None:
+def test_gated_weights_need_files_of_the_source_and_say_so_before_it_is_read(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_text(tmp_path / "text.jsonl", 4), tmp_path / "out"
+    with patch("decausal.training.convert.convert", side_effect=AssertionError("it is read")):
+        code = main(["convert", str(file), "--recipe", "lossless", "--data", str(data), "--output_dir", str(out)])
+    assert code == 2
+    assert "write it as a Hugging Face directory first" in capsys.readouterr().err
+
+
+def test_a_directory_written_from_it_is_the_same_model(file: Path, tmp_path: Path) -> None:
+    for part in load_source(file):
+        part.save_pretrained(tmp_path / "plain")
+    (model, tokenizer), (again, tokenizer_again) = load_source(file), load_source(tmp_path / "plain")
+    text = tokenizer("the rain in spain", return_tensors="pt")["input_ids"]
+    assert torch.equal(tokenizer_again("the rain in spain", return_tensors="pt")["input_ids"], text)
+    assert torch.equal(model(text).logits, again(text).logits)
+
+
+def test_a_file_that_is_not_there_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"GGUF file .*none.gguf does not exist"):
         check_source(tmp_path / "none.gguf")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"GGUF file models/tiny/none.gguf does not exist"):  # not: no such repository
+        check_source("models/tiny/none.gguf")
     assert repository_and_file("owner/name/part/model.gguf") == ("owner/name", "part/model.gguf")
