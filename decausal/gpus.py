@@ -7,7 +7,7 @@ from dataclasses import dataclass
 REACHED_MATRIX_SHARE = 790 / 989
 """Share of a data sheet's matrix rate that large products reach: measured by others on an H200."""
 REACHED_BANDWIDTH_SHARE = 4.3 / 4.8
-"""Share of its bandwidth that large copies reach: the same."""
+"""Share of its bandwidth that large copies reach: also measured by others."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Gpu:
     """A data sheet.
 
     Attributes:
-        label: What people call it.
+        label: Its usual name.
         memory: Bytes.
         peak_rate: Floating-point operations per second of dense bf16 matrix products, summed in fp32.
         peak_bandwidth: Bytes per second.

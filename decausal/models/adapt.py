@@ -186,7 +186,7 @@ def load_weights(
 
 
 def unreadable(error: Exception) -> str:
-    """Returns in one line why a model's files cannot be loaded."""
+    """Returns, in one line, why a model's files cannot be loaded."""
     if isinstance(error, UnpicklingError):
         return "a .bin file does not hold plain tensors; code in one is never run: give safetensors"
     return first_line(error)

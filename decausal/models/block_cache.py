@@ -88,7 +88,7 @@ class _Access:
     """What one pass reads and writes; shared by all layers of a cache.
 
     Attributes:
-        most_keys: The most slots that a pass has read: none after them was ever written.
+        most_keys: The most slots that a pass has read. None after them has ever been written.
     """
 
     rows: slice | Int[Tensor, " b"]
@@ -166,7 +166,7 @@ def _longer(held: Tensor, num_slots: int, num_kept: int) -> Tensor:
 def _write(held: Float[Tensor, "B S H d"], states: Float[Tensor, "b H q d"], access: _Access) -> None:
     """Writes the states of a pass into the slots, those of all rows on one axis.
 
-    Each pass makes its own view: given two views of one memory, the compiler would copy all of it.
+    Each pass makes its own view, because the compiler would copy all of a memory that has two views.
     """
     slots = held.view(-1, *held.shape[2:])
     by_token = states if states.shape[2] == 1 else states.transpose(1, 2)

@@ -11,7 +11,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def cast_weights(model: Model, dtype: torch.dtype) -> Model:
-    """Casts what a model's files hold, in place, and leaves what it computes for itself.
+    """Casts, in place, the tensors that a model's files hold. Tensors that it computes itself are left alone.
 
     `model.to(dtype)` also casts the frequencies of rotary positions, which transformers keeps in fp32 whatever the
     weights are. In bfloat16 an angle is off by up to a radian after a few hundred tokens.

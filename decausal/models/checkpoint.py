@@ -200,9 +200,10 @@ def load_causal(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> Converted:
-    """Loads an autoregressive model as engines take it, in eval mode: its facts say that it writes from left to right.
+    """Loads an autoregressive model in eval mode, in the form that engines take: its facts say that it writes from left
+    to right.
 
-    It gets a mask token too, which it never reads and which is never written: engines ban one.
+    It gets a mask token too, because engines ban one. It never reads or writes that token.
 
     Args:
         model_name_or_path: As `load_source` takes it; adapters are merged.

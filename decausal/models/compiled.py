@@ -1,4 +1,4 @@
-"""Decoder layers that are compiled: for training, or for passes of one shape that are recorded."""
+"""Compiles decoder layers, for training or for recorded passes of one shape."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from decausal.models.row_attention import FLEX
 logger = logging.getLogger(__name__)
 
 PROGRAMS_PER_LAYER = 16
-"""The most programs of a layer: by gradient, mask and shape, for the student and its teacher."""
+"""The most programs of one layer, which differ in gradient, mask and shape, for the student and its teacher."""
 
 
 def compile_layers(*models: nn.Module) -> None:
     """Compiles each decoder layer. The first training step is slow, later ones are faster.
 
-    Hooks of a layer run outside, as they are: a teacher's, which gather its states, are new in each pass.
+    Hooks of a layer run uncompiled, outside of it, because a teacher's hooks, which gather its states, are new in each
+    pass.
     """
     _allow(PROGRAMS_PER_LAYER)
     for model in models:
@@ -32,11 +33,11 @@ def compile_layers(*models: nn.Module) -> None:
 
 
 def _hooks_apart(layer: nn.Module) -> Callable[..., Any]:
-    """Returns what calls a layer with its hooks, and only its forward compiled."""
+    """Returns a function that calls a layer with its hooks, in which only the forward pass is compiled."""
     forward = torch.compile(layer.forward)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        layer.forward = forward  # for this call alone: a copy of the model must not run this layer's weights
+        layer.forward = forward  # only for this call: a copy of the model must not run this layer's weights
         try:
             return layer._call_impl(*args, **kwargs)
         finally:
@@ -47,7 +48,7 @@ def _hooks_apart(layer: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def compiled(model: nn.Module) -> Iterator[None]:
-    """Runs decoder layers compiled inside, and as they were again after it.
+    """Inside, decoder layers run compiled. Afterwards they run as before.
 
     Compiling takes seconds for each layer and kind of shape, so this is for passes that are recorded and replayed.
     """
@@ -63,7 +64,8 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
 
 def _allow(num_programs: int) -> None:
-    """Has Dynamo make so many programs of one piece of code before it gives up, slowly and silently."""
+    """Lets Dynamo make this many programs of one piece of code. Beyond that it would give up, and run slowly and
+    silently."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, num_programs)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, num_programs)
@@ -71,7 +73,7 @@ def _allow(num_programs: int) -> None:
 
 @contextmanager
 def by_lengths(model: nn.Module) -> Iterator[None]:
-    """Inside, attention reads of each row only as much as it holds, by FlexAttention: see `visible_by_layer`."""
+    """Inside, attention reads only as much of each row as it holds, by FlexAttention: see `visible_by_layer`."""
     config = stock_model(model).base_model.config
     before, config._attn_implementation = config._attn_implementation, FLEX
     try:
@@ -81,7 +83,7 @@ def by_lengths(model: nn.Module) -> Iterator[None]:
 
 
 class CompiledPasses:
-    """Runs passes with compiled layers, or as they are where a model cannot be compiled, which is logged once.
+    """Runs passes with compiled layers. If a model cannot be compiled, they run uncompiled, and a line is logged once.
 
     Args:
         model: The model.
@@ -96,7 +98,7 @@ class CompiledPasses:
             self._ways = {"compiled with FlexAttention": [compiled, by_lengths], **self._ways}
 
     def run(self, one_pass: Callable[[], Any]) -> Any:
-        """Returns the result of a pass, which may be begun several times."""
+        """Returns the result of a pass, which may have to be started several times."""
         for name, contexts in list(self._ways.items()):
             try:
                 with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a model's directory is and what it lacks, from file names, JSON and headers, before anything heavy is
+"""Finds what a model's directory holds and lacks, by file names, JSON and headers, before anything heavy is
 imported."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decausal.models.facts import DRAFT, FACTS_FILE, read_facts
 ADAPTER_FILE = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
-# How weights may be quantized that transformers turns back into plain numbers on any machine, and what it needs for it.
+# Methods of quantization that transformers can undo on any machine, and the package that it needs for each.
 DEQUANTIZED = {"fp8": None, "mxfp4": None, "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 _UNMERGEABLE = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "CPT")
 _METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
@@ -42,7 +42,7 @@ def adapter_of(directory: Path) -> Adapter | None:
     kind = settings.get("peft_type", "LORA")
     if kind in _UNMERGEABLE:
         raise UserError(f"{directory} is a PEFT adapter of type {kind}, which has no merged form; give a whole model")
-    if (directory / FACTS_FILE).is_file():  # written by a run of ours: its recipe has the name as it was given
+    if (directory / FACTS_FILE).is_file():  # one of our runs wrote it: its recipe holds the name as it was given
         recipe = read_facts(directory).recipe
         if isinstance(recipe.get("model_name_or_path"), str):
             return Adapter(recipe["model_name_or_path"], recipe.get("revision"))

@@ -52,11 +52,11 @@ def examine(
     *,
     first_look: float = SAME,
 ) -> list[Probe]:
-    """Puts every probe to a model: an autoregressive one, or, with `facts`, a converted one.
+    """Runs every probe on a model: an autoregressive one, or, with `facts`, a converted one.
 
-    Costs about 45 rows of 12 tokens, in the model's own dtype and on its device; a question whose first look finds more
-    than `first_look` is put again in float64, which tells rounding from a fault and takes several times as long.
-    Deterministic. The model is left as it was.
+    Costs about 45 rows of 12 tokens, in the model's own dtype and on its device; A question whose first look finds more
+    than `first_look` is asked again in float64, which tells rounding from a fault and takes several times as long. The
+    result is deterministic. The model is left as it was.
 
     Args:
         model: A stock causal LM, or a PEFT wrapper around one.
@@ -74,7 +74,7 @@ def _findings(
     judge: Judge,
     questions: Iterable[Question],
 ) -> Iterator[Probe]:
-    """Puts one probe after the other; a refused architecture, or weights that are no numbers, end it."""
+    """Runs one probe after another, and stops at a refused architecture or at weights that are not numbers."""
     stock = judge.stock
     for first in (lambda: architecture_probe(stock.config), lambda: weights_probe(stock)):
         probe = first()
@@ -95,7 +95,7 @@ def _findings(
 
 
 def architecture_probe(config: PretrainedConfig) -> Probe:
-    """Returns whether models of this configuration can be converted at all, from the configuration alone."""
+    """Returns whether models of this configuration can be converted at all, judging by the configuration only."""
     reason = refusal(config)
     return Probe("architecture is accepted", reason is None, reason or config.model_type, reason or "it is refused")
 
@@ -132,8 +132,8 @@ def refuse_if_unusable(
 ) -> None:
     """Raises UserError with the first required probe that fails, and what that means.
 
-    A difference that no loss and no sampler would notice passes at once. Questions are put to the first layers, as many
-    as have one of each kind, and only where these do not pass to the whole model. `examine` looks closer.
+    A difference that no loss and no sampler would notice passes at once. Questions are asked of the first layers, as
+    many as include every kind. The whole model is asked only if these do not pass. `examine` looks closer.
     """
     judge = Judge(model, CLOSE)
     for probe in _findings(model, tokenizer, facts, judge, _undecided(judge)):
@@ -146,7 +146,7 @@ def refuse_if_unusable(
 
 
 def _undecided(judge: Judge) -> Iterator[Question]:
-    """Yields the required questions that the first layers leave open, each put to them when it is asked for."""
+    """Yields the required questions that the first layers leave open. Each is asked only when it is needed."""
     count = num_telling_layers(judge.model)
     are_all = count == len(decoder_layers(judge.model))
     for question in (question for question in QUESTIONS if question.required):

@@ -31,11 +31,11 @@ _EXPANSION = 4
 
 
 class DraftHead(nn.Module):
-    """Adds to a mask's last state what the token before its draft says. At first it adds nothing.
+    """Adds what follows from the token before a draft to its mask's last state. At first it adds nothing.
 
     Args:
-        size: Of the states.
-        embedding_size: Of embeddings; in most models the same.
+        size: Width of the states.
+        embedding_size: Width of the embeddings, which is the same in most models.
         tokens: The tokens that can be drafted, in order.
     """
 
@@ -78,10 +78,10 @@ def draft_head_of(model: nn.Module) -> DraftHead | None:
 
 
 class DraftVocabulary(NamedTuple):
-    """What drafts are chosen from.
+    """The tokens that drafts are chosen from.
 
     Attributes:
-        head: The output head, of these tokens alone.
+        head: The output head for these tokens only.
         tokens: Their ids; None: all.
     """
 
@@ -134,7 +134,7 @@ def drafting_states(
 
 
 def embedded(model: nn.Module, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n E"]:
-    """Returns rows of the embedding matrix, apart from the model's pass: no mask is among them."""
+    """Returns rows of the embedding matrix outside the model's pass. None of the tokens may be a mask."""
     return functional.embedding(ids, stock_model(model).get_input_embeddings().weight.detach())
 
 
@@ -142,9 +142,9 @@ def save_draft_head(model: nn.Module, state_dict: dict[str, Tensor], checkpoint:
     """Writes the head, if the model has one, beside an adapter's weights.
 
     Args:
-        model: Its owner.
+        model: The model that may have the head.
         state_dict: The model's weights, gathered.
-        checkpoint: Where to.
+        checkpoint: The directory to write to.
     """
     head = draft_head_of(model)
     if head is None:

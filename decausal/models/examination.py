@@ -17,7 +17,7 @@ def examine_path(
 ) -> list[Probe]:
     """Examines an AR model (as `load_source` takes it) or a converted one (with a decausal.json).
 
-    A PEFT adapter is examined after merging it into its base. The probes are put in `dtype`.
+    A PEFT adapter is examined after merging it into its base. The probes run in `dtype`.
 
     Raises:
         UserError: There is no such model or it cannot be read. A refused architecture is a finding, not an error.

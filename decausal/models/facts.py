@@ -40,10 +40,10 @@ class ConversionFacts:
         causal_groups: For the layout "block" only: masks of a block read no later ones of it.
         weights: "shared", or "gated": an adapter and the mask token's row act only at masks, and everything else is the
             source, see `decausal.models.gated`.
-        draft_head: Of gated weights: a draft head joins each draft with the one before it, see
+        draft_head: For gated weights: a draft head joins each draft with the one before it, see
             `decausal.models.draft_head`.
-        base: Of gated weights: SHA-256 of each file of the source, by name.
-        base_reference: Of gated weights whose source is not in the directory: its id on the hub and "@", its commit.
+        base: For gated weights: SHA-256 of each file of the source, by name.
+        base_reference: For gated weights whose source is not in the directory: its id on the hub, "@" and its commit.
         shift: 1 if the state at i - 1 predicts token i, 0 if the state at i does.
         mask_token_id: The id that stands for an unknown token.
         noise_schedule: "linear": a token is masked with probability t.
@@ -177,7 +177,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "end_token_ids": (lambda value: isinstance(value, list) and all(map(_is_whole, value)), "a list of whole numbers"),
     "schema_version": (_is_whole, "a whole number"),
 }
-"""What each fact may be. Anybody may have written the file."""
+"""What each fact may be. The file may come from anybody."""
 
 
 def _checked_facts(record: object, path: Path) -> ConversionFacts:

@@ -34,7 +34,7 @@ class Gate:
     Attributes:
         mask_token_id: What a mask is.
         is_mask: Tokens of the pass that are masks.
-        is_open: False while no token is one: adapters are then not run at all.
+        is_open: Whether any token of the pass is a mask. If not, adapters are not run at all.
     """
 
     mask_token_id: int
@@ -75,10 +75,10 @@ def install_gate(model: nn.Module, mask_token_id: int, row: Float[Tensor, " D"])
     Args:
         model: A PEFT wrapper around a stock causal LM, or the stock model with adapters in it; changed in place.
         mask_token_id: Id of the mask token; the embedding need not have it.
-        row: What the mask token's row starts as.
+        row: The initial row of the mask token.
 
     Raises:
-        UserError: No adapters, or such as add something of their own (a bias).
+        UserError: There are no adapters, or they have a bias.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -74,7 +74,7 @@ def save_gated(
         copy_base(base, directory)
         refuse_other_base(directory, facts.base, str(directory))
     model.save_pretrained(draft, state_dict=state_dict, save_embedding_layers=False)
-    (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which says nothing
+    (draft / "README.md").unlink(missing_ok=True)  # PEFT's card, which is empty
     save_mask_row(state_dict, draft)
     save_draft_head(model, state_dict, draft)
     follow_umask(draft.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""GGUF files, which hold model, configuration and tokenizer in one: their names and headers.
+"""Names and headers of GGUF files, which hold model, configuration and tokenizer in one file.
 
 Reading the header here takes a fraction of a second; the gguf package takes several for a vocabulary.
 """

@@ -31,8 +31,8 @@ class GroupedStates(NamedTuple):
     """States of all clean tokens, row after row, and then of all masks: N = B*T + B*G.
 
     Attributes:
-        last: After the final norm, and a mask's after the draft head, if the model has one.
-        layers: Of all layers, where they were asked for, see `body_forward`.
+        last: The states after the final norm; those of masks also after the draft head, if the model has one.
+        layers: The states of all layers, if they were asked for, see `body_forward`.
     """
 
     last: Float[Tensor, "N D"]
@@ -58,10 +58,10 @@ def grouped_forward(
         clean_ids: The clean rows.
         groups: The masks.
         mask_token_id: What the masks are.
-        document_ids, position_ids: Of the clean rows, see `body_forward`.
+        document_ids, position_ids: Those of the clean rows, see `body_forward`.
         causal_groups: Masks read no later ones of their group.
-        clean_gradient: Whether gradients flow through the clean half. Without, a gated model's adapters are not run
-            there, where they would add zeros.
+        clean_gradient: Whether gradients flow through the clean half. Without them, a gated model's adapters, which
+            would add zeros there, are not run.
         output_hidden_states: Also return the states of all layers.
     """
     cache = _CleanKeys(stock_model(model).base_model.config.num_hidden_layers)

@@ -1,6 +1,6 @@
-"""Products of one input that are computed together, which starts fewer kernels: queries, keys and values; gate and up.
+"""Computes products of one input together, which starts fewer kernels: queries, keys and values; gate and up.
 
-Their weights become parts of one tensor and stay the parameters that they were, so it takes no memory.
+Their weights become parts of one tensor and remain the same parameters, so this takes no memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def merge_projections(model: nn.Module) -> int:
-    """Has each decoder layer compute its projections of one input as one product, and returns how many there are now.
+    """Makes each decoder layer compute its projections of one input as one product. Returns the number of such
+    products.
 
-    It stays so: for models that only decode. Only plain linear layers are merged, neither quantized ones nor those
-    with adapters.
+    This is permanent, so it is for models that only decode. Only plain linear layers are merged, neither quantized ones
+    nor those with adapters.
     """
     num_merged = 0
     for layer in decoder_layers(model):
@@ -53,7 +54,7 @@ class _Product:
         self._waiting: dict[int, Tensor] = {}
 
     def part(self, states: Tensor, index: int) -> Tensor:
-        """Returns what one layer makes of an input. The first that reads an input computes it for all."""
+        """Returns what one layer makes of an input. The first one to read an input computes the product for all."""
         if self._read is not states:
             parts = linear(states, self._weight, self._bias).split(self._sizes, -1)
             self._read, self._waiting = states, dict(enumerate(parts))

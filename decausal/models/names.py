@@ -1,4 +1,4 @@
-"""What the name of a model stands for: an embedded model, a directory here, or a repository on the hub.
+"""Finds what a model's name stands for: an embedded model, a directory here, or a repository on the hub.
 
 Imports nothing heavy, so that a wrong name is refused before torch is imported.
 """

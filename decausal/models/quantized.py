@@ -1,4 +1,4 @@
-"""Quantized weights, of GGUF files and other methods, which transformers turns back into plain numbers."""
+"""Loads quantized weights, from GGUF files and other methods, which transformers turns back into plain numbers."""
 
 from __future__ import annotations
 

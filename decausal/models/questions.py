@@ -23,7 +23,7 @@ SHRUNK_WINDOW = 4
 
 @dataclass(frozen=True)
 class Question:
-    """A question to a model.
+    """One question to a model.
 
     Attributes:
         name: The property that should hold.

@@ -1,4 +1,4 @@
-"""Line charts as SVG inside a page, in colours that are readable on light and dark ground."""
+"""Line charts as SVG inside a page, in colours that are readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Line:
         label: What it is.
         points: Its points (x, y).
         errors: Standard errors of y; empty for none.
-        is_level: It is one value, drawn across the chart.
+        is_level: Whether it is one value, drawn across the chart.
     """
 
     label: str

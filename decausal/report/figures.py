@@ -1,4 +1,4 @@
-"""The scores of evaluations as rows of one table, whatever measured them."""
+"""Puts the scores of all kinds of evaluations into one table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Figure:
         source_error: Its standard error.
         kept: How much of the AR source's score is kept, in percent.
         kept_error: Its standard error.
-        made_of: What the score is made of, and on how much.
+        made_of: What the score was computed from, and on how many examples.
         number: The evaluation that it comes from, from 1.
     """
 

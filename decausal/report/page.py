@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing from outside: light and dark, for large and small screens."""
+"""The frame of a page that loads nothing from elsewhere: light and dark, for large and small screens."""
 
 from __future__ import annotations
 

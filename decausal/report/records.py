@@ -23,8 +23,8 @@ class Evaluation:
 
     Attributes:
         kind: "nll", "tasks", "harness", "texts" or "sweep".
-        arguments: What stood after `decausal`, without the flags that say where figures go.
-        model: Name as given, "fingerprint" of its files, and "facts" of the conversion (none of an AR model).
+        arguments: The command's arguments after `decausal`, without the flags that say where figures go.
+        model: Name as given, "fingerprint" of its files, and "facts" of the conversion (none for an AR model).
         figures: What was measured, in the form that the command prints with `--json`.
         manifest: Date, commit, hardware, versions, "data_hash", "seeds" and "sampler".
         path: The file; None if it is not written yet.

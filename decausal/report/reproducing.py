@@ -17,19 +17,19 @@ from decausal.report.records import Evaluation, evaluation_of, read_record
 from decausal.report.sources import REPORT
 
 TIMES = ("seconds", "tokens_per_second", "speedup")
-"""Figures that no two runs have in common."""
+"""Figures that differ between any two runs."""
 _OF_MACHINE = ("commit", "hardware", "versions", "data_hash", "seeds", "sampler")
 
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What came of one evaluation.
+    """The outcome of one repeated evaluation.
 
     Attributes:
         evaluation: As it was recorded.
         error: Why it could not be run again; None if it was.
-        differences: Figures that differ: their place, before, now.
-        circumstances: What differs of the manifest and of the model's files.
+        differences: Figures that differ: where they are, the old value and the new one.
+        circumstances: What differs in the manifest and in the model's files.
     """
 
     evaluation: Evaluation
@@ -56,7 +56,7 @@ class Reproduced:
 
 
 def recorded(path: Path) -> list[Evaluation]:
-    """Returns the evaluations of a report or of one record. Of a page, the JSON file beside it is read.
+    """Returns the evaluations of a report or of one record. For a page, the JSON file beside it is read.
 
     Raises:
         UserError: There is no such file, or it is neither.
@@ -78,7 +78,7 @@ def recorded(path: Path) -> list[Evaluation]:
 
 
 def reproduce(evaluation: Evaluation) -> Reproduced:
-    """Runs an evaluation again in a process of its own, in this directory."""
+    """Runs an evaluation again in a separate process, in this directory."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "again.json")
         command = [sys.executable, "-m", "decausal", *evaluation.arguments, "--output", str(output)]

@@ -37,7 +37,7 @@ def sections(found: Found) -> Iterator[str]:
 
 
 def scores(figures: Sequence[Figure]) -> str:
-    """Returns a table of all models, and one of each with all that is known of a score."""
+    """Returns a table of all models, and one for each model with everything that is known about a score."""
     if not figures:
         return ""
     models = list(dict.fromkeys(figure.model for figure in figures))

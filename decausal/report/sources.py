@@ -1,4 +1,4 @@
-"""Finds runs and evaluations in directories, and reads what they left there."""
+"""Finds runs and evaluations in directories, and reads their files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REPORT = "decausal_report"
 
 @dataclass(frozen=True)
 class Run:
-    """A run of training, or a converted model by itself.
+    """A training run, or a converted model by itself.
 
     Attributes:
         name: Its directory's name.
         path: The directory.
         settings: All settings, ours and transformers'.
-        facts: What `decausal.json` holds; empty while the first checkpoint is not written.
+        facts: What `decausal.json` holds; empty until the first checkpoint is written.
         log: What was logged, in order: "step", figures by name, and where known "seconds", "tokens" and "flops".
         samples: What the model wrote at evaluations.
     """
@@ -69,7 +69,7 @@ class Found:
 
 
 def find(paths: Sequence[str | Path]) -> Found:
-    """Reads directories, all below them, and files of records.
+    """Reads directories with everything in them, and files of records.
 
     Raises:
         UserError: A path does not exist, holds nothing to report, or a file in it is damaged.
@@ -149,7 +149,7 @@ def _add(record: Evaluation, found: Found) -> None:
 
 
 def _files_below(directory: Path) -> Iterator[Path]:
-    """Yields the files that may say something, without those inside checkpoints and hidden directories."""
+    """Yields the files that may belong in a report, without those inside checkpoints and hidden directories."""
     for path in sorted(directory.iterdir()):
         if path.is_dir():
             if not path.name.startswith((".", "checkpoint-")):
@@ -159,7 +159,7 @@ def _files_below(directory: Path) -> Iterator[Path]:
 
 
 def _log_of_checkpoint(directory: Path) -> list[dict[str, Any]]:
-    """Returns the log that transformers keeps, of runs that have none of their own."""
+    """Returns the log that transformers keeps, for runs that have no log of ours."""
     states = sorted(directory.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
     return _json(states[-1]).get("log_history", []) if states else []
 

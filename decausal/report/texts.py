@@ -1,4 +1,4 @@
-"""How texts that a model wrote look without reading them: length, repetition, distinct n-grams, entropy."""
+"""Describes texts that a model wrote without reading them: length, repetition, distinct n-grams, entropy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class TextFigures:
 
     Attributes:
         num_texts: How many texts.
-        length: Tokens of a text, in the mean.
-        repetition: Share of a text's pieces of four tokens that stood in it before, in the mean over texts with any.
-        distinct: Of all pieces of n tokens of all texts together, the share that is different, for n = 1, 2, 3.
-        entropy: Entropy of the distribution of a text's tokens, in nats, in the mean: 0 for one token repeated.
+        length: Mean number of tokens of a text.
+        repetition: Share of a text's pieces of four tokens that occurred in it before: the mean over texts with such
+            pieces.
+        distinct: Share of different pieces among all pieces of n tokens of all texts together, for n = 1, 2, 3.
+        entropy: Mean entropy of the distribution of a text's tokens, in nats: 0 for one token repeated.
         unit: What a token is: "tokens" of the model, or "words".
     """
 

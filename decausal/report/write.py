@@ -1,4 +1,4 @@
-"""Writes a report: a page that holds all it shows, and the same as JSON."""
+"""Writes a report: a self-contained page, and a JSON file with the same content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job of answers is asked for, checked before anything slow is imported."""
+"""Checks the settings of a job of answers before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from decausal.sampling.settings.ending import EndingSettings
 MAX_NEW_TOKENS = 512
 TRUNCATED = ("keep", "drop")
 STOPS = ("stop", "stop_token_ids")
-"""Settings that no job of answers takes: nobody could tell an answer that they end from one that is whole."""
+"""Settings that a job of answers refuses: an answer that they ended could not be told from a whole one."""
 _OF_SOURCES = {field.name for family in (DrawingSettings, EndingSettings) for field in fields(family)}
 
 
@@ -23,8 +23,8 @@ def check_options(facts: ConversionFacts | None, options: Mapping[str, Any], num
     """Refuses settings under which a model would not write what was asked for.
 
     Args:
-        facts: The model's; None for an AR model.
-        options: Sampler settings by name, those that were given alone.
+        facts: The model's facts; None for an AR model.
+        options: The sampler settings that were given, by name.
         num_answers: Answers to each prompt.
 
     Raises:

@@ -42,16 +42,18 @@ class AnswersResult:
 
     Attributes:
         num_wanted: Answers to all prompts.
-        num_resumed: Of these, those that an earlier run had been through.
+        num_resumed: Of these, those that an earlier run had finished.
         num_written: Lines that this run added.
         num_cut: Of these, answers that reached the most new tokens, trained without an end.
-        num_shortened: Of these, answers that are kept as far as their text comes back as the tokens that were written.
+        num_shortened: Of these, answers that are kept only as far as their text encodes to the tokens that were
+            written.
         num_dropped: Answers that reached the most new tokens and were left out.
-        num_lost: Answers left out because no token of them comes back, the empty ones among them.
-        num_refused: Prompts that the engine refused.
-        refusal: Why, of the first one.
-        num_tokens: Tokens that this run wrote, with those left out.
-        seconds: Time that it took.
+        num_lost: Answers left out because their text encodes to other tokens from the first one on, or because they are
+            empty.
+        num_refused: Number of prompts that the engine refused.
+        refusal: Why the first of them was refused.
+        num_tokens: Tokens that this run wrote, including those of answers that were left out.
+        seconds: Time that the run took.
     """
 
     num_wanted: int
@@ -121,7 +123,7 @@ def write_answers(
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> AnswersResult:
-    """Answers the prompts of `data` by lines of a jsonl file that every recipe takes as data.
+    """Writes answers to the prompts of `data` to a jsonl file, which every recipe takes as data.
 
     A line is the record of the prompt with the answer after it, "finish_reason" ("end", or "length" where it was cut
     off), "num_tokens" and "id": the number of the answer, from 0; prompt i has the answers from i * `num_answers` on.
@@ -129,11 +131,12 @@ def write_answers(
 
     Args:
         converted: As `load_writer` gives it.
-        data, reading: Of the prompts; completions and last answers are not read. See `AskedPrompts`.
+        data, reading: The prompts; completions and last answers are not read. See `AskedPrompts`.
         output: The file to write.
-        num_prompts: Answer the first so many alone.
+        num_prompts: How many prompts to answer, from the first. None: all.
         num_answers: Answers to each prompt.
-        truncated: Of answers that reach `max_new_tokens`: "keep" trains them without an end, "drop" leaves them out.
+        truncated: What to do with answers that reach `max_new_tokens`: "keep" trains them without an end, "drop" leaves
+            them out.
         max_rows: Rows in one forward pass.
         max_length: Longest row, prompt and answer together. None: the model's context, at most 4096.
         prompt_fraction: Share of a plain text that serves as its prompt.
@@ -203,13 +206,14 @@ def _engine(
 
 
 def _num_done(file: JobFile) -> int:
-    """Answers that an earlier run has been through; those that it left out after the last line come again."""
+    """Returns how many answers an earlier run has finished. Those that it left out after the last line are written
+    again."""
     return 0 if file.last is None else json.loads(file.last)["id"] + 1
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """The answers that are wanted, from the first one that is missing on."""
+    """The answers that are wanted, from the first missing one on."""
 
     converted: Converted
     prompts: AskedPrompts

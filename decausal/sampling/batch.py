@@ -1,4 +1,4 @@
-"""Any number of prompts through one engine, from Python or from a file: answers in order, in bounded memory."""
+"""Answers any number of prompts through one engine, from Python or from a file, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ class BatchResult:
 
     Attributes:
         num_lines: Prompts in the file.
-        num_resumed: Lines of these that an earlier run had written.
+        num_resumed: Those of them that an earlier run had answered.
         num_errors: Lines of this run that hold an error.
         num_tokens: Tokens that this run wrote.
-        drafts: Figures of its lines that were written by self-speculation. None if none was.
+        drafts: Figures of the lines that self-speculation wrote. None if there are none.
     """
 
     num_lines: int

@@ -1,4 +1,4 @@
-"""Where given text meets a gap: tokens that cross the border.
+"""Handles tokens that cross the border between given text and a gap.
 
 Most tokenizers join a space, or a line break with its indentation, to what follows it. A text that is cut between the
 two ends in a token that is rare in training, and the gap is filled badly (docs/log.md). So these characters are left

@@ -1,4 +1,4 @@
-"""How sure the model is of a token. Positions are ordered by this number and compared with a threshold."""
+"""Scores how sure the model is of a token. Positions are ordered by this number and compared with a threshold."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The file that a job writes line by line: continued after its last whole line, and kept from other jobs.
+"""Writes the file of a job line by line. It can be continued after the last whole line, but not by another job.
 
-Light: verbs look at the files of a job before anything is loaded.
+This module is light, because verbs check the files of a job before anything is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
     """Returns the paths of a job's prompts and answers.
 
     Raises:
-        UserError: The prompts cannot be read, are no file that can be read twice, or as `check_target`.
+        UserError: The prompts cannot be read, or cannot be read twice; or as `check_target`.
     """
     source = Path(prompts)
     if source.exists() and not (source.is_file() or source.is_dir()):  # a device never ends, a pipe is read only once
@@ -47,10 +47,10 @@ def check_target(answers: str | Path, *, makes_directory: bool = False) -> Path:
 
     Args:
         answers: The path.
-        makes_directory: The job will make a directory for it where there is none.
+        makes_directory: Whether the job will make a missing directory for it.
 
     Raises:
-        UserError: It cannot be written, or is there and no job has begun it.
+        UserError: It cannot be written, or it exists and no job has begun it.
     """
     target = Path(answers)
     has_place = target.parent.is_dir() or (makes_directory and not target.parent.exists())
@@ -63,7 +63,7 @@ def check_target(answers: str | Path, *, makes_directory: bool = False) -> Path:
 
 
 def settings_path(answers: Path) -> Path:
-    """Returns where a job's settings stand, beside its answers."""
+    """Returns the path of a job's settings, beside its answers."""
     return answers.with_name(answers.name + JOB_SETTINGS)
 
 
@@ -87,7 +87,7 @@ class JobFile:
     """The lines of a job, open after the last whole one.
 
     Attributes:
-        num_lines: Lines that are in the file.
+        num_lines: Number of lines in the file.
         last: The last of those that an earlier run wrote, or None.
     """
 
@@ -96,7 +96,7 @@ class JobFile:
         self.num_lines, self.last = _repair(file)
 
     def write(self, line: bytes) -> None:
-        """Adds a line, which is in the file when this returns."""
+        """Adds a line. When this returns, the line is in the file."""
         self._file.write(line + b"\n")
         self._file.flush()
         self.num_lines += 1
@@ -107,7 +107,7 @@ def continued(path: Path, facts: dict[str, Any]) -> Iterator[JobFile]:
     """Opens what a job writes after its last whole line.
 
     Args:
-        path: Made if it is not there.
+        path: The file, which is made if it does not exist.
         facts: What decides the lines, which are recorded beside them; those under "settings" are named in errors.
 
     Raises:
@@ -139,7 +139,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _repair(file: BinaryIO) -> tuple[int, bytes | None]:
-    """Cuts a torn last line off and goes to the end; returns the number of whole lines, and the last one."""
+    """Cuts off a torn last line and goes to the end. Returns the number of whole lines, and the last one."""
     num_lines = end = before = position = file.seek(0)
     while chunk := file.read(_CHUNK):
         num_lines += chunk.count(b"\n")

@@ -1,4 +1,4 @@
-"""Any number of jobs through one engine: ends in the order of the jobs, in bounded memory."""
+"""Runs any number of jobs through one engine, and yields the results in the order of the jobs, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from decausal.errors import UserError
 from decausal.sampling.jobs import Ended, Engine, Job
 
 BEGUN_PER_PLACE = 64
-"""Rows begun and not yet yielded, for each place in a pass: how far others may run ahead of a slow one."""
+"""Rows in progress or not yet yielded, for each place in a pass. This is how far others may run ahead of a slow one."""
 
 Tag = TypeVar("Tag")
 
@@ -17,17 +17,17 @@ Tag = TypeVar("Tag")
 def in_order(
     engine: Engine, wanted: Iterable[tuple[Tag, Job | UserError]], max_rows: int
 ) -> Generator[tuple[Tag, Ended | UserError], None, None]:
-    """Writes rows as places become free, and yields how each ended with what the caller put beside its job.
+    """Writes rows as places become free. Yields how each one ended, with the object that came with its job.
 
-    Closed before its end, it gives up the rows under way.
+    If the iterator is closed early, rows in progress are cancelled.
 
     Args:
-        engine: Writes nothing else in the meantime.
-        wanted: Jobs, or errors to pass on in their places; taken as places become free.
+        engine: The engine, which writes nothing else in the meantime.
+        wanted: Jobs, or errors to pass on in their places. They are taken as places become free.
         max_rows: Rows in one pass of the engine.
 
     Yields:
-        What stood beside a job, and how it ended, or why the engine refused it.
+        The object that came with a job, and how the job ended, or why the engine refused it.
     """
     source, is_exhausted = iter(wanted), False
     running: dict[int, tuple[int, Tag]] = {}
@@ -35,7 +35,7 @@ def in_order(
     num_taken = num_yielded = 0
     try:
         while running or not is_exhausted:
-            # Enough rows wait that no place stays empty for a pass, but not more.
+            # Just enough rows wait for no place to stay empty during a pass.
             most = num_yielded + BEGUN_PER_PLACE * max_rows
             while not is_exhausted and engine.num_waiting < max_rows and num_taken < most:
                 try:

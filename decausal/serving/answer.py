@@ -131,7 +131,7 @@ def call(answer: Answer, function: Callable[..., None], *arguments: Any) -> None
     """Makes an answer's event loop call a function, from the worker's thread."""
     try:
         answer.loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop has been closed
+    except RuntimeError:  # the event loop has been closed
         _log.debug("an answer came after the server's end")
 
 

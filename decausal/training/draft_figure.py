@@ -1,4 +1,4 @@
-"""How good a run's drafts are: a line in a file for each measurement, and a figure of all of them."""
+"""Records how good a run's drafts are: a line in a file for each measurement, and a figure of all of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def save_draft_figure(path: Path, records: Sequence[dict[str, Any]]) -> None:
     by_place.legend(frameon=False)
     counts, per_pass = zip(*((record["num_tokens"], record["tokens_per_pass"]) for record in records), strict=True)
     by_tokens.plot(counts, per_pass, color="#0072b2", marker="o")
-    by_tokens.axhline(1.0, color=LIGHT.grid, linestyle="--")  # the AR model by itself
+    by_tokens.axhline(1.0, color=LIGHT.grid, linestyle="--")  # the AR model without drafts
     by_tokens.set_title("Tokens per pass")
     by_tokens.set_xlabel("training tokens")
     by_tokens.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""Which tokens a draft head chooses from: the most frequent ones of the run's data."""
+"""Finds the tokens that a draft head chooses from: the most frequent ones in the run's data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def frequent_tokens(
 ) -> Int[Tensor, " tokens"]:
     """Returns the ids of the most frequent tokens of a run's rows or prompts, in order.
 
-    Of many rows, some that are spread evenly are counted. Tokens that do not occur come last, the lowest ids first:
-    tokenizers give them to frequent pieces.
+    If there are many rows, only some are counted, spread evenly. Tokens that do not occur come last, the lowest ids
+    first: tokenizers give them to frequent pieces.
 
     Args:
         stream: The run's rows.

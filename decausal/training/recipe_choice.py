@@ -1,4 +1,5 @@
-"""Chooses a recipe by what a user has and wants. This file is light: the command line reads it before anything slow."""
+"""Chooses a recipe by what a user has and wants to do. This file is light: the command line reads it before anything
+slow."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ GOALS = {
     "speed": ("opdlm", "writes several tokens at once, block by block"),
     "exact": ("lossless", "writes what the AR model writes, faster"),
 }
-"""What may be wanted, the recipe for it, and what the model then does."""
+"""The goals of a user, the recipe for each, and what the model then does."""
 EMBEDDED_LEARNING_RATE = 1e-3
 """For the embedded models, of 2 and 8 million parameters. Recipes have rates for real pretrained ones."""
 _LOOKED_AT = 16
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What the user should know of the choice."""
+        """What the user should know about the choice."""
         others = [f"--goal {goal} ({recipe})" for goal, (recipe, _) in GOALS.items() if recipe != self.recipe]
         return f"recipe {self.recipe}: {self.why}; for something else give {', '.join(others)}, or --recipe"
 
@@ -67,7 +68,7 @@ def choose_recipe(flags: Mapping[str, Any], goal: str | None = None) -> Choice:
 
 
 def embedded_defaults(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings that embedded models carry themselves, unless they are given."""
+    """Returns the settings that come with embedded models, except those that are given."""
     if model not in EMBEDDED_MODELS or "learning_rate" in given:
         return {}
     return {"learning_rate": EMBEDDED_LEARNING_RATE}

@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run that saved its checkpoint, and what it may change.
+"""Checks what a resumed run must have in common with the run that saved its checkpoint. The rest may change.
 
 It may change what affects neither the model nor its training: the length of the run, how it is measured, logged and
 saved, how a step is split over micro-batches and processes, and where the same data lie. The precision may change too,
@@ -101,14 +101,14 @@ def refuse_other_arguments(checkpoint: Path, args: TrainingArguments) -> None:
 
 
 def say_other_precision(checkpoint: Path, args: TrainingArguments) -> None:
-    """Says so if the run goes on in another precision, as one does that moves between a CPU and a GPU."""
+    """Says so if the run continues in another precision, for example after moving from a CPU to a GPU."""
     before, now = sealed(checkpoint).get("precision"), _precision(args)
     if before not in (None, now):
         say(f"goes on in {now}; {checkpoint} was trained in {before}, so the weights will not be quite the same")
 
 
 def refuse_other_rows(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Raises UserError if the data do not give the rows that the run has been trained on so far.
+    """Raises UserError if the data do not give the rows that the run has trained on so far.
 
     Args:
         checkpoint: The checkpoint to resume from.

@@ -110,7 +110,7 @@ class Decoding:
             )
             for task in tasks
         ]
-        with decoding(model):  # once for all passes: a model in training has to be taken out of it, module by module
+        with decoding(model):  # once for all passes: leaving training mode takes time, module by module
             if self.settings.speculative:
                 verifying = SpeculativeEngine(_without_tokenizer(model, self.facts), **options)
                 verified = dict(run(verifying, jobs))

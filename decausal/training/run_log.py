@@ -1,4 +1,4 @@
-"""What a run logs, in a file, and its page: curves that are drawn while the run goes."""
+"""Keeps a run's log in a file, and draws its page with curves during the run."""
 
 from __future__ import annotations
 

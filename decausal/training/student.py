@@ -1,4 +1,4 @@
-"""What is trained, and on which losses: the model with its mask token, adapters and frozen parts, by the settings."""
+"""Prepares what is trained, and on which losses: the model with its mask token, adapters and frozen parts."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class CleanHalf(Teacher):
     Args:
         student: Gives the head.
         last_states: States after the final norm, the clean ones first.
-        all_states: Those of all layers in the same order, where they are asked for.
+        all_states: The states of all layers in the same order, if they are asked for.
     """
 
     def __init__(

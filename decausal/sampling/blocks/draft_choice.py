@@ -53,15 +53,15 @@ _CREDIT = 3.0
 _PAUSE = 16
 """The fewest passes between trials of drafts."""
 _PASSES = 64
-"""After so many passes the choice is made again."""
+"""The choice is made again after this many passes."""
 _FIRST = (2, 4, 8, 16, 32)
-"""And after these first ones."""
+"""It is also made again after these first passes."""
 _THINKING = 0.01
 """The share of the time that choosing may take."""
 _EARLY = 16
 """Passes between trials without drafts, until enough of them are timed."""
 _GLANCE = 8
-"""After so many passes it is checked whether the choice pays off."""
+"""After this many passes it is checked whether the choice pays off."""
 _RARE = 1e-6
 """States of rows that are ignored because they are rare."""
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -104,7 +104,7 @@ class PassTimes:
     A pass is expected to take time in proportion to its work and a number of free queries together.
 
     Args:
-        num_free: What is taken for that number until passes of several works are timed.
+        num_free: The assumed number of free queries until passes with different amounts of work are timed.
     """
 
     def __init__(self, num_free: float) -> None:
@@ -114,8 +114,8 @@ class PassTimes:
         self._slowness: dict[int, float] = {}
 
     def note(self, work: float, seconds: float) -> None:
-        """Takes in one pass; the first of its work counts only until there is another one, since it may have to make
-        room."""
+        """Takes in one pass. The first pass of each amount of work only counts until there is another, since it may
+        have to allocate memory."""
         bucket = _bucket(work)
         if bucket not in self._last:
             self._last[bucket] = deque(maxlen=_TIMES)
@@ -125,7 +125,8 @@ class PassTimes:
         self._slowness[bucket] = self._slowness_of(bucket, self._num_free)
 
     def fit(self) -> None:
-        """Takes the number of free queries that explains the times of passes best, from a few around the device's."""
+        """Chooses the number of free queries that best explains the times of passes, among a few around the device's
+        number."""
         known = [bucket for bucket, times in self._last.items() if len(times) >= _ENOUGH]
         if len(known) < 2:
             return
@@ -142,7 +143,7 @@ class PassTimes:
         return len(self._last.get(_bucket(work), ()))
 
     def seconds(self, work: float) -> float:
-        """Returns what a pass takes; in a unit of its own before any was made."""
+        """Returns the seconds of a pass. Before any pass was timed, the unit is arbitrary."""
         return (self._num_free + work) * self._slowness_at(2 * math.log2(work))
 
     def _slowness_of(self, bucket: int, num_free: float) -> float:
@@ -216,7 +217,7 @@ class DraftChoice:
 
     @classmethod
     def of(cls, model: nn.Module, *, longest: int, shift: int, reads_causally: bool, by_masks: bool) -> DraftChoice:
-        """That of a model, which engines made one after the other share."""
+        """Returns the choice of a model, which successive engines of that model share."""
         stock = stock_model(model)
         by_kind = _CHOICES.setdefault(stock, {})
         kind = (longest, shift, reads_causally, by_masks, stock.dtype)
@@ -317,7 +318,7 @@ class DraftChoice:
         ]
 
     def _may_think(self) -> bool:
-        """Returns whether the time that choosing takes is small beside that of passes: of small models it is not."""
+        """Returns whether choosing takes little time compared with passes. For small models it does not."""
         return self._seconds_thinking <= _THINKING * self._seconds_passing
 
     def _may_draft(self, num_rows: int) -> bool:
@@ -369,7 +370,7 @@ class DraftChoice:
         usual = self._times.seconds(self._work_of(case.chosen, num_rows, case.chosen.most_pending))
         share = max(1 - 1 / self._gain(case.chosen, num_rows), 0.1)
         lost = num_trials * share * self._seconds_without(num_rows) / usual
-        # Nothing hangs on a number more than on the time of passes without drafts.
+        # No other number matters as much as the time of passes without drafts.
         wait = lost / _TRIALS if num_known >= _TIMES else min(lost / _TRIALS, _EARLY)
         case.next_trial = case.num_passes + num_trials + wait
 

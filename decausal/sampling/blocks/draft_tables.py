@@ -39,13 +39,13 @@ class Masks:
     """The masks of some rows.
 
     Attributes:
-        is_real: The others fill up.
+        is_real: False for padding.
         drafts_before: Number of drafts before each mask's group.
-        offset: Its place in its group.
-        first, stop: Masks that it reads, its own group's.
-        start: Of each number of right drafts, the first mask that drafts.
-        length: Of each number of right drafts, how many tokens are drafted.
-        is_verifying: The first masks, one after the known tokens and one after each draft, verify.
+        offset: The mask's place in its group.
+        first, stop: The range of masks that it reads, those of its own group.
+        start: For each number of right drafts, the first mask that drafts.
+        length: For each number of right drafts, how many tokens are drafted.
+        is_verifying: Whether the first masks, one after the known tokens and one after each draft, verify.
     """
 
     is_real: Bool[Tensor, "b s"]
@@ -62,13 +62,14 @@ class DraftTables:
     """The masks of several shapes, built once for each set.
 
     Args:
-        draftings: Which rows name by their index. After them stand two without drafts, one for each verifier.
-        shift: The model's.
+        draftings: What rows may draft; rows refer to them by index. Two without drafts follow them, one for each
+            verifier.
+        shift: The model's shift.
         reads_causally: Whether masks of a group do not read later ones.
         device: Where passes run.
 
     Attributes:
-        any_by_masks: Some are verified by masks.
+        any_by_masks: Whether masks verify any of them.
         most_pending: The most drafts that any shape verifies.
         most_masks: The most masks that a row reads.
     """
@@ -118,7 +119,8 @@ class DraftTables:
         return torch.tensor(self._for_all(of))
 
     def _for_all(self, of: Callable[[Sequence[int], int], list]) -> list[list[list]]:
-        """Something of every drafting and number of drafts; beyond its own, what holds without drafts."""
+        """Calls `of` for every drafting and number of drafts. Beyond the numbers that a drafting has, nothing is
+        drafted."""
         counts = range(self.most_pending + 1)
         return [
             [of(each.shape.groups[d] if d < len(each.shape.groups) else (0,), each.num_verifying(d)) for d in counts]
@@ -126,7 +128,7 @@ class DraftTables:
         ]
 
     def idle(self, which: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """Returns the ones without drafts that verify alike."""
+        """Returns the draftings without drafts that have the same verifiers."""
         return self._idle[which]
 
     def limit(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
@@ -134,13 +136,13 @@ class DraftTables:
         return torch.minimum(pending, self._limits[which])
 
     def in_turn(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """Returns the ones of this pass: rows that take turns draft nothing while others of them verify."""
+        """Returns the draftings for this pass: rows that take turns draft nothing while others of them verify."""
         takes_turns = self._takes_turns[which].bool()
         waits = takes_turns & (pending == 0) & (takes_turns & (pending > 0)).any()
         return torch.where(waits, self._idle[which], which)
 
     def masks(self, which: Int[Tensor, " b"], pending: Int[Tensor, " b"], num_masks: int) -> Masks:
-        """Returns those of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
+        """Returns the masks of rows with these draftings and numbers of drafts, the first `num_masks` of each."""
         is_real, drafts_before, offset, first, stop = self._masks[which, pending, :num_masks].unbind(-1)
         start, length = self._groups[which, pending].unbind(-1)
         return Masks(is_real.bool(), drafts_before, offset, first, stop, start, length, self._by_masks[which].bool())

@@ -20,21 +20,21 @@ from decausal.sampling.stopping import tokens_to_stop
 class DraftingRow:
     """A row that has a place or waits for one.
 
-    The effect of a pass on the device follows from its number of tokens. So the host keeps count and need not ask.
+    What a pass changes on the device follows from its number of tokens. So the host keeps count and need not ask.
 
     Attributes:
-        ticket: The engine's.
-        job: What is wanted.
-        shape: Of its drafts.
-        by_masks: Masks say which drafts are right, see `Drafting`.
-        choice: What chooses its shape; None where its settings name one.
-        place: Among the rows that are held.
-        num_cached: Known tokens whose keys and values are held.
-        num_prefix_tokens: Given tokens that were held already when it began.
-        pending: Drafts.
+        ticket: The engine's ticket.
+        job: The job of the row.
+        shape: The shape of its drafts.
+        by_masks: Whether masks decide which drafts are right, see `Drafting`.
+        choice: What chooses its shape; None if its settings name one.
+        place: Its place among the rows in use.
+        num_cached: Known tokens whose keys and values are in the cache.
+        num_prefix_tokens: Given tokens that the prefix cache held when the row began.
+        pending: Number of pending drafts.
         num_given: Known tokens that the present pass reads.
-        is_drafting: The present pass drafts.
-        ids: New tokens, and in `pass_of_token` which of the row's passes brought each.
+        is_drafting: Whether the present pass drafts.
+        ids: New tokens. `pass_of_token` says which of the row's passes brought each.
         num_forwards: Passes so far.
         num_verified, num_right: See `Drafts`.
         passes: Passes by the name of the shape, after the one that finished reading the prompt.
@@ -67,7 +67,7 @@ class DraftingRow:
 
     @property
     def drafting(self) -> Drafting:
-        """What it drafts now."""
+        """Returns what the row drafts now."""
         return Drafting(self.shape, self.by_masks)
 
     @property
@@ -80,7 +80,7 @@ class DraftingRow:
         self.shape, self.pending = shape, min(self.pending, shape.most_pending)
 
     def note(self, tokens: Sequence[int]) -> None:
-        """Takes in the result of a pass. Without tokens, more of the prompt has to be read."""
+        """Takes in the result of a pass. If it has no tokens, more of the prompt has to be read."""
         self.num_cached += self.num_given
         if tokens:
             num_right = len(tokens) - 1
@@ -147,12 +147,12 @@ class DraftingRow:
 
 
 def extent_of(rows: Sequence[DraftingRow], most_given: int, shift: int) -> Extent:
-    """Returns how much a pass reads of some rows, which the device finds by itself too. Each row gets its part.
+    """Returns how much a pass reads of some rows. The device finds the same numbers by itself. Each row gets its part.
 
     Args:
         rows: Rows of the pass.
         most_given: The most known tokens that it reads of a row.
-        shift: The model's.
+        shift: The model's shift.
     """
     verifies = any(row.shape.takes_turns and row.pending for row in rows)
     masks, new, keys = [], [], []

@@ -1,8 +1,8 @@
-"""Keys and values of beginnings that rows share, so that a system prompt or a conversation's turns are read once.
+"""Holds keys and values of beginnings that rows share, so that a system prompt or a conversation's turns are read once.
 
 Beginnings are held in pages of `PAGE` tokens. A page is identified by the page before it and its own tokens. So two
 rows share it only if all tokens up to its end are the same. Under causal attention the keys and values of these tokens
-do not depend on what follows. Pages that have not been used for longest give way.
+do not depend on what follows. The least recently used pages are dropped first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Key = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class _Page:
-    """A held page: a number of its own, never given again, and its place in memory."""
+    """A held page: its serial number, which is never reused, and its place in memory."""
 
     serial: int
     place: int
@@ -85,7 +85,7 @@ class PrefixCache:
             pages.append(page)
 
     def _touch(self, ids: Sequence[int], pages: Sequence[_Page]) -> None:
-        """Marks pages to be evicted last, later ones before earlier ones, without which they are useless."""
+        """Marks pages as recently used. Later pages are dropped before earlier ones, without which they are useless."""
         for place in reversed(range(len(pages))):
             self._pages.move_to_end(self._key(ids, pages[:place]))
 

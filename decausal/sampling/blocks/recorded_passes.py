@@ -1,4 +1,4 @@
-"""Recorded passes of block models: their shapes, which are rounded up to a few, and what a pass of each runs."""
+"""Recorded passes of block models. Their shapes are rounded up to a few, and a pass of each shape is recorded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RecordedPasses:
     ) -> tuple[Float[Tensor, "b K D"], Int[Tensor, "b outcome"]] | None:
         """Runs a pass over rows 0 to b - 1 and returns the states that predict their blocks, and the result of `keep`.
 
-        Both are overwritten by the next pass. None: the pass has to be run as it is.
+        Both are overwritten by the next pass. None: the pass cannot be replayed and has to be run.
         """
         size, reader = self.reader.layout.block_size, self.reader
         if max(map(len, spans)) > 2 * size or (reader.shift and reader.rows.clean_state is None):

@@ -1,8 +1,8 @@
 """Passes that are recorded once and replayed as CUDA graphs, so that the host launches one graph, not hundreds of
 kernels.
 
-A replay runs the same operations on the same memory. So the shapes of passes are rounded up to a few, and the rows and
-tokens that fill them are computed in vain. What differs between passes is read from tensors at fixed addresses.
+A replay runs the same operations on the same memory. So the shapes of passes are rounded up to a few, and computing the
+padding rows and tokens is wasted. What differs between passes is read from tensors at fixed addresses.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 FEWEST_KEYS = 128
 MOST_RECORDINGS = 64
-"""The most recordings at a time. Clients choose settings, so their kinds must not fill the memory."""
+"""The most recordings at a time. Clients choose settings, so without a limit their kinds could fill the memory."""
 PATIENCE = 4
 """Passes of a kind that run as they are before it is recorded, where rows are few: recording costs about as much."""
 
 
 class CannotRecordError(RuntimeError):
-    """A model does something that cannot be recorded. Requests are not to blame."""
+    """A model does something that cannot be recorded. This is no fault of a request."""
 
 
 @runtime_checkable
@@ -97,7 +97,8 @@ class _Recording:
 
 
 class Recordings:
-    """Recorded passes over rows, by what their shape depends on. There are few, and those not used for longest go.
+    """Recorded passes over rows, by what their shape depends on. Only a few are held: the least recently used ones are
+    dropped.
 
     Args:
         record: What records functions.
@@ -120,7 +121,7 @@ class Recordings:
         Args:
             shape: What the shapes of all tensors of the pass depend on, apart from the kinds of settings.
             num_rows: Rows of the pass.
-            settings: Those of the first of them. Further ones have the last one's.
+            settings: The settings of the first rows. Further rows have the last one's.
             one_pass: The pass, without waiting for the device.
         """
         key = (shape, settings.kinds)

@@ -53,8 +53,8 @@ class SpeculativeEngine:
     """Continues prompts like the same weights under causal attention, with several tokens per pass.
 
     A step takes all rows whose prompts have been read one pass further. New rows read their prompts in separate passes,
-    a limited number of tokens per step, without stopping the others. What a row becomes does not depend on them. Of its
-    settings temperature, `top_k`, `top_p`, `min_p`, `stop` and those of drafts hold; schedules play no part.
+    a limited number of tokens per step, without stopping the others. What a row becomes does not depend on them. These
+    of its settings apply: temperature, `top_k`, `top_p`, `min_p`, `stop` and those of drafts. Schedules do not apply.
 
     Args:
         converted: Model, tokenizer (only for stop texts) and facts: shift, mask token and block size. Any layout except
@@ -181,7 +181,7 @@ class SpeculativeEngine:
             self._rows.admit(row.prompt, row.job.seed, self._rows.tables.draftings.index(row.drafting))
 
     def _choose(self, rows: list[DraftingRow]) -> None:
-        """Has the rows that leave it to the engine draft what is fastest for so many rows."""
+        """Gives rows that leave the choice to the engine the fastest shape for this number of rows."""
         shapes = {choice: choice.shape(len(rows)) for choice in {row.choice for row in rows} if choice is not None}
         for row in rows:
             if row.choice is not None:
@@ -190,7 +190,7 @@ class SpeculativeEngine:
             self._use_shapes(self._held)
 
     def _use_shapes(self, rows: list[DraftingRow]) -> None:
-        """Has the device know what all rows draft."""
+        """Tells the device what all rows draft."""
         draftings = tuple(dict.fromkeys(row.drafting for row in rows))
         if self._rows is not None and set(draftings) <= set(self._rows.tables.draftings):
             tables = self._rows.tables
@@ -212,7 +212,7 @@ class SpeculativeEngine:
         self._rows.use(tables, [tables.draftings.index(row.drafting) for row in self._held])
 
     def _tables_of(self, draftings: tuple[Drafting, ...]) -> DraftTables:
-        """Tables that hold some draftings; those of a choice that changes are needed again and again."""
+        """Returns tables of some draftings. They are kept, because a choice that changes needs them repeatedly."""
         if draftings not in self._tables:
             if len(self._tables) == _MOST_TABLES:
                 del self._tables[next(iter(self._tables))]
@@ -226,7 +226,7 @@ class SpeculativeEngine:
         for row in sorted(self._held[self._num_ready :], key=lambda row: row.ticket):
             page = None if self._prefixes is None else self._prefixes.missing(row.prompt[:-1])
             if page is not None and page in pages:
-                continue  # another row reads it now: from the next pass on it is held
+                continue  # another row reads it now, and from the next pass on it is held
             pages.add(page)
             held = 0 if self._prefixes is None else self._prefixes.length(row.prompt[:-1])
             num_unread = min(row.num_unread, len(row.prompt) - held)
@@ -238,7 +238,7 @@ class SpeculativeEngine:
         return found
 
     def _load_prefix(self, row: DraftingRow) -> None:
-        """Spares a row that begins the tokens that are held."""
+        """Copies the tokens that are held into a new row, which need not read them again."""
         if self._prefixes is None or row.num_cached:
             return
         row.num_cached = row.num_prefix_tokens = self._prefixes.load(row.prompt[:-1], row.place)
@@ -270,7 +270,7 @@ class SpeculativeEngine:
         return self._report(rows, brought, read)
 
     def _read(self, rows: list[DraftingRow]) -> list[Progress]:
-        """One pass over rows whose prompts are being read; those that have been go to the others that are ready."""
+        """Runs a pass over rows whose prompts are being read. Rows that have read theirs join those that are ready."""
         if not rows:
             return []
         brought, read = self._pass(rows, extent_of(rows, self._most_read, self._facts.shift))
@@ -281,7 +281,7 @@ class SpeculativeEngine:
         return self._report(rows, brought, read)
 
     def _pass(self, rows: list[DraftingRow], extent: Extent) -> tuple[list[list[int]], Read]:
-        """Returns what it brought each row, and what it read."""
+        """Runs a pass. Returns what it brought each row, and how much it read."""
         read = self._rows.read(self._places(rows), extent, self._settings(rows))
         brought = [row[1 : 1 + row[0]] for row in read.outcome.tolist()]
         for row, tokens in zip(rows, brought, strict=True):
@@ -339,7 +339,7 @@ class SpeculativeEngine:
     def _log_probs(
         self, rows: list[DraftingRow], brought: Sequence[Sequence[int]], read: Read
     ) -> list[list[TokenLogProbs]]:
-        """Under causal attention."""
+        """Returns log-probabilities under causal attention."""
         return job_log_probs(
             [row.job for row in rows],
             brought,

@@ -47,8 +47,8 @@ class _Queries(NamedTuple):
         given: Known tokens of each row.
         is_whole: Whether nothing is left to read after them.
         pending: Drafts after them.
-        position, is_real: Of known tokens and drafts.
-        masks: Which masks.
+        position, is_real: Positions of known tokens and drafts, and whether they are more than padding.
+        masks: The masks after them.
     """
 
     given: Int[Tensor, " b"]
@@ -66,8 +66,8 @@ class SpeculativeRows:
         ids: Known tokens and, after them, the drafts, [R S].
         num_known: Tokens that are known, [R].
         num_cached: Known tokens in the cache, [R].
-        num_pending: Drafts, [R].
-        seeds: Of random numbers, [R].
+        num_pending: Pending drafts, [R].
+        seeds: Seeds of random numbers, [R].
         shape: The index in `tables` of what each row drafts, [R].
         tables: The draftings in use.
     """
@@ -94,11 +94,11 @@ class SpeculativeRows:
 
     @property
     def head(self) -> Head:
-        """The model's, the mask token banned."""
+        """The model's head, with the mask token banned."""
         return denoising_head(self.model, self.facts.mask_token_id)
 
     def use(self, tables: DraftTables, shapes: Sequence[int]) -> None:
-        """Has rows draft by other tables; `shapes`: the index there of what each one drafts."""
+        """Makes rows draft by other tables. `shapes` holds each row's index in them."""
         self.tables = tables
         self.shape[: self.num_rows] = torch.tensor(list(shapes), dtype=torch.long)
 
@@ -133,8 +133,8 @@ class SpeculativeRows:
 
         Args:
             rows: Which.
-            extent: How much is read of any of them.
-            settings: Of each.
+            extent: The most that is read of any of them.
+            settings: The settings of each row.
         """
         if self._recordings is not None and rows == slice(0, len(settings.temperature)) and extent.num_given == 1:
             num_rows = len(settings.temperature)
@@ -153,7 +153,7 @@ class SpeculativeRows:
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Undoes everything that is written inside the context, apart from the cache, where it is written again."""
+        """Undoes everything that is written inside the context except to the cache, where the same is written again."""
         saved = [(tensor, tensor.clone()) for tensor in (self.ids, self._columns)]
         yield
         for tensor, before in saved:
@@ -314,10 +314,10 @@ class SpeculativeRows:
 
         Args:
             rows: Which.
-            states: The masks'.
+            states: The states of the masks.
             predicting: The causal state that predicted the last known token.
             known: Number of known tokens.
-            settings: Of each row.
+            settings: The settings of each row.
         """
         head = draft_head_of(self.model)
         if head is None:

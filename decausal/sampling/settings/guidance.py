@@ -15,14 +15,14 @@ class GuidanceSettings:
     """How strongly rows follow the given text.
 
     Attributes:
-        guidance: W in logits = without + (1 + w) (with - without), "without" from the same row with all given tokens
-            masked. Above 0, each step costs a second pass. Source: LLaDA (arXiv 2502.09992), after Ho and Salimans
-            2022.
+        guidance: The w in logits = without + (1 + w) (with - without), "without" from the same row with all given
+            tokens masked. Above 0, each step costs a second pass. Source: LLaDA (arXiv 2502.09992), after Ho and
+            Salimans 2022.
     """
 
     guidance: float = setting(
         0.0,
         amount_up_to(LARGEST_GUIDANCE),
-        Flag("lead away from what the model writes without the prompt (0)", {"type": float}),
+        Flag("move away from what the model would write without the prompt (0)", {"type": float}),
         only=WHOLE_ROWS,
     )

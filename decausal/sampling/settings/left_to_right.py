@@ -31,8 +31,8 @@ class LeftToRightSettings:
         draft: The tokens that a pass of speculative decoding drafts; the text is the same for all. "quadratic": after
             every number of right drafts; "strided": only after all drafts; "linear": in separate passes; "auto": what
             is fastest here, by measured acceptances and times.
-        draft_length: Tokens drafted at once, of "auto" the most. 0: none, one token with every pass. None: as many as
-            the model was trained to draft, or 4 where that is not known.
+        draft_length: Tokens drafted at once; for "auto" the most. 0: none, so that each pass writes one token. None: as
+            many as the model was trained to draft, or 4 where that is not known.
         verifier: What speculative decoding writes. "causal": what the states of known tokens predict, as in an
             autoregressive model. "masks": what the model writes in blocks of one token, each a mask after the known
             tokens. "masks" is for models of layout "block" and shift 0 whose known tokens were never trained to
@@ -61,7 +61,7 @@ class LeftToRightSettings:
         None, WHOLE, Flag("tokens that --speculative drafts at once; 0: none", {"type": int})
     )
     verifier: str = setting(
-        "causal", one_of(VERIFIERS), Flag("what says which drafts are right (causal)", {"choices": VERIFIERS})
+        "causal", one_of(VERIFIERS), Flag("what decides which drafts are right (causal)", {"choices": VERIFIERS})
     )
 
     def contradiction(self: SamplerSettings) -> str | None:

@@ -51,7 +51,7 @@ def refuse_for(facts: ConversionFacts, settings: SamplerSettings) -> None:
 
 
 def longest_draft(facts: ConversionFacts) -> int | None:
-    """Tokens that a block's masks draft; None where the model has no blocks, so that any number may be tried.
+    """Returns how many tokens a block's masks draft. None: the model has no blocks, so any number may be tried.
 
     Under shift 0 the first mask stands for the token that the causal model writes itself.
     """

@@ -49,7 +49,7 @@ class RemaskingSettings:
         aliases=("remasking",),
     )
     remask_rate: float | None = setting(
-        None, SHARE, Flag("of remdm and remdm_loop: chance of a kept token (0.02)", {"type": float})
+        None, SHARE, Flag("remdm and remdm_loop: chance that a kept token is opened (0.02)", {"type": float})
     )
 
     @property

@@ -44,7 +44,7 @@ class ScheduleSettings:
     threshold: float | None = setting(
         None,
         SHARE,
-        Flag("keep all that is as sure (0.9)", {"type": float}, ("--confidence_threshold",)),
+        Flag("keep every token at least this sure (0.9)", {"type": float}, ("--confidence_threshold",)),
         aliases=("confidence_threshold",),
     )
     entropy_bound: float | None = setting(

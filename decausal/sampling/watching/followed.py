@@ -1,4 +1,4 @@
-"""A row put together from its steps, which the live view and recordings draw."""
+"""Assembles a row from its steps, for the live view and recordings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from decausal.sampling.rows import Row
 
 
 class Followed:
-    """A row that takes in every step.
+    """A row that is updated by every step.
 
     Attributes:
         kept: The token of each position; None if it is open.
@@ -44,6 +44,7 @@ class Followed:
             self._end(progress.ended)
 
     def _end(self, ended: Ended) -> None:
-        """A row that ends early shows nothing after its end, although positions there may have been kept."""
+        """Takes in a row's end. If it ends early, nothing after its end is shown, although positions there may have
+        been kept."""
         if ended.reason != "length":
             self.length = self._row.spans()[0].start + len(ended.ids)

@@ -1,1 +1,1 @@
-"""What a run will need, counted before it begins, by its own code on tensors without numbers."""
+"""Counts what a run will need before it begins, by running its own code on tensors without numbers."""

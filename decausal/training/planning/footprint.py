@@ -26,20 +26,20 @@ from decausal.training.questions import Vocabulary, ask
 from decausal.training.terms import Term
 
 ADAM_PASSES = 7
-"""Times that an update reads or writes four bytes of a trained weight: it, its gradient and two moments; all but the
-gradient are written again."""
+"""How often an update reads or writes four bytes of a trained weight: the weight, its gradient and two moments are
+read, and all but the gradient are written."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a step needs, in bytes unless it says otherwise.
+    """What a step needs, in bytes unless stated otherwise.
 
     Attributes:
-        weights: Of the student, trained and frozen.
-        optimizer: Its state.
-        gradients: Of all trained weights.
+        weights: The student's weights, trained and frozen.
+        optimizer: The optimizer's state.
+        gradients: Gradients of all trained weights.
         teacher: Weights of a second model.
-        answers: What losses keep of the teacher's pass.
+        answers: What losses keep from the teacher's pass.
         activations: What the student's forward pass keeps for the backward pass.
         copies: Weights in the type of autocast.
         working: What the losses or the backward pass add at the peak; gradients are part of it, unless an earlier
@@ -66,7 +66,7 @@ class Footprint:
 
     @property
     def parts(self) -> dict[str, int]:
-        """What is held at the peak, by name: in a step or, if that is more, in an update or while rows are written."""
+        """What is held at the peak, by name. The peak is in a step, in an update, or while rows are written."""
         fixed = {"weights": self.weights, "optimizer": self.optimizer, "teacher's weights": self.teacher}
         step = {
             "gradients of earlier micro-batches": self.gradients if self.are_gradients_kept else 0,
@@ -86,7 +86,7 @@ class Footprint:
 
 
 def footprint(step: PlannedStep) -> Footprint:
-    """Returns what a step on `meta` would need. Of losses that change in the course of the run the most counts."""
+    """Returns what a step on `meta` would need. If losses change during the run, the largest need counts."""
     trained = [weight for weight in step.student.parameters() if weight.requires_grad]
     gradients = sum(weight.nbytes for weight in trained)
     optimizer, update = optimizer_bytes(step.args, trained)
@@ -111,7 +111,7 @@ def footprint(step: PlannedStep) -> Footprint:
 
 
 class _Count:
-    """One micro-batch with some losses, counted.
+    """The counts of one micro-batch with some losses.
 
     Attributes:
         tally: What a device would do.
@@ -183,7 +183,7 @@ def _on_meta(step: PlannedStep) -> Batch:
 
 
 def _cache_bytes(step: PlannedStep) -> int:
-    """Returns the bytes of the keys and values of rollouts, by those of a pass over one token."""
+    """Returns the bytes of the keys and values of rollouts, computed from a pass over one token."""
     if not step.rollout_slots:
         return 0
     model, token = stock_model(step.student), torch.zeros(1, 1, dtype=torch.long, device=META)
@@ -203,7 +203,7 @@ def _num_bytes(model: nn.Module) -> int:
 
 
 def _mean(tallies: Iterable[tuple[Tally, float]]) -> Tally:
-    """Returns the mean of tallies by their share of the run."""
+    """Returns the mean of tallies, weighted by their share of the run."""
     mean = Tally()
     for tally, share in tallies:
         for name in ("matrix_operations", "attention_operations", "num_bytes", "matrix_bytes", "attention_bytes"):
@@ -214,16 +214,16 @@ def _mean(tallies: Iterable[tuple[Tally, float]]) -> Tally:
 
 
 def optimizer_bytes(args: TrainingArguments, trained: list[nn.Parameter]) -> tuple[int, int]:
-    """Returns the bytes of an optimizer's state, and the most that an update needs beside it, by its own code.
+    """Returns the bytes of an optimizer's state, and the most that an update needs in addition, by running its code.
 
-    An optimizer that cannot run without numbers counts as AdamW; this is said.
+    An optimizer that cannot run without numbers is counted as AdamW, and a line says so.
     """
     weights = [nn.Parameter(torch.empty_like(weight, device=META)) for weight in trained]
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        is_fused = kwargs.pop("fused", False)  # for tensors with numbers alone; it needs no more memory
+        is_fused = kwargs.pop("fused", False)  # only for tensors with numbers; it needs no more memory
         optimizer = kind(weights, **kwargs)
         with Counting() as counting:
             optimizer.step()

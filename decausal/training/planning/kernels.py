@@ -1,4 +1,4 @@
-"""On tensors without numbers: attention by the kernels that a GPU has, and products in the type of autocast."""
+"""Computes, on tensors without numbers, attention by a GPU's kernels and products in the type of autocast."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _IN_LOWER = frozenset(
 
 
 class MixedPrecision(TorchFunctionMode):
-    """Computes matrix products and attention in a lower type, as autocast does, which no `meta` tensor knows.
+    """Computes matrix products and attention in a lower type, as autocast does, which does not support `meta` tensors.
 
-    As there, each trained weight is converted once, and the copies live as long as the pass needs them.
+    As with autocast, each trained weight is converted once, and the copies live as long as the pass needs them.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -47,7 +47,7 @@ class MixedPrecision(TorchFunctionMode):
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights that were converted."""
+        """Bytes of the weights that were converted."""
         return sum(weight.nbytes for weight in self._weights.values())
 
     def __torch_function__(
@@ -69,7 +69,7 @@ class MixedPrecision(TorchFunctionMode):
 
 
 class GpuAttention(TorchFunctionMode):
-    """Scaled dot-product attention by the kernels that CUDA has: without a mask one, with a mask another."""
+    """Scaled dot-product attention by CUDA's kernels: one without a mask, another with a mask."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -164,7 +164,7 @@ def pairs_of(rows: RowAttention, *, in_blocks: bool) -> float:
 
 
 def counted(function: Callable[[], Any], *, flex_pairs: float | None = None) -> Tally:
-    """Returns what a function would have a GPU do."""
+    """Counts what a GPU would do to run a function."""
     counting = Counting()
     if flex_pairs is None:
         with GpuAttention(), counting:

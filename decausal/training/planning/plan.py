@@ -1,4 +1,4 @@
-"""What a run will need, as a table and as JSON: memory by component, operations, hours."""
+"""Shows what a run will need, as a table and as JSON: memory by component, operations, hours."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Plan:
     """A run before it begins.
 
     Attributes:
-        step: Its step on `meta`.
+        step: The run's step on `meta`.
         found: Memory and operations.
         time: Seconds of an optimizer step; None if they were not asked for.
-        need: Bytes on the device, with what is no tensor.
+        need: Bytes on the device, including what is not in tensors.
         room: Bytes that the device has.
         cheaper: Settings with which it fits, if it does not.
     """
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def left_out(self) -> list[str]:
-        """What the hours do not hold."""
+        """What the hours do not include."""
         return ["evaluation and checkpoints"] + ["rollouts"] * bool(self.step.rollout_slots)
 
     def as_table(self, title: str) -> Table:

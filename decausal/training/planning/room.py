@@ -1,4 +1,4 @@
-"""Whether a run fits into a device's memory, and the cheapest settings with which it does."""
+"""Checks whether a run fits into a device's memory, and finds the cheapest settings with which it does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from decausal.training.start import Start
 CONTEXT = 0.7e9
 """Bytes that CUDA and its libraries hold besides tensors: usual for PyTorch, not measured here."""
 UNUSABLE = 0.06
-"""Share of tensors that the allocator loses to gaps: the same."""
+"""Share of tensors that the allocator loses to gaps: also usual, not measured here."""
 ADAPTER_RANK = 64
 
 
@@ -31,7 +31,7 @@ class Remedy:
 
     Attributes:
         flags: The flags to give.
-        found: What the run then needs.
+        found: What the run then needs, see `Footprint`.
     """
 
     flags: dict[str, Any]
@@ -42,12 +42,12 @@ class Remedy:
 
 
 def needed(found: Footprint, device: torch.device) -> float:
-    """Returns the bytes that a run needs on a device, with what is no tensor."""
+    """Returns the bytes that a run needs on a device, including what is not in tensors."""
     return found.total * (1 + UNUSABLE) + CONTEXT if device.type == "cuda" else float(found.total)
 
 
 def memory_of(device: torch.device, gpu: Gpu | None = None) -> float:
-    """Returns the bytes that a device has for a run: by data sheet, or what is free here."""
+    """Returns the bytes that a device has for a run, by its data sheet, or else what is free here."""
     if gpu is not None:
         return gpu.memory
     if device.type == "cuda":

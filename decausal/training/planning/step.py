@@ -38,9 +38,9 @@ from decausal.training.terms import Term
 
 META = torch.device("meta")
 _STEPS_UNKNOWN = 1000
-"""Length of a run that neither data nor settings give, for losses that change in its course."""
+"""Assumed length of a run if neither data nor settings give it, for losses that change during the run."""
 _PLACES = 200
-"""Places of a run that are looked at to find which losses it has when."""
+"""Number of places in a run that are examined to find when each loss is used."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PlannedStep:
         return self.batch.get("student_ids", self.batch.get("noised_ids")).numel()
 
     def stages(self) -> list[tuple[dict[Term, float], float]]:
-        """Returns the losses with their weights that the run has at some time, and for which share of it."""
+        """Returns the sets of losses, with weights, that the run uses, and for which share of the run."""
         total = self.num_steps or _STEPS_UNKNOWN
         places = sorted({round(place * (total - 1) / _PLACES) for place in range(_PLACES + 1)})
         found: dict[frozenset[Term], tuple[dict[Term, float], int]] = {}
@@ -90,7 +90,7 @@ class PlannedStep:
         return [(weights, count / len(places)) for weights, count in found.values()]
 
     def attended(self) -> RowAttention:
-        """Returns who reads whom in the student's rows, as far as FlexAttention decides it."""
+        """Returns which tokens read which in the student's rows, as FlexAttention sees it."""
         batch, layout = self.batch, self.supervision.layout
         if "student_ids" in batch:
             names = ("student_document_ids", "student_position_ids", "stream_ids")
@@ -130,10 +130,10 @@ def planned_step(
     Args:
         settings: As for `convert`. Without data, the rows are random tokens, one document in each.
         training: Transformers' arguments, without need of `output_dir`.
-        device: Where the run will be, whose choices are made.
+        device: Where the run will be. Choices are made for this device.
         where: Where the models are made.
         num_rows: Clean rows of the batch; None: those of the run.
-        start: What the run starts from, if it is known, and with it all facts in the settings.
+        start: What the run starts from, if that is known. The settings then hold all facts.
 
     Raises:
         UserError: There is no such model or data, or settings contradict each other or the model.
@@ -165,7 +165,7 @@ def planned_step(
         settings, layout, mask_token_id, len(decoder_layers(model)), num_steps or _STEPS_UNKNOWN
     )
     batch = collator(rows)
-    # Each row has a slot more, for padding.
+    # Each row has one more slot, for padding.
     slots = settings.rollout_batch_size * (settings.max_length + 1) if settings.rows == "rollout" else 0
     return PlannedStep(student, teacher, supervision, batch, args, device, num_steps, slots)
 

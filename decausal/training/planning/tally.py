@@ -31,13 +31,14 @@ class Tally:
     """What a device would do.
 
     Attributes:
-        matrix_operations: Of matrix products.
-        attention_operations: Of attention, computed pairs, forward once and backward twice, as floors count them.
-        num_bytes: Read and written by kernels other than these two.
-        matrix_bytes: The same of matrix products.
-        attention_bytes: The same of attention.
-        kernels: By name; views are none.
-        peak_bytes: Most that was held at a time of what was made meanwhile.
+        matrix_operations: Operations of matrix products.
+        attention_operations: Operations of attention on computed pairs, forward once and backward twice, as floors
+            count them.
+        num_bytes: Bytes read and written by all other kernels.
+        matrix_bytes: Bytes read and written by matrix products.
+        attention_bytes: Bytes read and written by attention.
+        kernels: Number of kernels, by name. Views do not count.
+        peak_bytes: The most bytes held at a time, of tensors made meanwhile.
     """
 
     matrix_operations: float = 0.0
@@ -50,14 +51,14 @@ class Tally:
 
     @property
     def operations(self) -> float:
-        """All of them."""
+        """All operations."""
         return self.matrix_operations + self.attention_operations
 
     def seconds(self, launch: float = LAUNCH, gpu: Gpu = GPUS["h200"]) -> dict[str, float]:
         """Returns the time that this implies on a GPU.
 
-        Matrices and attention take what their operations or their bytes take, whichever is longer; all other kernels
-        take what their bytes take. The host's launches run beside them, and the slower of both counts.
+        Matrix products and attention take the time of their operations or of their bytes, whichever is longer. All
+        other kernels take the time of their bytes. The host's launches run beside them, and the slower of both counts.
         """
         parts = {
             "matrices": max(self.matrix_operations / gpu.matrix_rate, self.matrix_bytes / gpu.bandwidth),
@@ -132,7 +133,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
-    """Returns the bytes that a kernel reads and writes. Of what it has an index into, only what the index picks."""
+    """Returns the bytes that a kernel reads and writes. Of an indexed tensor, only the picked part counts."""
     if name in _READ_BY_INDEX:
         given = [*given[1:], *made]
     elif name in _WRITE_BY_INDEX:
@@ -146,7 +147,7 @@ def _is_causal(function: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Returns the bytes that a kernel reads: of an expanded tensor each once."""
+    """Returns the bytes that a kernel reads. Each byte of an expanded tensor counts once."""
     sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 1]
     return tensor.element_size() * torch.Size(sizes).numel()
 

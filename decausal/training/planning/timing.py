@@ -1,4 +1,4 @@
-"""How long a step takes: measured on this machine by a few short steps, or implied by a GPU's data sheet."""
+"""Finds how long a step takes, measured on this machine by a few short steps, or implied by a GPU's data sheet."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from decausal.training.questions import Vocabulary, ask
 from decausal.training.terms import Term
 
 LONGEST = 20.0
-"""Seconds that a measured micro-batch may take; of longer ones only some rows are measured."""
+"""Seconds that a measured micro-batch may take. If one takes longer, only some of its rows are measured."""
 REPEATS = 2
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, and where they are from.
+    """Seconds of an optimizer step, and how they were found.
 
     Attributes:
-        micro_batch: Teacher, forward and backward pass of one.
-        update: Clipping and the optimizer.
+        micro_batch: Seconds of one micro-batch: teacher, forward and backward pass.
+        update: Seconds of clipping and the optimizer.
         origin: How they were found, in a few words.
     """
 
@@ -55,13 +55,13 @@ def measured_time(
 ) -> StepTime:
     """Measures on this machine, with random weights.
 
-    If not all rows are measured, the time of the others follows from that of half as many, since a part of a step does
-    not depend on the rows; of one row it is in proportion to the operations.
+    If not all rows are measured, the time of the others is extrapolated with a second measurement of half as many,
+    since a part of a step does not depend on the rows. From a single row, time is in proportion to the operations.
 
     Args:
-        prepare: Returns the step with so many clean rows, on the device.
+        prepare: Returns the step with this many clean rows, on the device.
         num_rows: Clean rows of the run's micro-batch.
-        operations: Returns the operations of a micro-batch of so many rows.
+        operations: Returns the operations of a micro-batch of this many rows.
         longest: Seconds that a measured micro-batch may take.
     """
     step = Measured(prepare(1))
@@ -85,7 +85,7 @@ def _best(step: Measured) -> float:
 
 
 class Measured:
-    """A step on a device that has numbers."""
+    """A step on a real device."""
 
     def __init__(self, step: PlannedStep) -> None:
         self.step, self.device = step, step.device
