@@ -10,8 +10,6 @@ libraries; FlexAttention, which the compiler makes from a template of its own, s
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ from unittest.mock import patch
 import torch
 from models import SHAPES, build
 from paper_steps import block_pass
-from report import print_header
+from report import circumstances, print_header
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
@@ -33,7 +31,6 @@ from decausal.models.backbone import body_forward
 from decausal.models.compiled import compile_layers, compiled
 from decausal.models.merged import merge_projections
 from decausal.models.row_attention import FLEX
-from decausal.provenance import provenance
 
 CPU = torch.device("cpu")
 FEW, MANY = 128, 256
@@ -190,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen3-0.6b", choices=list(SHAPES))
     args = parser.parse_args()
-    print_header(provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])})
+    print_header(circumstances())
     print("| layer | kernels | of libraries | generated | their MB for each token | and apart from tokens |")
     print("|" + "---|" * 6)
     for label, plan in {

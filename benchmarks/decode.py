@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 from models import DEFAULT_MODELS, add_model_arguments, build, settle_precision
-from report import console, print_by_batch_size, print_header
+from report import circumstances, console, print_by_batch_size, print_header
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -33,7 +31,6 @@ from decausal.data.documents import read_documents
 from decausal.data.encode import encode
 from decausal.devices import clock
 from decausal.models.facts import FACTS_FILE, ConversionFacts, read_facts
-from decausal.provenance import provenance
 from decausal.sampling.blocks.engine import BlockEngine
 from decausal.sampling.blocks.recording import CudaGraphs
 from decausal.sampling.jobs import Job
@@ -307,7 +304,7 @@ def _prompts(tokenizer: Any, data: str, num_rows: int, length: int, num_new: int
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     torch.manual_seed(args.seed)
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "models": {}}
+    outcome: dict[str, Any] = circumstances() | {"models": {}}
     print_header(outcome)
     for name in args.model or DEFAULT_MODELS[args.device]:
         work = workload(args, name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ from counting import OneDevice
 from fake_cuda import CUDA, fake_cuda, lacking
 from models import build
 from paper_steps import KINDS, META, PaperStep, block_pass, verified_pass
-from report import print_header
+from report import circumstances, print_header
 
-from decausal.provenance import provenance
 from decausal.training.planning.kernels import counted
 from decausal.training.planning.tally import Tally
 
@@ -117,7 +115,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="checks whose names begin so")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])}
+    outcome: dict[str, Any] = circumstances()
     print_header(outcome)
     reason = lacking()
     if reason is not None:

@@ -6,8 +6,6 @@ python benchmarks/implied.py --rows 4 --length 4096
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,12 +14,11 @@ import torch
 from compiled_layers import Plan, decoding_layer, teacher_layer, training_layer
 from models import SHAPES, build
 from paper_steps import KINDS, META, Kind, PaperStep, block_pass
-from report import print_header
+from report import circumstances, print_header
 
 from decausal.devices import BANDWIDTH, LAUNCH, LAUNCH_IN_GRAPH
 from decausal.gpus import GPUS
 from decausal.models.backbone import body_forward
-from decausal.provenance import provenance
 from decausal.training.planning.kernels import counted
 from decausal.training.planning.tally import Tally
 from decausal.training.teacher import CAUSAL
@@ -41,7 +38,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     args = parser.parse_args()
-    print_header(provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])})
+    print_header(circumstances())
     for layers in (1, 2):
         SHAPES[f"{args.model}, {layers} of its layers"] = replace(SHAPES[args.model], num_hidden_layers=layers)
     steps = dict(steps_of(args.model, args.rows, args.length, args.kinds))

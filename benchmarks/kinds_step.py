@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -20,11 +18,10 @@ from typing import Any
 import torch
 from measure import peak_bytes
 from paper_steps import KINDS, PaperStep
-from report import console, print_header
+from report import circumstances, console, print_header
 from rich.table import Table
 
 from decausal.models.compiled import compile_layers
-from decausal.provenance import provenance
 
 WARMUP_ROUNDS = 2
 MFU_TARGET, ALIGNED_TARGET, TWO_VIEWS_TARGET = 0.45, 1.30, 1.18
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])}
+    outcome: dict[str, Any] = circumstances()
     print_header(outcome)
     outcome["kinds"] = measure(steps(args, device), args.rounds, args.peak_rate)
     console.print(table(outcome["kinds"]))

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import console, print_header
+from report import circumstances, console, print_header
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from decausal.config import read_recipe, resolve
 from decausal.files import write_whole
 from decausal.models.checkpoint import Converted, load_converted
-from decausal.provenance import provenance
 from decausal.sampling.answers import load_writer
 from decausal.sampling.blocks.draft_shapes import linear, quadratic, strided, tokens_per_pass
 from decausal.sampling.engines import engine_for
@@ -159,7 +156,7 @@ def measured(directory: Path, asked: list[Question], args: argparse.Namespace) -
 def main() -> None:
     args = parsed()
     args.work.mkdir(parents=True, exist_ok=True)
-    outcome = provenance() | {"command": shlex.join(["python", *sys.argv]), "dtype": args.dtype, "models": {}}
+    outcome = circumstances() | {"dtype": args.dtype, "models": {}}
     train, held_out, asked = split(args)
     for rank, seed in product(args.ranks, args.seeds):
         name = f"{args.recipe}-rank-{rank}-seed-{seed}"

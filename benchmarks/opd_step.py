@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -23,7 +21,7 @@ from floors import ModelShape
 from measure import peak_bytes
 from models import DEFAULT_MODELS, add_model_arguments, build, settle_precision
 from opd_floor import count_operations, decode_floor, training_floor
-from report import console, print_header
+from report import circumstances, console, print_header
 from rich.table import Table
 from torch import Tensor
 
@@ -34,7 +32,6 @@ from decausal.devices import clock
 from decausal.diffusion.layout import Layout
 from decausal.models.backbone import body_forward, head_of
 from decausal.models.facts import ConversionFacts
-from decausal.provenance import provenance
 from decausal.sampling.settings import SamplerSettings
 from decausal.training.losses import Supervision, loss_sums
 from decausal.training.memory import keep_freed_memory
@@ -243,7 +240,7 @@ def main() -> None:
     if args.device == "cpu":
         keep_freed_memory()
     torch.manual_seed(args.seed)
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "models": {}}
+    outcome: dict[str, Any] = circumstances() | {"models": {}}
     print_header(outcome)
     for model_name in args.model or DEFAULT_MODELS[args.device][:1]:
         outcome["models"][model_name] = measure_step(Workload.of(model_name, args), args.rounds)

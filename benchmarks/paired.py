@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -184,13 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
-    from report import console, print_header
+    from report import circumstances, console, print_header
     from rich.table import Table
 
-    from decausal.provenance import provenance
-
     before = args.before.resolve()
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])}
+    outcome: dict[str, Any] = circumstances()
     outcome["commit"] = f"{commit_of(HERE)} over {commit_of(before)}"
     print_header(outcome)
     table = Table(title="time now / time before: median over pairs, and their quartiles", title_justify="left")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -9,8 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from decausal.provenance import provenance
+
 # Wide enough for the tables where the output is a file.
 console = Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
+def circumstances() -> dict[str, Any]:
+    """Returns date, commit, hardware and versions, and the command as it was given."""
+    return provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]])}
 
 
 def print_header(outcome: dict[str, Any]) -> None:

@@ -29,14 +29,13 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from report import console, print_header
+from report import circumstances, console, print_header
 from rich.table import Table
 
 from decausal.diffusion.layout import Layout
 from decausal.models.adapt import adapt, load_source
 from decausal.models.checkpoint import load_converted, save_converted
 from decausal.models.facts import ConversionFacts
-from decausal.provenance import provenance
 
 PROMPT = "class Point:\n    def __init__(self, x, y):\n        self.x = x\n"
 TARGET = 4.0
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, help="denoising steps; none: half as many as tokens are written")
     parser.add_argument("--seconds", type=float, default=20, help="at least as long for each number of clients")
     flags = parser.parse_args()
-    outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv])}
+    outcome: dict[str, Any] = circumstances()
     print_header(outcome)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(flags.model) if flags.model else made(Path(scratch) / "model", flags.layout, flags.block_size)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import socket
 import sys
 import tempfile
@@ -27,10 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from report import console, print_header
+from report import circumstances, console, print_header
 from serve import Server, add_server_arguments, made, serving
-
-from decausal.provenance import provenance
 
 SIZE = 4 * 2**20 - 200
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -169,7 +166,7 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=3, help="how often what was over a limit is sent (3)")
     parser.add_argument("--turn", type=float, default=10, help="seconds that a small request may wait for its turn")
     flags = parser.parse_args()
-    outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv]), "costs": {}}
+    outcome: dict[str, Any] = circumstances() | {"costs": {}}
     print_header(outcome)
     faults = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,11 +27,10 @@ from typing import Any
 
 import httpx
 import torch
-from report import console, print_header
+from report import circumstances, console, print_header
 from serve import Server, add_server_arguments, made, quantile, serving
 
 from decausal.models.checkpoint import load_converted
-from decausal.provenance import provenance
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generate import generate
 from decausal.sampling.jobs import Job, run
@@ -74,7 +72,7 @@ def main() -> int:
     parser.add_argument("--max_rows", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=40, help="different requests")
     flags = parser.parse_args()
-    outcome: dict[str, Any] = {**provenance(), "command": shlex.join(["python", *sys.argv])}
+    outcome: dict[str, Any] = circumstances()
     print_header(outcome)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(flags.model) if flags.model else made(Path(scratch) / "model", flags.layout, 4)

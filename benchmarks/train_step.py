@@ -12,8 +12,6 @@ import argparse
 import copy
 import json
 import random
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -24,7 +22,7 @@ from cases import BIDIRECTIONAL, CASES, Arms
 from floors import ModelShape
 from measure import host_waits, peak_bytes
 from models import DEFAULT_MODELS, FALLBACK, SHAPES, add_model_arguments, build, settle_precision
-from report import print_header, print_loss_memory, print_steps
+from report import circumstances, print_header, print_loss_memory, print_steps
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,7 +31,6 @@ from decausal.devices import clock
 from decausal.models.backbone import decoder_layers
 from decausal.objectives.head import Head
 from decausal.objectives.tokens import chunked_cross_entropy
-from decausal.provenance import provenance
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.teacher import Teacher
@@ -232,7 +229,7 @@ def main() -> None:
         keep_freed_memory()
     torch.manual_seed(args.seed)
     names = list(dict.fromkeys([CASES[name].baseline for name in args.cases] + args.cases))
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "models": {}}
+    outcome: dict[str, Any] = circumstances() | {"models": {}}
     print_header(outcome)
     for model_name in args.model or DEFAULT_MODELS[device.type]:
         work = Workload.of(model_name, device, args)

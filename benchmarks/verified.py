@@ -14,8 +14,6 @@ import argparse
 import json
 import os
 import random
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,12 +22,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import console, print_by_batch_size, print_header
+from report import circumstances, console, print_by_batch_size, print_header
 
 from decausal.data.documents import read_documents
 from decausal.data.encode import encode
 from decausal.devices import clock
-from decausal.provenance import provenance
 from decausal.sampling.blocks.draft_shapes import (
     DraftShape,
     autoregressive,
@@ -158,7 +155,7 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
-    outcome: dict[str, Any] = provenance() | {"command": shlex.join(["python", *sys.orig_argv[1:]]), "runs": []}
+    outcome: dict[str, Any] = circumstances() | {"runs": []}
     print_header(outcome)
     outcome["load"] = os.getloadavg()
     console.print(f"     [bold]load[/]  {', '.join(f'{each:.1f}' for each in outcome['load'])}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from decausal.sampling.model import load
 from decausal.serving.metrics import Metrics
 from decausal.serving.server import models_of
 from decausal.serving.settings import ServeSettings
+from decausal.verbs.flags import template_options
 from tests.families import FAMILIES, tiny_tokenizer
 from tests.sampling.stand_ins import conversion_facts
 
@@ -96,3 +98,18 @@ def test_what_is_no_template_and_no_value_is_reported(
 def test_a_template_without_chat_is_refused(verb: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb[:-1], "--chat_template", "other.jinja"]) == 2
     assert "--chat_template is for --chat" in capsys.readouterr().err
+
+
+def test_prompts_are_only_looked_through_for_a_template_that_is_given() -> None:
+    """A file of prompts may be large, and the job itself reads it."""
+    asked = []
+
+    def is_used() -> bool:
+        asked.append(True)
+        return True
+
+    assert template_options(Namespace(chat_template=None, chat_template_kwargs=None), is_used) == {}
+    assert not asked
+    values = {"enable_thinking": False}
+    found = template_options(Namespace(chat_template=None, chat_template_kwargs=values), is_used)
+    assert found == {"chat_template_kwargs": values} and asked

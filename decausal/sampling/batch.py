@@ -11,10 +11,10 @@ from typing import Any
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
 from decausal.models.checkpoint import Converted
-from decausal.sampling.batch_files import Lines, count_lines, encoded, job_facts
+from decausal.sampling.batch_files import Lines, encoded, job_facts, look_through
 from decausal.sampling.engines import engine_for
 from decausal.sampling.generation import Generation, Wanted, continuation, continuing
-from decausal.sampling.job_files import OnProgress, check_job_files, continued, holds_messages
+from decausal.sampling.job_files import OnProgress, check_job_files, continued
 from decausal.sampling.jobs import BATCH_SIZE, Drafts, Ended, Job
 from decausal.sampling.ordered import in_order
 from decausal.sampling.settings import MOST_ROWS
@@ -183,7 +183,7 @@ def run_file(
         raise UserError(f"on_error={on_error!r} is not accepted: it must be one of {', '.join(ON_ERROR)}")
     source, target = check_job_files(prompts, answers)
     defaults = settings_for(converted.facts, **options)
-    num_lines = count_lines(source)
+    num_lines, has_messages = look_through(source)
     engine = BatchEngine(
         converted,
         max_rows=max_rows,
@@ -193,7 +193,7 @@ def run_file(
     )
     num_errors = num_tokens = 0
     drafts: Drafts | None = None
-    facts = job_facts(converted, defaults, chat, has_template=chat or holds_messages(source))
+    facts = job_facts(converted, defaults, chat, has_template=chat or has_messages)
     with continued(target, facts) as file:
         num_resumed = file.num_lines
         if num_resumed > num_lines:

@@ -18,6 +18,7 @@ from decausal.errors import UserError, nearest, refuse_broken_text
 from decausal.files import parsed_json
 from decausal.models.checkpoint import Converted
 from decausal.sampling.generation import Generation, Wanted
+from decausal.sampling.job_files import seems_a_conversation
 from decausal.sampling.settings import ALIASES, SamplerSettings
 
 CONVERSATION = ("messages", "tools", "chat_template_kwargs")
@@ -119,12 +120,20 @@ def encoded(label: Any, answer: Generation | UserError) -> bytes:
     return json.dumps(fields).encode()
 
 
-def count_lines(path: Path) -> int:
-    """Counts the prompts of a file. Raises UserError if it cannot be read."""
+def look_through(path: Path) -> tuple[int, bool]:
+    """Returns the number of prompts in a file, and whether one seems to be a conversation.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    num_lines, has_messages = 0, False
     try:
-        return sum(1 for _ in _numbered(path))
+        for _, _, line in _numbered(path):
+            num_lines += 1
+            has_messages = has_messages or seems_a_conversation(line)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return num_lines, has_messages
 
 
 def job_facts(converted: Converted, settings: SamplerSettings, chat: bool, has_template: bool) -> dict[str, Any]:

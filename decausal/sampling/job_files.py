@@ -39,7 +39,12 @@ def check_job_files(prompts: str | Path, answers: str | Path) -> tuple[Path, Pat
 def holds_messages(prompts: str | Path) -> bool:
     """Returns whether a line of a job's prompts seems to be a conversation."""
     with Path(prompts).open("rb") as file:
-        return any(b'"messages"' in line for line in file)
+        return any(map(seems_a_conversation, file))
+
+
+def seems_a_conversation(line: bytes) -> bool:
+    """Returns whether a line of a job's prompts seems to be a conversation, without parsing it."""
+    return b'"messages"' in line
 
 
 def check_target(answers: str | Path, *, makes_directory: bool = False) -> Path:

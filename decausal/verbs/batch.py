@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     options = sampler_options(flags) | given(flags, "max_new_tokens", "on_error", *ENGINE_FLAGS)
     check_model(flags.directory, options)
     check_job_files(flags.prompts, flags.answers)
-    template = template_options(flags, flags.chat or holds_messages(flags.prompts))
+    template = template_options(flags, lambda: flags.chat or holds_messages(flags.prompts))
     with slow_imports():
         from decausal.sampling.model import load
 

@@ -105,14 +105,18 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def template_options(flags: argparse.Namespace, chat: bool = True) -> dict[str, Any]:
+def template_options(flags: argparse.Namespace, is_used: Callable[[], bool] = lambda: True) -> dict[str, Any]:
     """Returns the values of the flags of `add_template_flags`.
+
+    Args:
+        flags: All flags.
+        is_used: Returns whether anything goes through the template. Called only if one of the flags was given.
 
     Raises:
         UserError: There is no such template, or it would not be used.
     """
     found = given(flags, "chat_template", "chat_template_kwargs")
-    if found and not chat:
+    if found and not is_used():
         raise UserError(f"--{next(iter(found))} is for --chat: nothing else is put through the chat template")
     if "chat_template" in found:
         from decausal.data.template_file import read_template

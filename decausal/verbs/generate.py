@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     add_sampler_flags(parser)
     add_template_flags(parser)
     flags = parser.parse_args(arguments)
-    template = template_options(flags, flags.chat)
+    template = template_options(flags, lambda: flags.chat)
     check_recording(flags, len(flags.prompts))
     options = sampler_options(flags) | given(flags, "max_new_tokens")
     check_model(flags.directory, options)
