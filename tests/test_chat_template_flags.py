@@ -112,4 +112,5 @@ def test_prompts_are_only_looked_through_for_a_template_that_is_given() -> None:
     assert not asked
     values = {"enable_thinking": False}
     found = template_options(Namespace(chat_template=None, chat_template_kwargs=values), is_used)
-    assert found == {"chat_template_kwargs": values} and asked
+    assert found == {"chat_template_kwargs": values}
+    assert asked
