@@ -35,7 +35,7 @@ from decausal.sampling.blocks.draft_shapes import (
     strided,
     tokens_per_pass,
 )
-from decausal.sampling.blocks.speculative import SpeculativeEngine
+from decausal.sampling.blocks.speculative import DRAFT_LENGTH, SpeculativeEngine
 from decausal.sampling.jobs import Drafts, Ended, Job, run
 from decausal.sampling.model import load
 from decausal.sampling.rows import Row
@@ -85,7 +85,7 @@ def measure(
     model: Any, prompts: list[list[int]], num_new: int, lengths: Sequence[int], batch_size: int, rounds: int, seed: int
 ) -> list[dict[str, Any]]:
     """Returns a record per case."""
-    longest = longest_draft(model.facts) or max(lengths)
+    longest = longest_draft(model.facts) or max(lengths, default=DRAFT_LENGTH)
     cases = cases_of(longest, [length for length in lengths if length <= longest])
     max_length = max(map(len, prompts)) + num_new
     engines = {name: SpeculativeEngine(model.converted, max_rows=batch_size, max_length=max_length) for name in cases}
@@ -177,7 +177,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="prompts, as for convert")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--draft_lengths", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--draft_lengths", nargs="*", type=int, default=[2, 4], help="none: only `auto` (2 4)")
     parser.add_argument("--num_rows", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
