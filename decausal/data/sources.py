@@ -92,7 +92,21 @@ def find_sources(data: Data, split: str = "train", account: Account | None = Non
             read.
     """
     account = Account() if account is None else account
-    return [source for name in names_of(data) for source in _find(name, split, account)]
+    names = names_of(data)
+    if split != "train" and not have_splits(names):
+        raise UserError(
+            f"{', '.join(names)}: only directories and hub data sets have splits, so --dataset_split {split} names "
+            "none; leave it out (--eval_split for --eval_data)"
+        )
+    return [source for name in names for source in _find(name, split, account)]
+
+
+def have_splits(data: Data) -> bool:
+    """Returns whether any of the data may have splits: files, the standard library and tasks have none."""
+    return not all(
+        name in STDLIB or re.split("[:@]", name)[0] in TASK_DATA or Path(name).expanduser().is_file()
+        for name in names_of(data)
+    )
 
 
 def refuse_missing(data: Data) -> None:

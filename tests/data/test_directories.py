@@ -16,6 +16,7 @@ from decausal.data.documents import read_sources
 from decausal.data.reading import Account, Reading
 from decausal.data.sources import find_sources
 from decausal.errors import UserError
+from decausal.training.settings import ConversionSettings
 
 
 def read(data: str | Path | list[str], split: str = "train", **options: str) -> tuple[list[str], Account]:
@@ -285,3 +286,19 @@ def test_the_line_names_the_first_files_and_counts_the_rest(tmp_path: Path) -> N
         f"read {tmp_path}/a.jsonl: 1 record, 1,234 tokens, as 'text'; skipped image0.png, image1.png, image2.png and "
         "2 more (not text); skipped README (documentation); skipped 1 empty record"
     )
+
+
+@pytest.mark.parametrize("data", ["{}/a.txt", "stdlib", "tasks:10", "{}/a.txt,stdlib"])
+def test_a_split_of_what_has_none_is_refused(data: str, tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_txt="one")
+    with pytest.raises(UserError, match=r"only directories and hub data sets have splits.* --dataset_split dev names"):
+        find_sources(data.format(tmp_path), "dev")
+
+
+def test_single_files_may_stand_beside_data_with_splits(tmp_path: Path) -> None:
+    """The split of the data is not asked of held-out data that have none."""
+    write(tmp_path, a_DOT_txt="one", data__test_DOT_jsonl=lines("two"))
+    both = [str(tmp_path / "a.txt"), str(tmp_path / "data")]
+    assert len(find_sources(both, "test")) == 2
+    settings = ConversionSettings(data=both[1], eval_data=both[0], dataset_split="test")
+    assert (settings.reading.split, settings.eval_reading.split) == ("test", "train")

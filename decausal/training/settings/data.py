@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from decausal.data.reading import Reading
+from decausal.data.sources import have_splits
 from decausal.training.settings.field import Family, at_least, setting, share
 
 
@@ -49,8 +50,9 @@ class RecordSettings(Family):
 
     @property
     def eval_reading(self) -> Reading:
-        """How records of `eval_data` are read."""
-        return replace(self.reading, split=self.eval_split or self.dataset_split)
+        """How records of `eval_data` are read. Data without splits may stand beside data that have them."""
+        inherited = self.dataset_split if self.eval_data is None or have_splits(self.eval_data) else "train"
+        return replace(self.reading, split=self.eval_split or inherited)
 
 
 @dataclass(frozen=True)
