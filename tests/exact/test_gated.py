@@ -19,7 +19,7 @@ from decausal.models.gated import gated_mask_token_id, without_masks
 from decausal.models.grouped import grouped_forward
 from decausal.sampling.blocks.speculative import SpeculativeEngine
 from decausal.sampling.settings import SamplerSettings
-from tests.exact.test_speculative import job_of, prompt_of, written
+from tests.exact.speculation import job_of, prompt_of, written
 from tests.families import FAMILIES, VOCAB_SIZE
 from tests.gated_models import gated
 
