@@ -71,9 +71,9 @@ class Groups(NamedTuple):
         target_mask: Flat index into [B*G] of each mask that predicts a token.
         target_token: Flat index into [B*T] of that token.
         offset: Of each target, which draft of its group it is: 1 to m.
-        masks: Of each group, flat indices into [B*G] of its masks in order. A shorter group is filled up with B*G.
-        tokens: Of these masks, flat indices into [B*T] of the tokens in whose places they stand, the last known ones
-            before each draft; the row's last token where a group goes on beyond it.
+        masks: Flat indices into [B*G] of each group's masks, in order. A shorter group is filled up with B*G.
+        tokens: Flat indices into [B*T] of the tokens in the places of these masks, which are the last known ones before
+            each draft. If a group continues beyond its row, that is the row's last token.
     """
 
     position_ids: Int[Tensor, "B G"]

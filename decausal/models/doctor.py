@@ -54,7 +54,7 @@ def examine(
 ) -> list[Probe]:
     """Runs every probe on a model: an autoregressive one, or, with `facts`, a converted one.
 
-    Costs about 45 rows of 12 tokens, in the model's own dtype and on its device; A question whose first look finds more
+    Costs about 45 rows of 12 tokens, in the model's own dtype and on its device. A question whose first look finds more
     than `first_look` is asked again in float64, which tells rounding from a fault and takes several times as long. The
     result is deterministic. The model is left as it was.
 

@@ -1,7 +1,7 @@
 """A draft head lets every draft know the draft before it.
 
 The masks of a group are read in one pass, so the k-th draft knows the text up to the anchor, but not the tokens
-between. A draft head takes one more step after the body, from draft to draft: it adds to a mask's last state what
+between. A draft head takes one more step after the body, from draft to draft. To a mask's last state it adds what
 follows from the token before it and from the state that predicted that token. The first draft starts from the causal
 state at the anchor. The output head then reads the sum.
 

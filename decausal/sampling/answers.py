@@ -125,9 +125,9 @@ def write_answers(
 ) -> AnswersResult:
     """Writes answers to the prompts of `data` to a jsonl file, which every recipe takes as data.
 
-    A line is the record of the prompt with the answer after it, "finish_reason" ("end", or "length" where it was cut
-    off), "num_tokens" and "id": the number of the answer, from 0; prompt i has the answers from i * `num_answers` on.
-    Answer i draws from `seed` + i. A job that was killed is continued by the same call.
+    A line is the record of the prompt with the answer after it, "finish_reason" ("end", or "length" if it was cut off),
+    "num_tokens" and "id". The id is the number of the answer, from 0; prompt i has the answers from i * `num_answers`
+    on. Answer i draws from `seed` + i. A job that was killed is continued by the same call.
 
     Args:
         converted: As `load_writer` gives it.

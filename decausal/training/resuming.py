@@ -1,9 +1,9 @@
 """Checks what a resumed run must have in common with the run that saved its checkpoint. The rest may change.
 
-It may change what affects neither the model nor its training: the length of the run, how it is measured, logged and
-saved, how a step is split over micro-batches and processes, and where the same data lie. The precision may change too,
-and a line says so. Anything else is refused. Some of it would be ignored, since transformers restores the learning rate
-and its schedule from the checkpoint.
+It may change what affects neither the model nor its training: the length of the run, and how it is measured, logged and
+saved. A step may be split otherwise over micro-batches and processes, and the same data may have moved. The precision
+may change too, and a line says so. Anything else is refused. Some of it would be ignored, since transformers restores
+the learning rate and its schedule from the checkpoint.
 """
 
 from __future__ import annotations

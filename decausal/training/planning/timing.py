@@ -55,8 +55,9 @@ def measured_time(
 ) -> StepTime:
     """Measures on this machine, with random weights.
 
-    If not all rows are measured, the time of the others is extrapolated with a second measurement of half as many,
-    since a part of a step does not depend on the rows. From a single row, time is in proportion to the operations.
+    If not all rows are measured, half as many are measured too, and the time of the others is extrapolated. Two
+    measurements are needed, since a part of a step does not depend on the rows. From a single row, time is in
+    proportion to the operations.
 
     Args:
         prepare: Returns the step with this many clean rows, on the device.
