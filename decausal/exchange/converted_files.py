@@ -31,7 +31,7 @@ class ConvertedFiles(NamedTuple):
     tensors: TensorFiles
 
     @property
-    def end_token_ids(self) -> list[int]:
+    def all_end_ids(self) -> list[int]:
         """Every token that ends a text, those that end answers in training among them."""
         found = eos_token_ids(self.directory, self.config, self.tokenizer)
         return list(dict.fromkeys([*found, *self.facts.end_token_ids]))

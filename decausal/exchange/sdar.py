@@ -98,7 +98,7 @@ def refusal(facts: ConversionFacts, config: PretrainedConfig) -> str | None:
 def sdar_config(source: ConvertedFiles, facts: ConversionFacts) -> dict[str, Any]:
     """Returns the exported config.json, with the names that SGLang, LMDeploy and transformers each read."""
     config, kind = source.config, source.config.model_type
-    end_ids = source.end_token_ids
+    end_ids = source.all_end_ids
     class_name = "SDARConfig" if kind == "qwen3" else "SDARMoeConfig"
     dtype = str(source.tensors.dtype(EMBEDDINGS)).removeprefix("torch.")
     rope_theta = config.rope_parameters["rope_theta"]
@@ -158,7 +158,7 @@ def _tensors(source: ConvertedFiles, mask_token_id: int) -> dict[str, Stored]:
 def _generation_config(source: ConvertedFiles) -> dict[str, Any]:
     ids = {
         "bos_token_id": source.config.bos_token_id,
-        "eos_token_id": source.end_token_ids,
+        "eos_token_id": source.all_end_ids,
         "pad_token_id": source.config.pad_token_id,
     }
     return {name: value for name, value in ids.items() if value not in (None, [])}
@@ -188,7 +188,7 @@ def _notes(source: ConvertedFiles, facts: ConversionFacts) -> list[str]:
         notes.append(f"the mask token moved from id {source.facts.mask_token_id} to {facts.mask_token_id}")
     if facts.mask_token_id == ENGINE_MASK_TOKEN_ID and facts.sampler.get("num_steps") is not None:
         notes.append("SGLang has no schedule of fixed steps: it keeps one token a step")
-    if not source.end_token_ids:
+    if not source.all_end_ids:
         notes.append("the model has no end-of-text token: engines write until their length limit")
     return notes
 
