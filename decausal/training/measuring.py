@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from decausal.data.reading import say
 from decausal.data.rows import PackedRows
-from decausal.data.sources import find_sources, names_of
+from decausal.data.sources import find_sources, have_splits, names_of
 from decausal.evaluation.drafts import evaluate_drafts
 from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.facts import ConversionFacts
@@ -81,9 +81,14 @@ def _say_overlap(settings: ConversionSettings) -> None:
     both = sorted(set(named[0]) & set(named[1])) if len(named) == 2 else []
     splits = settings.reading.split, settings.eval_reading.split
     if splits[0] != splits[1]:
-        both = [name for name in both if set(find_sources(name, splits[0])) & set(find_sources(name, splits[1]))]
+        both = [name for name in both if not have_splits(name) or _is_in_both(name, splits)]
     if both:
         say(f"--eval_data {', '.join(both)}: trained on too, so its figures say little about new text")
+
+
+def _is_in_both(name: str, splits: tuple[str, str]) -> bool:
+    first, second = (set(find_sources(name, split)) for split in splits)
+    return bool(first & second)
 
 
 def _on_rows(

@@ -302,10 +302,10 @@ def test_bad_data_and_other_jobs_are_refused_in_a_line(writer: Converted, tmp_pa
 
 
 def test_the_last_line_says_all_that_was_left_out() -> None:
-    from decausal.verbs.answers import _reported
+    from decausal.verbs.answers import _summary
 
     result = AnswersResult(9, 1, 4, 1, 2, 3, 1, 1, "too long", 100, 4.0)
-    said = _reported(result, Path("out.jsonl"), 48)
+    said = _summary(result, Path("out.jsonl"), 48)
     assert said == (
         "4 answers written to out.jsonl, 1 from before, 1 cut at 48 tokens, trained without an end, 2 shortened to "
         "where their text encodes to the same tokens, 3 left out that were cut at 48 tokens, 1 left out that are "
