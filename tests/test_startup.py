@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from decausal.cli import VERBS
+from decausal.cli import VERBS, main
 from decausal.models.facts import ConversionFacts, write_facts
 from decausal.verbs.flags import slow_imports
 from tests.runs import environment
@@ -250,6 +250,12 @@ for name in ("first", "second"):
     first, second = map(int, process.stdout.split())
     assert first > 1000
     assert second == first
+
+
+def test_adapters_without_peft_are_refused_before_the_imports(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["convert", "tiny", "--data", "stdlib", "--lora_r", "4", "--output_dir", "nowhere"]) == 2
+    assert capsys.readouterr().err == "decausal: error: --lora_r needs peft: pip install 'decausal[lora]'\n"
 
 
 def test_what_is_good_goes_on_to_the_imports(directory):

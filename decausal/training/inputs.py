@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from decausal.training.run_directory import refuse_taken, wants_resume
 from decausal.training.sample_prompts import read_sample_prompts
 from decausal.training.settings import ConversionSettings
 from decausal.training.settings.pretraining import PretrainSettings
+from decausal.training.settings.weights import NEEDS_PEFT
 
 
 def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
@@ -27,6 +29,8 @@ def check_conversion(settings: ConversionSettings, training: Mapping[str, Any]) 
     if settings.data is None:
         raise UserError("--data is missing: name a file, a directory, a glob, a hub data set, or 'stdlib'")
     check_values(training)
+    if settings.lora_r and find_spec("peft") is None:
+        raise UserError(NEEDS_PEFT)
     _check_length(settings, training)
     _check_output(training, overwrite=settings.overwrite)
     _check_named(settings)

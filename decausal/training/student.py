@@ -19,6 +19,7 @@ from decausal.models.mask_row import freeze_embeddings
 from decausal.training.losses import Supervision, Weighted
 from decausal.training.schedule import WeightSchedule, steps
 from decausal.training.settings import ConversionSettings
+from decausal.training.settings.weights import NEEDS_PEFT
 from decausal.training.terms import TERMS
 
 
@@ -84,7 +85,7 @@ def with_adapters(settings: ConversionSettings, model: PreTrainedModel) -> nn.Mo
         with hushed():  # it imports bitsandbytes if that is installed
             from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError("--lora_r needs peft: pip install 'decausal[lora]'") from error
+        raise UserError(NEEDS_PEFT) from error
     modules = settings.lora_target_modules
     config = LoraConfig(
         r=settings.lora_r,

@@ -9,6 +9,8 @@ from decausal.errors import UserError
 from decausal.training.settings.field import Family, at_least, setting
 from decausal.training.settings.losses import LossSettings
 
+NEEDS_PEFT = "--lora_r needs peft: pip install 'decausal[lora]'"
+
 
 @dataclass(frozen=True)
 class AdapterSettings(Family):
