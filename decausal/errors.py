@@ -33,9 +33,11 @@ def one_of(word: str, accepted: Sequence[str], called: str) -> str:
 
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, cut if it is long, or the name of its type if there is no
-    message."""
+    message. A line that only announces the error's cause gives way to that."""
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
+    if line.endswith(":") and isinstance(error.__cause__, Exception):
+        return first_line(error.__cause__)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 

@@ -114,7 +114,10 @@ def _one_of(splits: list[str], split: str, root: Path) -> str:
 
 def _refuse_split(root: Path, split: str) -> None:
     if split != "train":
-        raise UserError(f"{root} has no splits, by its files' names or a card, so --dataset_split {split} names none")
+        raise UserError(
+            f"{root} has no splits, by its files' names or a card, so --dataset_split {split} names none; leave it "
+            "out (for --eval_data: --eval_split train)"
+        )
 
 
 def _visible_paths(root: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -44,6 +45,7 @@ LOADING_ERRORS = (
     RuntimeError,
     ImportError,
     SafetensorError,
+    StrictDataclassError,  # a value in config.json that the architecture cannot have
     UnpicklingError,  # PyTorch's error for a .bin that would run code
 )
 

@@ -133,6 +133,9 @@ def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> Non
     if (directory / DRAFT).is_dir():
         refuse_incomplete_draft(directory)
     files = list(weight_files(directory))
+    if not files and (shard := next(directory.glob("*-00001-of-*"), None)):
+        index = f"{shard.name.partition('-00001-of-')[0]}{shard.suffix}.index.json"
+        raise UserError(f"{directory} lacks {index}, which names the files of weights; fetch it again")
     if not files and may_lack_weights:
         return
     if not files:

@@ -30,7 +30,7 @@ from decausal.models.draft_head import (
 )
 from decausal.models.facts import DRAFT, FACTS_FILE, ConversionFacts, write_facts
 from decausal.models.gated import install_gate
-from decausal.models.mask_row import MASK_ROW_FILE, read_mask_row, save_mask_row
+from decausal.models.mask_row import required_mask_row, save_mask_row
 from decausal.models.names import located, refuse_as_base
 
 
@@ -103,10 +103,7 @@ def load_gated(
             "rows: a gated model's mask has none of them"
         )
     model = with_adapter(model, draft)
-    row = read_mask_row(draft)
-    if row is None:
-        raise UserError(f"{draft} lacks {MASK_ROW_FILE}, the mask token's row; fetch it again")
-    install_gate(model, facts.mask_token_id, row.to(dtype))
+    install_gate(model, facts.mask_token_id, required_mask_row(draft).to(dtype))
     if facts.draft_head:
         if not (draft / DRAFT_HEAD_FILE).is_file():
             raise UserError(f"{draft} lacks {DRAFT_HEAD_FILE}, the draft head; fetch it again")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from decausal.errors import UserError
 from decausal.models.backbone import stock_model
 
 MASK_ROW = "mask_row"
@@ -92,13 +93,28 @@ def read_mask_row(checkpoint: Path) -> Tensor | None:
     return load_file(path)[MASK_ROW] if path.is_file() else None
 
 
-def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None:
-    """Puts the row beside an adapter's weights, if there is one, into the matrix of a stock model."""
+def required_mask_row(checkpoint: Path) -> Tensor:
+    """Returns the row beside an adapter's weights, without which it would read an untrained one.
+
+    Raises:
+        UserError: There is no such row.
+    """
     row = read_mask_row(checkpoint)
-    if row is not None:
-        weight = stock_model(model).get_input_embeddings().weight
-        with torch.no_grad():
-            weight[mask_token_id] = row.to(weight)
+    if row is None:
+        raise UserError(f"{checkpoint} lacks {MASK_ROW_FILE}, the mask token's row; fetch it again")
+    return row
+
+
+def put_mask_row(model: nn.Module, mask_token_id: int, checkpoint: Path) -> None:
+    """Puts the row beside an adapter's weights into the matrix of a stock model.
+
+    Raises:
+        UserError: There is no such row.
+    """
+    row = required_mask_row(checkpoint)
+    weight = stock_model(model).get_input_embeddings().weight
+    with torch.no_grad():
+        weight[mask_token_id] = row.to(weight)
 
 
 def settle_mask_row(model: nn.Module) -> None:

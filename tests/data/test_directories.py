@@ -165,7 +165,7 @@ def test_source_code_is_read_whole_with_its_tests_and_fixtures(tmp_path: Path) -
 
 def test_a_split_of_a_directory_without_splits_is_refused(tmp_path: Path) -> None:
     write(tmp_path, a_DOT_txt="one")
-    with pytest.raises(UserError, match=r"has no splits.* --dataset_split test names none"):
+    with pytest.raises(UserError, match=r"has no splits.* --dataset_split test names none; .*--eval_split train"):
         read(tmp_path, "test")
 
 

@@ -41,6 +41,11 @@ def lose_a_shard(directory: Path) -> None:
     (directory / "model-00002-of-00002.safetensors").unlink()
 
 
+def lose_the_index(directory: Path) -> None:
+    shard(directory)
+    (directory / "model.safetensors.index.json").unlink()
+
+
 def pickle(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
@@ -89,6 +94,12 @@ BROKEN = {
         lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         "is a pointer of Git LFS and holds no weights; fetch them with git lfs pull",
     ),
+    "an index missing": (lose_the_index, "lacks model.safetensors.index.json, which names the files of weights; fetch"),
+    "a value of another type": (configure(hidden_size="wide"), "Field 'hidden_size' expected int, got str"),
+    "values that disagree": (
+        configure(model_type="llama", num_attention_heads=7),
+        "not a multiple of the number of attention heads",
+    ),
     "no weights": (drop("model.safetensors"), r"holds no weights \(model.safetensors\)"),
     "no tokenizer": (drop("tokenizer.json", "tokenizer_config.json"), r"holds no tokenizer \(tokenizer.json\)"),
     "no configuration": (drop("config.json"), "it has no config.json"),
@@ -97,11 +108,15 @@ BROKEN = {
 }
 
 
+# What only loading a model finds.
+ONLY_BY_LOADING = ("no weights", "a value of another type", "values that disagree")
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_directory_is_one_line(kind: str, directory: Path) -> None:
     spoil, message = BROKEN[kind]
     spoil(directory)
-    for refuse in (load_source,) if kind == "no weights" else (check_source, load_source):
+    for refuse in (load_source,) if kind in ONLY_BY_LOADING else (check_source, load_source):
         with pytest.raises(UserError, match=message) as caught:
             refuse(directory)
         assert "\n" not in str(caught.value)

@@ -115,6 +115,13 @@ def test_a_base_that_is_gone_is_one_line(made: Path, tmp_path: Path) -> None:
         load_converted(checkpoint)
 
 
+def test_a_checkpoint_without_its_mask_row_is_refused(made: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(made / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / "mask_row.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-2 lacks mask_row.safetensors, the mask token's row; fetch it"):
+        load_converted(checkpoint)
+
+
 # Adapters of others
 
 
