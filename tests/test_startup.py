@@ -183,7 +183,7 @@ def directory(tmp_path_factory):
     (root / "full" / "a.txt").write_text("years of work\n")
     (root / "model" / "config.json").write_text('{"model_type": "qwen3"}')
     (root / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # no tensors
-    (root / "model" / "tokenizer.json").touch()
+    (root / "model" / "tokenizer.json").write_text("{}")
     write_facts(root / "model", ConversionFacts(source="tiny", layout="bidirectional", shift=1, mask_token_id=3))
     return root
 

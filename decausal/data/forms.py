@@ -111,7 +111,10 @@ def form_of(found: Collection[str], origin: str, reading: Reading) -> Form:
         )
     missing = reading.completion_field if reading.prompt_field in found else asking and asking.fields[-1]
     if reading.needs_answers and missing:
-        raise UnknownFormError(f"{origin}: found {listed(found)}, and no '{missing}': {TO_ANSWER}")
+        prompt = "" if reading.prompt_field in found or asking is None else f"--prompt_field {asking.fields[0]} "
+        read = {reading.prompt_field, *BESIDE_MESSAGES, *(asking.columns(found) if asking else ())}
+        hint = f"name the answer's field with {prompt}--completion_field NAME; " if set(found) - read else ""
+        raise UnknownFormError(f"{origin}: found {listed(found)}, and no '{missing}': {hint}{TO_ANSWER}")
     hint = "; name the fields: --text_field NAME, or --prompt_field NAME --completion_field NAME" if found else ""
     raise UnknownFormError(
         f"{origin}: found {listed(found)}, but a record has '{reading.text_field}', or 'messages', "

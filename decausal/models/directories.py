@@ -144,6 +144,9 @@ def refuse_incomplete(directory: Path, *, may_lack_weights: bool = False) -> Non
         _refuse_cut_off(path)
     if not has_tokenizer(directory):
         raise UserError(f"{directory} holds no tokenizer (tokenizer.json); copy it there from the model's source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            _refuse_cut_off_table(directory / name)
 
 
 def refuse_incomplete_draft(directory: Path) -> None:
@@ -205,6 +208,15 @@ def _refuse_cut_off(path: Path) -> None:
     needed = 8 + length + max(_ends(header), default=0)
     if size < needed:
         raise UserError(f"{path} is cut off: it has {size} bytes, and needs {needed}; fetch it again")
+
+
+def _refuse_cut_off_table(path: Path) -> None:
+    """Refuses a JSON file without its end, or that is a pointer of Git LFS. It is not parsed here."""
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS and holds no tokenizer; fetch it with git lfs pull")
+    if not content.rstrip().endswith(b"}"):
+        raise UserError(f"{path} is cut off: it ends within its table; fetch it again")
 
 
 def _ends(header: Any) -> Iterator[int]:

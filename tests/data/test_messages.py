@@ -107,7 +107,15 @@ def test_lists_of_messages_may_be_prompt_and_completion_and_the_completion_is_tr
         ({"prompt": "a", "completion": TWO[1:2]}, "'prompt' holds a string and 'completion' a list; give two lists"),
         ({"conversations": [{"from": "function_call", "value": "w()"}]}, "message 1: 'tool_calls' holds a list"),
         ({"messages": TWO[:1]}, "no answer to learn; .*--recipe opdlm"),
-        ({"prompt": "a"}, "found 'prompt', and no 'completion': .*--recipe opdlm"),
+        ({"prompt": "a"}, "found 'prompt', and no 'completion': a prompt .*--recipe opdlm"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            "no 'completion': name the answer's field with --completion_field NAME; a prompt",
+        ),
+        (
+            {"question": "a", "answers": "b"},
+            "name the answer's field with --prompt_field question --completion_field NAME;",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reported: str, tmp_path: Path) -> None:

@@ -102,6 +102,14 @@ BROKEN = {
     ),
     "no weights": (drop("model.safetensors"), r"holds no weights \(model.safetensors\)"),
     "no tokenizer": (drop("tokenizer.json", "tokenizer_config.json"), r"holds no tokenizer \(tokenizer.json\)"),
+    "a tokenizer cut off": (
+        lambda path: (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes()[:-9]),
+        "tokenizer.json is cut off: it ends within its table; fetch it again",
+    ),
+    "Git LFS for the tokenizer": (
+        lambda path: (path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "tokenizer.json is a pointer of Git LFS and holds no tokenizer; fetch it with git lfs pull",
+    ),
     "no configuration": (drop("config.json"), "it has no config.json"),
     "a GGUF file": (only_gguf, r"it has no config.json; give the file: .*model-q4.gguf"),
     "a broken configuration": (lambda path: (path / "config.json").write_text("{"), "config.json cannot be read"),
@@ -123,7 +131,9 @@ def test_a_broken_directory_is_one_line(kind: str, directory: Path) -> None:
         assert str(directory) in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["a shard missing", "cut off", "no weights", "no tokenizer", "GPTQ"])
+@pytest.mark.parametrize(
+    "kind", ["a shard missing", "cut off", "no weights", "no tokenizer", "a tokenizer cut off", "GPTQ"]
+)
 def test_so_is_a_converted_one(kind: str, tmp_path: Path) -> None:
     model, tokenizer = load_source("tiny-tasks")
     facts = ConversionFacts(source="tiny-tasks", layout="causal", shift=1, mask_token_id=tokenizer.mask_token_id or 0)

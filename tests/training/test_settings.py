@@ -25,6 +25,7 @@ FAMILIES = [family for family in ConversionSettings.__mro__ if issubclass(family
         (["--align_weight", "-1"], "--align_weight -1.0: must be at least 0"),
         (["--align_weight", "nan"], "--align_weight nan: must be at least 0"),
         (["--max_length", "1"], "--max_length 1: must be at least 2"),
+        (["--eval_split", "test"], "--eval_split test has no effect without --eval_data"),
         (["--data_fraction", "0"], "--data_fraction 0.0: must be above 0"),
         (["--complementary_masks", "true"], "--complementary_masks needs --views 2, not 1"),
         (["--align_stop_step", "1.5"], "--align_stop_step 1.5: give a number of steps, or a share of the run below 1"),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from decausal.data.reading import Reading
 from decausal.data.sources import have_splits
+from decausal.errors import UserError
 from decausal.training.settings.field import Family, at_least, setting, share
 
 
@@ -35,6 +36,8 @@ class RecordSettings(Family):
 
     def check(self) -> None:
         at_least(self, max_length=2, dataset_num_proc=1)
+        if self.eval_split is not None and self.eval_data is None:
+            raise UserError(f"--eval_split {self.eval_split} has no effect without --eval_data; name the held-out data")
 
     @property
     def reading(self) -> Reading:
