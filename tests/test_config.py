@@ -53,7 +53,7 @@ def values_of(hint):
 BOUND_TOGETHER = {
     *("views", "complementary_masks", "layout", "block_size", "causal_context", "noise_per"),
     *(f"{loss}_{end}_step" for loss in ConversionSettings.losses() for end in ("start", "stop")),
-    *("kl_top_k", "kl_tail_bucket", "causal_kl_weight", "rows", "warm_start_steps"),
+    *("kl_top_k", "kl_tail_bucket", "causal_kl_weight", "rows", "warm_start_steps", "eval_split"),
 }
 conversions = st.fixed_dictionaries(
     {}, optional={name: values_of(hint) for name, hint in HINTS.items() if name not in BOUND_TOGETHER}
