@@ -183,8 +183,8 @@ class _Encoder:
             return ids, is_answer
         spans = []
         for first, stop in _runs(is_answer):
-            start, behind = characters[first].tolist()
-            start = next((border for border in borders if start < border < behind), start)
+            start, after = characters[first].tolist()
+            start = next((border for border in borders if start < border < after), start)
             spans.append((start, int(characters[stop - 1, 1])))
         ids, characters = self._in_pieces(text, borders)
         return ids, _tokens_within(spans, characters)

@@ -17,6 +17,7 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 # Methods of quantization that transformers can undo on any machine, and the package that it needs for each.
 DEQUANTIZED = {"fp8": None, "mxfp4": None, "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
+_LAST_BYTES = 4096  # of a table, white space after it included
 _UNMERGEABLE = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "CPT")
 _METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
 
@@ -211,11 +212,17 @@ def _refuse_cut_off(path: Path) -> None:
 
 
 def _refuse_cut_off_table(path: Path) -> None:
-    """Refuses a JSON file without its end, or that is a pointer of Git LFS. It is not parsed here."""
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
+    """Refuses a JSON file without its end, or that is a pointer of Git LFS. Of a large file only both ends are read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+            end = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if start == b"version ":
         raise UserError(f"{path} is a pointer of Git LFS and holds no tokenizer; fetch it with git lfs pull")
-    if not content.rstrip().endswith(b"}"):
+    if not end.rstrip().endswith(b"}"):
         raise UserError(f"{path} is cut off: it ends within its table; fetch it again")
 
 
