@@ -70,14 +70,13 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
             rate = ["--learning_rate", str(flags.learning_rate)] if recipe != "lossless" else []
             steps.append(
                 conversion(
-                    flags.model,
+                    flags,
                     flags.work / f"{name}-seed{seed}",
                     recipe,
                     train if recipe == "opdlm" else answers,
                     flags.steps or STEPS,
                     seed,
                     *("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS), *rate, *own),
-                    save_steps=max(1, (flags.steps or STEPS) // 10),
                 )
             )
         for name in METHODS:

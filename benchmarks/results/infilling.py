@@ -32,20 +32,7 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
         model = flags.work / f"repr-align-seed{seed}"
         sizes = ("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS))
         rate = ("--learning_rate", str(flags.learning_rate), "--eval_data", "stdlib-heldout", "--eval_rows", "16")
-        save_steps = max(1, (flags.steps or STEPS) // 10)
-        found.append(
-            conversion(
-                flags.model,
-                model,
-                "repr-align",
-                Path("stdlib"),
-                flags.steps or STEPS,
-                seed,
-                *sizes,
-                *rate,
-                save_steps=save_steps,
-            )
-        )
+        found.append(conversion(flags, model, "repr-align", "stdlib", flags.steps or STEPS, seed, *sizes, *rate))
         found.append(
             evaluation(
                 flags.work / "evals" / f"seed{seed}.json",

@@ -16,9 +16,6 @@ from decausal.files import write_whole
 from decausal.report.sources import find
 from decausal.report.write import write_report
 
-CHECKPOINTED = 20
-"""Steps of training between checkpoints: what a call that is cut off loses at most."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -119,12 +116,12 @@ def runs_of(steps: Sequence[Step]) -> list[Path]:
 
 
 def conversion(
-    model: str, output_dir: Path, recipe: str, data: Path, max_steps: int, seed: int, *flags: str, save_steps: int
+    flags: argparse.Namespace, output_dir: Path, recipe: str, data: Path | str, max_steps: int, seed: int, *own: str
 ) -> Step:
     """Returns a run of training. Its checkpoints are kept sparse: only the last one."""
-    arguments = ["convert", model, "--recipe", recipe, "--data", str(data), "--output_dir", str(output_dir)]
-    arguments += ["--max_steps", str(max_steps), "--seed", str(seed), "--bf16", "true", "--logging_steps", "5"]
-    arguments += ["--save_steps", str(save_steps), "--save_total_limit", "1", *flags]
+    arguments = ["convert", flags.model, "--recipe", recipe, "--data", str(data), "--output_dir", str(output_dir)]
+    arguments += ["--max_steps", str(max_steps), "--seed", str(seed), "--bf16", flags.bf16, "--logging_steps", "4"]
+    arguments += ["--save_steps", str(max(1, max_steps // 5)), "--save_total_limit", "1", *own]
     return Step(arguments, output_dir / "decausal.json", output_dir)
 
 
@@ -143,6 +140,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, help="examples of each task, held-out rows and prompts, for a short look")
     made.add_argument("--steps", type=int, help="training steps of each run, for a short look")
     made.add_argument("--seeds", type=numbers, default=(0,), help="seeds of the runs, with commas (0)")
+    made.add_argument(
+        "--bf16", choices=("true", "false"), default="true", help="false: for processors without bf16 products (true)"
+    )
     made.add_argument("--plan", action="store_true", help="print the commands, and run nothing")
     return made
 

@@ -29,7 +29,9 @@ from decausal.training.convert import convert
 from decausal.training.meters import Clock, TokenMeter
 from decausal.training.run_directory import RUN_FILE, checkpoints
 
-_MAY_DIFFER = {"output_dir", "overwrite", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "eval_rows"}
+_MAY_DIFFER = frozenset(
+    "output_dir overwrite resume_from_checkpoint disable_tqdm logging_steps eval_rows eval_samples".split()  # noqa: SIM905
+)
 _TRIAL_STEPS = 30
 _TRIAL_SHARE = 0.05  # share of the minutes of one run
 

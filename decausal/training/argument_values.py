@@ -16,7 +16,7 @@ ALWAYS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     "average_tokens_across_devices": True,
 }
-_OF_EVALUATION = "evaluation is by --eval_data, --eval_rows and --sample_prompts"
+_OF_EVALUATION = "evaluation is by --eval_data, --eval_rows, --eval_samples and --sample_prompts"
 _OF_ROWS = "the rows of a step follow only from --seed and its number"
 # Arguments without effect, and why.
 WITHOUT_EFFECT = {

@@ -97,7 +97,9 @@ def _on_rows(
     def measure(model: PreTrainedModel) -> dict[str, float]:
         if settings.noise == "all":
             return evaluate_drafts(model, facts, rows, num_rows=settings.eval_rows).as_logs()
-        likelihood = evaluate_nll(model, facts, rows, tokenizer, num_rows=settings.eval_rows)
+        likelihood = evaluate_nll(
+            model, facts, rows, tokenizer, num_rows=settings.eval_rows, samples_per_row=settings.eval_samples
+        )
         return {
             "eval_masked_cross_entropy": likelihood.masked_cross_entropy,
             "eval_nelbo_per_token": likelihood.nelbo_per_token,

@@ -30,8 +30,8 @@ from decausal.wording import quantity
 
 MAY_CHANGE = frozenset(
     """
-    eval_data eval_split eval_rows overwrite attn_implementation compile_layers save_dtype sample_prompts sample_tokens
-    rollout_batch_size data text_field prompt_field completion_field dataset_split on_bad_record
+    eval_data eval_split eval_rows eval_samples overwrite attn_implementation compile_layers save_dtype sample_prompts
+    sample_tokens rollout_batch_size data text_field prompt_field completion_field dataset_split on_bad_record
     dataset_num_proc chat_template chat_template_kwargs
     """.split()  # noqa: SIM905
 )

@@ -74,11 +74,12 @@ class DataSettings(RecordSettings):
     )
     streaming_window: int = setting(4096, "rows that are packed at a time, and shuffled among each other")
     eval_rows: int = setting(64, "rows of eval_data to measure on")
+    eval_samples: int = setting(8, "mask patterns of each of these rows, the same each time")
     sample_prompts: str | None = setting(
         None, "a file of prompts, one per line; at each evaluation the run shows and keeps how the model continues them"
     )
     sample_tokens: int = setting(64, "new tokens of each sample")
 
     def check(self) -> None:
-        at_least(self, eval_rows=1, sample_tokens=1, streaming_window=1)
+        at_least(self, eval_rows=1, eval_samples=1, sample_tokens=1, streaming_window=1)
         share(self, "data_fraction")

@@ -37,7 +37,7 @@ class NoiseSettings(LayoutSettings):
     def check_facts(self) -> None:
         if self.noise_per == "block" and self.layout != "block":
             raise UserError(f"--noise_per block is for --layout block, not {self.layout}; give document")
-        self.refuse_for_groups(views=1, noise_per="document")
+        self.refuse_for_groups(views=1, noise_per="document", eval_samples=8)
 
     def refuse_for_groups(self, **unset: object) -> None:
         """Refuses settings of noise levels under `noise all`, unless they have these values."""
