@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from floors import ModelShape
 from results.figures import draw_curves
-from results.steps import Step, conversion, parser, publish, run_or_print, runs_of
+from results.steps import Step, conversion, parser, publish, rates, run_or_print, runs_of
 from results.texts import articles
 
 from decausal.models.adapt import load_source
@@ -162,9 +162,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--learning_rate", type=float, default=1e-4, help="of all runs (1e-4)")
-    made.add_argument(
-        "--rates", type=lambda text: tuple(map(float, text.split(","))), help="compare learning rates instead"
-    )
+    made.add_argument("--rates", type=rates, help="compare learning rates instead")
     flags = made.parse_args()
     steps = steps_of(flags)
     if not run_or_print(steps, flags):

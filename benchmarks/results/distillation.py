@@ -12,21 +12,24 @@ same model, with blocks of 4, shift 1 and a causal context, at equal steps of eq
 
 Each is measured, with `--limit` examples: LAMBADA and PIQA (NELBO) and WikiText-2 bits per byte, with the AR source
 beside them; and what it writes after held-out prompts, and how far that is the AR model's answer.
-Training tokens stand in each run's log: an on-policy step reads prompts of its own. WORK/distillation.md is the
-table, WORK/distillation.png what is kept by speed, WORK/report.html the page.
+Training tokens stand in each run's log: an on-policy step reads prompts of its own. `--rates 1e-5,3e-5,1e-4` compares
+learning rates, by texts alone. WORK/distillation.md is the table, WORK/distillation.png what is kept
+by speed, WORK/report.html the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from results.figures import draw_points
-from results.steps import Step, conversion, evaluation, limited, parser, publish, run_or_print, runs_of
+from results.steps import Step, conversion, evaluation, limited, parser, publish, rates, run_or_print, runs_of
 from results.texts import articles, instructions
 
 from decausal.provenance import provenance
@@ -39,11 +42,28 @@ NUM_ANSWERED = 600
 """Prompts that the AR model answers."""
 BLOCKS = ["--block_size", "4", "--shift", "1", "--causal_context", "true"]
 ROLLOUTS = ["--rollout_prompts", str(ROWS), "--rollout_tokens", str(NEW_TOKENS)]
-METHODS: dict[str, tuple[str, list[str]]] = {
-    "corpus": ("bd3lm", BLOCKS),
-    "off-policy": ("bd3lm", [*BLOCKS, "--token_weight", "0", "--kl_weight", "1"]),
-    "opdlm": ("opdlm", [*ROLLOUTS, "--rollout_curriculum", "10"]),
-    "lossless": ("lossless", []),
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        recipe: The recipe.
+        rate: Its learning rate.
+        own: Settings of its own.
+    """
+
+    recipe: str
+    rate: float
+    own: Sequence[str] = ()
+
+
+METHODS = {
+    "corpus": Method("bd3lm", 1e-4, BLOCKS),
+    "off-policy": Method("bd3lm", 1e-4, [*BLOCKS, "--token_weight", "0", "--kl_weight", "1"]),
+    "opdlm": Method("opdlm", 1e-4, [*ROLLOUTS, "--rollout_curriculum", "10"]),
+    "lossless": Method("lossless", 1e-3),
 }
 TASKS = "lambada_local,piqa_local"
 
@@ -65,54 +85,70 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
             data / "answers.done",
         ),
     ]
-    for seed in flags.seeds:
-        for name, (recipe, own) in METHODS.items():
-            rate = ["--learning_rate", str(flags.learning_rate)] if recipe != "lossless" else []
-            steps.append(
-                conversion(
-                    flags,
-                    flags.work / f"{name}-seed{seed}",
-                    recipe,
-                    train if recipe == "opdlm" else answers,
-                    flags.steps or STEPS,
-                    seed,
-                    *("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS), *rate, *own),
-                )
+    for name, rate, seed in cells(flags):
+        method = METHODS[name]
+        steps.append(
+            conversion(
+                flags,
+                flags.work / name_of(name, rate, seed),
+                method.recipe,
+                train if method.recipe == "opdlm" else answers,
+                flags.steps or STEPS,
+                seed,
+                *("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS)),
+                *("--learning_rate", str(rate), *method.own),
             )
-        for name in METHODS:
-            steps += measured(flags, f"{name}-seed{seed}", held_out, wikitext, tasks)
+        )
+        steps += measured(flags, name_of(name, rate, seed), held_out, wikitext, tasks)
     return steps
+
+
+def cells(flags: argparse.Namespace) -> list[tuple[str, float, int]]:
+    """Returns (method, learning rate, seed) of all runs."""
+    return [
+        (name, rate, seed)
+        for seed in flags.seeds
+        for name in flags.methods
+        for rate in flags.rates or (METHODS[name].rate,)
+    ]
+
+
+def name_of(method: str, rate: float, seed: int) -> str:
+    """Returns a run's name."""
+    return f"{method}-rate{rate:g}-seed{seed}"
 
 
 def measured(flags: argparse.Namespace, name: str, held_out: Path, wikitext: Path, tasks: Path) -> list[Step]:
     """Returns the evaluations of one model."""
     model, kept = str(flags.work / name), flags.work / "evals" / name
     harness = ["eval", "harness", model, "--include_path", str(tasks)]
-    return [
-        evaluation(kept / "harness.json", *harness, "--tasks", TASKS, "--with_source", *limited(flags, "--limit", 200)),
-        evaluation(kept / "nll.json", "eval", "nll", model, "--data", str(wikitext), *limited(flags, "--num_rows", 32)),
-        evaluation(
-            kept / "texts.json",
-            *("eval", "texts", model, "--data", str(held_out), *limited(flags, "--num_prompts", 100)),
-            *("--max_new_tokens", str(NEW_TOKENS), "--temperature", "0"),
-        ),
-    ]
+    scores = evaluation(
+        kept / "harness.json", *harness, "--tasks", TASKS, "--with_source", *limited(flags, "--limit", 200)
+    )
+    likelihood = evaluation(
+        kept / "nll.json", "eval", "nll", model, "--data", str(wikitext), *limited(flags, "--num_rows", 32)
+    )
+    texts = evaluation(
+        kept / "texts.json",
+        *("eval", "texts", model, "--data", str(held_out), *limited(flags, "--num_prompts", 100)),
+        *("--max_new_tokens", str(NEW_TOKENS), "--temperature", "0"),
+    )
+    return [texts] if flags.rates else [scores, likelihood, texts]
 
 
 def table(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of each method and seed."""
     rows = []
-    for seed in flags.seeds:
-        for method in METHODS:
-            name = f"{method}-seed{seed}"
-            kept = [read_record(path) for path in sorted((flags.work / "evals" / name).glob("*.json"))]
-            records = [record for record in kept if record is not None]
-            log = read_run(flags.work / name).log
-            rows.append(
-                {"method": method, "seed": seed, "tokens": log[-1]["tokens"], "seconds": log[-1]["seconds"]}
-                | {figure.measure: shown(figure) for figure in figures_of(records)}
-                | written(records)
-            )
+    for method, rate, seed in cells(flags):
+        name = name_of(method, rate, seed)
+        kept = [read_record(path) for path in sorted((flags.work / "evals" / name).glob("*.json"))]
+        records = [record for record in kept if record is not None]
+        last = read_run(flags.work / name).log[-1]
+        rows.append(
+            {"method": method, "seed": seed, "rate": rate, "tokens": last["tokens"], "seconds": last["seconds"]}
+            | {figure.measure: shown(figure) for figure in figures_of(records)}
+            | written(records)
+        )
     return provenance() | {"command": " ".join(["python", *sys.argv]), "rows": rows}
 
 
@@ -161,7 +197,8 @@ def cell(value: Any) -> str:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--learning_rate", type=float, default=1e-4, help="of all but lossless (1e-4)")
+    made.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help="with commas (all)")
+    made.add_argument("--rates", type=rates, help="compare these learning rates instead of the methods' own")
     flags = made.parse_args()
     steps = steps_of(flags)
     if not run_or_print(steps, flags):

@@ -152,6 +152,11 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def rates(text: str) -> tuple[float, ...]:
+    """Reads learning rates with commas."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def limited(flags: argparse.Namespace, name: str, otherwise: int) -> list[str]:
     """Returns a flag with the limit of this call, or with a number of its own."""
     return [name, str(flags.limit or otherwise)]
