@@ -6,9 +6,9 @@ Runs differ in one thing each: alignment or not, share of the data (1, 10, 100 %
 the standard library), embeddings frozen or not. All have the same steps, rows, noise and learning rate. The NELBO of
 WikiText-2's test articles is measured while they train, six times and at the start. `--rates 3e-5,1e-4,3e-4` looks for
 the learning rate first, on a tenth of the data. WORK/alignment.md is the table, WORK/alignment.png and WORK/report.html
-the curves.
+the curves. `--known alignment.json` goes on from an earlier result, on this machine or another.
 
-    reaches     step at which the aligned run meets the plain run's lowest NELBO, over the step of that
+    step        step at which the aligned run meets the plain run's lowest NELBO, over the step of that
     operations  the same by floating-point operations (benchmarks/floors.py): an aligned step has the teacher's pass too
     seconds     the same by seconds of training
 """
@@ -16,6 +16,7 @@ the curves.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +32,11 @@ from results.texts import articles
 
 from decausal.models.adapt import load_source
 from decausal.provenance import provenance
-from decausal.report.sources import Run, read_run
+from decausal.report.sources import read_run
 from decausal.reporting import share_of_the_way
 
+Curve = list[dict[str, float]]
+"""Of a run, at each evaluation: "step", "seconds" and "nelbo" in nats per token."""
 MEASURE = "eval_nelbo_per_token"
 ROWS, LENGTH, STEPS = 2, 256, 48
 FRACTIONS = (0.01, 0.1, 1.0)
@@ -41,7 +44,7 @@ RECIPES = ("mdm", "repr-align")
 
 
 def steps_of(flags: argparse.Namespace) -> list[Step]:
-    """Returns all runs: the learning rates to choose from, or the comparison."""
+    """Returns the runs that are not known yet: the learning rates to choose from, or the comparison."""
     train = articles(flags.data, "wikitext2_valid.txt", flags.work / "data" / "train.jsonl")
     held_out = articles(flags.data, "wikitext2_test.txt", flags.work / "data" / "held_out.jsonl")
     common = ["--eval_data", str(held_out), "--eval_rows", str(flags.limit or 8), "--eval_samples", "2"]
@@ -62,6 +65,7 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
         for seed in flags.seeds
         for fraction, rate, is_frozen in cells(flags)
         for recipe in RECIPES
+        if name_of(recipe, fraction, rate, is_frozen, seed) not in flags.known
     ]
 
 
@@ -75,36 +79,54 @@ def cells(flags: argparse.Namespace) -> list[tuple[float, float, bool]]:
     ]
 
 
+def known(path: str) -> dict[str, Curve]:
+    """Reads the curves of an earlier result."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+
+
 def name_of(recipe: str, fraction: float, rate: float, is_frozen: bool, seed: int) -> str:
     """Returns a run's name."""
     return f"{recipe}-data{fraction:g}-rate{rate:g}{'-frozen' if is_frozen else ''}-seed{seed}"
 
 
-def crossing(plain: Run, aligned: Run, cost: float) -> dict[str, float]:
+def crossing(plain: Curve, aligned: Curve, cost: float) -> dict[str, float]:
     """Returns where the aligned run meets the lowest value of the plain one, over where that is.
 
-    `cost` is the operations of an aligned step over those of a plain one. Empty if it never does.
+    `cost` is the operations of an aligned step over those of a plain one. Empty if it never does,
+    and if the plain run was best before its first step.
     """
-    lowest_step, lowest = min(plain.curve(MEASURE), key=lambda point: point[1])
-    found: dict[str, float] = {}
-    for by in ("step", "seconds"):
-        theirs = {step: x for (step, _), (x, _) in zip(plain.curve(MEASURE), plain.curve(MEASURE, by), strict=True)}
-        for (x0, y0), (x1, y1) in pairwise(aligned.curve(MEASURE, by)):
-            if y1 <= lowest < y0:
-                found[by] = (x0 + share_of_the_way(y0, y1, lowest) * (x1 - x0)) / max(theirs[lowest_step], 1e-9)
-                break
-    return found | ({"operations": cost * found["step"]} if "step" in found else {})
+    lowest = min(plain, key=lambda point: point["nelbo"])
+    if not lowest["step"]:
+        return {}
+    for before, after in pairwise(aligned):
+        if after["nelbo"] <= lowest["nelbo"] < before["nelbo"]:
+            way = share_of_the_way(before["nelbo"], after["nelbo"], lowest["nelbo"])
+            step, seconds = ((before[by] + way * (after[by] - before[by])) / lowest[by] for by in ("step", "seconds"))
+            return {"step": step, "operations": cost * step, "seconds": seconds}
+    return {}
+
+
+def curve_of(directory: Path) -> Curve:
+    """Returns what a run measured: step, seconds and held-out NELBO."""
+    log = read_run(directory).log
+    return [
+        {"step": entry["step"], "seconds": entry["seconds"], "nelbo": entry[MEASURE]}
+        for entry in log
+        if MEASURE in entry
+    ]
 
 
 def table(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns lowest and last values, and where aligned runs meet plain ones, over seeds."""
+    curves: dict[str, Curve] = dict(flags.known)
+    for run in runs_of(steps_of(flags)):
+        curves[run.name] = curve_of(run)
     shape = ModelShape.of(load_source(flags.model)[0])
     cost = shape.aligned_step(LENGTH, 0.5, 1) / shape.plain_step(LENGTH, 0.5)
     rows = []
     for fraction, rate, is_frozen in cells(flags):
         pairs = [
-            [read_run(flags.work / name_of(recipe, fraction, rate, is_frozen, seed)) for recipe in RECIPES]
-            for seed in flags.seeds
+            [curves[name_of(recipe, fraction, rate, is_frozen, seed)] for recipe in RECIPES] for seed in flags.seeds
         ]
         crossings = [crossing(plain, aligned, cost) for plain, aligned in pairs]
         rows.append(
@@ -116,12 +138,13 @@ def table(flags: argparse.Namespace) -> dict[str, Any]:
             }
         )
     command = " ".join(["python", *sys.argv])
-    return provenance() | {"command": command, "seeds": flags.seeds, "operations of a step": cost, "rows": rows}
+    made = {"command": command, "seeds": flags.seeds, "operations of a step": cost}
+    return provenance() | made | {"rows": rows, "runs": curves}
 
 
-def low(run: Run) -> float:
+def low(curve: Curve) -> float:
     """Returns a run's lowest held-out NELBO."""
-    return min(value for _, value in run.curve(MEASURE))
+    return min(point["nelbo"] for point in curve)
 
 
 def spread(values: list[float]) -> list[float]:
@@ -129,13 +152,16 @@ def spread(values: list[float]) -> list[float]:
     return [fmean(values), *([stdev(values)] if len(values) > 1 else [])]
 
 
-def draw(flags: argparse.Namespace) -> None:
+def draw(flags: argparse.Namespace, curves: dict[str, Curve]) -> None:
     """Draws the curves of all runs by steps, a panel for each share of the data, embeddings trained."""
     panels = {}
     for fraction in FRACTIONS:
         panels[f"{fraction:.0%} of the data"] = {
             label: [
-                read_run(flags.work / name_of(recipe, fraction, flags.learning_rate, False, seed)).curve(MEASURE)
+                [
+                    (point["step"], point["nelbo"])
+                    for point in curves[name_of(recipe, fraction, flags.learning_rate, False, seed)]
+                ]
                 for seed in flags.seeds
             ]
             for label, recipe in zip(("plain", "aligned"), RECIPES, strict=True)
@@ -162,6 +188,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--learning_rate", type=float, default=1e-4, help="of all runs (1e-4)")
+    made.add_argument("--known", type=known, default={}, help="an earlier alignment.json, whose runs are taken from it")
     made.add_argument("--rates", type=rates, help="compare learning rates instead")
     flags = made.parse_args()
     steps = steps_of(flags)
@@ -169,7 +196,7 @@ def main() -> None:
         return
     found = table(flags)
     if not flags.rates:
-        draw(flags)
+        draw(flags, found["runs"])
     name = "rates" if flags.rates else "alignment"
     publish(flags.work, name, "Alignment", found, as_markdown(found), runs_of(steps))
 
