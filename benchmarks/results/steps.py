@@ -102,11 +102,12 @@ def publish(work: Path, name: str, title: str, figures: Any, table: str, shown: 
         title: Of the page.
         figures: For JSON.
         table: The Markdown.
-        shown: Directories of runs and evaluations.
+        shown: Directories of runs and evaluations; without any there is no page.
     """
     write_whole(work / f"{name}.json", json.dumps(figures, indent=2) + "\n")
     write_whole(work / f"{name}.md", table)
-    write_report(find(list(shown)), work / "report.html", title)
+    if shown:
+        write_report(find(list(shown)), work / "report.html", title)
     print(table)
 
 

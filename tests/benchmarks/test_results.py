@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 
 from decausal.config import resolve
-from decausal.report.sources import Run
 from decausal.training.settings import ConversionSettings
 from tests.benchmarks.test_verified import BENCHMARKS
 from tests.runs import save_source
@@ -51,14 +50,14 @@ def test_a_crossing_is_where_the_aligned_curve_meets_the_lowest_of_the_plain_one
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from results import alignment
 
-    def run(values: list[float], pace: float) -> Run:
-        log = [{"step": 10 * i, "seconds": 10 * pace * i, alignment.MEASURE: value} for i, value in enumerate(values)]
-        return Run("run", Path("run"), {}, log=log)
+    def run(values: list[float], pace: float) -> list[dict[str, float]]:
+        return [{"step": 10 * i, "seconds": 10 * pace * i, "nelbo": value} for i, value in enumerate(values)]
 
     plain, aligned = run([9.0, 6.0, 4.0, 5.0], 1.0), run([9.0, 5.0, 3.0, 3.0], 1.2)
     found = alignment.crossing(plain, aligned, cost=1.25)
     assert found == pytest.approx({"step": 15 / 20, "seconds": 18 / 20, "operations": 1.25 * 15 / 20})
     assert alignment.crossing(plain, run([9.0, 8.0], 1.0), cost=1.25) == {}
+    assert alignment.crossing(run([4.0, 5.0], 1.0), aligned, cost=1.25) == {}  # training only made it worse
 
 
 def test_finished_runs_become_a_table_a_figure_and_a_page(
@@ -88,6 +87,14 @@ def test_finished_runs_become_a_table_a_figure_and_a_page(
     assert (work / "alignment.png").read_bytes().startswith(b"\x89PNG")
     assert "mdm-data0.01-rate0.0001-seed0" in (work / "report.html").read_text()
 
+    # The same figures on another machine, without the runs.
+    made = (work / "alignment.json").read_text()
+    (tmp_path / "known.json").write_text(made)
+    elsewhere = [*command[:-1], str(tmp_path / "elsewhere"), "--known", str(tmp_path / "known.json")]
+    monkeypatch.setattr("sys.argv", elsewhere)
+    alignment.main()
+    assert json.loads((tmp_path / "elsewhere" / "alignment.json").read_text())["rows"] == json.loads(made)["rows"]
+
 
 @pytest.mark.parametrize("name", ["alignment", "distillation", "infilling"])
 def test_every_conversion_of_a_result_has_settings_that_exist(
@@ -107,7 +114,8 @@ def test_every_conversion_of_a_result_has_settings_that_exist(
     made.main()
     assert "convert tiny --recipe" in capsys.readouterr().out
     flags = argparse.Namespace(model="tiny", data=tmp_path, work=tmp_path / "work", seeds=(0, 1), steps=None)
-    vars(flags).update(limit=None, minutes=None, rates=None, learning_rate=1e-4)
+    vars(flags).update(limit=None, minutes=None, rates=None, learning_rate=1e-4, bf16="true", known={})
+    vars(flags).update(methods=["corpus", "off-policy", "opdlm", "lossless"])
     conversions = [step for step in made.steps_of(flags) if step.arguments[0] == "convert"]
     assert len(conversions) == {"alignment": 24, "distillation": 8, "infilling": 2}[name]
     for step in conversions:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import decausal
 from decausal.errors import UserError
+from decausal.evaluation.likelihood import evaluate_nll
 from decausal.models.checkpoint import load_converted
 from decausal.training.run import training_arguments
 from decausal.training.run_directory import checkpoints
@@ -245,6 +246,18 @@ def test_held_out_data_are_measured_as_often_as_asked_and_at_the_end(tmp_path, s
     measured = [entry["step"] for entry in conversion.history if "eval_nelbo_per_token" in entry]
     assert measured == [2, 4, 5]
     assert all(entry["eval_masked_cross_entropy"] > 0 for entry in conversion.history if "eval_bits_per_byte" in entry)
+
+
+def test_held_out_rows_have_as_many_mask_patterns_as_asked(tmp_path, source, text, monkeypatch):
+    asked = []
+
+    def evaluate(*args, samples_per_row, **kwargs):
+        asked.append(samples_per_row)
+        return evaluate_nll(*args, samples_per_row=samples_per_row, **kwargs)
+
+    monkeypatch.setattr("decausal.training.measuring.evaluate_nll", evaluate)
+    run(source, text, tmp_path / "out", eval_data=str(text), eval_rows=2, eval_samples=3)
+    assert set(asked) == {3}
 
 
 def test_held_out_data_may_be_another_split_of_the_same_data(tmp_path, source, text, capsys):

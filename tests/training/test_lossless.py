@@ -356,6 +356,7 @@ def test_introspective_trains_one_set_of_weights_on_growing_groups(tmp_path: Pat
         ({"causal_context": False}, "--noise all needs --layout block, --causal_context true and --shift 1"),
         ({"shift": 0}, "--noise all needs"),
         ({"views": 2}, "--views 2 is not for --noise all"),
+        ({"eval_samples": 2}, "--eval_samples 2 is not for --noise all"),
         ({"clean_weight": 1.0}, "its gradient would be 0"),
         ({"block_size_schedule": "1,2"}, "ends with 2, and --block_size is 3"),
         ({"block_size_schedule": "1,x"}, "give whole numbers with commas"),
