@@ -3,18 +3,19 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from itertools import groupby, islice
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
+from decausal.data.answers import Warn
 from decausal.data.documents import read_sources
-from decausal.data.encode import BATCH_RECORDS, encode_stream
+from decausal.data.encode import BATCH_RECORDS, encode_batch, encode_each, good
 from decausal.data.forms import Record
-from decausal.data.prompts import OnBad, Prompt, given, pieces, report_dropped
+from decausal.data.prompts import Prompt, given, pieces, report_dropped
 from decausal.data.reading import Account, Reading, say
 from decausal.data.sources import Data, find_sources
 from decausal.errors import UserError
@@ -83,9 +84,16 @@ class AskedPrompts:
 
     def _read(self, account: Account, dropped_lengths: list[int]) -> Iterator[Prompt]:
         on_bad = partial(account.take_unencodable, on_bad_record=self._reading.on_bad_record)
-        records = self._without_texts(read_sources(self._sources, self._reading, account), on_bad)
+        some = partial(
+            _prompts_of_each,
+            tokenizer=self._tokenizer,
+            max_length=self._max_length,
+            longest=self._room,
+            prompt_fraction=self._fraction,
+        )
+        records = read_sources(self._sources, self._reading, account)
         at_once = min(BATCH_RECORDS, self._num_prompts or BATCH_RECORDS)  # so that hardly more are read than wanted
-        prompts = given(records, self._tokenizer, on_bad, at_once=at_once)
+        prompts = good(encode_each(records, some, self._reading.num_proc, at_once), on_bad)
         return islice(self._fitting(prompts, dropped_lengths), self._num_prompts)
 
     def _fitting(self, prompts: Iterable[Prompt], dropped_lengths: list[int]) -> Iterator[Prompt]:
@@ -95,15 +103,24 @@ class AskedPrompts:
             else:
                 dropped_lengths.append(len(prompt.ids))
 
-    def _without_texts(self, records: Iterable[Record], on_bad: OnBad) -> Iterator[Record]:
-        """Makes prompts of plain texts."""
-        for is_text, group in groupby(records, lambda record: "text" in record):
-            if not is_text:
-                yield from group
-                continue
-            for document in encode_stream(group, self._tokenizer, on_bad=on_bad):
-                for piece in pieces(document, self._max_length, self._room, self._fraction):
-                    # A prompt gets what comes before a text again.
-                    text = self._tokenizer.decode(piece[document.num_before :], **VERBATIM)
-                    whole = text.rstrip("\ufffd")  # half a character
-                    yield {"origin": document.origin, "prompt": whole, "completion": ""}
+
+def _prompts_of_each(
+    records: Sequence[Record],
+    warn: Warn,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    longest: int,
+    prompt_fraction: float,
+) -> list[list[Prompt]]:
+    """Returns the prompts of each record. Those of plain texts become texts first, and then prompts like others."""
+    asked: list[list[Record]] = [[record] for record in records]
+    texts = [index for index, record in enumerate(records) if "text" in record]
+    for index, document in zip(texts, encode_batch([records[index] for index in texts], tokenizer), strict=True):
+        asked[index] = []
+        for piece in pieces(document, max_length, longest, prompt_fraction):
+            # A prompt gets what comes before a text again.
+            text = tokenizer.decode(piece[document.num_before :], **VERBATIM)
+            whole = text.rstrip("\ufffd")  # half a character
+            asked[index].append({"origin": document.origin, "prompt": whole, "completion": ""})
+    prompts = iter(given([record for several in asked for record in several], tokenizer, warn))
+    return [list(islice(prompts, len(several))) for several in asked]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -46,9 +45,10 @@ class Encoded:
     num_before: int = 0
 
 
-Documents = list[Encoded] | UserError
-"""What becomes of a record: its documents, or what is wrong with it."""
-EncodeSome = Callable[[Sequence[Record], Warn], Sequence[list[Encoded]]]
+Made = TypeVar("Made")
+EncodeSome = Callable[[Sequence[Record], Warn], Sequence[Made]]
+"""Encodes records together, and calls its second argument with what the user should know."""
+OnBad = Callable[[UserError], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def encode_stream(
     tokenizer: PreTrainedTokenizerBase,
     *,
     append_eos: bool = True,
-    on_bad: Callable[[UserError], None] | None = None,
+    on_bad: OnBad | None = None,
     num_proc: int = 1,
 ) -> Iterator[Encoded]:
     """Yields each record's tokens in order, encoding a bounded number of records at a time; see `encode_batch`.
@@ -97,48 +97,48 @@ def encode_stream(
     `on_bad` is called with what is wrong with a record that cannot be encoded. It raises, or the record is skipped.
     """
     encode_some = partial(encode_records, tokenizer=tokenizer, append_eos=append_eos)
-    yield from good_documents(encode_each(records, encode_some, num_proc), on_bad)
+    yield from good(encode_each(records, encode_some, num_proc), on_bad)
 
 
-def good_documents(
-    found: Iterable[tuple[Record, Documents]], on_bad: Callable[[UserError], None] | None
-) -> Iterator[Encoded]:
-    """Yields the documents of `encode_each`. Errors go to `on_bad`, or are raised."""
-    for _, documents in found:
-        if not isinstance(documents, UserError):
-            yield from documents
+def good(found: Iterable[tuple[Record, list[Made] | UserError]], on_bad: OnBad | None) -> Iterator[Made]:
+    """Yields what `encode_each` made of the records. Errors go to `on_bad`, or are raised."""
+    for _, made in found:
+        if not isinstance(made, UserError):
+            yield from made
         elif on_bad is None:
-            raise documents
+            raise made
         else:
-            on_bad(documents)
+            on_bad(made)
 
 
 def encode_each(
-    records: Iterable[Record], encode_some: EncodeSome, num_proc: int
-) -> Iterator[tuple[Record, Documents]]:
-    """Yields each record with its documents, or with the error that says why it cannot be encoded.
+    records: Iterable[Record], encode_some: EncodeSome[Made], num_proc: int, at_once: int | None = None
+) -> Iterator[tuple[Record, Made | UserError]]:
+    """Yields each record with what is made of it, or with the error that says why it cannot be encoded.
 
     Args:
         records: Read in batches of bounded size.
-        encode_some: Encodes a batch, and calls its second argument with what the user should know.
+        encode_some: Encodes a batch.
         num_proc: Processes that encode.
+        at_once: Records in a batch; None: `BATCH_RECORDS`.
 
     Raises:
         UserError: The tokenizer is at fault, not a record; or a process ended early.
     """
-    for batch, sent in in_order(partial(_encode_to_send, encode_some=encode_some), _batches(records), num_proc):
-        for line in sent.notes:
+    work = partial(_encode_with_notes, encode_some=encode_some)
+    for batch, (made, notes) in in_order(work, _batches(records, at_once or BATCH_RECORDS), num_proc):
+        for line in notes:
             say(line)
-        yield from zip(batch, sent.documents([record["origin"] for record in batch]), strict=True)
+        yield from zip(batch, made, strict=True)
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+def _batches(records: Iterable[Record], at_once: int) -> Iterator[list[Record]]:
     batch: list[Record] = []
     num_characters = 0
     for record in records:
         batch.append(record)
         num_characters += _num_characters(record)
-        if len(batch) == BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
+        if len(batch) == at_once or num_characters >= BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
     if batch:
@@ -150,59 +150,14 @@ def _num_characters(record: Record) -> int:
     return sum(map(len, texts)) + sum(len(message["content"] or "") for message in record.get("messages", ()))
 
 
-class _Sent(NamedTuple):
-    """The documents of a batch as few large arrays, which cost little to send to another process.
-
-    Attributes:
-        ids, is_maskable: Of all documents, one after another.
-        lengths, splittable, num_before: Of each document.
-        counts: Documents of each record.
-        errors: What is wrong with bad records, by their index.
-        notes: What the user should know.
-    """
-
-    ids: Ids
-    is_maskable: Flags
-    lengths: list[int]
-    splittable: list[bool]
-    num_before: list[int]
-    counts: list[int]
-    errors: dict[int, str]
-    notes: list[str]
-
-    def documents(self, origins: Sequence[str]) -> Iterator[Documents]:
-        """Yields the documents of each record, or its error."""
-        ends = np.cumsum(self.lengths).tolist()
-        pieces = zip(ends, self.lengths, self.splittable, self.num_before, strict=True)
-        for index, (origin, count) in enumerate(zip(origins, self.counts, strict=True)):
-            if index in self.errors:
-                yield UserError(self.errors[index])
-                continue
-            yield [
-                Encoded(self.ids[end - length : end], self.is_maskable[end - length : end], origin, *rest)
-                for end, length, *rest in islice(pieces, count)
-            ]
-
-
-def _encode_to_send(records: Sequence[Record], encode_some: EncodeSome) -> _Sent:
+def _encode_with_notes(
+    records: Sequence[Record], encode_some: EncodeSome[Made]
+) -> tuple[list[Made | UserError], list[str]]:
     notes: dict[str, None] = {}
-    found = _encode_good(records, encode_some, lambda line: notes.update({line: None}))
-    errors = {index: str(each) for index, each in enumerate(found) if isinstance(each, UserError)}
-    good = [[] if isinstance(each, UserError) else each for each in found]
-    documents = [document for each in good for document in each]
-    return _Sent(
-        np.concatenate([np.empty(0, dtype=np.int32), *(document.ids for document in documents)]),
-        np.concatenate([np.empty(0, dtype=bool), *(document.is_maskable for document in documents)]),
-        [len(document.ids) for document in documents],
-        [document.splittable for document in documents],
-        [document.num_before for document in documents],
-        [len(each) for each in good],
-        errors,
-        list(notes),
-    )
+    return _encode_good(records, encode_some, lambda line: notes.update({line: None})), list(notes)
 
 
-def _encode_good(records: Sequence[Record], encode_some: EncodeSome, warn: Warn) -> list[Documents]:
+def _encode_good(records: Sequence[Record], encode_some: EncodeSome[Made], warn: Warn) -> list[Made | UserError]:
     """Encodes records together. If one of them fails, each half is encoded separately, down to the bad record."""
     try:
         return list(encode_some(records, warn))

@@ -8,10 +8,9 @@ answers may be missing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -22,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from decausal.data.answers import Warn
 from decausal.data.documents import read_sources
 from decausal.data.encode import (
-    BATCH_RECORDS,
     Encoded,
+    OnBad,
     SpecialTokens,
     encode_batch,
     encode_each,
-    good_documents,
+    good,
     refuse_mask_token,
 )
 from decausal.data.forms import Record
@@ -40,7 +39,6 @@ from decausal.errors import UserError
 from decausal.wording import quantity
 
 Ids = Int32[np.ndarray, " _"]
-OnBad = Callable[[UserError], None]
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,7 @@ def prompts_of(
     some = partial(
         _encode_prompts, tokenizer=tokenizer, max_length=max_length, longest=longest, prompt_fraction=prompt_fraction
     )
-    for document in good_documents(encode_each(records, some, num_proc), on_bad):
-        yield document.ids
+    yield from good(encode_each(records, some, num_proc), on_bad)
 
 
 def _encode_prompts(
@@ -172,19 +169,16 @@ def _encode_prompts(
     max_length: int,
     longest: int,
     prompt_fraction: float,
-) -> list[list[Encoded]]:
-    """Returns the prompts of each record as documents of which nothing is trained."""
+) -> list[list[Ids]]:
+    """Returns the prompts of each record."""
     found: list[list[Ids]] = [[] for _ in records]
     texts = [index for index, record in enumerate(records) if "text" in record]
     for index, document in zip(texts, encode_batch([records[index] for index in texts], tokenizer), strict=True):
         found[index] = list(pieces(document, max_length, longest, prompt_fraction))
     others = [index for index, record in enumerate(records) if "text" not in record]
-    for index, prompt in zip(others, given([records[index] for index in others], tokenizer, None, warn), strict=True):
+    for index, prompt in zip(others, given([records[index] for index in others], tokenizer, warn), strict=True):
         found[index] = [prompt.ids]
-    return [
-        [Encoded(ids, np.zeros(len(ids), dtype=bool), record["origin"], splittable=False) for ids in prompts]
-        for record, prompts in zip(records, found, strict=True)
-    ]
+    return found
 
 
 def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: float) -> Iterator[Ids]:
@@ -198,59 +192,35 @@ def pieces(document: Encoded, max_length: int, longest: int, prompt_fraction: fl
             yield piece[: max(1, length)]
 
 
-def given(
-    records: Iterable[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    on_bad: OnBad | None,
-    warn: Warn = say,
-    at_once: int = BATCH_RECORDS,
-) -> Iterator[Prompt]:
-    """Yields the prompts of conversations and of completions, as the model reads them before an answer.
+def given(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, warn: Warn = say) -> list[Prompt]:
+    """Returns the prompts of conversations and of completions, as the model reads them before an answer.
 
     Args:
         records: Records with "messages" or with "prompt".
         tokenizer: The model's tokenizer.
-        on_bad: Called with the error of a record that cannot be used. None raises it.
         warn: Called with what the user should know about the template.
-        at_once: Records that are read and encoded together.
 
     Raises:
-        UserError: A record cannot be used, and `on_bad` raises or is None.
+        UserError: A record cannot be used.
     """
-    records = iter(records)
-    while some := list(islice(records, at_once)):
-        yield from _given_together(some, tokenizer, on_bad, warn)
-
-
-def _given_together(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad | None, warn: Warn
-) -> Iterator[Prompt]:
     prefix = SpecialTokens(tokenizer).prefix
     texts: list[tuple[Record, str, list[int]]] = []
     for record in records:
-        try:
-            if "messages" in record:
-                record = record | {"messages": before_answer(record["messages"])}
-                texts.append((record, conversation_prompt(record, tokenizer, warn), []))
-            else:
-                texts.append((record, record["prompt"], prefix))
-        except UserError as error:
-            _bad(error, on_bad)
-    batch = tokenizer([text for _, text, _ in texts], add_special_tokens=False, verbose=False) if texts else None
-    for (record, _, before), text_ids in zip(texts, batch["input_ids"] if batch else [], strict=True):
-        ids = np.array([*before, *text_ids], dtype=np.int32)
-        try:
-            refuse_mask_token(ids, record["origin"], tokenizer)
-        except UserError as error:
-            _bad(error, on_bad)
+        if "messages" in record:
+            record = record | {"messages": before_answer(record["messages"])}
+            texts.append((record, conversation_prompt(record, tokenizer, warn), []))
         else:
-            yield Prompt(ids, record)
-
-
-def _bad(error: UserError, on_bad: OnBad | None) -> None:
-    if on_bad is None:
-        raise error
-    on_bad(error)
+            texts.append((record, record["prompt"], prefix))
+    if not texts:
+        return []
+    batch = tokenizer([text for _, text, _ in texts], add_special_tokens=False, verbose=False)
+    prompts = [
+        Prompt(np.array([*before, *text_ids], dtype=np.int32), record)
+        for (record, _, before), text_ids in zip(texts, batch["input_ids"], strict=True)
+    ]
+    for prompt in prompts:
+        refuse_mask_token(prompt.ids, prompt.record["origin"], tokenizer)
+    return prompts
 
 
 def before_answer(messages: list[Message]) -> list[Message]:

@@ -22,7 +22,7 @@ from decausal.data.packing import Row
 from decausal.data.reading import Account, Reading, say
 from decausal.data.row_file import RowFile, is_whole, write_rows
 from decausal.data.rows import CACHE_DIR, FORMAT_VERSION, cache_errors, fingerprint, refuse_out_of_range
-from decausal.data.sources import Data, find_sources
+from decausal.data.sources import Data, Source, find_sources
 from decausal.data.tables import HubDataset
 from decausal.data.windows import Material, State, StoppedError, Windows
 from decausal.errors import UserError
@@ -233,10 +233,7 @@ def stream_rows(
     """
     refuse_out_of_range(sequence_length, data_fraction)
     reading, left_out = reading or Reading(), Account()
-    sources = [
-        replace(source, is_streamed=True) if isinstance(source, HubDataset) else source
-        for source in find_sources(data, reading.split, left_out)
-    ]
+    sources = streamed_sources(data, reading.split, left_out)
     subset = (data_fraction, seed) if data_fraction < 1 else None
     options = [FORMAT_VERSION, sequence_length, reading.content, subset, "streamed", window_rows]
     directory = (Path(cache_dir) if cache_dir else CACHE_DIR) / fingerprint(sources, tokenizer, options)
@@ -246,3 +243,11 @@ def stream_rows(
     say(f"streaming {where}: read while training goes on; rows are shuffled within windows of {window_rows:,}")
     material = Material(sources, reading, tokenizer, sequence_length, window_rows, data_fraction, seed)
     return StreamedRows(material, directory, num_rows)
+
+
+def streamed_sources(data: Data, split: str, left_out: Account) -> list[Source]:
+    """Returns what `data` name, with data sets of the hub that are read row by row; see `find_sources`."""
+    return [
+        replace(source, is_streamed=True) if isinstance(source, HubDataset) else source
+        for source in find_sources(data, split, left_out)
+    ]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def write_answers(
         "num_answers": num_answers,
         "truncated": truncated,
         "max_length": longest,
-        **asdict(reading),
+        **asdict(replace(reading, num_proc=1)),  # any number of processes reads the same
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with continued(target, json.loads(json.dumps(facts))) as file:

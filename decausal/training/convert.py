@@ -29,6 +29,7 @@ from decausal.models.flex import use_flex_attention
 from decausal.models.gated_checkpoint import save_gated, source_directory
 from decausal.models.mask_row import fold_mask_row, settle_mask_row
 from decausal.models.row_attention import FLEX
+from decausal.training.corpus_rows import reading_ahead
 from decausal.training.draft_tokens import frequent_tokens
 from decausal.training.inputs import check_conversion
 from decausal.training.measuring import Measure, measurement, with_evaluation
@@ -51,7 +52,7 @@ from decausal.training.run_directory import (
     wants_resume,
 )
 from decausal.training.run_log import RunLog
-from decausal.training.run_rows import reading_ahead, rows_of_run
+from decausal.training.run_rows import rows_of_run
 from decausal.training.settings import ConversionSettings
 from decausal.training.sharding import refuse_partitioned
 from decausal.training.start import Start, find_start

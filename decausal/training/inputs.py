@@ -47,7 +47,7 @@ def check_plan(settings: ConversionSettings, training: Mapping[str, Any]) -> Non
     _check_named(settings)
 
 
-def _check_length(settings: ConversionSettings, training: Mapping[str, Any]) -> None:
+def _check_length(settings: ConversionSettings | PretrainSettings, training: Mapping[str, Any]) -> None:
     if settings.streaming and training.get("max_steps", -1) < 1:
         raise UserError(
             "--streaming true needs --max_steps: how many rows the data give is not known before they have been read"
@@ -80,7 +80,9 @@ def check_pretraining(settings: PretrainSettings, training: Mapping[str, Any]) -
     Raises:
         UserError: A value is out of range, the output directory is not free, or there are no such data.
     """
-    check_values(PRETRAIN_DEFAULTS | dict(training))
+    training = PRETRAIN_DEFAULTS | dict(training)
+    check_values(training)
+    _check_length(settings, training)
     _check_output(training, overwrite=settings.overwrite)
     _check_data(settings)
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
-from decausal.data.documents import read_documents
-from decausal.data.rows import PackedRows, load_rows
+from decausal.data.documents import read_sources
+from decausal.data.reading import Account
+from decausal.data.rows import PackedRows
 from decausal.data.sources import Tasks, find_sources
 from decausal.data.stream import Collator, TrainingStream
+from decausal.data.streamed_rows import streamed_sources
 from decausal.data.tokenizer import character_tokenizer, train_tokenizer
 from decausal.diffusion.layout import Layout
 from decausal.evaluation.likelihood import evaluate_ar_nll
@@ -24,6 +26,8 @@ from decausal.files import follow_umask
 from decausal.models.casting import cast_weights
 from decausal.models.compiled import compile_layers
 from decausal.training.argument_values import PRETRAIN_DEFAULTS
+from decausal.training.corpus_rows import corpus_of_run, corpus_rows, reading_ahead
+from decausal.training.inputs import check_pretraining
 from decausal.training.losses import Supervision
 from decausal.training.memory import keep_freed_memory
 from decausal.training.model_card import model_card
@@ -36,7 +40,7 @@ from decausal.training.resuming import (
     run_record,
     say_other_precision,
 )
-from decausal.training.run import rows_per_step, run_length, training_arguments
+from decausal.training.run import rows_per_step, training_arguments
 from decausal.training.run_directory import (
     checkpoint_to_resume,
     claimed,
@@ -45,6 +49,8 @@ from decausal.training.run_directory import (
 )
 from decausal.training.settings.pretraining import PretrainSettings
 from decausal.training.trainer import ConversionTrainer
+
+TOKENIZER_CHARACTERS = 100_000_000  # of streamed data, whose end may be far away
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     Raises:
         UserError: The shape is impossible, the data cannot be read, or the output directory is not free.
     """
+    check_pretraining(settings, training)
     args = training_arguments(PRETRAIN_DEFAULTS | training)
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
@@ -79,14 +86,15 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
             refuse_other_arguments(checkpoint, args)
             say_other_precision(checkpoint, args)
         tokenizer = _tokenizer(settings, checkpoint)
-        rows = load_rows(settings.data, tokenizer, settings.max_length, reading=settings.reading)
-        heldout_rows = _heldout_rows(settings, tokenizer)  # now, so that errors are reported before training
+        stream = TrainingStream(*corpus_of_run(settings, args, tokenizer), seed=args.seed, shift=1, noising=None)
+        heldout_rows = _heldout_rows(settings, tokenizer, args.seed)  # now, so that errors are reported before training
         model = _model(settings, tokenizer, seed=args.seed)
-        trainer = _trainer(settings, args, model, tokenizer, rows)
+        trainer = _trainer(settings, args, model, tokenizer, stream)
         if checkpoint is not None:
             refuse_other_rows(checkpoint, trainer.run_record)
         run_directory.begin(asdict(settings) | training, overwrite=settings.overwrite and checkpoint is None)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with reading_ahead(stream, lambda: trainer.state.global_step * rows_per_step(args)):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model = cast_weights(trainer.trained_model(), torch.bfloat16)
         model.config.use_cache = True  # training turned it off
         heldout, tasks = _measure(settings, heldout_rows, model, tokenizer)
@@ -102,10 +110,10 @@ def pretrain(settings: PretrainSettings, training: dict[str, Any]) -> Pretrained
     return Pretrained(output_dir, heldout, tasks)
 
 
-def _heldout_rows(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PackedRows | None:
+def _heldout_rows(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> PackedRows | None:
     if settings.eval_data is None:
         return None
-    return load_rows(settings.eval_data, tokenizer, settings.max_length, reading=settings.eval_reading)
+    return corpus_rows(settings, settings.eval_data, settings.eval_reading, tokenizer, seed)
 
 
 def _measure(
@@ -136,8 +144,16 @@ def _tokenizer(settings: PretrainSettings, checkpoint: Path | None) -> PreTraine
 
 
 def _texts(settings: PretrainSettings) -> Iterator[str]:
-    for record in read_documents(settings.data, settings.reading):
-        yield record["text"] if "text" in record else record["prompt"] + record["completion"]
+    """Yields what the BPE tokenizer is trained on: all data, or the beginning of streamed ones."""
+    reading, account = settings.reading, Account()
+    find = streamed_sources if settings.streaming else find_sources
+    num_characters = 0
+    for record in read_sources(find(settings.data, reading.split, account), reading, account):
+        text = record["text"] if "text" in record else record["prompt"] + record["completion"]
+        yield text
+        num_characters += len(text)
+        if settings.streaming and num_characters >= TOKENIZER_CHARACTERS:
+            return
 
 
 def _model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -165,14 +181,12 @@ def _trainer(
     args: TrainingArguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    rows: PackedRows,
+    stream: TrainingStream,
 ) -> ConversionTrainer:
     if args.device.type == "cpu":
         keep_freed_memory()
     if settings.compile_layers:
         compile_layers(model)
-    num_samples = run_length(args, len(rows))
-    stream = TrainingStream(rows, num_samples, seed=args.seed, shift=1, noising=None)
     return ConversionTrainer(
         model,
         args,

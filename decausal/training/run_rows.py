@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +14,8 @@ from decausal.data.chat import answer_end_ids
 from decausal.data.encode import SpecialTokens
 from decausal.data.group_collator import GroupCollator
 from decausal.data.prompts import Prompts, load_prompts
-from decausal.data.reading import Reading
-from decausal.data.rows import PackedRows, load_rows
 from decausal.data.stream import Batch, Collator, Noising, Rows, TrainingStream
-from decausal.data.streamed_rows import StreamedRows, stream_rows
+from decausal.data.streamed_rows import StreamedRows
 from decausal.devices import choices
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
@@ -26,9 +23,10 @@ from decausal.models.checkpoint import Converted
 from decausal.models.facts import ConversionFacts
 from decausal.sampling.settings import SamplerSettings
 from decausal.sampling.stopping import end_token_ids
+from decausal.training.corpus_rows import corpus_of_run, corpus_rows
 from decausal.training.on_policy import OnPolicyCollator, OnPolicyRows, OnPolicyStream, RolloutPlan
 from decausal.training.rollouts import Decoding
-from decausal.training.run import rows_per_step, run_length
+from decausal.training.run import rows_per_step
 from decausal.training.schedule import steps
 from decausal.training.settings import ConversionSettings
 from decausal.wording import quantity
@@ -65,12 +63,7 @@ def rows_of_run(
     """
     collator = collator_of(settings, facts, context_length(model.config), choices(args.device).row_multiple)
     if settings.rows == "corpus":
-        if settings.streaming:
-            num_rows = args.max_steps * rows_per_step(args)
-            rows: PackedRows | StreamedRows = _streamed_rows(settings, tokenizer, args.seed, num_rows)
-        else:
-            rows = corpus_rows(settings, settings.data, settings.reading, tokenizer, args.seed, settings.data_fraction)
-            num_rows = run_length(args, len(rows))
+        rows, num_rows = corpus_of_run(settings, args, tokenizer, settings.data_fraction)
         facts = _with_ends(facts, tokenizer, rows.has_conversations)
         return RunRows(stream_of(settings, rows, num_rows, args.seed), collator, facts)
     prompts = _prompts(settings, tokenizer, args.seed)
@@ -91,59 +84,6 @@ def _with_ends(facts: ConversionFacts, tokenizer: PreTrainedTokenizerBase, has_c
         return facts
     ends = answer_end_ids(tokenizer, SpecialTokens(tokenizer).ids)
     return replace(facts, end_token_ids=list(dict.fromkeys([*facts.end_token_ids, *ends])))
-
-
-def corpus_rows(
-    settings: ConversionSettings,
-    data: str | tuple[str, ...] | None,
-    reading: Reading,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    fraction: float,
-) -> PackedRows:
-    """Returns packed rows of `data`, as long as the settings say; see `decausal.data.rows.load_rows`."""
-    return load_rows(
-        list(data) if isinstance(data, tuple) else data,
-        tokenizer,
-        settings.max_length,
-        reading=reading,
-        data_fraction=fraction,
-        seed=seed,
-    )
-
-
-@contextmanager
-def reading_ahead(stream: TrainingStream | OnPolicyStream, position: Callable[[], int]) -> Iterator[None]:
-    """While inside, streamed rows are prepared in the background. At the end a line says what was read.
-
-    Args:
-        stream: The rows of a run.
-        position: Returns how many of them were trained on.
-    """
-    rows = stream.rows if isinstance(stream, TrainingStream) else None
-    if not isinstance(rows, StreamedRows):
-        yield
-        return
-    try:
-        yield
-        rows.say_read(position())
-    finally:
-        rows.close()
-
-
-def _streamed_rows(
-    settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, seed: int, num_rows: int
-) -> StreamedRows:
-    return stream_rows(
-        list(settings.data) if isinstance(settings.data, tuple) else settings.data,
-        tokenizer,
-        settings.max_length,
-        num_rows=num_rows,
-        window_rows=settings.streaming_window,
-        reading=settings.reading,
-        data_fraction=settings.data_fraction,
-        seed=seed,
-    )
 
 
 def stream_of(settings: ConversionSettings, rows: Rows | StreamedRows, num_samples: int, seed: int) -> TrainingStream:
@@ -190,7 +130,7 @@ def collator_of(
 
 def _prompts(settings: ConversionSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prompts:
     return load_prompts(
-        list(settings.data) if isinstance(settings.data, tuple) else settings.data,
+        settings.data,
         tokenizer,
         settings.max_length,
         1 if settings.noise == "all" else settings.block_size,

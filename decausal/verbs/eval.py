@@ -73,9 +73,6 @@ def _nll(arguments: list[str]) -> int:
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("--data", required=True, help="text, as for convert; 'stdlib-heldout' is always available")
     add_reading_flags(parser)
-    parser.add_argument(
-        "--dataset_num_proc", dest="num_proc", metavar="N", type=positive, help="processes that tokenise (1)"
-    )
     add_template_flags(parser)
     parser.add_argument("--max_length", type=at_least(2), help="tokens in a row (512)")
     parser.add_argument("--num_rows", type=positive, default=64, help="rows to measure on (64)")

@@ -92,6 +92,9 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset_split", dest="split", metavar="DATASET_SPLIT", help="the split of a data set (train)"
     )
     parser.add_argument("--on_bad_record", choices=ON_BAD_RECORD, help="what a bad record does (error)")
+    parser.add_argument(
+        "--dataset_num_proc", dest="num_proc", metavar="N", type=positive, help="processes that tokenise (1)"
+    )
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from decausal.data import encode as encode_module
 from decausal.data import reading
+from decausal.data.asked import AskedPrompts
 from decausal.data.prompts import load_prompts
 from decausal.data.reading import Reading
 from decausal.data.rows import PackedRows, load_rows
@@ -108,6 +109,25 @@ def test_prompts_are_the_same_from_one_and_from_three_processes(data: Path, text
         )
         assert len(one) == len(three) > 40
         assert all(torch.equal(one[index], three[index]) for index in range(len(one)))
+
+
+def test_prompts_to_ask_are_the_same_from_one_and_from_three_processes(data: Path, texts: Path) -> None:
+    for path in (data, texts):
+        one, three = (
+            AskedPrompts(
+                path,
+                refusing_tokenizer(),
+                max_length=40,
+                num_new_tokens=4,
+                num_prompts=50,
+                reading=Reading(num_proc=num_proc, on_bad_record="skip"),
+            )
+            for num_proc in (1, 3)
+        )
+        assert len(one) == len(three) == 50
+        for ours, theirs in zip(one, three, strict=True):
+            assert ours.ids.tolist() == theirs.ids.tolist()
+            assert ours.record == theirs.record
 
 
 def _end_at(number: int, batch: int) -> int:

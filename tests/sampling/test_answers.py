@@ -143,6 +143,20 @@ def test_answers_that_are_too_long_are_left_out_where_that_is_asked_for(writer: 
     ]
 
 
+def test_any_number_of_processes_tokenises_the_prompts_of_one_job(source: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "in.jsonl", [*ASKED, *ASKED])
+    flags = ["--data", str(data), "--temperature", "3", "--max_new_tokens", "8", "--seed", "3"]
+    for number in (1, 2):
+        target = ["--output", str(tmp_path / f"{number}.jsonl"), "--dataset_num_proc", str(number)]
+        assert main(["answers", str(source), *flags, *target]) == 0
+    whole = (tmp_path / "1.jsonl").read_bytes()
+    assert (tmp_path / "2.jsonl").read_bytes() == whole
+    (tmp_path / "1.jsonl").write_bytes(whole[: len(whole) // 2])
+    continued = ["--output", str(tmp_path / "1.jsonl"), "--dataset_num_proc", "2"]
+    assert main(["answers", str(source), *flags, *continued]) == 0
+    assert (tmp_path / "1.jsonl").read_bytes() == whole
+
+
 @pytest.mark.parametrize("truncated", ["keep", "drop"])
 def test_a_job_cut_off_at_any_byte_is_continued_to_the_same_file(
     writer: Converted, tmp_path: Path, truncated: str

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from decausal.data import streamed_rows
+from decausal.data.rows import load_rows
 from decausal.data.tasks import examples
 from decausal.errors import UserError
 from decausal.evaluation.tasks import evaluate_tasks
@@ -50,8 +52,9 @@ def text(tmp_path):
     return str(tmp_path / "text.txt")
 
 
-def run(text, output_dir, **training):
-    settings = PretrainSettings(data=text, eval_data=text, **SHAPE)
+def run(text, output_dir, *, streaming=False, streaming_window=4096, **training):
+    streamed = {"streaming": streaming, "streaming_window": streaming_window}
+    settings = PretrainSettings(data=text, eval_data=text, **SHAPE, **streamed)
     return pretrain(settings, TRAINING | training | {"output_dir": str(output_dir)})
 
 
@@ -114,8 +117,13 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
-    run(text, tmp_path / "whole")
+STREAMED = {"streaming": True, "streaming_window": 4}
+
+
+@pytest.mark.parametrize("streamed", [{}, STREAMED], ids=["packed", "streamed"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch, streamed):
+    monkeypatch.setattr(streamed_rows, "CACHE_DIR", tmp_path / "cache")
+    run(text, tmp_path / "whole", **streamed)
     trainer_of = room._trainer
 
     def stopping(*args):
@@ -126,12 +134,42 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(room, "_trainer", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(text, tmp_path / "stopped")
+            run(text, tmp_path / "stopped", **streamed)
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["checkpoint-2", "checkpoint-4"]
-    run(text, tmp_path / "stopped", resume_from_checkpoint="true")
+    run(text, tmp_path / "stopped", resume_from_checkpoint="true", **streamed)
     last = "checkpoint-6"
     assert_same(weights(tmp_path / "stopped" / last), weights(tmp_path / "whole" / last))
     assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert len(list(tmp_path.glob("cache/*"))) == (1 if streamed else 0), "the resumed run reads the same windows"
+
+
+def test_streamed_rows_in_one_window_train_as_packed_ones(tmp_path, text, monkeypatch):
+    """Then they are shuffled as packed ones are, and any difference is one of the rows."""
+    monkeypatch.setattr(streamed_rows, "CACHE_DIR", tmp_path / "cache")
+    one_window = len(load_rows(text, _tokenizer_of(run(text, tmp_path / "packed")), SHAPE["max_length"]))
+    run(text, tmp_path / "streamed", streaming=True, streaming_window=one_window)
+    assert_same(weights(tmp_path / "streamed"), weights(tmp_path / "packed"))
+
+
+def _tokenizer_of(trained):
+    return AutoTokenizer.from_pretrained(trained.output_dir)
+
+
+def test_of_streamed_data_the_tokenizer_is_trained_on_the_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "TOKENIZER_CHARACTERS", 400)
+    for name, words in (("a", "question " * 20), ("b", "question " * 60), ("c", "absolute " * 60)):
+        (tmp_path / f"{name}.txt").write_text(words)
+    data = tuple(str(tmp_path / f"{name}.txt") for name in "abc")
+    read = {
+        streaming: "".join(room._texts(PretrainSettings(data=data, streaming=streaming))) for streaming in (False, True)
+    }
+    assert read[True].count("question ") == 80 == read[False].count("question ")
+    assert ("absolute" in read[True], "absolute" in read[False]) == (False, True)
+
+
+def test_streaming_needs_the_length_of_the_run(tmp_path, text):
+    with pytest.raises(UserError, match="--streaming true needs --max_steps"):
+        run(text, tmp_path / "ar", max_steps=-1, num_train_epochs=1, streaming=True)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,13 @@ class RecordSettings(Family):
     )
     dataset_num_proc: int = setting(1, "processes that tokenise; the rows are the same with any number")
     max_length: int = setting(512, "tokens in a packed row; at most the model's context")
+    streaming: bool = setting(
+        False, "read data while training goes on, each pass in their order, and keep few rows on disk; needs max_steps"
+    )
+    streaming_window: int = setting(4096, "rows that are packed at a time, and shuffled among each other")
 
     def check(self) -> None:
-        at_least(self, max_length=2, dataset_num_proc=1)
+        at_least(self, max_length=2, dataset_num_proc=1, streaming_window=1)
         if self.eval_split is not None and self.eval_data is None:
             raise UserError(f"--eval_split {self.eval_split} has no effect without --eval_data; name the held-out data")
 
@@ -69,10 +73,6 @@ class DataSettings(RecordSettings):
         None, "values that the template reads, saved with it as defaults: '{\"enable_thinking\": false}'"
     )
     data_fraction: float = setting(1.0, "share of the documents to train on; the same seed chooses the same documents")
-    streaming: bool = setting(
-        False, "read data while training goes on, each pass in their order, and keep few rows on disk; needs max_steps"
-    )
-    streaming_window: int = setting(4096, "rows that are packed at a time, and shuffled among each other")
     eval_rows: int = setting(64, "rows of eval_data to measure on")
     eval_samples: int = setting(8, "mask patterns of each of these rows, the same each time")
     sample_prompts: str | None = setting(
@@ -81,5 +81,5 @@ class DataSettings(RecordSettings):
     sample_tokens: int = setting(64, "new tokens of each sample")
 
     def check(self) -> None:
-        at_least(self, eval_rows=1, eval_samples=1, sample_tokens=1, streaming_window=1)
+        at_least(self, eval_rows=1, eval_samples=1, sample_tokens=1)
         share(self, "data_fraction")
