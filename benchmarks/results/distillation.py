@@ -165,16 +165,19 @@ def written(records: list[Evaluation]) -> dict[str, Any]:
         "agreement": found["agreement"],
         "same text": found["same_texts"],
         "tokens per forward": model["tokens_per_forward"],
+        "ended": model["num_ended"] / look["num_texts"],
         "repetition": look["repetition"],
         "entropy": look["entropy"],
+        "perplexity under the AR model": model["perplexity"],
     }
 
 
 def as_markdown(found: dict[str, Any]) -> str:
     """Returns the table, a column for each method and seed."""
     rows = found["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("method", "seed")))
-    lines = ["| |" + "".join(f" {row['method']}, seed {row['seed']} |" for row in rows) + " AR |"]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("method", "seed", "rate")))
+    heads = (f" {row['method']}, rate {row['rate']:g}, seed {row['seed']} |" for row in rows)
+    lines = ["| |" + "".join(heads) + " AR |"]
     lines.append("|---|" + "---|" * (len(rows) + 1))
     for name in names:
         cells = [cell(row.get(name)) for row in rows]

@@ -146,7 +146,7 @@ def evaluate_texts(
         model=model,
         source=None,
         source_missing=missing,
-        sampler=asdict(settings_for(converted.facts, **options)),
+        sampler=asdict(settings_for(converted.facts, max_new_tokens=max_new_tokens, **options)),
         data_hash=xxhash.xxh3_128_hexdigest(repr(prompts).encode()),
     )
     if source is None:

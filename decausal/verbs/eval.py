@@ -130,9 +130,8 @@ def _tasks(arguments: list[str]) -> int:
         **options,
     )
     found = scores.as_dict()
-    sampler = sampler_options(flags)
-    seeds = {"sampler": sampler.get("seed", 0)}
-    keep_record(flags.output, ["eval", "tasks"], arguments, flags.model, found, seeds=seeds, sampler=sampler)
+    seeds = {"sampler": options.get("seed", 0)}
+    keep_record(flags.output, ["eval", "tasks"], arguments, flags.model, found, seeds=seeds, sampler=options)
     return _print(scores, found, flags.json)
 
 

@@ -126,5 +126,6 @@ def test_texts_have_entropy_beside_their_perplexity_and_the_source_is_surest_of_
     whole = found["--json"]
     assert whole["model"]["perplexity"] >= whole["source"]["perplexity"] > 1
     assert whole["model"]["look"]["entropy"] is not None
+    assert whole["sampler"]["max_new_tokens"] == 8
     assert found["--no_source"]["model"]["perplexity"] is None
     assert found["--no_source"]["model"]["look"] == whole["model"]["look"]
