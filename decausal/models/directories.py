@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from decausal.errors import UserError, first_line
 from decausal.files import parsed_json
-from decausal.models.facts import DRAFT, FACTS_FILE, read_facts
+from decausal.models.facts import DRAFT, FACTS_FILE, MASK_ROW_FILE, read_facts
 
 ADAPTER_FILE = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -54,11 +54,14 @@ def adapter_of(directory: Path) -> Adapter | None:
 
 
 def _refuse_draft(directory: Path) -> None:
-    """Refuses the adapter of a gated conversion by itself."""
+    """Refuses the adapter of a gated conversion by itself, wherever it lies."""
     whole = directory.resolve().parent
-    if directory.resolve().name == DRAFT and (whole / FACTS_FILE).is_file() and read_facts(whole).is_gated:
+    is_inside = directory.resolve().name == DRAFT and (whole / FACTS_FILE).is_file() and read_facts(whole).is_gated
+    is_copy = (directory / MASK_ROW_FILE).is_file() and not (directory / FACTS_FILE).is_file()  # no run's checkpoint
+    if is_inside or is_copy:
         raise UserError(
-            f"{directory} is the draft of a gated conversion: it acts at masks alone and is never merged; give {whole}"
+            f"{directory} is the draft of a gated conversion: it acts at masks alone and is never merged; give "
+            f"{whole if is_inside else 'the whole conversion, with its decausal.json'}"
         )
 
 

@@ -17,6 +17,8 @@ from decausal.privacy import without_secrets
 DRAFT = "draft"
 """The directory of a gated conversion's adapter."""
 SCHEMA_VERSION = 1
+MASK_ROW_FILE = "mask_row.safetensors"
+"""The mask token's row, beside a draft or in the checkpoint of a LoRA run."""
 WEIGHTS = ("shared", "gated")
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from decausal.errors import UserError
 from decausal.models.backbone import stock_model
+from decausal.models.facts import MASK_ROW_FILE
 
 MASK_ROW = "mask_row"
-MASK_ROW_FILE = "mask_row.safetensors"
 
 
 def freeze_embeddings(model: nn.Module, mask_token_id: int) -> None:

@@ -97,6 +97,16 @@ def test_the_draft_is_a_peft_adapter_and_disabled_it_is_the_source(made: Path) -
         assert torch.equal(whole(ids).logits, source(ids).logits)
 
 
+@pytest.mark.parametrize("place", ["out/draft", "copy"])
+def test_the_draft_by_itself_is_never_merged(made: Path, answers: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(made / "out" / "draft", made / "copy", dirs_exist_ok=True)
+    settings = json.loads((made / "copy" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(made / "source")
+    (made / "copy" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"is the draft of a gated conversion.*never merged; give "):
+        run(made / place, answers, tmp_path / "out", merge_adapter=True)
+
+
 def test_a_source_whose_settings_hold_a_secret_is_refused_because_they_are_kept(tmp_path: Path, answers: Path) -> None:
     source = save_source(tmp_path / "source", chat=True)
     values = json.loads((source / "tokenizer_config.json").read_text())
@@ -237,7 +247,7 @@ def test_denoising_is_refused_with_the_reason(made: Path) -> None:
     model = load(made / "out")
     with pytest.raises(UserError, match="draft for verified decoding alone"):
         model.generate("the rain", speculative=False)
-    with pytest.raises(UserError, match="layout 'block'"):
+    with pytest.raises(UserError, match="masks draft what it then verifies from left to right"):
         model.infill("the", "rain", length=2)
 
 

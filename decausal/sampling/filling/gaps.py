@@ -92,6 +92,12 @@ def refuse_layout(facts: ConversionFacts) -> None:
             "this model has layout 'causal': a gap cannot see the suffix after it; infill and edit need layout "
             "'bidirectional'"
         )
+    if facts.only_drafts:
+        raise UserError(
+            "this model's masks draft what it then verifies from left to right: a gap cannot see the text after it; "
+            "infill and edit need a model of layout 'bidirectional', such as the recipes repr-align, mdm and "
+            "diffullama make"
+        )
     if facts.layout == "block":
         raise UserError(
             f"this model has layout 'block' with block_size {facts.block_size}: a gap sees text after it only to the "
