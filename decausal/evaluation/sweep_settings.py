@@ -36,7 +36,7 @@ def tried_settings(facts: ConversionFacts, over: Sequence[str], fixed: dict[str,
     Args:
         facts: The model's facts.
         over: Each NAME=VALUE,VALUE,... is a line of its own. If there are none: thresholds for a model that denoises,
-            and verified decoding if it is possible.
+            and verified decoding if it is possible, which stands beside other lines once.
         fixed: Sampler settings that hold throughout.
 
     Raises:
@@ -47,6 +47,8 @@ def tried_settings(facts: ConversionFacts, over: Sequence[str], fixed: dict[str,
         if not facts.only_drafts:
             found = [Tried("threshold", fixed | {"threshold": value}) for value in THRESHOLDS]
         found += _verified(facts, fixed)
+    elif not any(tried.series in (*OF_DRAFTS, "speculative") or tried.options.get("speculative") for tried in found):
+        found += _verified(facts, fixed)[:1]
     for tried in found:
         options = {name: value for name, value in tried.options.items() if name != BLOCK_SIZE}
         settings_for(facts, **options)

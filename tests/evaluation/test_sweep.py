@@ -78,6 +78,21 @@ def test_without_settings_thresholds_and_drafts_are_tried() -> None:
 
 
 @pytest.mark.parametrize(
+    ("over", "fixed", "series"),
+    [
+        (["threshold=0.5"], {}, ["threshold", VERIFIED]),
+        (["block_size=2", "threshold=0.5"], {}, ["block_size", "threshold", VERIFIED]),
+        (["threshold=0.5", "draft_length=2"], {}, ["threshold", "draft_length"]),
+        (["temperature=0.5"], {"speculative": True}, ["temperature"]),
+    ],
+)
+def test_verified_decoding_stands_once_beside_what_is_swept(
+    over: list[str], fixed: dict[str, Any], series: list[str]
+) -> None:
+    assert [one.series for one in tried_settings(FACTS, over, fixed)] == series
+
+
+@pytest.mark.parametrize(
     ("over", "reported"),
     [
         ("threshold", "write NAME=VALUE"),
@@ -100,7 +115,7 @@ def test_a_sweep_and_an_evaluation_are_kept_drawn_and_reproduced(
     command = ["sweep", "student", "--tasks", "addition", "--num_examples", "2", "--over", "threshold=1.0,0.5"]
     assert main([*command, "--output", "sweep.json"]) == 0
     first = json.loads(Path("sweep.json").read_text())
-    assert [point["series"] for point in first["figures"]["points"]] == [AR, "threshold", "threshold"]
+    assert [point["series"] for point in first["figures"]["points"]] == [AR, "threshold", "threshold", VERIFIED]
     assert {"commit", "hardware", "versions", "data_hash", "seeds", "sampler"} <= first["manifest"].keys()
     assert first["model"]["fingerprint"].keys() == {"model.safetensors"}
     assert main([*command, "--output", "sweep.json"]) == 0  # nothing but the source is measured again

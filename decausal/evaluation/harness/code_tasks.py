@@ -139,7 +139,7 @@ class Infilling(CodeTask):
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{canonical_solution}}",
-        "generation_kwargs": {"max_gen_toks": 64, "do_sample": False},
+        "generation_kwargs": {"until": [], "max_gen_toks": 64, "do_sample": False},
     }
 
     def arguments(self, doc: dict[str, Any], context: str) -> tuple[str, dict[str, Any]]:

@@ -186,17 +186,19 @@ def run_tasks(
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """Stops the harness from printing about bootstraps and from describing the machine.
+    """Stops the harness from printing about bootstraps and from describing the machine and the current directory.
 
-    The description starts pip and other programs, which takes seconds. Our own record has these facts.
+    The description starts pip, git and other programs, which takes seconds and prints errors outside a repository. Our
+    own record has these facts.
     """
-    describe = evaluator.add_env_info
+    describe, commit = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda _: None
+    evaluator.get_git_commit_hash = lambda: None
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
-        evaluator.add_env_info = describe
+        evaluator.add_env_info, evaluator.get_git_commit_hash = describe, commit
 
 
 def _cache_file(directory: str | None, identity: dict[str, Any]) -> str | None:

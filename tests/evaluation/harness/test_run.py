@@ -169,6 +169,14 @@ def test_the_chat_template_reaches_the_model(models: dict[str, Path], tasks: Pat
     assert text.startswith("<|im_start|>user\nthe rain<|im_end|>")
 
 
+def test_nothing_is_said_about_the_directory_that_a_run_starts_in(
+    models: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository of git, which git reports as an error
+    evaluated(models, tasks, "one", ["small_word"], limit=1)
+    assert "git" not in capfd.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_from_its_cache(
     models: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ def test_the_command_draws_each_setting_and_the_source(
     command = ["sweep", str(models["one"]), "--tasks", "small_answer", "--include_path", str(tasks), "--limit", "3"]
     assert main([*command, "--over", "temperature=0,0.5", "--output", str(output), "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
-    assert [point["series"] for point in points] == ["AR", "temperature", "temperature"]
+    assert [point["series"] for point in points] == ["AR", "temperature", "temperature", "verified"]
     assert all(point["num_examples"] == 3 for point in points)
     assert points[1]["accuracy"] == points[0]["accuracy"]
     assert output.exists()
