@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import count
 from typing import Any
 
 from decausal.privacy import without_paths, without_paths_in
@@ -144,11 +145,24 @@ def training(runs: Sequence[Run]) -> str:
             lines = [Line(run.name, points) for run in runs if (points := run.curve(measure, by))]
             if lines and (by in ("step", "seconds") or measure == "eval_nelbo_per_token"):
                 drawn.append((chart(lines, "", axis, name), f"{name[0].upper()}{name[1:]}, by {axis}"))
+    for run in runs:
+        if drafts := list(_drafts(run)):
+            what = f"{run.name}: share of drafts that are right, where those before them are"
+            drawn.append((chart(drafts, "", "step", "share of drafts"), what))
     losses = [Line(run.name, points) for run in runs if (points := run.curve("loss"))]
     if losses:
         drawn.append((chart(losses, "", "step", "training loss"), "Training loss, as it was logged"))
     headings = ("run", "steps", "tokens", "seconds", "rate", "rows", "seed", "held out, first", "last")
     return f"<h2>Training</h2>\n{charts(drawn)}\n{table(headings, map(_run, runs))}"
+
+
+def _drafts(run: Run) -> Iterator[Line]:
+    """Yields a line for each position of a draft, the first one first."""
+    for position in count(1):
+        points = run.curve(f"eval_draft_accuracy_{position}")
+        if not points:
+            return
+        yield Line(f"draft {position}", points)
 
 
 def _run(run: Run) -> list[str]:

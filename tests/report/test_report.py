@@ -83,7 +83,8 @@ def folder(tmp_path: Path) -> Path:
     settings = {"learning_rate": 0.001, "seed": 5, "data": str(tmp_path / "mine.txt"), "hub_token": SECRET}
     (run / "run.yaml").write_text(yaml.safe_dump(settings))
     entries = [{"step": step, "tokens": 9 * step, "seconds": 2.0 * step, "loss": 4.0 - step} for step in (1, 2)]
-    entries.append({"step": 2, "tokens": 18, "seconds": 4.0, "eval_nelbo_per_token": 3.5})
+    shares = {"eval_draft_accuracy_1": 0.5, "eval_draft_accuracy_2": 0.25, "eval_tokens_per_pass": 1.6}
+    entries.append({"step": 2, "tokens": 18, "seconds": 4.0, "eval_nelbo_per_token": 3.5} | shares)
     lines = [json.dumps(entry) for entry in entries]
     (run / "log.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))  # a killed run's last line
     sample = {"step": 2, "prompt": "It", "text": "rains and rains", "finish_reason": "length"}
@@ -129,6 +130,9 @@ def test_the_page_holds_every_figure_with_its_manifest_and_needs_nothing_from_ou
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
     assert not re.search(r'(src|href)="(?!#)', text.replace('xlink:href="#', 'xlink:href=#"'))
+    assert all(f">{label}<" in text for label in ("draft 1", "draft 2"))
+    assert ">draft 3<" not in text
+    assert "run-one: share of drafts that are right" in text
     assert SECRET not in text + page.with_suffix(".json").read_text()
     assert str(folder) not in text
     names = json.loads(page.with_suffix(".json").read_text())
