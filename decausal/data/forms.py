@@ -26,7 +26,10 @@ BESIDE_MESSAGES = (*FOR_TEMPLATES, *SYSTEM)
 HISTORY = "history"  # Alpaca's earlier turns: a list of [question, answer]
 FINISH_REASON = "finish_reason"  # OpenAI's name; of an answer that was cut off it says "length"
 OF_ANSWERS = ("id", "num_tokens")  # what `decausal answers` tells people; nothing of it is trained
-TO_ANSWER = "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm"
+TO_ANSWER = (
+    "a prompt without an answer is for recipes that write answers themselves, such as --recipe opdlm; "
+    "`decausal answers` writes them to a file for all others"
+)
 
 
 class UnknownFormError(UserError):

@@ -74,6 +74,14 @@ def embedded_defaults(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"learning_rate": EMBEDDED_LEARNING_RATE}
 
 
+def gated_rows(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with which gated weights learn from prompts without answers: the AR model writes them."""
+    settings = {**recipe, **given}
+    if settings.get("weights") != "gated" or "rows" in settings or not _lacks_answers(settings):
+        return {}
+    return {"rows": "rollout"}
+
+
 def _is_converted(model: Any) -> bool:
     """Returns whether a model here is a converted one; the hub is not asked."""
     return isinstance(model, str) and model not in EMBEDDED_MODELS and not is_left_to_the_hub(model) and _here(model)

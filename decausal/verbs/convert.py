@@ -48,9 +48,9 @@ def run(arguments: list[str]) -> int:
 
 def chosen_recipe(flags: list[str]) -> tuple[str, list[str], list[str]]:
     """Returns a recipe's name, the flags that remain, and lines about a choice that was not the user's."""
-    from decausal.config import ALIASES, parse_flags, recipe_names, take_flag
+    from decausal.config import ALIASES, parse_flags, read_recipe, recipe_names, take_flag
     from decausal.errors import UserError
-    from decausal.training.recipe_choice import choose_recipe, embedded_defaults
+    from decausal.training.recipe_choice import choose_recipe, embedded_defaults, gated_rows
 
     flags, goal = take_flag(flags, "goal", "")
     flags, name = take_flag(flags, "recipe", "")
@@ -65,4 +65,8 @@ def chosen_recipe(flags: list[str]) -> tuple[str, list[str], list[str]]:
     for key, value in defaults.items():
         flags = [*flags, f"--{key}", str(value)]
         lines.append(f"{key} {value}, as small a model as this one learns with")
+    recipe = read_recipe(name) if name in recipe_names() else {}
+    for key, value in gated_rows(recipe, given).items():
+        flags = [*flags, f"--{key}", str(value)]
+        lines.append(f"{key} {value}: the data are prompts without answers, which the AR model writes during training")
     return name, flags, lines

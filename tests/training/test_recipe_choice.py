@@ -62,6 +62,24 @@ def test_the_choice_is_printed_with_the_settings_and_small_models_have_their_own
     assert capsys.readouterr().out.count("learning_rate: 2.0e-05") == 1
 
 
+@pytest.mark.parametrize("choice", [["--recipe", "lossless"], ["--goal", "exact"]])
+def test_gated_weights_learn_from_the_answers_that_the_model_writes_where_data_have_none(
+    choice: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    Path("answers.jsonl").write_text(json.dumps(ANSWER) + "\n")
+    for data, rows, given in (
+        ("questions.jsonl", "rollout", []),
+        ("answers.jsonl", "corpus", []),
+        ("questions.jsonl", "corpus", ["--rows", "corpus"]),
+    ):
+        assert main(["convert", "tiny", *choice, "--data", data, *given, "--print_config"]) == 0
+        out = capsys.readouterr().out
+        assert f"\nrows: {rows}\n" in out
+        assert ("# rows rollout: the data are prompts without answers" in out) == (rows == "rollout")
+
+
 def test_an_unknown_goal_names_the_nearest_and_a_goal_beside_a_recipe_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
