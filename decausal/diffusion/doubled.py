@@ -7,7 +7,8 @@ once. After them, for each noised view, come copies of the needed blocks at the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +21,8 @@ from decausal.diffusion.layout import block_numbers, positions_in_documents
 class Doubled:
     """Rows of clean tokens and noised blocks, padded to the longest.
 
+    R is B, or less if rows are joined.
+
     Attributes:
         ids: What the model reads: clean tokens, then the views' blocks, in which masked tokens and fills are masks.
         document_ids: -1 for padding.
@@ -27,20 +30,20 @@ class Doubled:
         stream_ids: 0 for clean tokens, s for the s-th view, -1 for padding.
         source_index: Flat index into [B*T] of the clean token at each place, or under its mask; -1 for masks that fill
             a document's last block, and for padding.
-        places: Flat index into [B*S] of each clean token in each stream; -1 if the stream does not hold it.
+        places: Flat index into [R*S] of each clean token in each stream; -1 if the stream does not hold it.
         is_block_start: Clean tokens that begin a block.
     """
 
-    ids: Int[Tensor, "B S"]
-    document_ids: Int[Tensor, "B S"]
-    position_ids: Int[Tensor, "B S"]
-    stream_ids: Int[Tensor, "B S"]
-    source_index: Int[Tensor, "B S"]
+    ids: Int[Tensor, "R S"]
+    document_ids: Int[Tensor, "R S"]
+    position_ids: Int[Tensor, "R S"]
+    stream_ids: Int[Tensor, "R S"]
+    source_index: Int[Tensor, "R S"]
     places: Int[Tensor, "B streams T"]
     is_block_start: Bool[Tensor, "B T"]
 
     def place_of(self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Returns the flat indices into [B*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the
+        """Returns the flat indices into [R*S] of clean tokens (flat indices into [B*T]) in a stream: 0, or s for the
         s-th view."""
         _, num_streams, length = self.places.shape
         row, column = token_index // length, token_index % length
@@ -49,7 +52,7 @@ class Doubled:
     def predicting_place(
         self, stream: Int[Tensor, " n"] | int, token_index: Int[Tensor, " n"], shift: int
     ) -> Int[Tensor, " n"]:
-        """Returns the flat index into [B*S] of the state that predicts each token of a noised stream.
+        """Returns the flat index into [R*S] of the state that predicts each token of a noised stream.
 
         Shift 0: the token's own state. Shift 1: the state before it in its own stream, if that belongs to its block.
         Before a block's first token it is the clean stream's state, which has read exactly the earlier blocks. So shift
@@ -137,6 +140,45 @@ def double(
         places=torch.where(is_held, row_index * row_length + start, -1),
         is_block_start=block_starts(document_ids, block_size),
     )
+
+
+def joined(rows: Doubled, row_length: int = 512) -> Doubled:
+    """Returns rows laid end to end in fewer rows of about `row_length` tokens, or of the longest, with little padding.
+
+    Their documents stay apart. Clean tokens keep their indices into [B*T].
+    """
+    is_real = rows.stream_ids >= 0
+    num_rows, longest = is_real.shape
+    lengths = is_real.sum(dim=1).tolist()
+    row, start, length = _balanced(lengths, max(1, -(-sum(lengths) // max(longest, row_length))))
+    new_place = (row * length + start).to(is_real.device)[:, None] + torch.arange(longest, device=is_real.device)
+    num_joined = int(row.max()) + 1
+
+    def laid(values: Tensor, padding: Tensor | int) -> Tensor:
+        padded = torch.zeros(num_joined, length, dtype=values.dtype, device=values.device) + padding
+        return padded.reshape(-1).scatter(0, new_place[is_real], values[is_real]).reshape(num_joined, length)
+
+    return replace(
+        rows,
+        ids=laid(rows.ids, 0),
+        document_ids=laid(rows.document_ids + longest * torch.arange(num_rows, device=is_real.device)[:, None], -1),
+        position_ids=laid(rows.position_ids, torch.arange(length, device=is_real.device) % rows.places.shape[2]),
+        stream_ids=laid(rows.stream_ids, -1),
+        source_index=laid(rows.source_index, -1),
+        places=torch.where(rows.places < 0, -1, new_place.reshape(-1)[rows.places.clamp(min=0)]),
+    )
+
+
+def _balanced(lengths: Sequence[int], num_rows: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], int]:
+    """Returns the row and the start of each piece, and the longest row: each piece joins the shortest row so far, the
+    longest piece first."""
+    row, start = torch.zeros(len(lengths), dtype=torch.int64), torch.zeros(len(lengths), dtype=torch.int64)
+    used = [0] * num_rows
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        shortest = used.index(min(used))
+        row[index], start[index] = shortest, used[shortest]
+        used[shortest] += lengths[index]
+    return row, start, max(*used, 1)
 
 
 def _whole_blocks(

@@ -132,7 +132,9 @@ class UnitPatterns:
 def draw_unit_patterns(unit_ids: Int[Tensor, " T"], num_samples: int, *, seed: int, position: int = 0) -> UnitPatterns:
     """Draws mask patterns of a row whose units (documents or blocks) have separate NELBOs.
 
-    For each unit, n/m times the summed loss of its masked tokens is an unbiased estimate of its NELBO.
+    For each unit, n/m times the summed loss of its masked tokens is an unbiased estimate of its NELBO. Together the
+    patterns vary less than independent ones: their counts are evenly spaced, and they mask each token about equally
+    often.
 
     Args:
         unit_ids: 0, 1, ... in any order; -1 for tokens that are never masked.
@@ -148,9 +150,33 @@ def draw_unit_patterns(unit_ids: Int[Tensor, " T"], num_samples: int, *, seed: i
     # The last row of numbers rotates each unit's levels, which stay evenly spaced over the samples.
     uniform = uniforms((num_samples + 1, max(len(unit), num_units + 1)), seed=seed, position=position)
     turned = (level[:, None] + uniform[-1, : num_units + 1]) % 1.0
-    num_masked = (1 + (turned * size).long()).minimum(size)[:, unit].masked_fill(~is_maskable, 0)
-    is_masked = _rank_in_unit(uniform[:-1, : len(unit)], unit, size) < num_masked
+    count = (1 + (turned * size).long()).minimum(size)
+    deck, first = _deal(count, size)
+    rank = _rank_in_unit(uniform[:-1, : len(unit)], unit, size).gather(0, deck[:, unit])
+    num_masked = count[:, unit].masked_fill(~is_maskable, 0)
+    is_masked = (rank - first[:, unit]) % size[unit] < num_masked
     return UnitPatterns(is_masked, num_masked, size[unit].masked_fill(~is_maskable, 0))
+
+
+def _deal(
+    count: Int[Tensor, "S units"], size: Int[Tensor, " units"]
+) -> tuple[Int[Tensor, "S units"], Int[Tensor, "S units"]]:
+    """Deals the tokens of each unit out like cards of a shuffled deck: a pattern takes the next `count` ones.
+
+    When all have been dealt, the next pattern takes another deck. One that needs more cards than are left goes on from
+    its deck's first card. So each pattern by itself is uniform among those of its count.
+
+    Returns:
+        Which deck each pattern takes its tokens from, and its first one there.
+    """
+    deck, first = torch.zeros_like(count), torch.zeros_like(count)
+    used, number = torch.zeros_like(size), torch.zeros_like(size)
+    for pattern, taken in enumerate(count):
+        is_dealt = used >= size
+        number, used = number + is_dealt, used.masked_fill(is_dealt, 0)
+        deck[pattern], first[pattern] = number, used
+        used = used + taken
+    return deck, first
 
 
 def _rank_in_unit(

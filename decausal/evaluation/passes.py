@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decausal.data.stream import Rows
-from decausal.diffusion.doubled import block_starts, double, needs_copy
-from decausal.diffusion.layout import Layout, is_packed
+from decausal.diffusion.doubled import block_starts, double, joined, needs_copy
+from decausal.diffusion.layout import Layout, block_numbers, is_packed
 from decausal.diffusion.shift import predictable, predicting_index
 from decausal.errors import UserError
 from decausal.models.architecture import context_length
@@ -185,12 +185,18 @@ def _block_states(
     is_masked: Bool[Tensor, "B K T"],
 ) -> Float[Tensor, "n D"]:
     """Does what `noised_states` does for block layouts. A row's clean tokens are read once for all its views. A block
-    is read again only in views where one of its states predicts a masked token."""
+    is read again only in views where one of its states predicts a masked token, and once for views that mask the same
+    of its tokens."""
     device, attention = device_of(model), facts.attention
     assert attention.block_size is not None
+    block = block_numbers(document_ids, attention.block_size)
+    first_view = _first_alike(is_masked, block)
     is_copied = needs_copy(is_masked, block_starts(document_ids, attention.block_size), facts.shift)
+    is_copied = is_copied & (first_view == torch.arange(is_masked.shape[1])[:, None])
     context = context_length(stock_model(model).config)
-    rows = double(clean_ids, document_ids, is_copied, is_masked, facts.mask_token_id, attention.block_size, context)
+    rows = joined(
+        double(clean_ids, document_ids, is_copied, is_masked, facts.mask_token_id, attention.block_size, context)
+    )
     output = body_forward(
         model,
         rows.ids.to(device),
@@ -200,8 +206,21 @@ def _block_states(
         stream_ids=rows.stream_ids.to(device),
     )
     row, view, column = is_masked.nonzero(as_tuple=True)
+    view = first_view[row, view, column]
     places = rows.predicting_place(view + 1, row * clean_ids.shape[1] + column, facts.shift)
     return output.last_hidden_state.flatten(0, 1).index_select(0, places.to(device))
+
+
+def _first_alike(is_masked: Bool[Tensor, "B K T"], block: Int[Tensor, "B T"]) -> Int[Tensor, "B K T"]:
+    """Returns the first view that masks the same tokens of each token's block."""
+    index = block.clamp(min=0)
+    first = torch.empty_like(is_masked, dtype=torch.int64)
+    for view in reversed(range(is_masked.shape[1])):
+        num_other = torch.zeros_like(first).scatter_add_(
+            2, index[:, None].expand_as(first), (is_masked != is_masked[:, view : view + 1]).long()
+        )
+        first.masked_fill_(num_other.gather(2, index[:, None].expand_as(first)) == 0, view)
+    return first
 
 
 def state_nll(states: Float[Tensor, "n D"], head: Head, token_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decausal.diffusion.doubled import Doubled, block_starts, double, needs_copy
+from decausal.diffusion.doubled import Doubled, block_starts, double, joined, needs_copy
 from decausal.diffusion.layout import positions_in_documents
 
 MASK = 999
@@ -114,6 +114,29 @@ def test_each_token_is_found_in_each_stream_that_holds_it(case):
         assert places.tolist() == [held.get((stream, token), -1) for token in tokens.tolist()]
         assert torch.equal(doubled.place_of(torch.full_like(tokens, stream), tokens), places)
     assert doubled.places.shape == (len(case.clean_ids), case.is_masked.shape[1] + 1, length)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases(), st.integers(1, 60))
+def test_joined_rows_hold_the_same_tokens_with_their_documents_apart(case, row_length):
+    apart, together = case.doubled(), joined(case.doubled(), row_length)
+    tokens = torch.arange(case.clean_ids.numel())
+    for stream in range(case.is_masked.shape[1] + 1):
+        before, after = apart.place_of(stream, tokens), together.place_of(stream, tokens)
+        assert torch.equal(before < 0, after < 0)
+        is_held = before >= 0
+        for name in ("ids", "position_ids", "stream_ids", "source_index"):
+            found = getattr(together, name).flatten()[after[is_held]]
+            assert torch.equal(found, getattr(apart, name).flatten()[before[is_held]]), name
+    is_real = together.stream_ids >= 0
+    assert is_real.sum() == (apart.stream_ids >= 0).sum()
+    assert torch.equal(is_real, together.document_ids >= 0)
+    assert together.ids.shape[1] <= max(apart.ids.shape[1], row_length) + apart.ids.shape[1]
+    is_clean = together.source_index >= 0
+    origin = together.source_index // case.clean_ids.shape[1], case.document_ids.flatten()[together.source_index]
+    where = torch.arange(len(together.ids))[:, None].expand_as(is_clean), together.document_ids
+    pairs = {tuple(pair) for pair in torch.stack([*origin, *where])[:, is_clean].T.tolist()}
+    assert len(pairs) == len({pair[:2] for pair in pairs}) == len({pair[2:] for pair in pairs})
 
 
 @settings(max_examples=50, deadline=None)

@@ -12,7 +12,7 @@ import torch
 from decausal.diffusion.nelbo import nelbo_exact
 from decausal.evaluation.continuations.causal import score_causally
 from decausal.evaluation.continuations.greedy import written_greedily
-from decausal.evaluation.continuations.nelbo import score_by_nelbo
+from decausal.evaluation.continuations.nelbo import _patterns, score_by_nelbo
 from decausal.evaluation.continuations.scored import Continuation
 from decausal.evaluation.patterns import weighted_patterns
 from decausal.models.backbone import head_of, logits
@@ -158,6 +158,27 @@ def test_views_share_the_clean_tokens_of_their_row() -> None:
     whole.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
     list(score_by_nelbo(whole, [one], num_samples=15, batch_size=1))
     assert read == [28 + 15 * 4]  # one forward per view would read 15 * (28 + 4)
+
+
+def test_a_block_is_read_once_for_all_views_that_mask_the_same_of_it() -> None:
+    whole, one = model(layout="block", block_size=4, shift=0), Continuation(random_ids(8, 1), random_ids(8, 2))
+    read: list[int] = []
+    whole.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    list(score_by_nelbo(whole, [one], num_samples=14, batch_size=1))
+    assert len(read) == 1
+    num_copies = (read[0] - 16) // 4
+    masks = _patterns(one, whole.facts, 14, 0).is_masked
+    assert num_copies == sum(len(set(map(tuple, masks[:, start : start + 4].tolist()))) for start in (8, 12)) < 28
+
+
+def test_requests_of_unlike_lengths_are_read_without_padding() -> None:
+    whole = model(layout="block", block_size=4, shift=0)
+    requests = [Continuation(random_ids(12, n), random_ids(4, n + 9)) for n in range(8)]
+    requests += [Continuation(random_ids(4, 20), random_ids(12, 21))]
+    read: list[int] = []
+    whole.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    list(score_by_nelbo(whole, requests, num_samples=15, batch_size=9))
+    assert read == [pytest.approx(9 * 16 + (8 + 3) * 15 * 4, rel=0.15)]
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 7, 8, 31])

@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from decausal.diffusion.nelbo import draw_patterns, nelbo_exact, nelbo_samples
+from decausal.diffusion.nelbo import draw_patterns, draw_unit_patterns, nelbo_exact, nelbo_samples
 
 V = 5
 TOKENS = torch.tensor([3, 0, 4, 1, 2, 2])
@@ -143,6 +143,32 @@ def test_every_pattern_masks_at_least_one_maskable_token_and_no_other():
     assert not (patterns.is_masked & ~PARTLY).any()
     assert counts.bincount().tolist() == [0, 100, 100, 100, 100]
     assert torch.allclose(patterns.weight.double(), 4 / counts.double())
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 8, 40])
+def test_patterns_deal_out_every_token_before_any_comes_again(num_samples):
+    unit_ids = torch.tensor([0, 1, 1, 0, -1, 2, 1, 1, 0, 1, 1])
+    patterns = draw_unit_patterns(unit_ids, num_samples, seed=3, position=5)
+    for unit in range(3):
+        masks = patterns.is_masked[:, unit_ids == unit]
+        dealt = torch.zeros(masks.shape[1], dtype=torch.int64)
+        for mask in masks:
+            if (dealt >= 1).all():
+                dealt.zero_()
+            dealt += mask
+            assert dealt.max() - dealt.min() <= 1
+        assert torch.equal(masks.sum(dim=1), patterns.num_masked[:, unit_ids == unit][:, 0])
+
+
+def test_dealt_patterns_vary_less_than_sets_that_are_drawn_independently():
+    model, exact = ToyConditional(), nelbo_exact(ToyConditional(), EVERYTHING)
+    dealt = torch.stack([nelbo_samples(model, EVERYTHING, 6, seed=0, position=i).mean() for i in range(400)])
+    counts = torch.arange(1, 7)  # one pattern with each number of masked tokens, as there
+    keys = torch.rand(400, 6, 6, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
+    is_masked = (keys < counts[:, None]).flatten(0, 1)
+    losses = -torch.where(is_masked, model(is_masked), 0).sum(dim=1).unflatten(0, (400, 6))
+    independent = (losses * 6 / counts).mean(dim=1)
+    assert (dealt - exact).square().mean() < 0.7 * (independent - exact).square().mean()
 
 
 def test_a_row_too_long_to_enumerate_is_refused():
