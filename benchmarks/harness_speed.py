@@ -9,6 +9,11 @@ blocks of 4, and bidirectional. On the requests of a multiple-choice task:
              and the largest difference of a log-likelihood
     NELBO    seconds of one forward per mask pattern and request, over ours with the same patterns (target: at least 2),
              and the largest difference
+    errors   variance of the mean over as many patterns, over ours: of independent noise levels t, uniform above 0.001,
+             with weights 1/t, and of independent numbers of masked tokens, with weights n/m. Times the ratio of seconds
+             this is what one forward per pattern takes to the same standard error
+
+MODEL may also be a converted model. Then its trained weights are read under each layout.
 
 Cases take turns, in a new order each round; a ratio is the median over rounds. On one thread seconds are processor
 seconds, so that other processes do not count.
@@ -21,7 +26,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +39,16 @@ from rich.table import Table
 import decausal.evaluation.harness  # noqa: F401 - registers the model
 from decausal.devices import clock
 from decausal.diffusion.layout import Layout
+from decausal.diffusion.nelbo import draw_unit_patterns
+from decausal.evaluation.continuations import nelbo
 from decausal.evaluation.continuations.nelbo import score_by_nelbo
 from decausal.evaluation.continuations.scored import Continuation
 from decausal.evaluation.harness.model import DecausalLM
+from decausal.evaluation.passes import measuring
+from decausal.evaluation.patterns import WeightedPatterns, weighted_patterns
 from decausal.models.adapt import adapt, load_source
-from decausal.models.checkpoint import ConversionFacts, Converted, save_converted
+from decausal.models.checkpoint import ConversionFacts, Converted, load_converted, save_converted
+from decausal.models.names import is_converted
 from decausal.provenance import provenance
 
 CAUSAL_TARGET, NELBO_TARGET = 1.5, 2.0
@@ -77,6 +87,10 @@ def requests_of(task: str, include_path: str, limit: int) -> list[Any]:
 
 def converted(source: str, kind: dict[str, Any], dtype: torch.dtype) -> Converted:
     """A conversion with the source's very weights."""
+    if is_converted(source):
+        trained = load_converted(source, dtype, "cpu")
+        shared = replace(trained.facts, block_size=None, causal_context=False)
+        return trained._replace(facts=replace(shared, **kind))
     model, tokenizer = load_source(source, dtype=dtype)
     layout = Layout(kind["layout"], kind.get("block_size"), kind.get("causal_context", False))
     mask_token_id = adapt(model, tokenizer, layout=layout)
@@ -112,6 +126,64 @@ def compare_nelbo(flags: argparse.Namespace, requests: list[Any], name: str) -> 
     return _figures(f"NELBO, {name}: one forward per pattern, over ours", ratios, *timed.values(), NELBO_TARGET)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Patterns of one request, drawn in some way, and the weights of losses."""
+
+    is_masked: torch.Tensor
+    weight: torch.Tensor
+
+
+def _levels(units: torch.Tensor, num_patterns: int, seed: int) -> Drawn:
+    """Independent noise levels of each unit."""
+    generator = torch.Generator().manual_seed(seed)
+    level = 1e-3 + (1 - 1e-3) * torch.rand(num_patterns, int(units.max()) + 1, generator=generator).double()
+    level = level[:, units.clamp(min=0)]
+    is_masked = (torch.rand(level.shape, generator=generator) < level) & (units >= 0)
+    return Drawn(is_masked, 1 / level)
+
+
+def _counts(units: torch.Tensor, num_patterns: int, seed: int) -> Drawn:
+    """Independent numbers of masked tokens of each unit."""
+    drawn = [draw_unit_patterns(units, 1, seed=seed + number) for number in range(num_patterns)]
+    masked = torch.cat([each.num_masked for each in drawn]).clamp(min=1)
+    return Drawn(torch.cat([each.is_masked for each in drawn]), drawn[0].num_maskable / masked)
+
+
+def _estimates(whole: Converted, one: Continuation, drawn: Drawn) -> torch.Tensor:
+    """The weighted loss of each pattern."""
+    patterns = WeightedPatterns(drawn.is_masked, drawn.weight.double(), torch.zeros_like(drawn.is_masked[0]))
+    losses = torch.zeros_like(patterns.weight)
+    with measuring(whole.model):
+        for pieces in nelbo._passes([one], [patterns]):
+            nelbo._add_losses(whole, [one], [patterns], [losses], pieces)
+    return (losses * patterns.weight).sum(dim=1)
+
+
+def compare_errors(flags: argparse.Namespace, requests: list[Any], name: str) -> dict[str, Any]:
+    """Variances of other estimators over ours, each summed over some requests."""
+    whole = converted(flags.model, KINDS[name], getattr(torch, flags.dtype))
+    ours, reported, others = 0.0, 0.0, {"levels": 0.0, "counts": 0.0}
+    for request in requests[:: max(1, len(requests) // flags.error_requests)][: flags.error_requests]:
+        one = _continuation(whole, *request.args)
+        units = nelbo.units_of(one, whole.facts)
+        drawn = [weighted_patterns(units, flags.num_samples, seed=n, position=0) for n in range(flags.error_seeds)]
+        sizes = [len(each.is_masked) for each in drawn]
+        masks = torch.cat([each.is_masked for each in drawn])
+        parts = _estimates(whole, one, Drawn(masks, torch.cat([each.weight for each in drawn]))).split(sizes)
+        ours += float(torch.stack([part.mean() for part in parts]).var())
+        reported += statistics.mean(float(part.var()) / len(part) for part in parts)
+        for kind, draw in (("levels", _levels), ("counts", _counts)):
+            found = _estimates(whole, one, draw(units, flags.num_samples * flags.error_seeds, 10**6))
+            others[kind] += float(found.var()) / flags.num_samples
+    return {
+        "name": f"errors, {name}",
+        **{f"variance of independent {kind}, over ours": value / ours for kind, value in others.items()},
+        "reported variance over ours": reported / ours,
+        "standard error of a request, nats": (ours / flags.error_requests) ** 0.5,
+    }
+
+
 def _continuation(whole: Converted, context: str, text: str) -> Continuation:
     before = whole.tokenizer(context)["input_ids"]
     return Continuation(before, whole.tokenizer(context + text)["input_ids"][len(before) :])
@@ -124,8 +196,6 @@ def _bounds(whole: Converted, asked: list[Continuation], num_samples: int, batch
 
 def _one_by_one(whole: Converted, asked: list[Continuation], num_samples: int) -> list[float]:
     """The same patterns, each in a forward of its own."""
-    from decausal.evaluation.continuations import nelbo
-
     longest, nelbo.LONGEST_PASS = nelbo.LONGEST_PASS, 1
     try:
         return _bounds(whole, asked, num_samples, 1)
@@ -155,6 +225,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--cases", default="causal,block,bidirectional")
+    parser.add_argument("--errors", default="", help="kinds whose estimates are compared: block,bidirectional (none)")
+    parser.add_argument("--error_requests", type=int, default=6)
+    parser.add_argument("--error_seeds", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("runs/harness_speed"), help="for the conversion")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     flags = parser.parse_args()
@@ -162,7 +235,13 @@ def main() -> None:
     cases = flags.cases.split(",")
     found = [compare_causal(flags, requests, flags.folder)] if "causal" in cases else []
     found += [compare_nelbo(flags, requests, name) for name in KINDS if name in cases]
-    outcome = provenance() | {"command": " ".join(["python", *sys.argv]), "num_requests": len(requests), "cases": found}
+    errors = [compare_errors(flags, requests, name) for name in KINDS if name in flags.errors.split(",")]
+    outcome = provenance() | {
+        "command": " ".join(["python", *sys.argv]),
+        "num_requests": len(requests),
+        "cases": found,
+        "errors": errors,
+    }
     print_header(outcome)
     table = Table("case", title=f"{len(requests)} requests of {flags.task}, {flags.dtype}")
     for heading in ("ratio", "target", "our seconds", "largest difference, nats"):
@@ -171,6 +250,8 @@ def main() -> None:
         figures = (f"{case['ratio']:.2f}", f"{case['target']:.1f}", f"{case['seconds']:.2f}")
         table.add_row(case["name"], *figures, f"{case['largest_difference']:.2g}")
     console.print(table)
+    for case in errors:
+        console.print("; ".join(f"{key}: {value:.2f}" if key != "name" else value for key, value in case.items()))
     if flags.json:
         flags.json.write_text(json.dumps(outcome, indent=2) + "\n")
 
