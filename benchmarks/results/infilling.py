@@ -31,8 +31,11 @@ def steps_of(flags: argparse.Namespace) -> list[Step]:
     for seed in flags.seeds:
         model = flags.work / f"repr-align-seed{seed}"
         sizes = ("--max_length", str(LENGTH), "--per_device_train_batch_size", str(ROWS))
-        rate = ("--learning_rate", str(flags.learning_rate), "--eval_data", "stdlib-heldout", "--eval_rows", "16")
-        found.append(conversion(flags, model, "repr-align", "stdlib", flags.steps or STEPS, seed, *sizes, *rate))
+        rate = ("--learning_rate", str(flags.learning_rate), "--eval_data", "stdlib-heldout", "--eval_rows", "8")
+        measured = ("--eval_samples", "2", "--eval_steps", "0.25")
+        found.append(
+            conversion(flags, model, "repr-align", "stdlib", flags.steps or STEPS, seed, *sizes, *rate, *measured)
+        )
         found.append(
             evaluation(
                 flags.work / "evals" / f"seed{seed}.json",
