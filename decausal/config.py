@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -18,6 +19,7 @@ from decausal.privacy import without_secrets
 from decausal.trainer_fields import trainer_fields
 
 Settings = TypeVar("Settings")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 # Names that users know from elsewhere.
 ALIASES = {
@@ -207,12 +209,20 @@ def _as(value: Any, option: Any) -> Any:
             parsed = [part.strip() for part in parsed.split(",")]
         if not isinstance(parsed, origin or option):
             raise ValueError
-        return parsed
+        return _with_numbers(parsed) if isinstance(parsed, dict) else parsed
     if isinstance(option, type) and issubclass(option, Enum):
         return option(value).value  # checked, and kept plain: settings are written to YAML and JSON
     if option is str or not isinstance(option, type):
         return str(value)
     return option(value)
+
+
+def _with_numbers(table: dict[str, Any]) -> dict[str, Any]:
+    """Returns a table in which 1e-5 is a number: YAML 1.1 reads only 1.0e-5 as one."""
+    return {
+        key: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        for key, value in table.items()
+    }
 
 
 def _as_tuple(value: Any, item: Any) -> tuple:

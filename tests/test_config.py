@@ -113,6 +113,7 @@ def test_any_text_is_read_or_refused_in_one_line(text, name):
         ("warmup_steps", "0.05", 0.05),
         ("bf16", "yes", True),
         ("lr_scheduler_kwargs", '{"num_decay_steps": 5}', {"num_decay_steps": 5}),
+        ("lr_scheduler_kwargs", "{min_lr: 1e-5}", {"min_lr": 1e-5}),
         ("lr_scheduler_type", "cosine", "cosine"),
         ("save_strategy", "epoch", "epoch"),
         ("eval_steps", "0.1", 0.1),
@@ -250,7 +251,8 @@ def test_recipes_of_papers_differ_from_ours_in_what_the_documents_say():
     assert read_recipe("repr-align-paper")["lr_scheduler_kwargs"] == {"min_lr": 3e-6}
     defaults = {"states_per_rollout": 1}
     facts = {"shift": 0, "causal_context": None}
-    assert changes("opdlm") == {"warmup_steps": 5, "rollout_curriculum": 100, **facts, **defaults}
+    rates = {"learning_rate": 1e-5, "warmup_steps": 5}
+    assert changes("opdlm") == {**rates, "rollout_curriculum": 100, **facts, **defaults}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@
 Runs differ in one thing each: alignment or not, share of the data (1, 10, 100 % of WikiText-2's validation articles and
 the standard library), embeddings frozen or not. All have the same steps, rows, noise and learning rate. The NELBO of
 WikiText-2's test articles is measured while they train, six times and at the start. `--rates 3e-5,1e-4,3e-4` looks for
-the learning rate first, on a tenth of the data. WORK/alignment.md is the table, WORK/alignment.png and WORK/report.html
-the curves. `--known alignment.json` goes on from an earlier result, on this machine or another.
+the learning rate first, on a tenth of the data; `--fractions 0.01` measures one share. WORK/alignment.md is the table,
+WORK/alignment.png and WORK/report.html the curves. `--known alignment.json` goes on from an earlier result, on this
+machine or another.
 
     step        step at which the aligned run meets the plain run's lowest NELBO, over the step of that
     operations  the same by floating-point operations (benchmarks/floors.py): an aligned step has the teacher's pass too
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from floors import ModelShape
 from results.figures import draw_curves
-from results.steps import Step, conversion, parser, publish, rates, run_or_print, runs_of
+from results.steps import Step, conversion, decimals, parser, publish, run_or_print, runs_of
 from results.texts import articles
 
 from decausal.models.adapt import load_source
@@ -74,7 +75,7 @@ def cells(flags: argparse.Namespace) -> list[tuple[float, float, bool]]:
     return [
         (fraction, rate, is_frozen)
         for is_frozen in ((False,) if flags.rates else (False, True))
-        for fraction in ((0.1,) if flags.rates else FRACTIONS)
+        for fraction in ((0.1,) if flags.rates else flags.fractions)
         for rate in flags.rates or (flags.learning_rate,)
     ]
 
@@ -155,7 +156,7 @@ def spread(values: list[float]) -> list[float]:
 def draw(flags: argparse.Namespace, curves: dict[str, Curve]) -> None:
     """Draws the curves of all runs by steps, a panel for each share of the data, embeddings trained."""
     panels = {}
-    for fraction in FRACTIONS:
+    for fraction in flags.fractions:
         panels[f"{fraction:.0%} of the data"] = {
             label: [
                 [
@@ -189,7 +190,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--learning_rate", type=float, default=1e-4, help="of all runs (1e-4)")
     made.add_argument("--known", type=known, default={}, help="an earlier alignment.json, whose runs are taken from it")
-    made.add_argument("--rates", type=rates, help="compare learning rates instead")
+    made.add_argument("--fractions", type=decimals, default=FRACTIONS, help="shares of the data (0.01,0.1,1)")
+    made.add_argument("--rates", type=decimals, help="compare learning rates instead")
     flags = made.parse_args()
     steps = steps_of(flags)
     if not run_or_print(steps, flags):

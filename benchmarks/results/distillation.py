@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from results.figures import draw_points
-from results.steps import Step, conversion, evaluation, limited, parser, publish, rates, run_or_print, runs_of
+from results.steps import Step, conversion, decimals, evaluation, limited, parser, publish, run_or_print, runs_of
 from results.texts import articles, instructions
 
 from decausal.provenance import provenance
@@ -201,7 +201,7 @@ def cell(value: Any) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help="with commas (all)")
-    made.add_argument("--rates", type=rates, help="compare these learning rates instead of the methods' own")
+    made.add_argument("--rates", type=decimals, help="compare these learning rates instead of the methods' own")
     flags = made.parse_args()
     steps = steps_of(flags)
     if not run_or_print(steps, flags):

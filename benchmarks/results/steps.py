@@ -153,8 +153,8 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def rates(text: str) -> tuple[float, ...]:
-    """Reads learning rates with commas."""
+def decimals(text: str) -> tuple[float, ...]:
+    """Reads numbers with commas."""
     return tuple(float(part) for part in text.split(","))
 
 

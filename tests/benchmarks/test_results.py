@@ -93,7 +93,12 @@ def test_finished_runs_become_a_table_a_figure_and_a_page(
     elsewhere = [*command[:-1], str(tmp_path / "elsewhere"), "--known", str(tmp_path / "known.json")]
     monkeypatch.setattr("sys.argv", elsewhere)
     alignment.main()
-    assert json.loads((tmp_path / "elsewhere" / "alignment.json").read_text())["rows"] == json.loads(made)["rows"]
+    rows = json.loads(made)["rows"]
+    assert json.loads((tmp_path / "elsewhere" / "alignment.json").read_text())["rows"] == rows
+    monkeypatch.setattr("sys.argv", [*elsewhere, "--fractions", "0.1"])
+    alignment.main()
+    found = json.loads((tmp_path / "elsewhere" / "alignment.json").read_text())["rows"]
+    assert found == [row for row in rows if row["data"] == 0.1] != []
 
 
 @pytest.mark.parametrize("name", ["alignment", "distillation", "infilling"])
@@ -114,7 +119,9 @@ def test_every_conversion_of_a_result_has_settings_that_exist(
     made.main()
     assert "convert tiny --recipe" in capsys.readouterr().out
     flags = argparse.Namespace(model="tiny", data=tmp_path, work=tmp_path / "work", seeds=(0, 1), steps=None)
-    vars(flags).update(limit=None, minutes=None, rates=None, learning_rate=1e-4, bf16="true", known={})
+    vars(flags).update(
+        limit=None, minutes=None, rates=None, fractions=(0.01, 0.1, 1.0), learning_rate=1e-4, bf16="true", known={}
+    )
     vars(flags).update(methods=["corpus", "off-policy", "opdlm", "lossless"])
     conversions = [step for step in made.steps_of(flags) if step.arguments[0] == "convert"]
     assert len(conversions) == {"alignment": 24, "distillation": 8, "infilling": 2}[name]
