@@ -117,6 +117,13 @@ def test_a_conversion_from_the_command_line_says_where_it_is_and_what_comes_next
     assert facts["recipe"]["align_weight"] == 0
 
 
+def test_a_model_with_a_chat_template_is_to_be_talked_to_next(tmp_path, capsys):
+    source, text = save_source(tmp_path / "model", chat=True), write_text(tmp_path / "text.jsonl")
+    arguments = ["convert", str(source), "--recipe", "mdm", "--data", str(text), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--max_length", "24", "--max_steps", "1", "--use_cpu"]) == 0
+    assert f"next: decausal chat {tmp_path / 'out'}, or decausal generate {tmp_path / 'out'}" in capsys.readouterr().out
+
+
 def test_the_run_writes_down_its_configuration_which_is_a_recipe_too(converted, capsys):
     assert main(["convert", "--recipe", str(converted / "out" / "run.yaml"), "--print_config"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)

@@ -42,7 +42,8 @@ def run(arguments: list[str]) -> int:
     conversion = convert(settings, training, callbacks=[SayFirst(lines)])
     if is_first_process():
         print(f"converted model: {conversion.output_dir}")
-        print(f'next: decausal generate {conversion.output_dir} "your text"')
+        chat = f"decausal chat {conversion.output_dir}, or " if conversion.tokenizer.chat_template else ""
+        print(f'next: {chat}decausal generate {conversion.output_dir} "your text"')
     return 0
 
 

@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> int:
     parser = VerbParser("generate", "Continue one prompt or several with a converted model.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("prompts", nargs="*", help="texts to continue; none: one from standard input")
-    parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template, and print the answer alone")
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     add_sampler_flags(parser)
     add_template_flags(parser)
@@ -33,5 +33,5 @@ def run(arguments: list[str]) -> int:
     model = load(flags.directory, **template)
     with watching(model, flags.watch and len(prompts) == 1, flags.record) as on_step:
         found = model.generate(prompts, chat=flags.chat, batch_size=flags.batch_size, on_step=on_step, **options)
-    print_generations(found, as_json=flags.json)
+    print_generations(found, as_json=flags.json, only_new=flags.chat)
     return 0

@@ -121,13 +121,14 @@ def progress_bar() -> Iterator[OnProgress | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def print_generations(found: list[Any], as_json: bool) -> None:
+def print_generations(found: list[Any], as_json: bool, only_new: bool = False) -> None:
+    """Prints texts, whole or only what is new, or as JSON. A note on each goes to standard error."""
     for generation in found:
         if as_json:
             drafts = None if generation.drafts is None else generation.drafts.as_dict()
             print(json.dumps({**vars(generation), "drafts": drafts}, ensure_ascii=False))
         else:
-            print(generation.full_text)
+            print(generation.text if only_new else generation.full_text)
             note = passes_note(quantity(len(generation.ids), "token"), generation.num_forwards)
             print(f"[{note}{drafts_note(generation.drafts)}]", file=sys.stderr)
 
