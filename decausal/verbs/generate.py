@@ -17,7 +17,8 @@ def run(arguments: list[str]) -> int:
     parser = VerbParser("generate", "Continue one prompt or several with a converted model.")
     parser.add_argument("directory", help="what `decausal convert` wrote, or its id on the hub")
     parser.add_argument("prompts", nargs="*", help="texts to continue; none: one from standard input")
-    parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template, and print the answer alone")
+    chat_help = "put each prompt through the chat template, and print the answer alone"
+    parser.add_argument("--chat", action="store_true", help=chat_help)
     parser.add_argument("--max_new_tokens", "--gen_length", type=int, help="tokens to write (128)")
     add_sampler_flags(parser)
     add_template_flags(parser)
