@@ -30,8 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from decausal.config import read_recipe, resolve
 from decausal.files import write_whole
-from decausal.models.checkpoint import Converted, load_converted
-from decausal.sampling.answers import load_writer
+from decausal.models.checkpoint import Converted, load_causal, load_converted
 from decausal.sampling.blocks.draft_shapes import linear, quadratic, strided, tokens_per_pass
 from decausal.sampling.engines import engine_for
 from decausal.sampling.jobs import Drafts, Ended, Job, run
@@ -79,7 +78,8 @@ def split(args: argparse.Namespace) -> tuple[Path, Path, list[Question]]:
     train, held_out = args.work / "train.jsonl", args.work / "held-out.jsonl"
     write_whole(train, "".join(lines[: -args.held_out]))
     write_whole(held_out, "".join(lines[-args.held_out :]))
-    model, asked = load_writer(args.model), lines[-args.held_out :][: args.num_asked]
+    # In the type in which models are measured: the AR model itself writes other texts in another type.
+    model, asked = load_causal(args.model, getattr(torch, args.dtype)), lines[-args.held_out :][: args.num_asked]
     return train, held_out, list(questions(model, map(json.loads, asked), args))
 
 

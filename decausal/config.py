@@ -217,7 +217,7 @@ def _as(value: Any, option: Any) -> Any:
     return option(value)
 
 
-def _with_numbers(table: dict[str, Any]) -> dict[str, Any]:
+def _with_numbers(table: dict[Any, Any]) -> dict[Any, Any]:
     """Returns a table in which 1e-5 is a number: YAML 1.1 reads only 1.0e-5 as one."""
     return {
         key: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

@@ -185,6 +185,7 @@ class TaskMeasure(Measure):
         options: dict[str, Any] = {"threshold": threshold}
         if threshold == STATIC:
             options = static_schedule(converted.facts, self.max_new_tokens)
+        options["speculative"] = False  # a model's own settings may say otherwise
         if threshold == SPECULATIVE or converted.facts.only_drafts:
             options = {"speculative": True, "draft": "quadratic"}  # a figure must not hang on the machine's times
         return self._evaluated(converted, threshold, is_final, options)

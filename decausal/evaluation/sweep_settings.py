@@ -9,7 +9,7 @@ from typing import Any
 
 from decausal.errors import UserError
 from decausal.models.facts import ConversionFacts
-from decausal.sampling.settings import SETTINGS, canonical
+from decausal.sampling.settings import OF_STEPS, SETTINGS, canonical
 from decausal.sampling.settings.of_model import longest_draft, settings_for
 
 AR, VERIFIED, BLOCK_SIZE = "AR", "verified", "block_size"
@@ -45,7 +45,7 @@ def tried_settings(facts: ConversionFacts, over: Sequence[str], fixed: dict[str,
     found = [tried for line in over for tried in _line(line, fixed)]
     if not found:
         if not facts.only_drafts:
-            found = [Tried("threshold", fixed | {"threshold": value}) for value in THRESHOLDS]
+            found = [Tried("threshold", {"speculative": False, **fixed, "threshold": value}) for value in THRESHOLDS]
         found += _verified(facts, fixed)
     elif not any(tried.series in (*OF_DRAFTS, "speculative") or tried.options.get("speculative") for tried in found):
         found += _verified(facts, fixed)[:1]
@@ -64,8 +64,8 @@ def _line(line: str, fixed: dict[str, Any]) -> list[Tried]:
     if name == BLOCK_SIZE:
         return [Tried(name, fixed | {name: _block_size(value)}) for value in values.split(",")]
     (name,) = canonical({name: None})
-    verified = {"speculative": True} if name in OF_DRAFTS else {}
-    return [Tried(name, fixed | verified | {name: _value(value)}) for value in values.split(",")]
+    needed = {"speculative": True} if name in OF_DRAFTS else {"speculative": False} if name in OF_STEPS else {}
+    return [Tried(name, {**needed, **fixed, name: _value(value)}) for value in values.split(",")]
 
 
 def _block_size(value: str) -> int:
@@ -85,7 +85,7 @@ def _value(written: str) -> Any:
 def _verified(facts: ConversionFacts, fixed: dict[str, Any]) -> list[Tried]:
     """Returns verified decoding, if the model can do it: with drafts that it chooses itself, and with each number of
     drafts."""
-    plain = {name: value for name, value in fixed.items() if SETTINGS[name].only is None}
+    plain = {name: value for name, value in fixed.items() if SETTINGS[name].only is None and name not in OF_STEPS}
     options = plain | {"speculative": True}
     try:
         settings_for(facts, **options)

@@ -68,7 +68,20 @@ def test_a_call_goes_over_what_is_stored_and_that_over_the_defaults() -> None:
     assert settings_for(facts) == SamplerSettings(window=8, threshold=0.7, cache="dual", cache_refresh=4)
     found = settings_for(facts, num_steps=6, cache="none")
     assert found == SamplerSettings(window=8, num_steps=6)
-    assert settings_for(facts, speculative=True) == SamplerSettings(threshold=0.7, speculative=True)
+    assert settings_for(facts, speculative=True) == SamplerSettings(speculative=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_steps": 4}, {"threshold": 0.7}, {"entropy_bound": 0.1}, {"confidence": "margin"}]
+)
+def test_verified_decoding_refuses_settings_of_denoising_steps(options: dict[str, Any]) -> None:
+    facts = conversion_facts(5, layout="block", block_size=4, sampler={"speculative": True})
+    (name,) = options
+    with pytest.raises(UserError, match=rf"^{name} does nothing in speculative decoding"):
+        settings_for(facts, **options)
+    assert settings_for(facts, speculative=False, **options) == SamplerSettings(**options)
+    stored = conversion_facts(5, layout="block", block_size=4, sampler=options)
+    assert settings_for(stored, speculative=True) == SamplerSettings(speculative=True)
 
 
 def test_what_the_facts_hold_amiss_is_reported_with_the_file() -> None:

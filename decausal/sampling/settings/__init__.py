@@ -17,7 +17,14 @@ from decausal.sampling.settings.field import BLOCKS, COUNTS_BELOW, WHOLE_ROWS, S
 from decausal.sampling.settings.guidance import GuidanceSettings
 from decausal.sampling.settings.left_to_right import DRAFTS, LeftToRightSettings
 from decausal.sampling.settings.remasking import DEFAULT_REMASK_RATE, REMASKINGS, RemaskingSettings
-from decausal.sampling.settings.schedules import CONFIDENCES, DEFAULT_THRESHOLD, ORDERS, SCHEDULES, ScheduleSettings
+from decausal.sampling.settings.schedules import (
+    CONFIDENCES,
+    DEFAULT_THRESHOLD,
+    OF_STEPS,
+    ORDERS,
+    SCHEDULES,
+    ScheduleSettings,
+)
 from decausal.sampling.settings.windows import CACHES, WindowSettings
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "DRAFTS",
     "MOST_ROWS",
     "NUM_SEEDS",
+    "OF_STEPS",
     "ORDERS",
     "REMASKINGS",
     "SCHEDULES",
@@ -112,6 +120,11 @@ class SamplerSettings(
         names = names_for(*(kinds or (WHOLE_ROWS, BLOCKS)))
         return [name for name in names if getattr(self, name) != _DEFAULTS[name]]
 
+    def given_for_steps(self) -> list[str]:
+        """Returns the settings of denoising steps that differ from the defaults."""
+        defaults = _DEFAULTS | {"threshold": None if self.threshold is None else DEFAULT_THRESHOLD}
+        return [name for name in OF_STEPS if getattr(self, name) != defaults[name]]
+
     def updated(self, **options: Any) -> SamplerSettings:
         """Returns these settings, overridden by `options`.
 
@@ -126,7 +139,7 @@ class SamplerSettings(
             changes = dict.fromkeys(SCHEDULES) | changes
         changes = {name: _settled(name, value) for name, value in changes.items()}
         if changes.get("speculative") is True:
-            for name in names_for(WHOLE_ROWS, BLOCKS):
+            for name in (*names_for(WHOLE_ROWS, BLOCKS), *OF_STEPS):
                 for dropped in (name, *SETTINGS[name].details[0]):
                     changes.setdefault(dropped, _DEFAULTS[dropped])
         for name, setting in SETTINGS.items():

@@ -51,7 +51,10 @@ class LeftToRightSettings:
     speculative: bool = setting(
         False,
         SWITCH,
-        Flag("masks draft what the same weights verify causally", {"action": "store_true", "default": None}),
+        Flag(
+            "masks draft what the same weights verify causally",
+            {"action": argparse.BooleanOptionalAction, "default": None},
+        ),
         details=(("draft", "draft_length", "verifier"), (True,)),
     )
     draft: str = setting(
@@ -66,11 +69,11 @@ class LeftToRightSettings:
 
     def contradiction(self: SamplerSettings) -> str | None:
         """Returns what these settings contradict, in words."""
-        unused = self.given_for_some()
+        unused = [*self.given_for_some(), *self.given_for_steps()]
         if self.speculative and unused:
             return (
-                f"{unused[0]} does nothing in speculative decoding, which writes from left to right; leave one of "
-                "them out"
+                f"{unused[0]} does nothing in speculative decoding, which writes from left to right; leave it out, or "
+                "denoise: speculative false (--no-speculative)"
             )
         for name in ("draft", "draft_length"):
             value = getattr(self, name)

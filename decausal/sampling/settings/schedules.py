@@ -15,6 +15,8 @@ SCHEDULES = ("num_steps", "threshold", "entropy_bound")
 DEFAULT_THRESHOLD = 0.9
 CONFIDENCES = ("probability", "margin", "entropy")
 ORDERS = ("confidence", "random", "left_to_right")
+OF_STEPS = (*SCHEDULES, "confidence")
+"""What steps of denoising keep. Verified decoding has no such steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

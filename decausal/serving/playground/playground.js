@@ -46,8 +46,10 @@ function settings() {
     temperature: number("temperature"),
     top_p: number("top_p"),
     seed: number("seed"),
-    confidence: $("confidence").value,
-    [$("schedule").value]: number("schedule-value"),
+    // Verified decoding has no steps to schedule.
+    ...($("speculative").checked
+      ? {}
+      : { confidence: $("confidence").value, [$("schedule").value]: number("schedule-value") }),
     speculative: $("speculative").checked || (defaults.speculative ? false : undefined),
     remask: $("remask").checked ? defaults.remask || true : defaults.remask ? false : undefined,
   };
