@@ -198,7 +198,7 @@ def _how_to_load_gated(facts: ConversionFacts) -> str:
 
 
 def _sampler(facts: ConversionFacts) -> dict[str, str]:
-    settings = vars(settings_for(facts))
+    settings = settings_for(facts).in_effect()
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 

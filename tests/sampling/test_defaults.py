@@ -71,6 +71,14 @@ def test_a_call_goes_over_what_is_stored_and_that_over_the_defaults() -> None:
     assert settings_for(facts, speculative=True) == SamplerSettings(speculative=True)
 
 
+def test_settings_in_effect_are_those_that_do_something_beside_each_other() -> None:
+    denoising, verifying = SamplerSettings(num_steps=4).in_effect(), SamplerSettings(speculative=True).in_effect()
+    assert {"num_steps", "confidence", "window", "remask"} <= denoising.keys() - verifying.keys()
+    assert {"draft", "draft_length", "verifier"} <= verifying.keys() - denoising.keys()
+    assert {"temperature", "speculative", "max_new_tokens"} <= denoising.keys() & verifying.keys()
+    assert "cache_refresh" in SamplerSettings(window=8, cache="dual").in_effect().keys() - denoising.keys()
+
+
 @pytest.mark.parametrize(
     "options", [{"num_steps": 4}, {"threshold": 0.7}, {"entropy_bound": 0.1}, {"confidence": "margin"}]
 )

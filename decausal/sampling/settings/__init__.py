@@ -125,6 +125,15 @@ class SamplerSettings(
         defaults = _DEFAULTS | {"threshold": None if self.threshold is None else DEFAULT_THRESHOLD}
         return [name for name in OF_STEPS if getattr(self, name) != defaults[name]]
 
+    def in_effect(self) -> dict[str, Any]:
+        """Returns the settings, by name, that are not without effect beside the others."""
+        idle = {*names_for(WHOLE_ROWS, BLOCKS), *OF_STEPS} if self.speculative else set()
+        for name, setting in SETTINGS.items():
+            details, values = setting.details
+            if name in idle or getattr(self, name) not in values:
+                idle.update(details)
+        return {name: getattr(self, name) for name in SETTINGS if name not in idle}
+
     def updated(self, **options: Any) -> SamplerSettings:
         """Returns these settings, overridden by `options`.
 
