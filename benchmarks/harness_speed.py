@@ -126,33 +126,25 @@ def compare_nelbo(flags: argparse.Namespace, requests: list[Any], name: str) -> 
     return _figures(f"NELBO, {name}: one forward per pattern, over ours", ratios, *timed.values(), NELBO_TARGET)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Patterns of one request, drawn in some way, and the weights of losses."""
-
-    is_masked: torch.Tensor
-    weight: torch.Tensor
-
-
-def _levels(units: torch.Tensor, num_patterns: int, seed: int) -> Drawn:
-    """Independent noise levels of each unit."""
+def _levels(units: torch.Tensor, num_patterns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns of independent noise levels of each unit, and the weights of losses."""
     generator = torch.Generator().manual_seed(seed)
     level = 1e-3 + (1 - 1e-3) * torch.rand(num_patterns, int(units.max()) + 1, generator=generator).double()
     level = level[:, units.clamp(min=0)]
     is_masked = (torch.rand(level.shape, generator=generator) < level) & (units >= 0)
-    return Drawn(is_masked, 1 / level)
+    return is_masked, 1 / level
 
 
-def _counts(units: torch.Tensor, num_patterns: int, seed: int) -> Drawn:
-    """Independent numbers of masked tokens of each unit."""
+def _counts(units: torch.Tensor, num_patterns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns of independent numbers of masked tokens of each unit, and the weights of losses."""
     drawn = [draw_unit_patterns(units, 1, seed=seed + number) for number in range(num_patterns)]
     masked = torch.cat([each.num_masked for each in drawn]).clamp(min=1)
-    return Drawn(torch.cat([each.is_masked for each in drawn]), drawn[0].num_maskable / masked)
+    return torch.cat([each.is_masked for each in drawn]), drawn[0].num_maskable / masked
 
 
-def _estimates(whole: Converted, one: Continuation, drawn: Drawn) -> torch.Tensor:
+def _estimates(whole: Converted, one: Continuation, is_masked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The weighted loss of each pattern."""
-    patterns = WeightedPatterns(drawn.is_masked, drawn.weight.double(), torch.zeros_like(drawn.is_masked[0]))
+    patterns = WeightedPatterns(is_masked, weight.double(), torch.zeros_like(is_masked[0]))
     losses = torch.zeros_like(patterns.weight)
     with measuring(whole.model):
         for pieces in nelbo._passes([one], [patterns]):
@@ -170,11 +162,11 @@ def compare_errors(flags: argparse.Namespace, requests: list[Any], name: str) ->
         drawn = [weighted_patterns(units, flags.num_samples, seed=n, position=0) for n in range(flags.error_seeds)]
         sizes = [len(each.is_masked) for each in drawn]
         masks = torch.cat([each.is_masked for each in drawn])
-        parts = _estimates(whole, one, Drawn(masks, torch.cat([each.weight for each in drawn]))).split(sizes)
+        parts = _estimates(whole, one, masks, torch.cat([each.weight for each in drawn])).split(sizes)
         ours += float(torch.stack([part.mean() for part in parts]).var())
         reported += statistics.mean(float(part.var()) / len(part) for part in parts)
         for kind, draw in (("levels", _levels), ("counts", _counts)):
-            found = _estimates(whole, one, draw(units, flags.num_samples * flags.error_seeds, 10**6))
+            found = _estimates(whole, one, *draw(units, flags.num_samples * flags.error_seeds, 10**6))
             others[kind] += float(found.var()) / flags.num_samples
     return {
         "name": f"errors, {name}",

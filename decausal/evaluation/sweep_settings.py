@@ -45,7 +45,7 @@ def tried_settings(facts: ConversionFacts, over: Sequence[str], fixed: dict[str,
     found = [tried for line in over for tried in _line(line, fixed)]
     if not found:
         if not facts.only_drafts:
-            found = [Tried("threshold", {"speculative": False, **fixed, "threshold": value}) for value in THRESHOLDS]
+            found = [_tried("threshold", value, fixed) for value in THRESHOLDS]
         found += _verified(facts, fixed)
     elif not any(tried.series in (*OF_DRAFTS, "speculative") or tried.options.get("speculative") for tried in found):
         found += _verified(facts, fixed)[:1]
@@ -64,8 +64,13 @@ def _line(line: str, fixed: dict[str, Any]) -> list[Tried]:
     if name == BLOCK_SIZE:
         return [Tried(name, fixed | {name: _block_size(value)}) for value in values.split(",")]
     (name,) = canonical({name: None})
-    needed = {"speculative": True} if name in OF_DRAFTS else {"speculative": False} if name in OF_STEPS else {}
-    return [Tried(name, {**needed, **fixed, name: _value(value)}) for value in values.split(",")]
+    return [_tried(name, _value(value), fixed) for value in values.split(",")]
+
+
+def _tried(name: str, value: Any, fixed: dict[str, Any]) -> Tried:
+    """Returns a value of a setting, with the decoding in which it does something."""
+    needed = {"speculative": name in OF_DRAFTS} if name in (*OF_DRAFTS, *OF_STEPS) else {}
+    return Tried(name, {**needed, **fixed, name: value})
 
 
 def _block_size(value: str) -> int:

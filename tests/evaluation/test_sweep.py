@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from decausal.evaluation.texts import causal
 from decausal.models.adapt import adapt, load_source
 from decausal.models.checkpoint import Converted, save_converted
 from decausal.models.facts import ConversionFacts
+from decausal.sampling.settings.of_model import settings_for
 from tests.families import FAMILIES
 
 QUESTIONS = OurQuestions(["addition", "lookup"], 2, 4)
@@ -90,6 +92,13 @@ def test_verified_decoding_stands_once_beside_what_is_swept(
     over: list[str], fixed: dict[str, Any], series: list[str]
 ) -> None:
     assert [one.series for one in tried_settings(FACTS, over, fixed)] == series
+
+
+@pytest.mark.parametrize("over", [[], ["threshold=0.5,0.7"], ["num_steps=2"], ["confidence=margin"]])
+def test_steps_are_swept_by_denoising_where_a_model_verifies_by_itself(over: list[str]) -> None:
+    verifying = replace(FACTS, sampler={"speculative": True})
+    tried = tried_settings(verifying, over, {})
+    assert all(settings_for(verifying, **one.options).speculative == (one.series == VERIFIED) for one in tried)
 
 
 @pytest.mark.parametrize(

@@ -120,14 +120,14 @@ class SamplerSettings(
         names = names_for(*(kinds or (WHOLE_ROWS, BLOCKS)))
         return [name for name in names if getattr(self, name) != _DEFAULTS[name]]
 
-    def given_for_steps(self) -> list[str]:
-        """Returns the settings of denoising steps that differ from the defaults."""
+    def given_for_denoising(self) -> list[str]:
+        """Returns the settings that differ from the defaults and do nothing in verified decoding."""
         defaults = _DEFAULTS | {"threshold": None if self.threshold is None else DEFAULT_THRESHOLD}
-        return [name for name in OF_STEPS if getattr(self, name) != defaults[name]]
+        return [name for name in OF_DENOISING if getattr(self, name) != defaults[name]]
 
     def in_effect(self) -> dict[str, Any]:
         """Returns the settings, by name, that are not without effect beside the others."""
-        idle = {*names_for(WHOLE_ROWS, BLOCKS), *OF_STEPS} if self.speculative else set()
+        idle = set(OF_DENOISING) if self.speculative else set()
         for name, setting in SETTINGS.items():
             details, values = setting.details
             if name in idle or getattr(self, name) not in values:
@@ -148,7 +148,7 @@ class SamplerSettings(
             changes = dict.fromkeys(SCHEDULES) | changes
         changes = {name: _settled(name, value) for name, value in changes.items()}
         if changes.get("speculative") is True:
-            for name in (*names_for(WHOLE_ROWS, BLOCKS), *OF_STEPS):
+            for name in OF_DENOISING:
                 for dropped in (name, *SETTINGS[name].details[0]):
                     changes.setdefault(dropped, _DEFAULTS[dropped])
         for name, setting in SETTINGS.items():
@@ -189,6 +189,8 @@ def _settled(name: str, value: Any) -> Any:
 
 SETTINGS: dict[str, Setting] = {field.name: field.metadata["setting"] for field in dataclasses.fields(SamplerSettings)}
 """Every setting's description, by name."""
+OF_DENOISING = (*names_for(WHOLE_ROWS, BLOCKS), *OF_STEPS)
+"""Settings of models or steps that denoise. They do nothing in verified decoding."""
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
 ALIASES = {alias: name for name, setting in SETTINGS.items() for alias in setting.aliases}
 """Other samplers' names, and ours for them."""

@@ -51,10 +51,7 @@ class LeftToRightSettings:
     speculative: bool = setting(
         False,
         SWITCH,
-        Flag(
-            "masks draft what the same weights verify causally",
-            {"action": argparse.BooleanOptionalAction, "default": None},
-        ),
+        Flag("masks draft what the same weights verify causally", {"action": argparse.BooleanOptionalAction}),
         details=(("draft", "draft_length", "verifier"), (True,)),
     )
     draft: str = setting(
@@ -69,7 +66,7 @@ class LeftToRightSettings:
 
     def contradiction(self: SamplerSettings) -> str | None:
         """Returns what these settings contradict, in words."""
-        unused = [*self.given_for_some(), *self.given_for_steps()]
+        unused = self.given_for_denoising()
         if self.speculative and unused:
             return (
                 f"{unused[0]} does nothing in speculative decoding, which writes from left to right; leave it out, or "
